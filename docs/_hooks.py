@@ -1,0 +1,109 @@
+"""Fills the reference pages from the code while the documentation is built.
+
+Each of these pages says in Markdown what the code cannot, and holds MARKER where the code speaks for itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import importlib
+import inspect
+import re
+from pathlib import PurePosixPath
+from typing import Any
+
+MARKER = "<!-- generated -->"
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """The hook that mkdocs calls for every page."""
+    if MARKER not in markdown:
+        return markdown
+    path = PurePosixPath(page.file.src_uri)
+    generated = {"cli": command_reference, "api": api_reference}.get(path.stem) or (lambda: norm_facts(path.stem))
+    return markdown.replace(MARKER, generated())
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def command_reference() -> str:
+    """Every command with its usage, help, arguments and options, read from the command tree."""
+    import typer
+
+    from normswap.cli import app
+
+    root = app if hasattr(app, "list_commands") else typer.main.get_command(app)
+    context = root.context_class(root, info_name="normswap")
+    commands = [root.get_command(context, name) for name in root.list_commands(context)]
+    sections = [_command(context, root)]
+    sections += [_command(context.__class__(c, info_name=c.name, parent=context), c) for c in commands if not c.hidden]
+    return "\n\n".join(sections)
+
+
+def _command(context: Any, command: Any) -> str:
+    parts = [f"## {context.command_path}", _help_text(command.help or "")]
+    usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+    parts.append(f"```text\n{usage}\n```")
+    for title, kind in (("Arguments", "argument"), ("Options", "option")):
+        records = [p.get_help_record(context) for p in command.get_params(context) if p.param_type_name == kind]
+        lines = [f"`{names}`\n:   {_escape(text) or '—'}" for names, text in filter(None, records) if names != "--help"]
+        if lines:
+            parts += [f"**{title}**", "\n\n".join(lines)]
+    return "\n\n".join(filter(None, parts))
+
+
+def _help_text(text: str) -> str:
+    r"""Paragraphs as they are; one that begins with `\b` (kept as written by the command line) as a code block."""
+    paragraphs = inspect.cleandoc(text.split("\f")[0]).split("\n\n")
+    return "\n\n".join(f"```text\n{p[1:].strip(chr(10))}\n```" if p[:1] == "\b" else _escape(p) for p in paragraphs)
+
+
+def _escape(text: str) -> str:
+    """Plain text as Markdown; spans in backticks stay code."""
+    spans = re.split(r"(`[^`]*`)", text)
+    return "".join(
+        s if i % 2 else re.sub(r"([\\*_\[\]])", r"\\\1", html.escape(s, quote=False)) for i, s in enumerate(spans)
+    )
+
+
+# --- the Python API -----------------------------------------------------------------------------------------------
+
+
+def api_reference() -> str:
+    """Every public name, under the name a caller uses, in the order of `normswap.__all__`."""
+    import normswap
+
+    sections: dict[str, list[str]] = {"Functions": [], "Types": [], "Errors": []}
+    for name in normswap.__all__:
+        public = getattr(normswap, name)
+        if inspect.isclass(public):
+            sections["Errors" if issubclass(public, Exception) else "Types"].append(_documented(name, public))
+        elif inspect.isfunction(public):
+            sections["Functions"].append(_documented(name, public))
+    return "\n\n".join("\n\n".join([f"## {title}", *entries]) for title, entries in sections.items() if entries)
+
+
+def _documented(name: str, public: Any) -> str:
+    place = f"{public.__module__}.{public.__qualname__}"
+    return f"::: {place}\n    options:\n      heading: normswap.{name}\n      toc_label: {name}"
+
+
+# --- the norms ----------------------------------------------------------------------------------------------------
+
+
+def norm_facts(name: str) -> str:
+    """What `normswap norms` knows of one norm, and the options of its own."""
+    from normswap import registry
+
+    importlib.import_module("normswap.norms")  # registers them
+    spec = registry.get(name)
+    facts = {
+        "Formula": f"`{spec.formula}`",
+        "Statistics over": spec.axes,
+        "Source": spec.source,
+        "Exact in inference from": ", ".join(f"`{other}`" for other in spec.exact_from) or "no other norm",
+        "Options": ", ".join(f"`{f.name}`" for f in dataclasses.fields(spec.options)),
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| **{what}** | {text} |" for what, text in facts.items())])
