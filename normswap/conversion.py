@@ -1,0 +1,179 @@
+"""Convert a network: plan, check, apply, prove; and what a converted network remembers of it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import DataError, OptionError, SelfCheckError
+from .example import guess_inputs
+from .inventory import as_inputs, first_line
+from .planning import Plan, Rules, plan
+from .selfcheck import TOLERANCE, Check, Observations, applicable, compare, observe, watched_paths
+from .surgery import copied, device_and_dtype
+from .transfer import apply, check_statistics
+from .undo import Undo, revert
+
+
+@dataclass
+class Record:
+    """What a converted network knows about its conversion; kept on the root as `_normswap`.
+
+    source: how to rebuild the original architecture (see `sources.Source.to_dict`), None when only its caller can.
+    """
+
+    plan: Plan
+    undo: Undo
+    check: Check
+    source: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether `calibrate` has re-fitted the norms since the conversion."""
+        return any(entry.get("action") == "calibrate" for entry in self.history)
+
+
+def record_of(model: nn.Module) -> Record | None:
+    """The record of a converted network, or None."""
+    return model.__dict__.get("_normswap")
+
+
+def convert(
+    model: nn.Module,
+    to: str | None = None,
+    *,
+    groups: int | str | None = None,
+    channels_per_group: int | None = None,
+    indivisible: str = "error",
+    transfer: str = "fold",
+    eps: float | None = None,
+    rules: Rules | None = None,
+    sources: Collection[str] | None = None,
+    example_inputs: Any = None,
+    zero_init_residual: bool = False,
+    missing_statistics: str = "error",
+    inplace: bool = False,
+    check: bool = True,
+    undo: bool = True,
+    using: Plan | None = None,
+) -> nn.Module:
+    """Replace the norm layers of `model` and carry over what they have learned. Returns the converted network.
+
+    The arguments up to `missing_statistics` are those of `plan`; `using` takes a ready plan instead of them.
+    inplace=True converts `model` itself, which saves a copy of it (the returned root is a new module only when the
+    root itself is a norm). check=True proves the surgery: on `example_inputs`, or on a random input that the
+    network is found to take, the converted network with bare norms must equal the original to a relative 1e-4, else
+    it is undone. undo=False keeps nothing for `revert`.
+
+    dtype, device, training flags, `requires_grad`, hooks, attributes, ties and aliases stay as they are; gamma and
+    beta stay the same Parameter objects. Raises OptionError, PlanError or SelfCheckError, and then nothing changed.
+    """
+    if using is None:
+        using = plan(
+            model,
+            to,
+            groups=groups,
+            channels_per_group=channels_per_group,
+            indivisible=indivisible,
+            transfer=transfer,
+            eps=eps,
+            rules=rules,
+            sources=sources,
+            example_inputs=example_inputs,
+            zero_init_residual=zero_init_residual,
+            missing_statistics=missing_statistics,
+        )
+    elif to is not None or rules is not None:
+        raise OptionError("give either a plan (using=) or what to plan (to=, rules=), not both")
+    check_statistics(model, using)
+    inputs, reason = _check_inputs(model, using, example_inputs, wanted=check)
+    reference = _observe(model, inputs, using) if inputs is not None else None
+    work = model if inplace else copied(model)
+    root, undo_record = apply(work, using, keep_undo=undo or (inplace and reference is not None))
+    root._normswap = Record(using, undo_record, Check(None, reason=reason, total=len(using.steps)))
+    if reference is not None and inputs is not None:
+        _prove(root, using, inputs, reference, model if not inplace else None)
+    if not undo:
+        root._normswap.undo = Undo(complete=False)
+    return root
+
+
+def _check_inputs(
+    model: nn.Module, using: Plan, example_inputs: Any, *, wanted: bool
+) -> tuple[tuple[Any, ...] | None, str]:
+    """Inputs for the self-check, or None and the reason why there is none."""
+    if not wanted:
+        return None, "not asked for"
+    if not applicable(using):
+        return None, "gamma and beta alone were carried over, which does not keep the outputs"
+    if any(p.is_meta for p in model.parameters()):
+        return None, "the model is on the meta device and cannot run"
+    if example_inputs is not None:
+        return as_inputs(example_inputs), ""
+    guess = guess_inputs(model)
+    return guess, "" if guess is not None else "no input is known that the network runs on; give example_inputs"
+
+
+def _observe(model: nn.Module, inputs: tuple[Any, ...], using: Plan) -> Observations:
+    try:
+        return observe(model, inputs, watched_paths(model, using))
+    except Exception as error:  # whatever the model's forward raises on inputs it was not made for
+        raise DataError(
+            f"{type(model).__name__} cannot run on the example inputs ({type(error).__name__}: {first_line(error)})",
+            hint="Give inputs of the shape its forward takes, or skip the self-check with check=False (--no-check).",
+        ) from error
+
+
+def _prove(
+    root: nn.Module, using: Plan, inputs: tuple[Any, ...], reference: Observations, original: nn.Module | None
+) -> None:
+    """Run the self-check and note its result; raise SelfCheckError, with an in-place conversion undone, if it fails.
+
+    Rounding grows through a deep network of random weights, and through half precision. A failure is therefore
+    repeated in float64, where rounding is out of the question and only a wrong edge can fail.
+    """
+    record: Record = root._normswap
+    norms = {norm.paths[0]: norm.module for norm in record.undo.norms}
+    result = compare(root, using, inputs, reference, norms)
+    if not result.passed:
+        result = _in_float64(root, using, inputs, original) or result
+    record.check = result
+    if not result.passed:
+        if original is None:
+            revert(root)
+        raise SelfCheckError(
+            f"the self-check failed at {result.where}: the converted network differs from the original by a relative "
+            f"{result.error:.2g} (allowed {TOLERANCE:g}); nothing was kept",
+            hint="Give real example inputs (--input), or keep the layer with a rule; please report the network.",
+        )
+
+
+def _in_float64(
+    root: nn.Module, using: Plan, inputs: tuple[Any, ...], original: nn.Module | None
+) -> Check | None:
+    if device_and_dtype(root)[1] == torch.float64:
+        return None
+    if original is None:
+        original = copy.deepcopy(root)
+        revert(original)
+    wide = copied(original).double()
+    inputs = tuple(_double(value) for value in inputs)
+    plain = dataclasses.replace(using, steps=tuple(dataclasses.replace(s, zero_init=False) for s in using.steps))
+    reference = observe(wide, inputs, watched_paths(wide, plain))
+    converted, undo = apply(wide, plain, keep_undo=True)
+    return compare(converted, plain, inputs, reference, {n.paths[0]: n.module for n in undo.norms})
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_double(v) for v in value)
+    return {k: _double(v) for k, v in value.items()} if isinstance(value, dict) else value

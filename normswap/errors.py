@@ -1,0 +1,61 @@
+"""Every error that is the caller's to mend.
+
+Each message says where (the layer path or the file), what was found, what was expected, and the next thing to
+try. The command line prints exactly these messages and exits with 1; anything else is a bug in normswap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class NormswapError(Exception):
+    """Base of all errors that the caller can mend.
+
+    `message` is one clear sentence; `hint`, when present, is the argument or command that fixes it.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        self.message = message
+        self.hint = hint
+        super().__init__(message if hint is None else f"{message}\n{hint}")
+
+
+class OptionError(NormswapError):
+    """An option, or a combination of options, that makes no sense."""
+
+
+class SourceError(NormswapError):
+    """A model source that cannot be found or built."""
+
+
+class WeightsError(NormswapError):
+    """Weights that cannot be read, or do not fit the model."""
+
+
+class CheckpointError(NormswapError):
+    """A normswap file that is missing, damaged, edited, or of a newer version."""
+
+
+class OutputError(NormswapError):
+    """A result that cannot be written where it was asked for."""
+
+
+class DataError(NormswapError):
+    """Images, labels or example inputs that cannot be used."""
+
+
+class SelfCheckError(NormswapError):
+    """The surgery changed what the network computes; nothing was kept."""
+
+
+class RevertError(NormswapError):
+    """The original network cannot be restored exactly."""
+
+
+class PlanError(NormswapError):
+    """Layers that cannot be converted as asked; `problems` holds one line each, all of them at once."""
+
+    def __init__(self, summary: str, problems: Sequence[str], *, hint: str | None = None) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join([summary, *(f"  {problem}" for problem in problems)]), hint=hint)

@@ -1,0 +1,85 @@
+"""BatchNorm1d/2d/3d (`bn`) and SyncBatchNorm (`sync`).
+
+Ioffe and Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+Shift"; modules of torch.nn, and timm's fused BatchNormAct2d and SyncBatchNormAct.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..registry import register
+from ..spec import NormSpec, NormState, Options
+from ._common import as_parameter, read_statistics_norm, require_dims
+
+BY_DIMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_DIMS = {cls: dims for dims, cls in BY_DIMS.items()}
+
+
+def _read(module: nn.Module) -> NormState:
+    dims = next((_DIMS[c] for c in type(module).__mro__ if c in _DIMS), None)
+    return read_statistics_norm(module, dims=dims)
+
+
+def build_with_statistics(cls: type[nn.Module], state: NormState, options: Options) -> nn.Module:
+    """An instance of a `torch.nn` batch norm class holding the state's own tensors, without allocating others."""
+    eps = state.eps if options.eps is None else options.eps
+    module = cls(state.channels, eps=eps, momentum=state.momentum, affine=False, track_running_stats=False)
+    if state.weight is not None:
+        module.affine = True
+        module._parameters["weight"] = as_parameter(state.weight)
+        module._parameters["bias"] = None if state.bias is None else as_parameter(state.bias)
+    if state.has_statistics:
+        module.track_running_stats = True
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            module._buffers[name] = getattr(state, name)
+        if module._buffers["num_batches_tracked"] is None:
+            module._buffers["num_batches_tracked"] = state.running_mean.new_zeros((), dtype=torch.long)
+    module.training = state.training
+    return module
+
+
+def _build_batch(state: NormState, options: Options) -> nn.Module:
+    return build_with_statistics(BY_DIMS[require_dims(state)], state, options)
+
+
+def _build_sync(state: NormState, options: Options) -> nn.Module:
+    module = build_with_statistics(nn.SyncBatchNorm, state, options)
+    module.process_group = state.process_group
+    return module
+
+
+register(
+    NormSpec(
+        name="bn",
+        title="BatchNorm",
+        formula="y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var over the batch; running ones in eval",
+        axes="N and positions, per channel",
+        source="Ioffe and Szegedy 2015; torch.nn.BatchNorm1d/2d/3d",
+        read=_read,
+        build=_build_batch,
+        classes=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+        class_names=("timm.layers.norm_act.BatchNormAct2d",),
+        batch_type=True,
+        needs_statistics=True,
+        needs_dims=True,
+        exact_from=("bn", "sync", "frozen", "renorm"),
+    )
+)
+register(
+    NormSpec(
+        name="sync",
+        title="SyncBatchNorm",
+        formula="as bn, mean and var over the batches of all processes",
+        axes="N of all processes and positions, per channel",
+        source="torch.nn.SyncBatchNorm",
+        read=_read,
+        build=_build_sync,
+        classes=(nn.SyncBatchNorm,),
+        class_names=("timm.layers.norm_act.SyncBatchNormAct",),
+        batch_type=True,
+        needs_statistics=True,
+        exact_from=("bn", "sync", "frozen", "renorm"),
+    )
+)

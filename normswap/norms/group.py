@@ -1,0 +1,106 @@
+"""GroupNorm (`gn`). Wu and He 2018, "Group Normalization"; torch.nn.GroupNorm and timm's GroupNorm, GroupNormAct."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..errors import OptionError
+from ..registry import register
+from ..spec import Misfit, NormSpec, NormState, Options, Request
+from ._common import read_tail, with_affine
+
+AUTO_CHANNELS_PER_GROUP = 16  # Wu and He 2018, table 3: 16 channels a group is their best fixed choice
+
+
+@dataclass(frozen=True)
+class GroupOptions(Options):
+    """num_groups: groups of the layer; divides its channels."""
+
+    num_groups: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.num_groups, int) or self.num_groups < 1:
+            raise OptionError(f"num_groups must be a positive integer, got {self.num_groups!r}")
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, ascending."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def fit_groups(state: NormState, request: Request) -> GroupOptions:
+    """Choose `num_groups` for one layer. Raises Misfit, naming the allowed numbers, when the request does not fit."""
+    channels, nearest = state.channels, request.indivisible == "nearest"
+    allowed = divisors(channels)
+    if request.channels_per_group is not None:
+        size = request.channels_per_group
+        if size > channels and not nearest:
+            raise Misfit(f"{channels} channels are fewer than {size} per group; {_allowed(allowed, 'per group')}", divisibility=True)
+        if channels % size and not nearest:
+            raise Misfit(f"{channels} channels do not divide by {size} per group; {_allowed(allowed, 'per group')}", divisibility=True)
+        groups = channels // max(d for d in allowed if d <= size)
+    elif request.groups in (None, "auto"):
+        groups = min(allowed, key=lambda d: (abs(math.log(channels / d / AUTO_CHANNELS_PER_GROUP)), d))
+    else:
+        wanted = int(request.groups)
+        if channels % wanted and not nearest:
+            more = "are fewer than" if wanted > channels else "do not divide into"
+            raise Misfit(f"{channels} channels {more} {wanted} groups; {_allowed(allowed, 'groups')}", divisibility=True)
+        groups = max(d for d in allowed if d <= wanted)
+    return GroupOptions(eps=request.eps, num_groups=groups)
+
+
+def _allowed(numbers: list[int], what: str) -> str:
+    return f"allowed {what}: {', '.join(map(str, numbers))}"
+
+
+def _read(module: nn.Module) -> NormState:
+    return NormState(
+        channels=module.num_channels,
+        eps=module.eps,
+        weight=module.weight,
+        bias=module.bias,
+        num_groups=module.num_groups,
+        training=module.training,
+        tail=read_tail(module),
+    )
+
+
+def build_group_norm(state: NormState, num_groups: int, eps: float) -> nn.GroupNorm:
+    """A plain `nn.GroupNorm` with the state's gamma and beta."""
+    module = nn.GroupNorm(num_groups, state.channels, eps=eps, affine=False)
+    module.affine = state.affine
+    with_affine(module, state)
+    return module
+
+
+def _build(state: NormState, options: GroupOptions) -> nn.Module:
+    return build_group_norm(state, options.num_groups, 1e-5 if options.eps is None else options.eps)
+
+
+register(
+    NormSpec(
+        name="gn",
+        title="GroupNorm",
+        formula="y = (x - mean_g) / sqrt(var_g + eps) * weight + bias, mean_g and var_g of the channel's group",
+        axes="positions and the channels of a group, per sample",
+        source="Wu and He 2018; torch.nn.GroupNorm",
+        read=_read,
+        build=_build,
+        options=GroupOptions,
+        fit=fit_groups,
+        classes=(nn.GroupNorm,),
+        class_names=tuple(
+            f"timm.layers.{n}"
+            for n in ("norm.GroupNorm", "norm.GroupNorm1", "norm_act.GroupNormAct", "norm_act.GroupNorm1Act")
+        ),
+        per_sample=True,
+        exact_from=("gn", "in"),
+        elements=lambda channels, positions, options: channels // options.num_groups * positions,
+    )
+)

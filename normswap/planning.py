@@ -1,0 +1,369 @@
+"""Plan a conversion: which layer becomes what, how its statistics are carried over. Pure data, JSON round-trip.
+
+A plan names every layer it changes and every one it keeps. Layers that do not fit are errors, all of them at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .errors import CheckpointError, OptionError, PlanError
+from .inventory import Inventory, Layer, inspect
+from .registry import get, targets
+from .spec import Misfit, NormSpec, Options, Request
+from .surgery import matches
+
+TRANSFERS = ("fold", "copy", "reset")
+Rules = Mapping[str, str] | Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`pattern` (shell wildcards over paths, or a module and all below it) -> a norm's name, or `keep`."""
+
+    pattern: str
+    target: str
+
+    def __post_init__(self) -> None:
+        if not self.pattern:
+            raise OptionError("a rule needs a pattern, such as 'layer4.*=frozen'")
+        if self.target != "keep":
+            get(self.target)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer's change.
+
+    transfer: `fold` (statistics into `producers`), `prescale` (statistics as two fixed vectors before the norm),
+    `fuse` (statistics, gamma and beta into `producers`), `affine` (what remains of a fused norm as one per-channel
+    map), `exact` (the new norm computes the same in eval), `copy` (gamma and beta only) or `reset`.
+    """
+
+    path: str
+    aliases: tuple[str, ...]
+    source: str
+    source_class: str
+    channels: int
+    target: str
+    options: Options
+    transfer: str
+    producers: tuple[str, ...] = ()
+    dims: int | None = None
+    zero_init: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A norm layer that stays, and why."""
+
+    path: str
+    norm: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in traversal order, and what is kept. `transfer` is what was asked; each step says what it gets."""
+
+    steps: tuple[Step, ...]
+    kept: tuple[Kept, ...] = ()
+    transfer: str = "fold"
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{s.path or '(root)'}: {s.source} -> {describe(s)} ({s.transfer})" for s in self.steps]
+        return "\n".join([*lines, *(f"{k.path or '(root)'}: keeps {k.norm} ({k.reason})" for k in self.kept)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """The plan as a JSON text that `Plan.from_json` reads back to an equal plan."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_dict`. Raises CheckpointError for anything else."""
+        try:
+            steps = tuple(
+                Step(
+                    **{
+                        **step,
+                        "aliases": tuple(step["aliases"]),
+                        "producers": tuple(step["producers"]),
+                        "options": get(step["target"]).options(**step["options"]),
+                    }
+                )
+                for step in values["steps"]
+            )
+            kept = tuple(Kept(**k) for k in values["kept"])
+            return cls(steps, kept, values["transfer"], values["meta"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"this is not a normswap plan: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The inverse of `to_json`. Raises CheckpointError for anything else."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise CheckpointError(f"this is not a normswap plan: {error}") from error
+        return cls.from_dict(values)
+
+
+def describe(step: Step) -> str:
+    """A step's target with its options, as `gn(num_groups=32)`."""
+    options = {k: v for k, v in asdict(step.options).items() if v is not None}
+    return step.target + (f"({', '.join(f'{k}={v}' for k, v in options.items())})" if options else "")
+
+
+def plan(
+    model: nn.Module,
+    to: str | None = None,
+    *,
+    groups: int | str | None = None,
+    channels_per_group: int | None = None,
+    indivisible: str = "error",
+    transfer: str = "fold",
+    eps: float | None = None,
+    rules: Rules | None = None,
+    sources: Collection[str] | None = None,
+    example_inputs: Any = None,
+    zero_init_residual: bool = False,
+    missing_statistics: str = "error",
+) -> Plan:
+    """Plan how to replace the norm layers of `model`. Changes nothing.
+
+    to: the target of every layer no rule matches. rules: ordered `pattern -> norm or "keep"`, the first match wins.
+    groups: number of groups for `gn`, or "auto" (default), which aims at 16 channels a group; channels_per_group
+    excludes it. indivisible: "error", or "nearest" for the largest divisor that does not exceed what was asked.
+    transfer: "fold" carries the running statistics over, "copy" only gamma and beta, "reset" nothing.
+    eps: of the new norms; under "fold", gamma is scaled by sqrt(1 + eps) so that a channel of unit variance passes
+    unchanged. sources: names of the norm types to convert; by default those with batch statistics, or, in a network
+    without any, every channels-first norm. zero_init_residual: gamma 0 in the last norm of each residual branch.
+    missing_statistics: "error", or "later" when `calibrate` will estimate what a BN target needs.
+
+    Raises OptionError for options that make no sense, PlanError listing every layer that cannot be converted.
+    """
+    request = Request(groups, channels_per_group, indivisible, eps)
+    ordered = _rules_of(to, rules)
+    names = {rule.target for rule in ordered} - {"keep"}
+    _check_options(request, names, transfer, missing_statistics, sources)
+    needs_feeds = zero_init_residual or bool(names & {"in", "fused", "bn"})
+    needs_feeds |= transfer == "fold" and any(get(name).per_sample for name in names)
+    inventory = inspect(model, example_inputs, feeds=needs_feeds)
+    if not needs_feeds and "gn" in names and _may_be_degenerate(inventory, request):
+        inventory = inspect(model, example_inputs)
+    if not inventory.layers and not inventory.suspects:
+        raise PlanError(f"{type(model).__name__} has no norm layer", [])
+    planner = _Planner(inventory, ordered, request, transfer, zero_init_residual, missing_statistics)
+    return planner.run(_selected(inventory, sources))
+
+
+def _rules_of(to: str | None, rules: Rules | None) -> list[Rule]:
+    pairs = list(rules.items()) if isinstance(rules, Mapping) else list(rules or ())
+    try:
+        ordered = [Rule(pattern, target) for pattern, target in pairs]
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"rules must be pattern -> norm, got {rules!r}") from error
+    if to is not None:
+        get(to)
+        ordered.append(Rule("*", to))
+    if not ordered:
+        raise OptionError(f"nothing to convert to: give `to` or `rules`; norms: {', '.join(targets())}")
+    return ordered
+
+
+def _check_options(
+    request: Request, names: set[str], transfer: str, missing: str, sources: Collection[str] | None
+) -> None:
+    if transfer not in TRANSFERS:
+        raise OptionError(f"transfer must be one of {', '.join(TRANSFERS)}, got {transfer!r}")
+    if missing not in ("error", "later"):
+        raise OptionError(f"missing_statistics must be 'error' or 'later', got {missing!r}")
+    if (request.groups is not None or request.channels_per_group is not None) and "gn" not in names:
+        raise OptionError(f"groups apply to gn only, not to {', '.join(sorted(names)) or 'keep'}")
+    if transfer != "fold" and "fused" in names:
+        raise OptionError(f"fused carries everything over; transfer={transfer!r} does not go with it")
+    for name in sources or ():
+        if name not in targets():
+            raise OptionError(f"unknown norm {name!r} in sources; known: {', '.join(targets())}")
+
+
+def _may_be_degenerate(inventory: Inventory, request: Request) -> bool:
+    """Whether some group might hold a single channel, so that it matters how many positions the layer sees."""
+    counts = {x.state.channels for x in inventory.layers}
+    return request.channels_per_group == 1 or any(isinstance(request.groups, int) and request.groups >= c for c in counts)
+
+
+def _selected(inventory: Inventory, sources: Collection[str] | None) -> set[str]:
+    """Paths of the layers that rules apply to."""
+    if sources is not None:
+        return {x.path for x in inventory.layers if x.spec.name in sources}
+    batch = {x.path for x in inventory.layers if x.spec.batch_type}
+    if batch or inventory.suspects:
+        return batch
+    return {x.path for x in inventory.layers if x.state.channel_dim == 1}
+
+
+@dataclass
+class _Planner:
+    inventory: Inventory
+    rules: list[Rule]
+    request: Request
+    transfer: str
+    zero_init: bool
+    missing_statistics: str
+    problems: list[str] = field(default_factory=list)
+    used: set[Rule] = field(default_factory=set)
+    indivisible: bool = False
+    degenerate: bool = False
+    no_statistics: bool = False
+
+    def run(self, selected: set[str]) -> Plan:
+        steps: list[Step] = []
+        kept: list[Kept] = []
+        for layer in self.inventory.layers:
+            rule = self._rule_for(layer.path, layer.aliases) if layer.path in selected else None
+            if rule is None or rule.target == "keep":
+                why = "not among the norms to convert" if layer.path not in selected else "rule" if rule else "no rule"
+                kept.append(Kept(layer.path, layer.spec.name, why))
+            else:
+                try:
+                    steps.append(self._step(layer, get(rule.target)))
+                except Misfit as misfit:
+                    self.indivisible |= misfit.divisibility
+                    self.problems.append(f"{_name(layer.path)} ({layer.class_name}): {misfit}")
+        for suspect in self.inventory.suspects:
+            rule = self._rule_for(suspect.path, ())
+            if rule is not None and rule.target == "keep":
+                kept.append(Kept(suspect.path, suspect.class_name, "rule"))
+            else:
+                self.problems.append(f"{_name(suspect.path)} ({suspect.class_name}): {suspect.reason}")
+        self._raise_problems(selected)
+        return Plan(tuple(steps), tuple(kept), self.transfer)
+
+    def _rule_for(self, path: str, other_names: Sequence[str]) -> Rule | None:
+        for rule in self.rules:
+            if any(matches(rule.pattern, name) for name in (path, *other_names)):
+                self.used.add(rule)
+                return rule
+        return None
+
+    def _step(self, layer: Layer, target: NormSpec) -> Step:
+        state, feed = layer.state, layer.feed
+        self._check_shape(layer, target)
+        options = target.fit(state, self.request)
+        if target.per_sample and options.eps is None and not state.has_statistics and layer.spec.per_sample:
+            options = type(options)(**{**asdict(options), "eps": state.eps})  # so that gn(1) = ln stays exact
+        if target.elements is not None and feed.positions is not None:
+            count = target.elements(state.channels, feed.positions, options)
+            if count < 2:
+                self.degenerate = True
+                raise Misfit("each group would be a single value, which erases the data")
+        transfer, producers, note = self._transfer(layer, target, options)
+        return Step(
+            layer.path,
+            layer.aliases,
+            layer.spec.name,
+            layer.class_name,
+            state.channels,
+            target.name,
+            options,
+            transfer,
+            producers,
+            state.dims or feed.dims,
+            self.zero_init and feed.last_of_branch,
+            note,
+        )
+
+    def _check_shape(self, layer: Layer, target: NormSpec) -> None:
+        state, feed = layer.state, layer.feed
+        if state.channels < 1:
+            raise Misfit("it normalizes over several dimensions with one weight per element; no per-channel norm can")
+        if state.channel_dim != 1 and feed.kind != "linear":
+            raise Misfit("its channels are the last dimension, the new norm's the second")
+        if target.needs_dims and state.dims is None and feed.dims is None:
+            raise Misfit(f"whether {target.title} must be 1d, 2d or 3d is not known; give example inputs")
+
+    def _transfer(self, layer: Layer, target: NormSpec, options: Options) -> tuple[str, tuple[str, ...], str]:
+        state, feed = layer.state, layer.feed
+        if self.transfer == "reset":
+            return "reset", (), ""
+        if target.needs_statistics:
+            if not state.has_statistics:
+                if self.missing_statistics == "later" and target.name not in ("frozen", "fused"):
+                    return "copy", (), "statistics to be estimated by calibrate"
+                self.no_statistics = True
+                raise Misfit(f"{target.name} needs running statistics, which {layer.spec.name} does not have")
+            if target.name == "fused":
+                return ("fuse", feed.producers, "") if feed.foldable else ("affine", (), feed.reason)
+            return "exact", (), ""
+        if not state.has_statistics:
+            same = layer.spec.per_sample and _same_groups(layer, target, options)
+            return ("exact" if same else "copy"), (), "" if same else "no running statistics to carry over"
+        if self.transfer == "copy":
+            return "copy", (), ""
+        return ("fold", feed.producers, "") if feed.foldable else ("prescale", (), feed.reason)
+
+    def _raise_problems(self, selected: set[str]) -> None:
+        unused = [r for r in self.rules if r not in self.used and not (r.pattern == "*" and not selected)]
+        covered = [r for r in unused if not self._would_match(r, selected)]
+        if covered:
+            patterns = ", ".join(repr(r.pattern) for r in covered)
+            raise OptionError(
+                f"rule matches no layer to convert: {patterns}",
+                hint="`normswap inspect` lists the paths; sources=/--from selects norms other than batch norms.",
+            )
+        if self.problems:
+            raise _problem_error(self, selected)
+        if not selected:
+            raise PlanError("no layer to convert", [f"{_name(x.path)}: {x.spec.name}" for x in self.inventory.layers])
+
+    def _would_match(self, rule: Rule, selected: set[str]) -> bool:
+        """Whether an unused rule names real layers that an earlier rule took already."""
+        names = [n for x in self.inventory.layers if x.path in selected for n in (x.path, *x.aliases)]
+        names += [s.path for s in self.inventory.suspects]
+        return any(matches(rule.pattern, name) for name in names)
+
+
+def _same_groups(layer: Layer, target: NormSpec, options: Options) -> bool:
+    """Whether a norm without running statistics and its target normalize over the same values."""
+    channels = layer.state.channels
+    if "ln-channel" in (layer.spec.name, target.name):
+        return layer.spec.name == target.name
+    groups = {"in": channels, "ln": 1}
+    source = groups.get(layer.spec.name, layer.state.num_groups)
+    return source == groups.get(target.name, getattr(options, "num_groups", None))
+
+
+def _name(path: str) -> str:
+    return path or "(root)"
+
+
+def _problem_error(planner: _Planner, selected: set[str]) -> PlanError:
+    total = len(planner.problems)
+    summary = f"{total} layer{'s' * (total != 1)} cannot be converted as asked:"
+    hints = []
+    if planner.indivisible:
+        hints.append('indivisible="nearest" takes the largest divisor below what you asked for.')
+        channels = [x.state.channels for x in planner.inventory.layers if x.path in selected]
+        size = next((s for s in (16, 8, 4) if all(c % s == 0 for c in channels)), None)
+        hints += [f"channels_per_group={size} fits every layer."] if size else ['groups="auto" fits every layer.']
+    if planner.degenerate:
+        hints.append('A rule keeps such a layer or gives it another norm: rules={"PATH": "frozen"}, or fewer groups.')
+    if planner.no_statistics:
+        hints.append("calibrate estimates them from images: `normswap convert ... --calibrate DIR`.")
+    if planner.inventory.suspects:
+        hints.append('To leave a layer as it is: rules={"PATH": "keep"}.')
+    error = PlanError(summary, planner.problems, hint="\n".join(hints) or None)
+    error.indivisible = planner.indivisible
+    return error

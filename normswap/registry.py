@@ -1,0 +1,90 @@
+"""The norm types normswap knows: register one, find one by name or by a module."""
+
+from __future__ import annotations
+
+import difflib
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .errors import OptionError
+from .spec import NormSpec
+
+_BY_NAME: dict[str, NormSpec] = {}
+_BY_CLASS: dict[type, NormSpec] = {}
+_BY_CLASS_NAME: dict[str, NormSpec] = {}
+
+
+def register(spec: NormSpec) -> NormSpec:
+    """Make a norm type known under its name and its module classes. Raises ValueError when one is taken."""
+    if spec.name in _BY_NAME:
+        raise ValueError(f"a norm named {spec.name!r} is already registered")
+    taken = [c for c in spec.classes if c in _BY_CLASS] + [n for n in spec.class_names if n in _BY_CLASS_NAME]
+    if taken:
+        raise ValueError(f"{taken[0]} is already registered")
+    _BY_NAME[spec.name] = spec
+    _BY_CLASS.update(dict.fromkeys(spec.classes, spec))
+    _BY_CLASS_NAME.update(dict.fromkeys(spec.class_names, spec))
+    return spec
+
+
+def specs() -> tuple[NormSpec, ...]:
+    """Every registered norm type, in order of registration."""
+    return tuple(_BY_NAME.values())
+
+
+def targets() -> tuple[str, ...]:
+    """Names that `to=` and rules accept."""
+    return tuple(spec.name for spec in _BY_NAME.values() if spec.build is not None)
+
+
+def get(name: str) -> NormSpec:
+    """The norm type of that name. Raises OptionError, with near matches, for an unknown one."""
+    spec = _BY_NAME.get(name)
+    if spec is None or spec.build is None:
+        near = difflib.get_close_matches(name, targets(), n=1, cutoff=0.5)
+        raise OptionError(
+            f"unknown norm {name!r}; known: {', '.join(targets())}",
+            hint=f"Did you mean {near[0]!r}?" if near else None,
+        )
+    return spec
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The module's class; for a parametrized module, the class it had before."""
+    cls = type(module)
+    return cls.__mro__[1] if parametrize.is_parametrized(module) else cls
+
+
+def identify(module: nn.Module) -> NormSpec | None:
+    """The norm type of a module, or None if it is not a norm that normswap knows.
+
+    A subclass counts as its base only if it inherits `forward` unchanged: then it computes the same.
+    """
+    cls = class_of(module)
+    for candidate in cls.__mro__:
+        if candidate.forward is not cls.forward if hasattr(candidate, "forward") else True:
+            break
+        spec = _BY_CLASS.get(candidate) or _BY_CLASS_NAME.get(f"{candidate.__module__}.{candidate.__qualname__}")
+        if spec is not None:
+            return spec
+    if _has_statistics_buffers(module):
+        for spec in _BY_NAME.values():
+            if spec.matches is not None and spec.matches(module):
+                return spec
+    return None
+
+
+def why_suspicious(module: nn.Module) -> str | None:
+    """Why a module that `identify` does not know looks like a norm with batch statistics; None if it does not."""
+    if identify(module) is not None:
+        return None
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return f"{class_of(module).__name__} overrides the forward of a norm class that normswap knows"
+    if _has_statistics_buffers(module):
+        return f"{class_of(module).__name__} has running statistics, but normswap does not know its formula"
+    return None
+
+
+def _has_statistics_buffers(module: nn.Module) -> bool:
+    return "running_var" in module._buffers

@@ -1,0 +1,236 @@
+"""Carry what a BN has learned into its replacement: fold, prescale, fuse, copy or reset one layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .errors import PlanError
+from .modules import ChannelAffine, NormSequence
+from .norms._common import TAIL
+from .norms.fused import scale_and_shift
+from .planning import Plan, Step
+from .registry import get, identify
+from .spec import NormState
+from .surgery import adopt, device_and_dtype, replace
+from .surgery import get as module_at
+from .undo import TENSORS, LayerUndo, NormUndo, Undo, by_output_channel, folded_bias, pack, scaled, wide
+
+# Attributes that norm classes set on themselves; everything else on a norm was put there by its user.
+_OWN_ATTRIBUTES = frozenset(
+    "num_features eps momentum affine track_running_stats num_groups num_channels normalized_shape elementwise_affine "
+    "process_group r_max d_max warmup_steps _fast_norm training parametrizations".split()
+)
+_SPEC_TENSORS = frozenset((*TENSORS, "scale", "shift", "renorm_steps"))
+
+
+def standardization(state: NormState) -> tuple[Tensor, Tensor]:
+    """`scale = 1 / sqrt(var + eps)` and `shift = -mean * scale`, each `(C,)`, in at least float32."""
+    scale = torch.rsqrt(wide(state.running_var) + state.eps)
+    return scale, -wide(state.running_mean) * scale
+
+
+def check_statistics(model: nn.Module, plan: Plan) -> None:
+    """Raise PlanError, naming every layer, where running statistics are negative or not finite."""
+    problems = []
+    steps = [s for s in plan.steps if s.transfer in ("fold", "prescale", "fuse", "affine", "exact")]
+    states = [(s, read(model, s)) for s in steps]
+    states = [(s, x) for s, x in states if x.has_statistics and not x.running_var.is_meta]
+    if not states or bool(_sound(torch.cat([wide(t).view(-1) for _, x in states for t in (x.running_var,)]))
+                          & torch.isfinite(torch.cat([wide(x.running_mean).view(-1) for _, x in states])).all()):  # fmt: skip
+        return
+    for step, state in states:
+        if not bool(torch.isfinite(state.running_mean).all() & torch.isfinite(state.running_var).all()):
+            problems.append(f"{step.path}: running statistics hold NaN or Inf")
+        elif bool((state.running_var < 0).any()):
+            problems.append(f"{step.path}: running_var is negative ({float(state.running_var.min()):.3g})")
+        elif bool((state.running_var + state.eps <= 0).any()):
+            problems.append(f"{step.path}: running_var + eps is 0 in some channel")
+    if problems:
+        raise PlanError(
+            f"{len(problems)} layers have running statistics that no network can have:",
+            problems,
+            hint='The weights are damaged. transfer="copy" leaves the statistics out; a rule "keep" leaves a layer.',
+        )
+
+
+def _sound(var: Tensor) -> Tensor:
+    return torch.isfinite(var).all() & (var > 0).all()
+
+
+def read(model: nn.Module, step: Step) -> NormState:
+    """The state of a step's norm as it is in `model` now."""
+    module = module_at(model, step.path)
+    spec = identify(module)
+    if spec is None:
+        raise PlanError("the plan does not fit this model:", [f"{step.path} is {type(module).__name__}, no norm"])
+    return spec.read(module)
+
+
+@torch.no_grad()
+def apply(model: nn.Module, plan: Plan, *, keep_undo: bool, structure_only: bool = False) -> tuple[nn.Module, Undo]:
+    """Carry out a plan in place. Returns the root (new if the root itself is a norm) and what undoes it.
+
+    structure_only replaces the modules and adds the biases, without moving any values: for loading a state dict of
+    the converted network into it afterwards.
+    """
+    undo = Undo(complete=keep_undo or structure_only)
+    for step in plan.steps:
+        old = module_at(model, step.path)
+        state = read(model, step)
+        kept = NormUndo((step.path, *step.aliases), old, _snapshot(old)) if keep_undo else None
+        if structure_only:
+            _add_biases(model, step)
+        elif step.transfer in ("fold", "fuse"):
+            scale, shift = standardization(state) if step.transfer == "fold" else scale_and_shift(state)
+            for producer in step.producers:
+                record = scale_layer(module_at(model, producer), producer, scale, shift, keep_undo=keep_undo)
+                if record is not None:
+                    undo.layers.append(record)
+        new = _replacement(model, step, old, state)
+        model = replace(model, (step.path, *step.aliases), new)
+        if kept is not None:
+            kept.given = _given(inner_norm(new), kept.tensors)
+            undo.norms.append(kept)
+    return model, undo
+
+
+def _snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name in TENSORS if (t := getattr(module, name, None)) is not None}
+
+
+def _given(norm: nn.Module, original: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the new norm holds; a tensor equal to the original's shares its copy."""
+    now = {name: t.detach() for name in TENSORS if isinstance(t := getattr(norm, name, None), Tensor)}
+    return {n: original[n] if n in original and torch.equal(original[n], t) else t.clone() for n, t in now.items()}
+
+
+def scale_layer(layer: nn.Module, path: str, scale: Tensor, shift: Tensor, *, keep_undo: bool) -> LayerUndo | None:
+    """Multiply the layer's output by `scale` and add `shift`, `(C,)` each, by changing its weight and bias in place."""
+    factor = by_output_channel(layer, scale)
+    weight, bias = layer.weight, layer.bias
+    record = None
+    if keep_undo and not weight.is_meta:
+        folded = scaled(weight, factor)
+        old_bias = None if bias is None else bias.detach().clone()
+        record = LayerUndo(path, scale, shift, old_bias, pack(weight.detach(), folded, factor))
+        if record.correction is None:
+            record.weight = weight.detach().clone()
+        weight.data.copy_(folded)
+    elif weight.dtype == scale.dtype:
+        weight.data.mul_(factor)
+    else:
+        weight.data.copy_(scaled(weight, factor))
+    new_bias = folded_bias(bias, scale, shift, weight.dtype)
+    if bias is None:
+        layer._parameters["bias"] = nn.Parameter(new_bias, requires_grad=weight.requires_grad)
+    else:
+        bias.data.copy_(new_bias)
+    return record
+
+
+def _add_biases(model: nn.Module, step: Step) -> None:
+    for producer in step.producers:
+        layer = module_at(model, producer)
+        if layer.bias is None:
+            empty = layer.weight.new_empty(step.channels)
+            layer._parameters["bias"] = nn.Parameter(empty, requires_grad=layer.weight.requires_grad)
+
+
+def _replacement(model: nn.Module, step: Step, old: nn.Module, state: NormState) -> nn.Module:
+    """The module that takes the norm's place, with its tail, hooks and attributes."""
+    state = dataclasses.replace(state, dims=state.dims or step.dims)
+    if step.transfer == "reset":
+        state = _reset(state)
+    if step.target in ("bn", "sync", "renorm") and not state.has_statistics:
+        state = _with_fresh_statistics(model, state)
+    standardize = None
+    if step.transfer == "prescale":
+        scale, shift = standardization(state)
+        dtype = state.running_var.dtype
+        standardize = ChannelAffine(scale.to(dtype), shift.to(dtype))
+        standardize.training = state.training
+    if step.transfer == "fuse":
+        norm: nn.Module = nn.Identity()
+        norm.training = state.training
+    else:
+        norm = get(step.target).build(state, step.options)
+        _keep_parametrizations(old, norm)
+    if step.transfer in ("fold", "prescale") and step.options.eps is not None:
+        _scale_gamma(norm, state, math.sqrt(1 + step.options.eps))
+    if step.zero_init and getattr(norm, "weight", None) is not None:
+        norm.weight.data.zero_()
+    new = norm
+    if standardize is not None or state.tail:
+        new = NormSequence(norm, standardize=standardize, tail=state.tail)
+    adopt(new, old, known=_OWN_ATTRIBUTES)
+    _adopt_registered(new, old)
+    return new
+
+
+def inner_norm(module: nn.Module) -> nn.Module:
+    """The norm inside what `apply` put at a path."""
+    return module.norm if isinstance(module, NormSequence) else module
+
+
+def _scale_gamma(norm: nn.Module, state: NormState, factor: float) -> None:
+    if parametrize.is_parametrized(norm, "weight"):
+        raise PlanError("eps cannot be applied:", ["its gamma is parametrized, so it cannot be scaled"])
+    if norm.weight is None:
+        like = state.running_var
+        norm._parameters["weight"] = nn.Parameter(torch.full_like(like, factor), requires_grad=False)
+        norm.affine = True
+    else:
+        norm.weight.data.mul_(factor)
+
+
+def _reset(state: NormState) -> NormState:
+    def fresh(tensor: Tensor | None, value: float) -> nn.Parameter | None:
+        if tensor is None:
+            return None
+        filled = torch.full_like(tensor, value).detach()
+        return nn.Parameter(filled, requires_grad=tensor.requires_grad or not isinstance(tensor, nn.Parameter))
+
+    return dataclasses.replace(
+        state,
+        weight=fresh(state.weight, 1.0),
+        bias=fresh(state.bias, 0.0),
+        running_mean=None,
+        running_var=None,
+        num_batches_tracked=None,
+    )
+
+
+def _with_fresh_statistics(model: nn.Module, state: NormState) -> NormState:
+    device, dtype = (state.weight.device, state.weight.dtype) if state.affine else device_and_dtype(model)
+    zeros = torch.zeros(state.channels, device=device, dtype=dtype)
+    count = torch.zeros((), dtype=torch.long, device=device)
+    return dataclasses.replace(
+        state, running_mean=zeros, running_var=torch.ones_like(zeros), num_batches_tracked=count
+    )
+
+
+def _keep_parametrizations(old: nn.Module, norm: nn.Module) -> None:
+    """Register the old gamma's and beta's parametrizations (`torch.nn.utils.parametrize`) on the new ones."""
+    if not parametrize.is_parametrized(old):
+        return
+    for name, chain in old.parametrizations.items():
+        if isinstance(norm._parameters.get(name), nn.Parameter):
+            for parametrization in chain:
+                parametrize.register_parametrization(norm, name, parametrization, unsafe=True)
+            for held in ("original", "original0", "original1"):
+                if hasattr(chain, held):
+                    setattr(norm.parametrizations[name], held, getattr(chain, held))
+
+
+def _adopt_registered(new: nn.Module, old: nn.Module) -> None:
+    """Parameters, buffers and children that the user registered on the old norm."""
+    for table in ("_parameters", "_buffers", "_modules"):
+        mine, theirs = new.__dict__[table], old.__dict__[table]
+        for name, value in theirs.items():
+            if name not in mine and name not in _SPEC_TENSORS and name not in (*TAIL, "parametrizations"):
+                mine[name] = value

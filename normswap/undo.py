@@ -1,0 +1,208 @@
+"""What a conversion keeps so that it can be undone bit for bit, and undoing it.
+
+A folded weight `W' = round(W * s)` does not determine `W`: `round(W' / s)` may be one unit in the last place off. Two
+bits per weight say which way, so an exact undo costs a sixteenth of the folded float32 weights instead of a copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .errors import RevertError
+from .surgery import aliases, replace
+
+_INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass
+class NormUndo:
+    """The original norm module of a step, with copies of its tensors (the new norm shares its parameters).
+
+    given: what the new norm's tensors were right after the conversion, to tell whether they moved since.
+    """
+
+    paths: tuple[str, ...]
+    module: nn.Module
+    tensors: dict[str, Tensor]
+    given: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class LayerUndo:
+    """How to get the weight and bias of a folded layer back.
+
+    scale, shift: what was applied per output channel, `(C,)`. correction: packed two-bit corrections (uint8), or
+    None where `weight` holds the original whole (when rounding went further than one unit). bias: the original.
+    """
+
+    path: str
+    scale: Tensor
+    shift: Tensor
+    bias: Tensor | None
+    correction: Tensor | None = None
+    weight: Tensor | None = None
+
+
+@dataclass
+class Undo:
+    """Everything `revert` needs. `complete` is False when it was not asked for, or did not survive."""
+
+    norms: list[NormUndo] = field(default_factory=list)
+    layers: list[LayerUndo] = field(default_factory=list)
+    complete: bool = True
+
+
+def by_output_channel(layer: nn.Module, vector: Tensor) -> Tensor:
+    """View `(C,)` so that it broadcasts over the weight of a convolution, transposed convolution or linear layer."""
+    weight = layer.weight
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        # (in, out / groups, *k): input channels are ordered by group, and so are the output channels they make.
+        per_input = vector.view(layer.groups, 1, -1).expand(layer.groups, weight.shape[0] // layer.groups, -1)
+        return per_input.reshape(weight.shape[0], -1, *([1] * (weight.dim() - 2)))
+    return vector.view(-1, *([1] * (weight.dim() - 1)))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def scaled(weight: Tensor, factor: Tensor) -> Tensor:
+    """`weight * factor` rounded to the weight's dtype, computed in at least float32."""
+    return (wide(weight) * factor).to(weight.dtype)
+
+
+def _unscaled(weight: Tensor, factor: Tensor) -> Tensor:
+    return (wide(weight) / factor).to(weight.dtype)
+
+
+def pack(original: Tensor, folded: Tensor, factor: Tensor) -> Tensor | None:
+    """Two bits per element that `unpack` turns `folded` back into `original` with; None if two do not suffice."""
+    integer = _INTEGER[original.element_size()]
+    guess = _unscaled(folded, factor)
+    codes = original.contiguous().view(integer) - guess.contiguous().view(integer) + 1
+    low, high = torch.aminmax(codes)
+    if low < 0 or high > 2:
+        return None
+    codes = nn.functional.pad(codes.to(torch.uint8).view(-1), (0, -codes.numel() % 4)).view(-1, 4)
+    return codes[:, 0] | codes[:, 1] << 2 | codes[:, 2] << 4 | codes[:, 3] << 6
+
+
+def unpack(packed: Tensor, folded: Tensor, factor: Tensor) -> Tensor:
+    """The original weight that `pack` was given."""
+    integer = _INTEGER[folded.element_size()]
+    codes = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=1).view(-1)[: folded.numel()]
+    guess = _unscaled(folded, factor).contiguous().view(integer)
+    return (guess + (codes.view(folded.shape).to(integer) - 1)).view(folded.dtype)
+
+
+@torch.no_grad()
+def undo_layer(layer: nn.Module, record: LayerUndo) -> tuple[Tensor, Tensor | None] | None:
+    """The layer's original weight and bias; None when it was changed since it was folded.
+
+    Folding the recovered weight again must give the layer's present weight to the bit, which tells a trained layer
+    from an untouched one without having kept a checksum.
+    """
+    device = layer.weight.device
+    scale, shift = record.scale.to(device), record.shift.to(device)
+    bias = None if record.bias is None else record.bias.to(device)
+    factor = by_output_channel(layer, scale)
+    if record.weight is not None:
+        weight = record.weight.to(device)
+    elif record.correction is not None and _packed_size(layer.weight) == record.correction.numel():
+        weight = unpack(record.correction.to(device), layer.weight.detach(), factor)
+    else:
+        return None
+    again = folded_bias(bias, scale, shift, layer.weight.dtype)
+    if weight.dtype != layer.weight.dtype or not torch.equal(scaled(weight, factor), layer.weight):
+        return None
+    return (weight, bias) if torch.equal(again, layer.bias) else None
+
+
+def _packed_size(weight: Tensor) -> int:
+    return -(-weight.numel() // 4)
+
+
+def folded_bias(bias: Tensor | None, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """`b' = b * scale + shift`, `(C,)`, in the layer's dtype."""
+    return shift.to(dtype) if bias is None else (wide(bias) * scale + shift).to(dtype)
+
+
+def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
+    """Undo a conversion, in place: the network that `convert` was given, bit for bit. Returns its root.
+
+    strict=False accepts a network that was trained since: folded weights are then divided by what they were
+    multiplied with, and the original norms put back, which is not the original network any more.
+
+    Raises RevertError, before anything is changed, when the model was not converted, or exactness is lost.
+    """
+    record = getattr(model, "_normswap", None)
+    if record is None:
+        raise RevertError("this model was not made by normswap.convert or normswap.load; there is nothing to revert")
+    undo: Undo = record.undo
+    if not undo.complete:
+        raise RevertError(
+            "the conversion kept nothing to undo it with (undo=False or --no-undo)",
+            hint="Build the original network again from its source.",
+        )
+    modules = {name: module for module, names in aliases(model).items() for name in names}
+    originals = {layer.path: undo_layer(modules[layer.path], layer) for layer in undo.layers}
+    changed = [path for path, original in originals.items() if original is None]
+    if not record.calibrated:
+        changed += [n.paths[0] for n in undo.norms if _norm_changed(modules[n.paths[0]], n)]
+    if changed and strict:
+        raise RevertError(
+            f"{len(changed)} layers changed since the conversion (trained?), the first is {changed[0]}; "
+            "the original network cannot be restored bit for bit",
+            hint="strict=False (--approximate) undoes the swap with the weights as they are now; "
+            'convert(to="bn") keeps what a sync, frozen or renorm norm has learned.',
+        )
+    for layer in undo.layers:
+        _restore_layer(modules[layer.path], layer, originals[layer.path])
+    for norm in undo.norms:
+        _restore_tensors(norm, modules[norm.paths[0]])
+        model = replace(model, norm.paths, norm.module)
+    model.__dict__.pop("_normswap", None)
+    return model
+
+
+def _norm_changed(module: nn.Module, undo: NormUndo) -> bool:
+    """Whether gamma, beta or statistics are not what the conversion gave the new norm."""
+    module = getattr(module, "norm", module)
+    return any(
+        isinstance(now := getattr(module, name, None), Tensor)
+        and (now.shape != then.shape or not torch.equal(now.detach(), then.to(now)))
+        for name, then in undo.given.items()
+    )
+
+
+@torch.no_grad()
+def _restore_layer(layer: nn.Module, record: LayerUndo, original: tuple[Tensor, Tensor | None] | None) -> None:
+    if original is None:
+        scale, shift = record.scale.to(layer.weight.device), record.shift.to(layer.weight.device)
+        bias = None if record.bias is None else ((wide(layer.bias) - shift) / scale).to(layer.bias.dtype)
+        original = _unscaled(layer.weight, by_output_channel(layer, scale)), bias
+    weight, old_bias = original
+    layer.weight.data.copy_(weight)
+    if old_bias is None:
+        layer._parameters["bias"] = None
+    else:
+        layer.bias.data.copy_(old_bias)
+
+
+@torch.no_grad()
+def _restore_tensors(norm: NormUndo, now: nn.Module) -> None:
+    """Put the kept values back into the original module, on the device where the network is now."""
+    here = next((t.device for t in (*now.parameters(), *now.buffers())), None)
+    for name, tensor in norm.tensors.items():
+        value = tensor.clone() if here is None else tensor.to(here, copy=True)
+        if (parameter := norm.module._parameters.get(name)) is not None:
+            parameter.data = value
+        elif name in norm.module._buffers:
+            norm.module._buffers[name] = value
+    if hasattr(norm.module, "refresh"):
+        norm.module.refresh()
