@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .conversion import convert
-    from .errors import NormswapError
-    from .inventory import Inventory, inspect
-    from .planning import Plan, plan
-    from .undo import revert
+    from .checkpoint import load as load
+    from .checkpoint import save as save
+    from .conversion import convert as convert
+    from .errors import NormswapError as NormswapError
+    from .inventory import Inventory as Inventory
+    from .inventory import inspect as inspect
+    from .planning import Plan as Plan
+    from .planning import plan as plan
+    from .undo import revert as revert
 
 _HOME = {
     "Inventory": "inventory",
@@ -23,8 +27,10 @@ _HOME = {
     "Plan": "planning",
     "convert": "conversion",
     "inspect": "inventory",
+    "load": "checkpoint",
     "plan": "planning",
     "revert": "undo",
+    "save": "checkpoint",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -81,6 +81,8 @@ def apply(model: nn.Module, plan: Plan, *, keep_undo: bool, structure_only: bool
     undo = Undo(complete=keep_undo or structure_only)
     for step in plan.steps:
         old = module_at(model, step.path)
+        if structure_only:
+            _give_values(old)
         state = read(model, step)
         kept = NormUndo((step.path, *step.aliases), old, _snapshot(old)) if keep_undo else None
         if structure_only:
@@ -131,6 +133,13 @@ def scale_layer(layer: nn.Module, path: str, scale: Tensor, shift: Tensor, *, ke
     else:
         bias.data.copy_(new_bias)
     return record
+
+
+def _give_values(norm: nn.Module) -> None:
+    """Real zeros for a norm's parameters on the meta device; what is loaded later replaces them."""
+    for name, parameter in norm._parameters.items():
+        if parameter is not None and parameter.is_meta:
+            norm._parameters[name] = nn.Parameter(torch.zeros(parameter.shape), parameter.requires_grad)
 
 
 def _add_biases(model: nn.Module, step: Step) -> None:

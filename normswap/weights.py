@@ -1,0 +1,207 @@
+"""Read checkpoints that others wrote, and load them into a network.
+
+safetensors, `.pth`, `.pt`, `.th`; wrapped (`state_dict`, `model`, ...) and prefixed (`module.`, `_orig_mod.`) ones too.
+Files are memory-mapped, never unpickled beyond tensors unless the caller trusts them.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import WeightsError
+
+State = dict[str, Tensor]
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params", "weights",
+            "state_dict_ema", "model_ema", "ema")  # fmt: skip
+_SHOWN = 10
+
+
+def read_state(path: str | Path, *, trust_pickle: bool = False, allow_nonfinite: bool = False) -> State:
+    """The tensors of a checkpoint by name, on the CPU, memory-mapped where the format allows.
+
+    trust_pickle runs code that a pickle may hold. allow_nonfinite accepts NaN and Inf.
+    Raises WeightsError for a file that is missing, damaged, holds no tensors, pickled code, or NaN or Inf.
+    """
+    path = Path(path)
+    _check_readable(path)
+    loaded = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path, trust_pickle)
+    state = _strip_prefixes(_unwrap(loaded, path))
+    if not allow_nonfinite:
+        check_finite(state, path)
+    return state
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Load `state` into `model`, replacing its tensors, each cast to the dtype that the model has there.
+
+    A prefix all names share is dropped where that makes them fit. BN counters (`num_batches_tracked`) may be missing.
+    Raises WeightsError with at most ten missing, unexpected and mis-shaped names each, and the counts.
+    """
+    own = model.state_dict()
+    fitted = _fit_prefix(dict(state), own)
+    missing = [k for k in own if k not in fitted and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in fitted if k not in own and not k.endswith("num_batches_tracked")]
+    misshaped = [
+        f"{k}: {tuple(fitted[k].shape)} in the file, {tuple(own[k].shape)} in the model"
+        for k in own
+        if k in fitted and fitted[k].shape != own[k].shape
+    ]
+    if missing or unexpected or misshaped:
+        parts = [_listing("missing", missing), _listing("unexpected", unexpected), _listing("mis-shaped", misshaped)]
+        raise WeightsError(
+            f"{origin} does not fit {type(model).__name__}:\n" + "\n".join(part for part in parts if part),
+            hint="Check the source and its --arg values, such as --arg num_classes=10.",
+        )
+    cast = {k: v.to(own[k].dtype) if k in own and v.is_floating_point() else v for k, v in fitted.items()}
+    cast = {k: v for k, v in cast.items() if k in own}
+    model.load_state_dict(cast, strict=False, assign=True)
+
+
+def _listing(title: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f"\n    ... and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"  {len(names)} {title}:\n    " + "\n    ".join(names[:_SHOWN]) + more
+
+
+def _fit_prefix(state: State, own: Mapping[str, Tensor]) -> State:
+    if own.keys() & state.keys() or not state:
+        return state
+    first = next(iter(state)).split(".")
+    for depth in range(1, min(4, len(first))):
+        prefix = ".".join(first[:depth]) + "."
+        if all(k.startswith(prefix) for k in state) and any(k[len(prefix) :] in own for k in state):
+            return {k[len(prefix) :]: v for k, v in state.items()}
+    return state
+
+
+def check_finite(state: Mapping[str, Tensor], origin: object) -> None:
+    """Raise WeightsError naming the tensors that hold NaN or Inf."""
+    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not _finite(tensor)]
+    if bad:
+        raise WeightsError(
+            f"{origin}: NaN or Inf in {len(bad)} tensors:\n" + _listing("not finite", bad),
+            hint="Pass --allow-nonfinite (allow_nonfinite=True) to use it all the same.",
+        )
+
+
+def _finite(tensor: Tensor) -> bool:
+    if tensor.numel() == 0 or tensor.is_meta:
+        return True
+    low, high = torch.aminmax(tensor)  # NaN propagates, and nothing of the tensor's size is allocated
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _check_readable(path: Path) -> None:
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder, not a checkpoint file")
+    if not path.exists():
+        raise WeightsError(f"{path} does not exist")
+    try:
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise WeightsError(f"{path} is empty")
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(9)[8:9] == b"{" or path.suffix == ".safetensors"
+
+
+def _read_safetensors(path: Path) -> State:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is not a complete safetensors file: {error}") from error
+
+
+def _read_pickle(path: Path, trust_pickle: bool) -> Any:
+    if path.open("rb").read(2) != b"PK" and not _looks_pickled(path):
+        raise WeightsError(f"{path} is neither a safetensors nor a torch checkpoint")
+    kwargs: dict[str, Any] = {"map_location": "cpu", "weights_only": not trust_pickle}
+    try:
+        return torch.load(path, mmap=zipfile.is_zipfile(path), **kwargs)
+    except pickle.UnpicklingError as error:
+        if not trust_pickle and (named := re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|operand|class)", str(error))):
+            what = f" ({named.group(1)})" if named.group(1) else ""
+            raise WeightsError(
+                f"{path} holds pickled code{what}, which loading would run",
+                hint="If you trust where it comes from, pass --trust-pickle (trust_pickle=True).",
+            ) from error
+        raise WeightsError(f"{path} is damaged: {_first(error)}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, ImportError, OSError, IndexError) as error:
+        raise WeightsError(f"{path} cannot be read as a torch checkpoint: {_first(error)}") from error
+
+
+def _looks_pickled(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1) == b"\x80"
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _unwrap(loaded: Any, path: Path) -> State:
+    """The mapping of tensors inside whatever a training script saved around it."""
+    if isinstance(loaded, nn.Module):
+        return dict(loaded.state_dict())
+    if isinstance(loaded, Mapping):
+        tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)}
+        inner = [loaded[k] for k in WRAPPERS if isinstance(loaded.get(k), (Mapping, nn.Module))]
+        if inner and len(tensors) < len(loaded):
+            return _unwrap(inner[0], path)
+        if tensors:
+            return {str(k): v for k, v in tensors.items()}
+    raise WeightsError(
+        f"{path} holds no tensors by name",
+        hint=f"Expected a state dict, or one under a key such as {', '.join(WRAPPERS[:3])}.",
+    )
+
+
+def _strip_prefixes(state: State) -> State:
+    """Drop what DataParallel and torch.compile put before names; `model.` and the like only if all have it."""
+    state = {k.replace("_orig_mod.", ""): v for k, v in state.items()}
+    for prefix in ("module.", "_forward_module."):
+        while state and all(k.startswith(prefix) for k in state):
+            state = {k[len(prefix) :]: v for k, v in state.items()}
+    return state
+
+
+@contextmanager
+def empty_parameters() -> Iterator[None]:
+    """Within it, newly built modules have parameters on the meta device: no memory, no time for initialisation.
+
+    Buffers stay real, because some are never in a state dict and hold computed values.
+    """
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        original(self, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def has_empty_parameters(model: nn.Module) -> bool:
+    """Whether some parameter or buffer still has no values."""
+    return any(t.is_meta for t in (*model.parameters(), *model.buffers()))
