@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,14 +19,19 @@ _HOOK_ATTRIBUTES = tuple(name for name in nn.Module().__dict__ if name.endswith(
 
 
 def aliases(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every module of the tree with all the paths it is reachable by, in traversal order; the root's is ''."""
+    """Every module of the tree with all the paths it is reachable by, in traversal order; the root's is ''.
+
+    A module that is its own descendant is not followed a second time.
+    """
     found: dict[nn.Module, list[str]] = {}
-    stack: list[tuple[str, nn.Module]] = [("", model)]
+    stack: list[tuple[str, nn.Module, tuple[nn.Module, ...]]] = [("", model, ())]
     while stack:
-        path, module = stack.pop()
+        path, module, above = stack.pop()
         found.setdefault(module, []).append(path)
-        prefix = f"{path}." if path else ""
-        stack.extend((prefix + name, child) for name, child in reversed(module._modules.items()) if child is not None)
+        if module._modules:
+            prefix, above = f"{path}." if path else "", (*above, module)
+            children = [(n, c) for n, c in module._modules.items() if c is not None and c not in above]
+            stack.extend((prefix + name, child, above) for name, child in reversed(children))
     return found
 
 
@@ -64,6 +71,8 @@ def adopt(new: nn.Module, old: nn.Module, *, known: frozenset[str] = frozenset()
     for name in _HOOK_ATTRIBUTES:
         if old.__dict__.get(name):
             new.__dict__[name] = old.__dict__[name]
+    if old._backward_hooks:
+        new._is_full_backward_hook = old._is_full_backward_hook
     for name, value in old.__dict__.items():
         if name not in _MODULE_ATTRIBUTES and name not in known and name not in new.__dict__:
             new.__dict__[name] = value
@@ -89,23 +98,55 @@ def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward pass leaves behind on the modules themselves: attributes, buffers, random state."""
-    before = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    """Undo what a forward pass leaves behind on the modules themselves: attributes, buffers, random state.
+
+    Lists, dicts and sets among the attributes get their members back, buffers changed in place their values.
+    """
+    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
+    containers = [(c, list(c.items()) if isinstance(c, dict) else list(c)) for c in _containers(attributes)]
+    values = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
     with torch.random.fork_rng(devices=_cuda_devices(model)):
         try:
             yield
         finally:
-            for module, attributes, buffers in before:
-                if module.__dict__.keys() != attributes.keys() or any(
-                    module.__dict__[name] is not value for name, value in attributes.items()
-                ):
-                    module.__dict__.clear()
-                    module.__dict__.update(attributes)
-                if module._buffers.keys() != buffers.keys() or any(
-                    module._buffers[name] is not value for name, value in buffers.items()
-                ):
-                    module._buffers.clear()
-                    module._buffers.update(buffers)
+            for module, before in attributes:
+                _restore(module.__dict__, list(before.items()))
+            for container, members in containers:
+                _restore(container, members)
+            for buffer, version, value in values:
+                if buffer._version != version:
+                    buffer.data.copy_(value)
+
+
+Container = list[Any] | dict[Any, Any] | set[Any]
+
+
+def _containers(attributes: list[tuple[nn.Module, dict[str, Any]]]) -> list[Container]:
+    """Every list, dict and set that the attributes hold, nested ones included, each once."""
+    found: dict[int, Container] = {}
+    stack: list[Any] = [value for _, table in attributes for value in table.values()]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, (list, dict, set)) and id(value) not in found:
+            found[id(value)] = value
+            stack.extend(value.values() if isinstance(value, dict) else value)
+    return list(found.values())
+
+
+def _marks(container: Container, members: Iterable[Any]) -> list[Any]:
+    """The identity of all members, for comparing without calling anybody's `__eq__`."""
+    return [(id(m[0]), id(m[1])) for m in members] if isinstance(container, dict) else [id(m) for m in members]
+
+
+def _restore(container: Container, members: list[Any]) -> None:
+    now = container.items() if isinstance(container, dict) else container
+    if _marks(container, now) == _marks(container, members):
+        return
+    container.clear()
+    if isinstance(container, list):
+        container.extend(members)
+    else:
+        container.update(members)
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:
@@ -113,20 +154,32 @@ def _cuda_devices(model: nn.Module) -> list[int]:
     return [first.device.index or 0] if first is not None and first.device.type == "cuda" else []
 
 
-def hidden_references(model: nn.Module, wanted: set[nn.Module]) -> list[tuple[str, str]]:
-    """Places outside the tables of children that hold a wanted module: (path of the holder, attribute).
+def hidden_references(model: nn.Module, wanted: Collection[nn.Module]) -> list[tuple[str, str, nn.Module]]:
+    """Places outside the tables of children that hold a wanted module: (path of the holder, attribute, module).
 
-    A module kept in a plain list or dict is still called by its owner's forward after it was replaced in the tree.
+    A module kept in a plain list or dict, as an attribute that bypasses the table, or as a bound method, is still
+    called by its owner's forward after it was replaced in the tree.
     """
     found = []
-    for module, paths in aliases(model).items():
-        for name, value in module.__dict__.items():
-            if name in _MODULE_ATTRIBUTES:
-                continue
-            items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-            if any(isinstance(item, nn.Module) and item in wanted for item in items):
-                found.append((paths[0], name))
+    for holder, paths in aliases(model).items():
+        for name, value in holder.__dict__.items():
+            if name not in _MODULE_ATTRIBUTES:
+                held = dict.fromkeys(module for module in _held_modules(value) if module in wanted)
+                found += [(paths[0], name, module) for module in held]
     return found
+
+
+def _held_modules(value: Any) -> Iterator[nn.Module]:
+    """Modules in a value: itself, the owner of a bound method, or members of (nested) plain containers."""
+    stack, seen = [value], set()
+    while stack:
+        item = stack.pop()
+        item = getattr(item, "__self__", item) if isinstance(item, MethodType) else item
+        if isinstance(item, nn.Module):
+            yield item
+        elif isinstance(item, (list, tuple, set, dict)) and id(item) not in seen:
+            seen.add(id(item))
+            stack.extend(item.values() if isinstance(item, dict) else item)
 
 
 def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
