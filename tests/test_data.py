@@ -74,7 +74,9 @@ def test_labels_are_one_whole_number_for_each_image(y: Any) -> None:
     assert out.tolist() == Y.tolist()
 
 
-@pytest.mark.parametrize("y", [Y.float(), Y[:5], Y > 3, torch.zeros(10, 4, dtype=torch.long), [{"boxes": 1}] * 10, "no"])
+@pytest.mark.parametrize(
+    "y", [Y.float(), Y[:5], Y > 3, torch.zeros(10, 4, dtype=torch.long), [{"boxes": 1}] * 10, "no"]
+)
 def test_other_targets_are_no_labels(y: Any) -> None:
     assert labels([(X, y)]) == [None]
 
