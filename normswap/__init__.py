@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .calibration import calibrate as calibrate
     from .checkpoint import load as load
     from .checkpoint import save as save
     from .conversion import convert as convert
@@ -25,6 +26,7 @@ _HOME = {
     "Inventory": "inventory",
     "NormswapError": "errors",
     "Plan": "planning",
+    "calibrate": "calibration",
     "convert": "conversion",
     "inspect": "inventory",
     "load": "checkpoint",

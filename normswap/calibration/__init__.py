@@ -1,0 +1,199 @@
+"""Repair a converted network from a few unlabelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..agreement import OutputTally
+from ..conversion import record_of
+from ..data import as_batches, images_in
+from ..errors import DataError, OptionError, RevertError
+from ..surgery import copied, evaluating, undisturbed
+from ..undo import revert
+from .matching import Args, Matching, Original, forward
+from .report import CalibrationReport as CalibrationReport
+from .report import LayerResult as LayerResult
+from .targets import Result, Target, restoring, targets_of
+
+COMPARED = 16
+"""Without labels, how many images the output drift is measured on."""
+
+
+def calibrate(
+    model: nn.Module,
+    reference: nn.Module | None = None,
+    data: Any = None,
+    *,
+    images: int | None = None,
+    batch_size: int = 32,
+) -> CalibrationReport:
+    """Set gamma and beta of the converted norms so that their outputs have the original's moments. In place.
+
+    Per norm and channel, with the mean m and variance v of its output over all images and positions:
+    `k = sqrt(v_ref / v_new)`, `weight' = k weight`, `bias' = k (bias - m_new) + m_ref`. The norms are visited in
+    the order in which they run, each seeing repaired inputs. Norms with running statistics (bn, sync, renorm) get
+    them estimated exactly over the data instead, every value weighing alike (Wu and Johnson 2021, "precise BN"); their
+    gamma and beta are set only where the conversion could not carry them over. frozen and fused need nothing.
+
+    model: from `convert` or `load`. reference: the original network; by default it is rebuilt from what the
+    conversion kept. data: images without labels, anything `normswap.data.as_batches` takes; labels add accuracies to
+    the report, for one more forward pass. images: use at most so many (default 256, or all of a tensor); all of them
+    are held in memory at once, batches do not have to be of one size. batch_size: for a tensor or a dataset.
+
+    Cost: one forward pass of the reference and one of the converted network over the images; what is held is what
+    lies between two layers, for all images. A norm that runs several times per forward takes further passes.
+
+    A channel that does not vary keeps its gamma; its mean is matched. A norm without gamma and beta gets them, fixed
+    (`requires_grad=False`). Training flags, hooks, random state and the reference stay as they are; on an exception,
+    Ctrl-C included, the model is as before.
+
+    Raises OptionError for a reference that does not fit, RevertError when none is given and it cannot be rebuilt,
+    DataError for data that cannot be used, is empty, or is too short for running statistics.
+    """
+    batches, labels = _collected(data, images, batch_size)
+    count = sum(map(images_in, batches))
+    reference = _reference(model, reference)
+    targets = targets_of(model, reference)
+    _check_enough(targets, count, images)
+    if not targets:
+        return CalibrationReport(count, (), passes=0, notes=("frozen and fused norms need no calibration",))
+    with restoring(t.norm for t in targets):
+        with ExitStack() as stack:
+            for network in (reference, model) if reference is not None else (model,):
+                stack.enter_context(undisturbed(network))
+                stack.enter_context(evaluating(network))
+            stack.enter_context(torch.no_grad())
+            report = _run(model, reference, targets, batches, labels, count)
+            results = [Result(target.norm) for target in targets]
+        for result in results:  # leaving `undisturbed` has put buffers and attributes back
+            result.write()
+    _remember(model, report)
+    return report
+
+
+def _run(
+    model: nn.Module,
+    reference: nn.Module | None,
+    targets: Sequence[Target],
+    batches: Sequence[Args],
+    labels: Sequence[Tensor | None],
+    count: int,
+) -> CalibrationReport:
+    comparison = _Comparison(batches, labels, reference is not None)
+    comparison.run("before", model)
+    original = Original(targets)
+    if reference is not None and original.targets:
+        with original.watching():
+            for i, args in enumerate(batches):
+                original.next_batch()
+                comparison.keep("original", i, forward(reference, args))
+    if reference is not None:
+        comparison.run("original", reference)
+    matching = Matching(targets, original)
+    matching.run(model, batches, lambda i, out: comparison.keep("after", i, out))
+    comparison.run("after", model)
+    return CalibrationReport(count, matching.results(), passes=matching.passes, **comparison.summary())
+
+
+def _collected(data: Any, images: int | None, batch_size: int) -> tuple[list[Args], list[Tensor | None]]:
+    """The batches to use, the last one cut to what was asked for, in memory: both networks see the same ones."""
+    if images is not None and (isinstance(images, bool) or not isinstance(images, int) or images < 1):
+        raise OptionError(f"images must be a positive integer, got {images!r}")
+    if data is None:
+        raise OptionError("calibrate needs images", hint="data=images, a tensor (N, C, H, W) or batches of them")
+    most = images or (len(data) if isinstance(data, Tensor) else 256)
+    batches, labels, left = [], [], most
+    for args, y in as_batches(data, batch_size, once=True):
+        part, part_y = _first(args, y, left)
+        batches.append(part)
+        labels.append(part_y)
+        left -= images_in(part)
+        if left <= 0:
+            break
+    return batches, labels
+
+
+def _first(args: Args, labels: Tensor | None, most: int) -> tuple[Args, Tensor | None]:
+    count = images_in(args)
+    if count <= most:
+        return args, labels
+    counted = (list, Tensor)
+    part = tuple(a[:most] if isinstance(a, counted) and len(a) == count else a for a in args)
+    return part, None if labels is None else labels[:most]
+
+
+def _reference(model: nn.Module, reference: nn.Module | None) -> nn.Module | None:
+    """The original network: the caller's, or rebuilt from what the conversion kept, where it is needed at all."""
+    if reference is model:
+        raise OptionError("the reference is the model itself; pass the original network")
+    record = record_of(model)
+    if reference is not None or record is None:
+        return reference
+    try:
+        rebuilt = copied(model)
+        return revert(rebuilt)
+    except RevertError as error:
+        needed = any(s.target not in ("frozen", "fused") and s.transfer != "exact" for s in record.plan.steps)
+        if needed:
+            raise RevertError(error.message, hint="Pass the original network with reference=.") from error
+        return None
+
+
+def _check_enough(targets: Sequence[Target], count: int, asked: int | None) -> None:
+    if asked is not None and count < asked and any(t.statistics for t in targets):
+        raise DataError(
+            f"running statistics were to be estimated over {asked} images, the data has {count}",
+            hint=f"Give more images, or ask for fewer: images={count}.",
+        )
+
+
+class _Comparison:
+    """Outputs of the original and of the network before and after, on the first images, or on all with labels."""
+
+    def __init__(self, batches: Sequence[Args], labels: Sequence[Tensor | None], with_original: bool) -> None:
+        self.labelled = with_original and all(y is not None for y in labels)
+        self.enabled = with_original
+        self.labels = labels if self.labelled else [None]
+        self.batches = batches if self.labelled else [_first(batches[0], None, COMPARED)[0]]
+        self.outputs: dict[str, list[Any]] = {k: [None] * len(self.batches) for k in ("original", "before", "after")}
+
+    def keep(self, which: str, i: int, out: Any) -> None:
+        """An output on the whole of batch i."""
+        if self.labelled:
+            self.outputs[which][i] = out
+
+    def run(self, which: str, model: nn.Module) -> None:
+        """Compute the outputs that no pass has given."""
+        if self.enabled:
+            for i, args in enumerate(self.batches):
+                if self.outputs[which][i] is None:
+                    self.outputs[which][i] = forward(model, args)
+
+    def summary(self) -> dict[str, Any]:
+        """Keyword arguments for the report."""
+        if not self.enabled:
+            return {}
+        values: dict[str, Any] = {"compared": sum(map(images_in, self.batches))}
+        for which in ("before", "after"):
+            tally = OutputTally()
+            for one, other, y in zip(self.outputs["original"], self.outputs[which], self.labels, strict=True):
+                tally.add(one, other, y)
+            total = tally.total()
+            values[f"drift_{which}"] = None if total is None else total.relative
+            values[f"agreement_{which}"] = tally.agreement()
+            if tally.labelled:
+                values["accuracy_original"] = tally.correct[0] / tally.labelled
+                values[f"accuracy_{which}"] = tally.correct[1] / tally.labelled
+        return values
+
+
+def _remember(model: nn.Module, report: CalibrationReport) -> None:
+    record = record_of(model)
+    if record is not None:
+        entry = {"action": "calibrate", "images": report.images, "layers": len(report.layers)}
+        record.history.append({**entry, "drift": [report.drift_before, report.drift_after]})

@@ -1,0 +1,254 @@
+"""Record the original's moments, then run the converted network once and repair each norm as it is reached."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data import images_in, placed
+from ..errors import DataError, NormswapError
+from ..inventory import first_line
+from ..surgery import device_and_dtype
+from .lockstep import Lockstep
+from .moments import Moments, moments_of
+from .report import LayerResult
+from .targets import (
+    Target,
+    alive,
+    apply_repair,
+    apply_statistics,
+    distance,
+    needs_output,
+    observed,
+    repair,
+    rewrite,
+    statistics_of,
+    statistics_output,
+)
+
+SETTLED = 1e-5
+MAX_PASSES = 10
+
+Args = tuple[Any, ...]
+
+
+def forward(model: nn.Module, args: Args) -> Any:
+    """The model's output on one batch. Raises DataError for whatever its forward raises on it."""
+    try:
+        return model(*placed(args, *device_and_dtype(model)))
+    except NormswapError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise DataError(
+            f"a batch of {images_in(args)} images does not fit in memory", hint="Take fewer images (images=)."
+        ) from error
+    except Exception as error:  # whatever a forward raises on inputs it was not made for
+        raise DataError(
+            f"{type(model).__name__} cannot run on the data ({type(error).__name__}: {first_line(error)})",
+            hint="Check the size and channels of the images; torchvision's detectors take lists of images.",
+        ) from error
+
+
+def thread_context(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """What a forward pass runs under in any thread: no gradients, and autocast as it is set here."""
+    kind = device_and_dtype(model)[0].type
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
+            yield
+
+    return context
+
+
+class Original:
+    """What the reference gives: each norm's moments over all images, and how often each ran on each batch."""
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self.targets = [(t, t.original) for t in targets if t.original is not None]
+        self.moments: dict[str, Moments] = {t.path: Moments() for t, _ in self.targets}
+        self.calls: list[Counter[str]] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Collect while the reference runs. A module that stands at several paths counts for the first."""
+        with ExitStack() as stack:
+            for target, original in self.targets:
+                if needs_output(original):
+                    handle = original.register_forward_hook(self._output_hook(target))
+                else:
+                    handle = original.register_forward_pre_hook(self._input_hook(target), with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
+
+    def next_batch(self) -> None:
+        """Say that another batch begins."""
+        self.calls.append(Counter())
+
+    def _note(self, target: Target, moments: Moments) -> None:
+        self.moments[target.path].add(moments)
+        self.calls[-1][target.path] += 1
+
+    def _output_hook(self, target: Target) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Tensor) -> None:
+            self._note(target, moments_of(out, target.state.channel_dim))
+
+        return hook
+
+    def _input_hook(self, target: Target) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._note(target, observed(module, _input(args, kwargs)))
+
+        return hook
+
+
+def _input(args: Any, kwargs: Any) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+class Matching:
+    """Repairs the targets while the converted network runs on all batches in lockstep.
+
+    A norm that runs once per forward is repaired the moment its moments are known, and its output is rewritten, so
+    that what follows sees repaired values. One that runs several times (`shared`) pools its calls, which are known
+    only at the end of the pass; such a network runs again until the shared norms stay as they are.
+    """
+
+    def __init__(self, targets: Sequence[Target], original: Original) -> None:
+        self.targets = {t.path: t for t in targets}
+        self.original = original
+        self.shared = {p for calls in original.calls for p, n in calls.items() if n > 1}
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+        self.dead: dict[str, int] = {}
+        self.calls: Counter[str] = Counter()
+        self.passes = 0
+
+    def run(self, model: nn.Module, batches: Sequence[Args], keep: Callable[[int, Any], None]) -> None:
+        """Repair everything; `keep(i, output)` gets each batch's output of the last pass."""
+        while True:
+            self.passes += 1
+            known = set(self.shared)
+            self._pass(model, batches, keep)
+            unsettled = [p for p in sorted(self.shared) if self._repair_shared(p)]
+            if (self.shared == known and not unsettled) or self.passes == MAX_PASSES:
+                return
+
+    def _pass(self, model: nn.Module, batches: Sequence[Args], keep: Callable[[int, Any], None]) -> None:
+        self.found = {path: Moments() for path in self.targets}
+        self.fixes: dict[str, tuple[Tensor, Tensor]] = {}
+        self.seen: list[Counter[str]] = [Counter() for _ in batches]
+
+        def job(i: int) -> Callable[[], None]:
+            return lambda: keep(i, forward(model, batches[i]))
+
+        jobs = [job(i) for i in range(len(batches))]
+        expected = [self._expected(i) for i in range(len(batches))]
+        self.lockstep = Lockstep(jobs, expected, self._resolve, thread_context(model))
+        with ExitStack() as stack:
+            for target in self.targets.values():
+                if target.statistics:
+                    handle = target.norm.register_forward_pre_hook(self._input_hook(target), with_kwargs=True)
+                else:
+                    handle = target.norm.register_forward_hook(self._output_hook(target))
+                stack.callback(handle.remove)
+            self.lockstep.run()
+        for seen in self.seen:
+            self.calls |= seen
+
+    def _expected(self, i: int) -> set[str]:
+        if not self.original.calls:
+            return set(self.targets) if self.passes == 1 else set(self.calls) - self.shared
+        return set(self.original.calls[i]) - self.shared
+
+    def _arrive(self, target: Target, moments: Moments) -> bool:
+        """Add one call's moments; wait until the norm is repaired. False where it is not repaired on the fly."""
+        seen = self.seen[self.lockstep.current]
+        seen[target.path] += 1
+        self.found[target.path].add(moments)
+        if seen[target.path] > 1 or target.path in self.fixes:
+            self.shared.add(target.path)
+        if target.path in self.shared:
+            return False
+        self.lockstep.arrive(target.path)
+        return True
+
+    def _output_hook(self, target: Target) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Tensor) -> None:
+            dim = target.state.channel_dim
+            if self._arrive(target, moments_of(out, dim)):
+                rewrite(out, *self.fixes[target.path], dim)
+
+        return hook
+
+    def _input_hook(self, target: Target) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._arrive(target, moments_of(_input(args, kwargs), target.state.channel_dim))
+
+        return hook
+
+    def _resolve(self, path: str) -> None:
+        self.fixes[path] = self._repair(self.targets[path])
+
+    def _repair_shared(self, path: str) -> bool:
+        """Repair a norm with several calls from a whole pass. Returns whether it had to move."""
+        target, found = self.targets[path], self.found[path]
+        if found.count == 0:
+            return False
+        before = self._error(target, found)
+        if before <= SETTLED:
+            self.after[path] = before
+            return False
+        self._repair(target)
+        return True
+
+    def _repair(self, target: Target) -> tuple[Tensor, Tensor]:
+        """Set the norm's tensors by what was found. Returns k and shift for outputs made before."""
+        found = self.found[target.path]
+        if not found.finite:
+            raise DataError(f"{target.path} gives NaN or Inf on the data")
+        self.before.setdefault(target.path, self._error(target, found))
+        unchanged = torch.ones_like(found.mean), torch.zeros_like(found.mean)
+        if target.statistics:
+            apply_statistics(target, found)
+            if not target.match:
+                self.after[target.path] = self._error(target, found)
+                return unchanged
+        now = statistics_output(target, found) if target.statistics else found
+        wanted = self.original.moments[target.path]
+        if wanted.count == 0:
+            return unchanged
+        self.dead[target.path] = int((~(alive(wanted) & alive(now))).sum())
+        achieved = apply_repair(target, *repair(wanted, now))
+        self.after[target.path] = distance(wanted, now.mapped(*achieved))
+        return achieved
+
+    def _error(self, target: Target, found: Moments) -> float:
+        if target.match:
+            now = statistics_output(target, found) if target.statistics else found
+            wanted = self.original.moments[target.path]
+            return distance(wanted, now) if wanted.count else 0.0
+        mean, var = statistics_of(target.norm)
+        return distance(Moments(found.count, mean.double(), var.double() * max(found.count - 1, 1)), found)
+
+    def results(self) -> tuple[LayerResult, ...]:
+        """One entry for each norm that ran, in the order of the targets."""
+        return tuple(
+            LayerResult(
+                path,
+                target.name,
+                target.state.channels,
+                self.calls[path],
+                self.before[path],
+                self.after.get(path, self.before[path]),
+                self.dead.get(path, 0),
+            )
+            for path, target in self.targets.items()
+            if path in self.before
+        )

@@ -1,0 +1,80 @@
+"""What `calibrate` reports."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One calibrated norm.
+
+    error_before, error_after: distance between the moments of its output and the original's, relative to the
+    original's standard deviation over all channels (see `targets.distance`); before: on inputs that are already
+    repaired. calls: how often it ran per batch at most.
+    """
+
+    path: str
+    norm: str
+    channels: int
+    calls: int
+    error_before: float
+    error_after: float
+    dead: int = 0
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """The result of `calibrate`.
+
+    images: how many were used. drift_before, drift_after: relative error `|out - original| / |original|` of the
+    network's output over `compared` of them, None where outputs do not compare (detections). agreement_before and
+    agreement_after: share of images decided alike. accuracy: of the original, before and after, where labels came.
+    passes: how often the converted network ran over the images.
+    """
+
+    images: int
+    layers: tuple[LayerResult, ...]
+    compared: int = 0
+    drift_before: float | None = None
+    drift_after: float | None = None
+    agreement_before: float | None = None
+    agreement_after: float | None = None
+    accuracy_original: float | None = None
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    passes: int = 1
+    notes: tuple[str, ...] = ()
+
+    @property
+    def error_before(self) -> float:
+        """The largest moment error of any layer before its repair."""
+        return max((layer.error_before for layer in self.layers), default=0.0)
+
+    @property
+    def error_after(self) -> float:
+        """The largest moment error of any layer after it."""
+        return max((layer.error_after for layer in self.layers), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers], "notes": list(self.notes)}
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "nothing to calibrate" + "".join(f"; {note}" for note in self.notes)
+        count = len(self.layers)
+        lines = [
+            f"calibrated {count} layer{'s' * (count != 1)} on {self.images} image{'s' * (self.images != 1)}",
+            f"moment error, largest of any layer: {self.error_before:.3g} -> {self.error_after:.3g}",
+        ]
+        if self.drift_before is not None and self.drift_after is not None:
+            on = f" (on {self.compared} images)"
+            lines.append(f"output drift: {self.drift_before:.3g} -> {self.drift_after:.3g}{on}")
+        if self.agreement_before is not None and self.agreement_after is not None:
+            lines.append(f"agreement: {self.agreement_before:.1%} -> {self.agreement_after:.1%}")
+        if self.accuracy_before is not None and self.accuracy_after is not None:
+            before, after = f"{self.accuracy_before:.1%}", f"{self.accuracy_after:.1%}"
+            lines.append(f"accuracy: {before} -> {after} (original {self.accuracy_original:.1%})")
+        return "\n".join([*lines, *self.notes])
