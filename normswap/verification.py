@@ -68,13 +68,19 @@ class Report:
         lines = [f"{self.images} {what}", *self._about_outputs()]
         if self.labelled:
             lines.append(f"accuracy: {self.accuracy_a:.4f} -> {self.accuracy_b:.4f} on {self.labelled} labelled images")
-        if (worst := self.worst) is not None:
-            jump = "nowhere a jump"
-            if self.first_jump is not None:
-                at = next(layer.error for layer in self.layers if layer.path == self.first_jump)
-                jump = f"first jump at {self.first_jump} ({at:.3g})"
-            lines.append(f"layers: {len(self.layers)} compared, worst {worst.path} ({worst.error:.3g}), {jump}")
+        if self.layers:
+            lines.append(f"layers: {len(self.layers)} compared, {self._about_layers()}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def _about_layers(self) -> str:
+        worst = self.worst
+        if worst is None or worst.error == 0:
+            return "all equal"
+        text = f"worst {worst.path} ({worst.error:.3g})"
+        if self.first_jump is None:
+            return f"{text}, nowhere a jump"
+        at = next(layer.error for layer in self.layers if layer.path == self.first_jump)
+        return f"{text}, first jump at {self.first_jump} ({at:.3g})"
 
     def _about_outputs(self) -> list[str]:
         parts = [] if self.error is None else [f"relative error {self.error:.3g}, largest {self.max_abs:.3g}"]
@@ -177,7 +183,8 @@ def _report(tally: OutputTally, layers: LayerTally, images: int, random_inputs: 
         notes.append("no layer has the same path in both networks; only the outputs were compared")
     if layers.uneven:
         count, example = len(layers.uneven), min(layers.uneven)
-        notes.append(f"{count} layers left out, since their outputs differ in number or shape, such as {example}")
+        what = "a layer was" if count == 1 else f"{count} layers were"
+        notes.append(f"{what} left out, since the outputs differ in number or shape: {example}{' ...' * (count > 1)}")
     if detector and tally.agreement() is None:
         notes.append("neither network finds a box with a score over 0.5")
     total = tally.total()

@@ -217,7 +217,7 @@ def test_layers_of_other_shapes_are_left_out_and_said() -> None:
     b = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
     report = verify(a, b, torch.randn(2, 3, 4, 4))
     assert [layer.path for layer in report.layers] == ["2"]
-    assert "1 layers left out, since their outputs differ in number or shape, such as 0" in report.notes
+    assert report.notes == ("a layer was left out, since the outputs differ in number or shape: 0",)
 
 
 def test_a_layer_used_twice_is_compared_call_by_call() -> None:
@@ -319,6 +319,24 @@ def test_the_report_reads_well() -> None:
     assert lines[2].endswith(" on 20 labelled images")
     assert lines[3].startswith("layers: 2 compared, worst ")
     assert "first jump at 1 (" in lines[3]
+    assert str(verify(a, a, data)).endswith("layers: 2 compared, all equal")
+
+
+@pytest.mark.slow
+def test_outputs_of_transformers_are_compared() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    config = transformers.ResNetConfig(**sizes, num_labels=4)
+    model = randomized(transformers.ResNetForImageClassification(config))
+    other = normswap.convert(model, to="gn", groups=4)
+    images, labels = torch.randn(6, 3, 32, 32), torch.tensor([0, 1, 2, 3, 0, 1])
+    report = verify(model, other, [{"pixel_values": images, "labels": labels}])
+    with torch.no_grad():
+        a, b = model(images).logits, other.eval()(images).logits
+    assert report.error == pytest.approx(float((a - b).norm() / a.norm()), rel=1e-4)
+    assert report.agreement == float((a.argmax(1) == b.argmax(1)).double().mean())
+    assert report.accuracy_b == float((b.argmax(1) == labels).double().mean())
+    assert [out.path for out in report.outputs] == ["logits"]
 
 
 @pytest.mark.slow
