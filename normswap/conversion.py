@@ -97,11 +97,12 @@ def convert(
     reference = _observe(model, inputs, using) if inputs is not None else None
     work = model if inplace else copied(model)
     root, undo_record = apply(work, using, keep_undo=undo or (inplace and reference is not None))
-    root._normswap = Record(using, undo_record, Check(None, reason=reason, total=len(using.steps)))
+    record = Record(using, undo_record, Check(None, reason=reason, total=len(using.steps)))
+    root.__dict__["_normswap"] = record
     if reference is not None and inputs is not None:
         _prove(root, using, inputs, reference, model if not inplace else None)
     if not undo:
-        root._normswap.undo = Undo(complete=False)
+        record.undo = Undo(complete=False)
     return root
 
 
@@ -139,7 +140,7 @@ def _prove(
     Rounding grows through a deep network of random weights, and through half precision. A failure is therefore
     repeated in float64, where rounding is out of the question and only a wrong edge can fail.
     """
-    record: Record = root._normswap
+    record: Record = root.__dict__["_normswap"]
     norms = {norm.paths[0]: norm.module for norm in record.undo.norms}
     result = compare(root, using, inputs, reference, norms)
     if not result.passed:
@@ -155,9 +156,7 @@ def _prove(
         )
 
 
-def _in_float64(
-    root: nn.Module, using: Plan, inputs: tuple[Any, ...], original: nn.Module | None
-) -> Check | None:
+def _in_float64(root: nn.Module, using: Plan, inputs: tuple[Any, ...], original: nn.Module | None) -> Check | None:
     if device_and_dtype(root)[1] == torch.float64:
         return None
     if original is None:

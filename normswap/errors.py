@@ -54,8 +54,14 @@ class RevertError(NormswapError):
 
 
 class PlanError(NormswapError):
-    """Layers that cannot be converted as asked; `problems` holds one line each, all of them at once."""
+    """Layers that cannot be converted as asked; `problems` holds one line each, all of them at once.
 
-    def __init__(self, summary: str, problems: Sequence[str], *, hint: str | None = None) -> None:
+    indivisible: some of them are channels that the groups do not divide.
+    """
+
+    def __init__(
+        self, summary: str, problems: Sequence[str], *, hint: str | None = None, indivisible: bool = False
+    ) -> None:
         self.problems = tuple(problems)
+        self.indivisible = indivisible
         super().__init__("\n".join([summary, *(f"  {problem}" for problem in problems)]), hint=hint)

@@ -50,7 +50,10 @@ def _candidates(model: nn.Module) -> Iterator[tuple[Any, ...]]:
         yield (random_tensor((2, first.in_features), model),)
         return
     spatial = len(first.kernel_size)
-    sizes = {1: [(256,), (4096,)], 2: [(64, 64), (224, 224), (256, 256), (299, 299), (32, 32)]}
+    sizes: dict[int, list[tuple[int, ...]]] = {
+        1: [(256,), (4096,)],
+        2: [(64, 64), (224, 224), (256, 256), (299, 299), (32, 32)],
+    }
     sizes[3] = [(16, 64, 64), (16, 112, 112), (16, 224, 224)]
     if type(getattr(model, "transform", None)).__name__ == "GeneralizedRCNNTransform":
         yield ([random_tensor((first.in_channels, 128, 160), model).sigmoid()],)
@@ -60,8 +63,8 @@ def _candidates(model: nn.Module) -> Iterator[tuple[Any, ...]]:
 
 def _shapes_of_norm(model: nn.Module) -> Iterator[tuple[int, ...]]:
     """For networks of norms and activations alone."""
-    norm = next((m for m in model.modules() if getattr(m, "num_features", None) or getattr(m, "num_channels", None)), None)
-    if norm is not None:
-        channels = getattr(norm, "num_features", None) or norm.num_channels
+    counts = (getattr(m, name, 0) for m in model.modules() for name in ("num_features", "num_channels"))
+    channels = next((int(count) for count in counts if count), None)
+    if channels is not None:
         for size in ((8, 8), (8,), (4, 8, 8), ()):
             yield (2, channels, *size)

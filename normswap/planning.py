@@ -201,7 +201,9 @@ def _check_options(
 def _may_be_degenerate(inventory: Inventory, request: Request) -> bool:
     """Whether some group might hold a single channel, so that it matters how many positions the layer sees."""
     counts = {x.state.channels for x in inventory.layers}
-    return request.channels_per_group == 1 or any(isinstance(request.groups, int) and request.groups >= c for c in counts)
+    return request.channels_per_group == 1 or any(
+        isinstance(request.groups, int) and request.groups >= c for c in counts
+    )
 
 
 def _selected(inventory: Inventory, sources: Collection[str] | None) -> set[str]:
@@ -364,6 +366,4 @@ def _problem_error(planner: _Planner, selected: set[str]) -> PlanError:
         hints.append("calibrate estimates them from images: `normswap convert ... --calibrate DIR`.")
     if planner.inventory.suspects:
         hints.append('To leave a layer as it is: rules={"PATH": "keep"}.')
-    error = PlanError(summary, planner.problems, hint="\n".join(hints) or None)
-    error.indivisible = planner.indivisible
-    return error
+    return PlanError(summary, planner.problems, hint="\n".join(hints) or None, indivisible=planner.indivisible)

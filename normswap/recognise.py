@@ -25,7 +25,7 @@ def source_of(model: nn.Module, plan: Plan, undo: Undo) -> dict[str, Any] | None
     return None
 
 
-def _candidates(model: nn.Module) -> Iterator[Source]:
+def _candidates(model: Any) -> Iterator[Source]:
     library = type(model).__module__.partition(".")[0]
     if library == "transformers" and hasattr(model, "config"):
         config = {"class": type(model).__name__, **model.config.to_dict()}

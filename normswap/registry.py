@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .errors import OptionError
-from .spec import NormSpec
+from .spec import NormSpec, NormState, Options
 
 _BY_NAME: dict[str, NormSpec] = {}
 _BY_CLASS: dict[type, NormSpec] = {}
@@ -48,6 +48,13 @@ def get(name: str) -> NormSpec:
             hint=f"Did you mean {near[0]!r}?" if near else None,
         )
     return spec
+
+
+def build(spec: NormSpec, state: NormState, options: Options) -> nn.Module:
+    """A module of that type from a layer's state. Raises OptionError for a type that is a source only."""
+    if spec.build is None:
+        raise OptionError(f"{spec.name} cannot be built; known targets: {', '.join(targets())}")
+    return spec.build(state, options)
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:

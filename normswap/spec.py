@@ -52,6 +52,13 @@ class NormState:
         """Whether running statistics exist, so that the norm is a fixed per-channel affine map in eval."""
         return self.running_mean is not None and self.running_var is not None
 
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """`running_mean` and `running_var`. Raises ValueError where there are none."""
+        if self.running_mean is None or self.running_var is None:
+            raise ValueError("this norm has no running statistics")
+        return self.running_mean, self.running_var
+
 
 @dataclass(frozen=True)
 class Request:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,11 @@ from .modules import ChannelAffine, NormSequence
 from .norms._common import TAIL
 from .norms.fused import scale_and_shift
 from .planning import Plan, Step
-from .registry import get, identify
+from .registry import build, get, identify
 from .spec import NormState
 from .surgery import adopt, device_and_dtype, replace
 from .surgery import get as module_at
-from .undo import TENSORS, LayerUndo, NormUndo, Undo, by_output_channel, folded_bias, pack, scaled, wide
+from .undo import TENSORS, LayerUndo, NormUndo, Undo, by_output_channel, fold_exactly, folded_bias, scaled, wide
 
 # Attributes that norm classes set on themselves; everything else on a norm was put there by its user.
 _OWN_ATTRIBUTES = frozenset(
@@ -30,25 +31,25 @@ _SPEC_TENSORS = frozenset((*TENSORS, "scale", "shift", "renorm_steps"))
 
 def standardization(state: NormState) -> tuple[Tensor, Tensor]:
     """`scale = 1 / sqrt(var + eps)` and `shift = -mean * scale`, each `(C,)`, in at least float32."""
-    scale = torch.rsqrt(wide(state.running_var) + state.eps)
-    return scale, -wide(state.running_mean) * scale
+    mean, var = state.statistics
+    scale = torch.rsqrt(wide(var) + state.eps)
+    return scale, -wide(mean) * scale
 
 
 def check_statistics(model: nn.Module, plan: Plan) -> None:
     """Raise PlanError, naming every layer, where running statistics are negative or not finite."""
-    problems = []
     steps = [s for s in plan.steps if s.transfer in ("fold", "prescale", "fuse", "affine", "exact")]
     states = [(s, read(model, s)) for s in steps]
-    states = [(s, x) for s, x in states if x.has_statistics and not x.running_var.is_meta]
-    if not states or bool(_sound(torch.cat([wide(t).view(-1) for _, x in states for t in (x.running_var,)]))
-                          & torch.isfinite(torch.cat([wide(x.running_mean).view(-1) for _, x in states])).all()):  # fmt: skip
+    known = [(s, *x.statistics, x.eps) for s, x in states if x.has_statistics and not x.statistics[0].is_meta]
+    if not known or _all_sound([mean for _, mean, _, _ in known], [var + eps for _, _, var, eps in known]):
         return
-    for step, state in states:
-        if not bool(torch.isfinite(state.running_mean).all() & torch.isfinite(state.running_var).all()):
+    problems = []
+    for step, mean, var, eps in known:
+        if not bool(torch.isfinite(mean).all() & torch.isfinite(var).all()):
             problems.append(f"{step.path}: running statistics hold NaN or Inf")
-        elif bool((state.running_var < 0).any()):
-            problems.append(f"{step.path}: running_var is negative ({float(state.running_var.min()):.3g})")
-        elif bool((state.running_var + state.eps <= 0).any()):
+        elif bool((var < 0).any()):
+            problems.append(f"{step.path}: running_var is negative ({float(var.min()):.3g})")
+        elif bool((var + eps <= 0).any()):
             problems.append(f"{step.path}: running_var + eps is 0 in some channel")
     if problems:
         raise PlanError(
@@ -58,8 +59,10 @@ def check_statistics(model: nn.Module, plan: Plan) -> None:
         )
 
 
-def _sound(var: Tensor) -> Tensor:
-    return torch.isfinite(var).all() & (var > 0).all()
+def _all_sound(means: list[Tensor], variances: list[Tensor]) -> bool:
+    """One pass over all layers at once; the slow search for the culprit is left to when there is one."""
+    mean, var = (torch.cat([wide(t).view(-1).cpu() for t in tensors]) for tensors in (means, variances))
+    return bool(torch.isfinite(mean).all() & torch.isfinite(var).all() & (var > 0).all())
 
 
 def read(model: nn.Module, step: Step) -> NormState:
@@ -102,27 +105,37 @@ def apply(model: nn.Module, plan: Plan, *, keep_undo: bool, structure_only: bool
 
 
 def _snapshot(module: nn.Module) -> dict[str, Tensor]:
-    return {name: t.detach().clone() for name in TENSORS if (t := getattr(module, name, None)) is not None}
+    return {name: tensor.detach().clone() for name, tensor in _tensors(module).items()}
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A norm's tensors by name; straight from its tables, because `getattr` on a module is slow."""
+    if parametrize.is_parametrized(module):
+        return {name: t for name in TENSORS if (t := getattr(module, name, None)) is not None}
+    tables = {**module._parameters, **module._buffers}
+    return {name: t for name in TENSORS if (t := tables.get(name)) is not None}
 
 
 def _given(norm: nn.Module, original: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the new norm holds; a tensor equal to the original's shares its copy."""
-    now = {name: t.detach() for name in TENSORS if isinstance(t := getattr(norm, name, None), Tensor)}
-    return {n: original[n] if n in original and torch.equal(original[n], t) else t.clone() for n, t in now.items()}
+    now = _tensors(norm)
+    return {
+        name: original[name] if name in original and torch.equal(original[name], t) else t.detach().clone()
+        for name, t in now.items()
+    }
 
 
-def scale_layer(layer: nn.Module, path: str, scale: Tensor, shift: Tensor, *, keep_undo: bool) -> LayerUndo | None:
+def scale_layer(layer: Any, path: str, scale: Tensor, shift: Tensor, *, keep_undo: bool) -> LayerUndo | None:
     """Multiply the layer's output by `scale` and add `shift`, `(C,)` each, by changing its weight and bias in place."""
     factor = by_output_channel(layer, scale)
     weight, bias = layer.weight, layer.bias
     record = None
     if keep_undo and not weight.is_meta:
-        folded = scaled(weight, factor)
         old_bias = None if bias is None else bias.detach().clone()
-        record = LayerUndo(path, scale, shift, old_bias, pack(weight.detach(), folded, factor))
+        record = LayerUndo(path, scale, shift, old_bias, fold_exactly(weight.data, factor))
         if record.correction is None:
             record.weight = weight.detach().clone()
-        weight.data.copy_(folded)
+            weight.data.copy_(scaled(weight, factor))
     elif weight.dtype == scale.dtype:
         weight.data.mul_(factor)
     else:
@@ -144,7 +157,7 @@ def _give_values(norm: nn.Module) -> None:
 
 def _add_biases(model: nn.Module, step: Step) -> None:
     for producer in step.producers:
-        layer = module_at(model, producer)
+        layer: Any = module_at(model, producer)
         if layer.bias is None:
             empty = layer.weight.new_empty(step.channels)
             layer._parameters["bias"] = nn.Parameter(empty, requires_grad=layer.weight.requires_grad)
@@ -160,14 +173,14 @@ def _replacement(model: nn.Module, step: Step, old: nn.Module, state: NormState)
     standardize = None
     if step.transfer == "prescale":
         scale, shift = standardization(state)
-        dtype = state.running_var.dtype
+        dtype = state.statistics[1].dtype
         standardize = ChannelAffine(scale.to(dtype), shift.to(dtype))
         standardize.training = state.training
     if step.transfer == "fuse":
-        norm: nn.Module = nn.Identity()
+        norm: Any = nn.Identity()
         norm.training = state.training
     else:
-        norm = get(step.target).build(state, step.options)
+        norm = build(get(step.target), state, step.options)
         _keep_parametrizations(old, norm)
     if step.transfer in ("fold", "prescale") and step.options.eps is not None:
         _scale_gamma(norm, state, math.sqrt(1 + step.options.eps))
@@ -181,16 +194,16 @@ def _replacement(model: nn.Module, step: Step, old: nn.Module, state: NormState)
     return new
 
 
-def inner_norm(module: nn.Module) -> nn.Module:
+def inner_norm(module: nn.Module) -> Any:
     """The norm inside what `apply` put at a path."""
     return module.norm if isinstance(module, NormSequence) else module
 
 
-def _scale_gamma(norm: nn.Module, state: NormState, factor: float) -> None:
+def _scale_gamma(norm: Any, state: NormState, factor: float) -> None:
     if parametrize.is_parametrized(norm, "weight"):
         raise PlanError("eps cannot be applied:", ["its gamma is parametrized, so it cannot be scaled"])
     if norm.weight is None:
-        like = state.running_var
+        like = state.statistics[1]
         norm._parameters["weight"] = nn.Parameter(torch.full_like(like, factor), requires_grad=False)
         norm.affine = True
     else:
@@ -215,15 +228,14 @@ def _reset(state: NormState) -> NormState:
 
 
 def _with_fresh_statistics(model: nn.Module, state: NormState) -> NormState:
-    device, dtype = (state.weight.device, state.weight.dtype) if state.affine else device_and_dtype(model)
+    weight = state.weight
+    device, dtype = device_and_dtype(model) if weight is None else (weight.device, weight.dtype)
     zeros = torch.zeros(state.channels, device=device, dtype=dtype)
     count = torch.zeros((), dtype=torch.long, device=device)
-    return dataclasses.replace(
-        state, running_mean=zeros, running_var=torch.ones_like(zeros), num_batches_tracked=count
-    )
+    return dataclasses.replace(state, running_mean=zeros, running_var=torch.ones_like(zeros), num_batches_tracked=count)
 
 
-def _keep_parametrizations(old: nn.Module, norm: nn.Module) -> None:
+def _keep_parametrizations(old: Any, norm: Any) -> None:
     """Register the old gamma's and beta's parametrizations (`torch.nn.utils.parametrize`) on the new ones."""
     if not parametrize.is_parametrized(old):
         return

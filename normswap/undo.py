@@ -7,6 +7,7 @@ bits per weight say which way, so an exact undo costs a sixteenth of the folded 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class Undo:
     complete: bool = True
 
 
-def by_output_channel(layer: nn.Module, vector: Tensor) -> Tensor:
+def by_output_channel(layer: Any, vector: Tensor) -> Tensor:
     """View `(C,)` so that it broadcasts over the weight of a convolution, transposed convolution or linear layer."""
     weight = layer.weight
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
@@ -80,28 +81,60 @@ def _unscaled(weight: Tensor, factor: Tensor) -> Tensor:
     return (wide(weight) / factor).to(weight.dtype)
 
 
-def pack(original: Tensor, folded: Tensor, factor: Tensor) -> Tensor | None:
-    """Two bits per element that `unpack` turns `folded` back into `original` with; None if two do not suffice."""
-    integer = _INTEGER[original.element_size()]
-    guess = _unscaled(folded, factor)
-    codes = original.contiguous().view(integer) - guess.contiguous().view(integer) + 1
-    low, high = torch.aminmax(codes)
-    if low < 0 or high > 2:
-        return None
-    codes = nn.functional.pad(codes.to(torch.uint8).view(-1), (0, -codes.numel() % 4)).view(-1, 4)
-    return codes[:, 0] | codes[:, 1] << 2 | codes[:, 2] << 4 | codes[:, 3] << 6
-
-
-def unpack(packed: Tensor, folded: Tensor, factor: Tensor) -> Tensor:
-    """The original weight that `pack` was given."""
-    integer = _INTEGER[folded.element_size()]
-    codes = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=1).view(-1)[: folded.numel()]
-    guess = _unscaled(folded, factor).contiguous().view(integer)
-    return (guess + (codes.view(folded.shape).to(integer) - 1)).view(folded.dtype)
+_BLOCK = 1 << 16  # elements worked on at a time, so that what a block needs stays in the cache
 
 
 @torch.no_grad()
-def undo_layer(layer: nn.Module, record: LayerUndo) -> tuple[Tensor, Tensor | None] | None:
+def fold_exactly(weight: Tensor, factor: Tensor) -> Tensor | None:
+    """Replace `weight` by `weight * factor` in place; return two bits per element that `unfold` undoes it with.
+
+    Returns None, and leaves the weight as it was, where rounding goes further than one unit in the last place
+    (underflow, overflow): then only a copy can undo it.
+    """
+    integer = _INTEGER[weight.element_size()]
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    rows = max(1, _BLOCK * len(weight) // max(1, weight.numel()))
+    for start in range(0, len(weight), rows):
+        part, by = weight[start : start + rows], factor[start : start + rows]
+        difference = part.clone().view(integer)
+        part.copy_(scaled(part, by))
+        guess = _unscaled(part, by).view(integer)
+        difference.sub_(guess).add_(1)
+        low, high = torch.aminmax(difference)
+        if low < 0 or high > 2:
+            part.copy_(difference.sub_(1).add_(guess).view(weight.dtype))
+            weight[:start] = _corrected(weight[:start], factor[:start], codes[:start])
+            return None
+        codes[start : start + rows] = difference
+    return _packed(codes)
+
+
+def unfold(packed: Tensor, folded: Tensor, factor: Tensor) -> Tensor:
+    """The weight that `fold_exactly` was given, from what it returned and what it left."""
+    quarters = torch.cat([packed >> shift & 3 for shift in (0, 2, 4, 6)])
+    return _corrected(folded, factor, quarters[: folded.numel()].view(folded.shape))
+
+
+def _corrected(folded: Tensor, factor: Tensor, codes: Tensor) -> Tensor:
+    integer = _INTEGER[folded.element_size()]
+    return (_unscaled(folded, factor).view(integer) + codes.to(integer) - 1).view(folded.dtype)
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """Four codes a byte: the quarters of the flat codes side by side, which vectorises."""
+    flat = codes.reshape(-1)
+    if missing := -flat.numel() % 4:
+        flat = nn.functional.pad(flat, (0, missing))
+    a, b, c, d = flat.view(4, -1)
+    return a | b << 2 | c << 4 | d << 6
+
+
+def _packed_size(weight: Tensor) -> int:
+    return -(-weight.numel() // 4)
+
+
+@torch.no_grad()
+def undo_layer(layer: Any, record: LayerUndo) -> tuple[Tensor, Tensor | None] | None:
     """The layer's original weight and bias; None when it was changed since it was folded.
 
     Folding the recovered weight again must give the layer's present weight to the bit, which tells a trained layer
@@ -114,17 +147,13 @@ def undo_layer(layer: nn.Module, record: LayerUndo) -> tuple[Tensor, Tensor | No
     if record.weight is not None:
         weight = record.weight.to(device)
     elif record.correction is not None and _packed_size(layer.weight) == record.correction.numel():
-        weight = unpack(record.correction.to(device), layer.weight.detach(), factor)
+        weight = unfold(record.correction.to(device), layer.weight.detach(), factor)
     else:
         return None
     again = folded_bias(bias, scale, shift, layer.weight.dtype)
     if weight.dtype != layer.weight.dtype or not torch.equal(scaled(weight, factor), layer.weight):
         return None
     return (weight, bias) if torch.equal(again, layer.bias) else None
-
-
-def _packed_size(weight: Tensor) -> int:
-    return -(-weight.numel() // 4)
 
 
 def folded_bias(bias: Tensor | None, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
@@ -181,7 +210,7 @@ def _norm_changed(module: nn.Module, undo: NormUndo) -> bool:
 
 
 @torch.no_grad()
-def _restore_layer(layer: nn.Module, record: LayerUndo, original: tuple[Tensor, Tensor | None] | None) -> None:
+def _restore_layer(layer: Any, record: LayerUndo, original: tuple[Tensor, Tensor | None] | None) -> None:
     if original is None:
         scale, shift = record.scale.to(layer.weight.device), record.shift.to(layer.weight.device)
         bias = None if record.bias is None else ((wide(layer.bias) - shift) / scale).to(layer.bias.dtype)
@@ -204,5 +233,5 @@ def _restore_tensors(norm: NormUndo, now: nn.Module) -> None:
             parameter.data = value
         elif name in norm.module._buffers:
             norm.module._buffers[name] = value
-    if hasattr(norm.module, "refresh"):
-        norm.module.refresh()
+    if callable(refresh := getattr(norm.module, "refresh", None)):
+        refresh()

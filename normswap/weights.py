@@ -136,7 +136,9 @@ def _read_pickle(path: Path, trust_pickle: bool) -> Any:
     try:
         return torch.load(path, mmap=zipfile.is_zipfile(path), **kwargs)
     except pickle.UnpicklingError as error:
-        if not trust_pickle and (named := re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|operand|class)", str(error))):
+        if not trust_pickle and (
+            named := re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|operand|class)", str(error))
+        ):
             what = f" ({named.group(1)})" if named.group(1) else ""
             raise WeightsError(
                 f"{path} holds pickled code{what}, which loading would run",

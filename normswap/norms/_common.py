@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ def read_tail(module: nn.Module) -> dict[str, nn.Module]:
     return {name: part for name, part in parts.items() if part is not None and not isinstance(part, nn.Identity)}
 
 
-def read_statistics_norm(module: nn.Module, *, dims: int | None, eps: float | None = None) -> NormState:
+def read_statistics_norm(module: Any, *, dims: int | None, eps: float | None = None) -> NormState:
     """Read any norm with the attribute names of `torch.nn.BatchNorm2d`."""
     mean, var, weight = (getattr(module, name, None) for name in ("running_mean", "running_var", "weight"))
     known = next((t for t in (mean, var, weight) if t is not None), None)

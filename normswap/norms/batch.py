@@ -6,6 +6,8 @@ Shift"; modules of torch.nn, and timm's fused BatchNormAct2d and SyncBatchNormAc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -17,15 +19,15 @@ BY_DIMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _DIMS = {cls: dims for dims, cls in BY_DIMS.items()}
 
 
-def _read(module: nn.Module) -> NormState:
+def _read(module: Any) -> NormState:
     dims = next((_DIMS[c] for c in type(module).__mro__ if c in _DIMS), None)
     return read_statistics_norm(module, dims=dims)
 
 
-def build_with_statistics(cls: type[nn.Module], state: NormState, options: Options) -> nn.Module:
+def build_with_statistics(cls: type[nn.Module], state: NormState, options: Options) -> Any:
     """An instance of a `torch.nn` batch norm class holding the state's own tensors, without allocating others."""
     eps = state.eps if options.eps is None else options.eps
-    module = cls(state.channels, eps=eps, momentum=state.momentum, affine=False, track_running_stats=False)
+    module: Any = cls(state.channels, eps=eps, momentum=state.momentum, affine=False, track_running_stats=False)
     if state.weight is not None:
         module.affine = True
         module._parameters["weight"] = as_parameter(state.weight)
@@ -35,7 +37,7 @@ def build_with_statistics(cls: type[nn.Module], state: NormState, options: Optio
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             module._buffers[name] = getattr(state, name)
         if module._buffers["num_batches_tracked"] is None:
-            module._buffers["num_batches_tracked"] = state.running_mean.new_zeros((), dtype=torch.long)
+            module._buffers["num_batches_tracked"] = state.statistics[0].new_zeros((), dtype=torch.long)
     module.training = state.training
     return module
 

@@ -84,7 +84,7 @@ def _eps_of(module: nn.Module) -> float:
 
 
 @torch.no_grad()
-def _computes_formula(module: nn.Module, eps: float) -> bool:
+def _computes_formula(module: Any, eps: float) -> bool:
     state = read_statistics_norm(module, dims=None, eps=eps)
     channels = state.channels
     generator = torch.Generator().manual_seed(0)
@@ -105,7 +105,7 @@ def _computes_formula(module: nn.Module, eps: float) -> bool:
     return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def _read(module: nn.Module) -> NormState:
+def _read(module: Any) -> NormState:
     dims = None if isinstance(module, FrozenBatchNorm) else 2
     return read_statistics_norm(module, dims=dims, eps=_eps_of(module))
 
@@ -113,13 +113,10 @@ def _read(module: nn.Module) -> NormState:
 def _build(state: NormState, options: Options) -> nn.Module:
     module = FrozenBatchNorm(0, state.eps if options.eps is None else options.eps)
     module.num_features = state.channels
-    weight, bias = affine_or_identity(state, state.running_var)
-    for name, tensor in zip(
-        ("weight", "bias", "running_mean", "running_var"),
-        (weight, bias, state.running_mean, state.running_var),
-        strict=True,
-    ):
-        module._buffers[name] = tensor.detach()
+    mean, var = state.statistics
+    weight, bias = affine_or_identity(state, var)
+    named = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
+    module._buffers.update({name: tensor.detach() for name, tensor in named.items()})
     module.refresh()
     module.training = state.training
     return module

@@ -17,10 +17,11 @@ from ._common import affine_or_identity
 
 def scale_and_shift(state: NormState) -> tuple[torch.Tensor, torch.Tensor]:
     """The whole BN in eval as `y = scale * x + shift`, each `(C,)`, computed in at least float32."""
-    wide = torch.promote_types(state.running_var.dtype, torch.float32)
-    weight, bias = (t.detach().to(wide) for t in affine_or_identity(state, state.running_var))
-    scale = weight * torch.rsqrt(state.running_var.to(wide) + state.eps)
-    return scale, bias - state.running_mean.to(wide) * scale
+    mean, var = state.statistics
+    wide = torch.promote_types(var.dtype, torch.float32)
+    weight, bias = (t.detach().to(wide) for t in affine_or_identity(state, var))
+    scale = weight * torch.rsqrt(var.to(wide) + state.eps)
+    return scale, bias - mean.to(wide) * scale
 
 
 def _read(module: nn.Module) -> NormState:
@@ -30,7 +31,8 @@ def _read(module: nn.Module) -> NormState:
 def _build(state: NormState, options: Options) -> nn.Module:
     """What remains where the BN cannot go into the layer before it."""
     scale, shift = scale_and_shift(state)
-    module = ChannelAffine(scale.to(state.running_var.dtype), shift.to(state.running_var.dtype), trainable=True)
+    dtype = state.statistics[1].dtype
+    module = ChannelAffine(scale.to(dtype), shift.to(dtype), trainable=True)
     module.training = state.training
     return module
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -27,6 +29,7 @@ class GroupOptions(Options):
             raise OptionError(f"num_groups must be a positive integer, got {self.num_groups!r}")
 
 
+@functools.cache
 def divisors(number: int) -> list[int]:
     """All divisors of a positive number, ascending."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
@@ -40,9 +43,9 @@ def fit_groups(state: NormState, request: Request) -> GroupOptions:
     if request.channels_per_group is not None:
         size = request.channels_per_group
         if size > channels and not nearest:
-            raise Misfit(f"{channels} channels are fewer than {size} per group; {_allowed(allowed, 'per group')}", divisibility=True)
+            raise _indivisible(f"{channels} channels are fewer than {size} per group", "per group", allowed)
         if channels % size and not nearest:
-            raise Misfit(f"{channels} channels do not divide by {size} per group; {_allowed(allowed, 'per group')}", divisibility=True)
+            raise _indivisible(f"{channels} channels do not divide by {size} per group", "per group", allowed)
         groups = channels // max(d for d in allowed if d <= size)
     elif request.groups in (None, "auto"):
         groups = min(allowed, key=lambda d: (abs(math.log(channels / d / AUTO_CHANNELS_PER_GROUP)), d))
@@ -50,16 +53,16 @@ def fit_groups(state: NormState, request: Request) -> GroupOptions:
         wanted = int(request.groups)
         if channels % wanted and not nearest:
             more = "are fewer than" if wanted > channels else "do not divide into"
-            raise Misfit(f"{channels} channels {more} {wanted} groups; {_allowed(allowed, 'groups')}", divisibility=True)
+            raise _indivisible(f"{channels} channels {more} {wanted} groups", "groups", allowed)
         groups = max(d for d in allowed if d <= wanted)
     return GroupOptions(eps=request.eps, num_groups=groups)
 
 
-def _allowed(numbers: list[int], what: str) -> str:
-    return f"allowed {what}: {', '.join(map(str, numbers))}"
+def _indivisible(reason: str, what: str, allowed: list[int]) -> Misfit:
+    return Misfit(f"{reason}; allowed {what}: {', '.join(map(str, allowed))}", divisibility=True)
 
 
-def _read(module: nn.Module) -> NormState:
+def _read(module: Any) -> NormState:
     return NormState(
         channels=module.num_channels,
         eps=module.eps,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..registry import register
@@ -12,9 +14,8 @@ BY_DIMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 _DIMS = {cls: dims for dims, cls in BY_DIMS.items()}
 
 
-def _read(module: nn.Module) -> NormState:
-    state = read_statistics_norm(module, dims=next(_DIMS[c] for c in type(module).__mro__ if c in _DIMS))
-    return state
+def _read(module: Any) -> NormState:
+    return read_statistics_norm(module, dims=next(_DIMS[c] for c in type(module).__mro__ if c in _DIMS))
 
 
 def _build(state: NormState, options: Options) -> nn.Module:

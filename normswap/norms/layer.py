@@ -6,6 +6,8 @@ torch.nn.LayerNorm and the `LayerNorm2d` of torchvision and timm.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +24,9 @@ class ChannelLayerNorm(nn.Module):
     Input and output `(N, C, *)` of any dimensionality. The values equal `nn.LayerNorm(C)` on the channels-last view.
     """
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(self, num_channels: int, eps: float = 1e-5, affine: bool = True) -> None:
         super().__init__()
         self.num_channels, self.eps, self.affine = num_channels, eps, affine
@@ -36,7 +41,7 @@ class ChannelLayerNorm(nn.Module):
         return f"{self.num_channels}, eps={self.eps}, affine={self.affine}"
 
 
-def _read_all(module: nn.Module) -> NormState:
+def _read_all(module: Any) -> NormState:
     """`nn.LayerNorm` on tokens `(*, C)`; on one vector per sample `(N, C)` this is also a norm over all channels."""
     weight = module.weight
     return NormState(
@@ -50,7 +55,7 @@ def _read_all(module: nn.Module) -> NormState:
     )
 
 
-def _read_channel(module: nn.Module) -> NormState:
+def _read_channel(module: Any) -> NormState:
     channels = module.num_channels if isinstance(module, ChannelLayerNorm) else module.normalized_shape[-1]
     return NormState(
         channels=channels,

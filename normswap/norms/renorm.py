@@ -13,8 +13,8 @@ from ..errors import OptionError
 from ..modules import per_channel
 from ..registry import register
 from ..spec import NormSpec, NormState, Options
-from .batch import build_with_statistics
 from ._common import read_statistics_norm
+from .batch import build_with_statistics
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class BatchRenorm(nn.modules.batchnorm._BatchNorm):
     statistics follow torch: `running = (1 - momentum) * running + momentum * batch`, the variance unbiased.
     momentum=None averages cumulatively.
     """
+
+    running_mean: Any
+    running_var: Any
+    num_batches_tracked: Any
+    renorm_steps: Tensor
 
     def __init__(
         self,
@@ -112,7 +117,7 @@ def _read(module: nn.Module) -> NormState:
 def _build(state: NormState, options: RenormOptions) -> nn.Module:
     module = build_with_statistics(BatchRenorm, state, options)
     module.r_max, module.d_max, module.warmup_steps = options.r_max, options.d_max, options.warmup_steps
-    module.renorm_steps = module.renorm_steps.to(state.running_mean.device)
+    module.renorm_steps = module.renorm_steps.to(state.statistics[0].device)
     return module
 
 
