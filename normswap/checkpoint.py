@@ -54,6 +54,19 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
     return path
 
 
+def save_state(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
+    """Write any network's state dict to `path`, a plain safetensors file without a manifest. Returns the path.
+
+    For what `revert` gives back: `load_state_dict(safetensors.torch.load_file(path))` and `--weights` read it. Tied
+    tensors are written under each of their names. Whole or not at all, with the errors of `save`.
+    """
+    path = Path(path)
+    check_writable(path, overwrite=overwrite)
+    tensors, ties = _untied(model)
+    _write(path, tensors | {alias: tensors[name].clone() for alias, name in ties.items()}, {"format": "pt"})
+    return path
+
+
 def load(
     path: str | Path, model: nn.Module | None = None, *, trust_code: bool = False, allow_nonfinite: bool = False
 ) -> nn.Module:

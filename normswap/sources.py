@@ -17,7 +17,7 @@ import sys
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -148,6 +148,17 @@ def build(
     if not allow_nonfinite:
         check_finite(model.state_dict(), f"the weights of {source}")
     return model, source
+
+
+def outline(source: Source, weights: str = "none") -> tuple[nn.Module, Source]:
+    """The architecture that goes with `weights`, without their values: no weights are downloaded or read.
+
+    Returns what `build` returns. Raises SourceError or WeightsError.
+    """
+    source = _resolved(source)
+    if source.kind == "torchvision" and weights != "none" and not _names_a_file(source, weights):
+        source = replace(source, variant=_torchvision_weights(source.name, weights).name)
+    return build_empty(source), source
 
 
 def build_empty(source: Source) -> nn.Module:
