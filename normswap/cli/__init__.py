@@ -1,0 +1,60 @@
+"""The command line. One command per file: parse, call the API, render. Starting it imports neither torch nor rich."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from .boundary import Commands, say
+from .convert import convert
+from .inspect import inspect
+from .norms import norms
+from .verify import verify
+
+app = typer.Typer(
+    cls=Commands,
+    help="Swap the BatchNorm layers of pretrained PyTorch networks for GroupNorm and others, and keep the accuracy.",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # rich would double the time that --help takes
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(short_help="List every norm layer of a network.")(inspect)
+app.command(short_help="Replace the norm layers of a network and write the result.")(convert)
+app.command(short_help="Measure how far one network is from another.")(verify)
+app.command(short_help="List the norm types.")(norms)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        typer.echo(f"normswap {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The `normswap` command."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(prog_name="normswap")
+    except KeyboardInterrupt:  # before a command began
+        say("interrupted; nothing was written")
+        sys.exit(130)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    """Let a half-written file be removed on the way out."""
+    sys.exit(128 + number)

@@ -1,0 +1,262 @@
+"""`normswap convert`: the main job. Build, plan, convert, prove, save."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import changes, options
+from .boundary import WRITTEN
+from .networks import Origin, Wanted, converted_file, example_inputs, locate, open_network, original_of
+from .output import Output, reporting
+from .retry import with_commands
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..conversion import Record
+
+ORIGINAL = "original"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was asked of the conversion itself. planning: arguments of `normswap.plan`."""
+
+    to: str | None
+    rules: list[tuple[str, str]]
+    planning: dict[str, Any]
+    shapes: list[tuple[int, ...]]
+    check: bool
+    undo: bool
+    approximate: bool
+    dry_run: bool
+    output: Path | None
+    force: bool
+
+
+def convert(
+    ctx: typer.Context,
+    source: options.Source,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NORM",
+            help=f"The norm to convert to: {', '.join(options.NORMS)}; or original, to undo a conversion.",
+            autocompletion=options.target_names,
+            show_default=False,
+        ),
+    ] = None,
+    groups: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|auto", help="Groups of each gn layer; auto aims at 16 channels a group.", show_default="auto"
+        ),
+    ] = None,
+    channels_per_group: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Channels of each group, in place of --groups.", show_default=False),
+    ] = None,
+    indivisible: Annotated[
+        str,
+        typer.Option(
+            metavar="error|nearest",
+            help="What to do where the channels do not divide: nearest takes the next divisor below.",
+        ),
+    ] = "error",
+    transfer: Annotated[
+        str,
+        typer.Option(
+            metavar="fold|copy|reset",
+            help="fold carries the running statistics over, copy only γ and β, reset nothing.",
+        ),
+    ] = "fold",
+    eps: Annotated[
+        float | None,
+        typer.Option(
+            min=0, metavar="VALUE", help="eps of the new norms; fold scales γ by √(1 + eps).", show_default="1e-5"
+        ),
+    ] = None,
+    zero_init_residual: Annotated[
+        bool,
+        typer.Option(
+            "--zero-init-residual", help="γ = 0 in the last norm of each residual branch, to train from there."
+        ),
+    ] = False,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=NORM",
+            help="The norm, or keep, for layers whose path matches; repeatable, the first match wins.",
+            show_default=False,
+        ),
+    ] = None,
+    sources: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--from",
+            metavar="NORM",
+            help="Convert layers of this type only; repeatable. By default all with batch statistics.",
+            autocompletion=options.norm_names,
+            show_default=False,
+        ),
+    ] = None,
+    weights: options.Weights = None,
+    arg: options.Arg = None,
+    input_shape: options.Input = None,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Skip the self-check.")] = False,
+    no_undo: Annotated[
+        bool, typer.Option("--no-undo", help="Keep nothing to undo the conversion with; the file is a little smaller.")
+    ] = False,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Undo a conversion although the network was trained since.")
+    ] = False,
+    output: options.Output = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and write nothing.")] = False,
+    trust_pickle: options.TrustPickle = False,
+    trust_code: options.TrustCode = False,
+    allow_nonfinite: options.AllowNonfinite = False,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Replace the norm layers of a network, carry over what they have learned, and write the result to a file.
+
+    \b
+    normswap convert resnet50 --to gn --groups 32
+    normswap convert resnet50 --rule 'layer4.*=frozen' --rule '*=gn'
+    normswap convert nets.py:build --arg width=64 --weights mine.pth --to ln
+    normswap convert resnet50-gn.safetensors --to original
+    """
+    planning = {
+        "groups": options.groups(ctx, groups),
+        "channels_per_group": channels_per_group,
+        "indivisible": options.choice(ctx, "--indivisible", indivisible, ("error", "nearest")),
+        "transfer": options.choice(ctx, "--transfer", transfer, ("fold", "copy", "reset")),
+        "eps": eps,
+        "sources": sources or None,
+        "zero_init_residual": zero_init_residual,
+    }
+    job = Job(
+        to,
+        options.rules(ctx, rule),
+        planning,
+        options.shapes(ctx, input_shape),
+        check=not no_check,
+        undo=not no_undo,
+        approximate=approximate,
+        dry_run=dry_run,
+        output=output,
+        force=force,
+    )
+    _check_combination(ctx, job)
+    wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed)
+    with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
+        out.step("loading PyTorch")
+        result = (_revert if to == ORIGINAL else _convert)(ctx, wanted, job, out)
+        out.show(result.to_dict, lambda page: changes.show(page, result))
+
+
+def _check_combination(ctx: typer.Context, job: Job) -> None:
+    """What is a contradiction whatever the network is an error of the call."""
+    if job.to is None and not job.rules:
+        norms = ", ".join(options.NORMS)
+        raise options.usage(ctx, f"say what to convert to, with --to NORM or --rule PATTERN=NORM; norms: {norms}")
+    if job.planning["groups"] is not None and job.planning["channels_per_group"] is not None:
+        raise options.usage(ctx, "--groups and --channels-per-group exclude each other")
+    if job.to != ORIGINAL:
+        if job.approximate:
+            raise options.usage(ctx, "--approximate goes with --to original")
+        return
+    usual = {"indivisible": "error", "transfer": "fold"}
+    given = [name for name, value in job.planning.items() if value not in (None, False, usual.get(name))]
+    flags = ["--" + {"sources": "from"}.get(name, name.replace("_", "-")) for name in given]
+    flags += ["--rule"] if job.rules else []
+    if flags:
+        raise options.usage(ctx, f"--to original undoes a conversion, which {' and '.join(flags)} cannot change")
+
+
+def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> changes.Result:
+    _check_names(job)
+    origin = locate(ctx, wanted)
+    target = _target(job, origin, job.to or "mixed")
+    model, origin = open_network(origin, wanted, out, values=not job.dry_run)
+    if origin.file is not None:
+        model = original_of(model, origin)
+    out.step("planning")
+    from ..conversion import convert as convert_model
+    from ..planning import plan
+
+    inputs = example_inputs(model, job.shapes)
+    with with_commands(ctx):
+        made = plan(model, job.to, rules=job.rules, example_inputs=inputs, **job.planning)
+    if job.dry_run:
+        return changes.Result(origin, made, target, written=False)
+    out.step("converting and checking" if job.check else "converting")
+    model = convert_model(model, using=made, example_inputs=inputs, inplace=True, check=job.check, undo=job.undo)
+    record = _record(model)
+    record.source = None if origin.source is None else origin.source.to_dict()
+    from ..checkpoint import save
+
+    out.step(f"writing {target}")
+    save(model, target, overwrite=job.force)
+    ctx.meta[WRITTEN] = target
+    return changes.Result(origin, made, target, written=True, check=record.check)
+
+
+def _revert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> changes.Result:
+    from ..errors import OptionError
+
+    if converted_file(wanted.text) is None:
+        raise OptionError(
+            f"--to original undoes a conversion, and {wanted.text} is not a file that normswap wrote",
+            hint="Give the converted file: normswap convert FILE --to original",
+        )
+    origin = locate(ctx, wanted)
+    target = _target(job, origin, ORIGINAL)
+    model, origin = open_network(origin, wanted, out)
+    out.step("undoing the conversion")
+    from ..checkpoint import save_state
+
+    plan = _record(model).plan
+    model = original_of(model, origin, approximate=job.approximate)
+    if not job.dry_run:
+        out.step(f"writing {target}")
+        save_state(model, target, overwrite=job.force)
+        ctx.meta[WRITTEN] = target
+    written = not job.dry_run
+    return changes.Result(origin, plan, target, written, undone=True, approximate=job.approximate)
+
+
+def _record(model: nn.Module) -> Record:
+    from ..conversion import record_of
+
+    record = record_of(model)
+    if record is None:
+        raise TypeError("a converted network has lost its record")
+    return record
+
+
+def _check_names(job: Job) -> None:
+    """Tell an unknown norm before a network is built."""
+    from .. import norms as _norms  # noqa: F401  (registers the norm types)
+    from ..registry import get
+
+    for name in (job.to, *(norm for _, norm in job.rules), *(job.planning["sources"] or ())):
+        if name not in (None, "keep"):
+            get(str(name))
+
+
+def _target(job: Job, origin: Origin, suffix: str) -> Path:
+    """Where the result goes; known to be writable before any work is done."""
+    target = job.output or Path(f"{origin.stem}-{suffix}.safetensors")
+    if not job.dry_run:
+        from ..checkpoint import check_writable
+
+        check_writable(target, overwrite=job.force)
+    return target

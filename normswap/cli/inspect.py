@@ -1,0 +1,126 @@
+"""`normswap inspect`: every norm layer of a network, and whether its statistics can be folded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options
+from .collapse import Run, collapse, local_names
+from .networks import Origin, Wanted, example_inputs, locate, open_network
+from .output import reporting
+
+if TYPE_CHECKING:
+    from ..inventory import Inventory, Layer
+    from .render import Page
+
+
+def inspect(
+    ctx: typer.Context,
+    source: options.Source,
+    weights: options.Weights = None,
+    arg: options.Arg = None,
+    input_shape: options.Input = None,
+    show_all: Annotated[bool, typer.Option("--all", help="A row for each layer, and what feeds it by name.")] = False,
+    trust_pickle: options.TrustPickle = False,
+    trust_code: options.TrustCode = False,
+    allow_nonfinite: options.AllowNonfinite = False,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """List every norm layer, what feeds it, and whether its statistics can be folded into that.
+
+    The network is built without weights unless --weights asks for some; nothing is downloaded or changed.
+
+    \b
+    normswap inspect resnet50
+    normswap inspect timm:mobilenetv3_small_100 --input 1,3,224,224
+    """
+    shapes = options.shapes(ctx, input_shape)
+    with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
+        wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed)
+        out.step("loading PyTorch")
+        from .. import inventory
+
+        origin = locate(ctx, wanted, default_weights="none")
+        model, origin = open_network(origin, wanted, out, values=bool(shapes))
+        out.step("looking for norms")
+        found = inventory.inspect(model, example_inputs(model, shapes))
+        out.show(lambda: _values(origin, found), lambda page: _render(page, origin, found, show_all))
+
+
+def _values(origin: Origin, found: Inventory) -> dict[str, Any]:
+    return {"network": origin.to_dict(), "recorded": found.recorded, **found.to_dict()}
+
+
+def _render(page: Page, origin: Origin, found: Inventory, show_all: bool) -> None:
+    if found.layers:
+        runs = collapse(found.layers, lambda x: x.path, _key, _loose_key, together=not show_all)
+        columns = ("layer", *([] if show_all else [">layers"]), "type", ">channels", ">eps", "affine", "mode", "fed by",
+                   "statistics can be folded")  # fmt: skip
+        page.table(columns, (_row(run, show_all) for run in runs))
+    if found.suspects:
+        page.gap()
+        page.line(("Not known, so convert fails unless a rule keeps them:", "bad"))
+        page.table(("module", "type", "why"), ((s.path or "(root)", s.class_name, s.reason) for s in found.suspects))
+    page.gap()
+    _summary(page, origin, found)
+
+
+def _key(layer: Layer) -> tuple[Any, ...]:
+    return (layer.state.channels, *_loose_key(layer))
+
+
+def _loose_key(layer: Layer) -> tuple[Any, ...]:
+    """What the layers of one row share; channels may then be a range."""
+    state = layer.state
+    groups = _groups(layer)
+    fixed = (layer.class_name, state.eps, state.affine, layer.mode, groups)
+    return (*fixed, layer.feed.kind, layer.feed.foldable, local_names(layer.feed.reason, layer.path))
+
+
+def _row(run: Run[Layer], show_all: bool) -> list[str | tuple[str, str]]:
+    from . import render
+
+    first = run.items[0]
+    fed_by = first.feed.kind.replace("_", " ")
+    if show_all and first.feed.producers:
+        fed_by += " " + ", ".join(first.feed.producers)
+    fold = ("yes", "good") if first.feed.foldable else (f"no: {local_names(first.feed.reason, first.path)}", "bad")
+    also = f" = {', '.join(first.aliases)}" if show_all and first.aliases else ""
+    return [
+        ((run.name or "(root)") + also, "path"),
+        *([] if show_all else [str(len(run.items))]),
+        first.class_name + _groups(first),
+        render.number_range(x.state.channels for x in run.items),
+        f"{first.state.eps:g}",
+        "yes" if first.state.affine else "no",
+        first.mode,
+        fed_by,
+        fold if first.state.has_statistics else "no statistics",
+    ]
+
+
+def _groups(layer: Layer) -> str:
+    return f" ({layer.state.num_groups} groups)" if layer.state.num_groups else ""
+
+
+def _summary(page: Page, origin: Origin, found: Inventory) -> None:
+    from .render import plural
+
+    kinds = Counter(layer.spec.name for layer in found.layers)
+    with_statistics = [x for x in found.layers if x.state.has_statistics]
+    parts = [(f"{origin}: {plural(len(found.layers), 'norm layer')}", "strong")]
+    if kinds:
+        parts.append((f" ({', '.join(f'{count} {name}' for name, count in kinds.items())})", ""))
+    if with_statistics:
+        foldable = sum(x.feed.foldable for x in with_statistics)
+        rest = ", the others prescaled" if foldable < len(with_statistics) else ""
+        parts.append((f"; the statistics of {foldable} of {len(with_statistics)} can be folded{rest}", ""))
+    if found.suspects:
+        parts.append((f"; {len(found.suspects)} suspect", "bad"))
+    page.line(*parts)

@@ -1,0 +1,113 @@
+"""Tables and text with rich: coloured on a terminal, plain and unwrapped elsewhere. Nothing else imports rich.
+
+All text goes through `rich.text.Text`, never through markup, so a layer may be called `[red]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TextIO, TypeVar
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from .output import is_terminal, printable
+
+T = TypeVar("T")
+_UNWRAPPED = 100_000
+STYLES = {"good": "green", "bad": "yellow", "dim": "dim", "strong": "bold", "path": "cyan", "head": "bold"}
+
+
+class Page:
+    """What a command's result is put on, top to bottom."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.terminal = is_terminal(stream)
+        self._console = Console(
+            file=stream, markup=False, highlight=False, emoji=False, width=None if self.terminal else _UNWRAPPED
+        )
+
+    def line(self, *parts: str | tuple[str, str]) -> None:
+        """One line; a part may be a pair of text and style."""
+        self._print(_text(parts))
+
+    def gap(self) -> None:
+        """An empty line."""
+        self._print(Text())
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[str | tuple[str, str]]]) -> None:
+        """A table. A column whose title begins with `>` is for numbers: set to the right, never wrapped."""
+        table = Table(box=box.SIMPLE_HEAD if self.terminal else None, pad_edge=False, header_style=STYLES["head"])
+        for title in columns:
+            if title.startswith(">"):
+                table.add_column(Text(title[1:]), justify="right", no_wrap=True)
+            else:
+                table.add_column(Text(title), overflow="fold")
+        for row in rows:
+            table.add_row(*(_text([cell]) for cell in row))
+        self._print(table)
+
+    def facts(self, *facts: tuple[str, str], indent: int = 2) -> None:
+        """Labelled values, one below the other."""
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(style=STYLES["dim"], no_wrap=True)
+        table.add_column(overflow="fold")
+        for label, value in facts:
+            table.add_row(Text(label), _text([value]))
+        self._print(Padding(table, (0, 0, 0, indent), expand=False))
+
+    def block(self, text: str, indent: int = 2) -> None:
+        """An indented paragraph."""
+        self._print(Padding(_text([text]), (0, 0, 0, indent), expand=False))
+
+    def _print(self, what: RenderableType) -> None:
+        if self.terminal:
+            self._console.print(what)
+            return
+        with self._console.capture() as captured:
+            self._console.print(what)
+        self._stream.write("\n".join(line.rstrip(" ") for line in captured.get().split("\n")))
+
+
+def _text(parts: Iterable[str | tuple[str, str]]) -> Text:
+    text = Text()
+    for part in parts:
+        words, style = (part, "") if isinstance(part, str) else part
+        text.append(printable(words), STYLES.get(style, style))
+    return text
+
+
+def progress(items: Iterable[T], total: int, what: str, stream: TextIO) -> Iterator[T]:
+    """Pass the items on with a progress bar, which is removed at the end."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=stream), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        for item in items:
+            yield item
+            bar.advance(task)
+
+
+def size(count: int) -> str:
+    """Bytes for a reader: `98.0 MiB`."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def number_range(values: Iterable[int]) -> str:
+    """`64`, or `64-1760` where they differ."""
+    low, high = min(values := list(values)), max(values)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 layer`, `2 layers`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
