@@ -11,7 +11,6 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .graph import Region, is_below
 
-
 # Convolutions of other libraries whose forward differs from torch's only in how it pads its input.
 _CONV_CLASS_NAMES = {
     "timm.layers.conv2d_same.Conv2dSame",
@@ -54,6 +53,8 @@ UNKNOWN = Feed("unknown", reason="no run of the network showed what feeds it")
 def producer_kind(module: nn.Module) -> str | None:
     """`conv`, `conv_transpose` or `linear` for a layer that is linear in its `weight`, output channel by output channel."""
     cls = type(module)
+    if "forward" in module.__dict__:
+        return None
     if isinstance(module, _ConvNd):
         standard = any(cls.forward is c.forward and cls._conv_forward is c._conv_forward for c in _CONVS)
         if standard or f"{cls.__module__}.{cls.__qualname__}" in _CONV_CLASS_NAMES:
@@ -88,6 +89,11 @@ class _Run:
 
     def module(self, index: int) -> nn.Module | None:
         return self.modules.get(self.names[index]) if self.calls[index].kind == "module" else None
+
+    def norm(self, index: int, norms: Mapping[str, int]) -> str | None:
+        """The path of the norm that a call is a call of; None for any other."""
+        name = self.names[index]
+        return name if self.calls[index].kind == "module" and name in norms else None
 
     def kind(self, index: int, norms: Mapping[str, int]) -> str:
         """What a call is, seen by the norm that it feeds."""
@@ -161,10 +167,10 @@ def analyse(
     for run in runs:
         for index, name in enumerate(run.names):
             kind = run.calls[index].kind
-            if kind == "module" and name in norms:
+            if run.norm(index, norms) is not None:
                 norm_calls[name].append((run, index))
             elif kind == "module":
-                users = {run.names[u] if run.names[u] in norms else None for u in run.users[index]}
+                users = {run.norm(u, norms) for u in run.users[index]}
                 layer_users[name] |= users or {None}
             elif kind == "parameter":
                 layer_users[canonical.get(name.rpartition(".")[0], "")].add(None)
@@ -210,9 +216,11 @@ def _feed_of(
     else:
         for producer in producers:
             reason = reason or _why_not(producer, path, norms[path], layer_users, modules, owners)
+            reason = reason or _hooked_between(producer, path, modules)
         if any(is_below(p, d) for p in (path, *producers) for d in doubts):
             reason = reason or "its owner's forward does not trace, and may use the layer elsewhere"
-    if kind == "linear" and any((run.calls[i].input_shape or (0, 0))[2:] for run, i in calls):
+    vectors = _dims_of(modules[path]) in (None, 1)
+    if kind == "linear" and (not vectors or any((run.calls[i].input_shape or (0, 0))[2:] for run, i in calls)):
         reason = reason or "a linear layer's channels are its last dimension, the norm's its second"
     foldable = not reason
     return Feed(kind, producers if foldable else (), foldable, reason, last, dims, positions)
@@ -236,6 +244,9 @@ def _why_not(
 ) -> str:
     layer = modules[producer]
     weight = layer._parameters.get("weight")
+    sizes = {_dims_of(layer), _dims_of(modules[path])} - {None}
+    if len(sizes) > 1:
+        return f"the norm reads the output of {producer} in other dimensions than it was made"
     if weight is None:
         return f"the weight of {producer} is computed, not a parameter"
     if owners[id(weight)] > 1:
@@ -247,8 +258,19 @@ def _why_not(
     if out_channels(layer) != channels:
         return f"{producer} has {out_channels(layer)} output channels, the norm {channels}"
     bias = layer._parameters.get("bias")
-    if bias is None and layer.bias is not None or bias is not None and owners[id(bias)] > 1:
+    if (bias is None and layer.bias is not None) or (bias is not None and owners[id(bias)] > 1):
         return f"the bias of {producer} is computed or shared"
+    return ""
+
+
+def _hooked_between(producer: str, path: str, modules: Mapping[str, nn.Module]) -> str:
+    """A hook on a module that holds the layer but not the norm, or the norm but not the layer, sees what is folded."""
+    for held, other, table in ((producer, path, "_forward_hooks"), (path, producer, "_forward_pre_hooks")):
+        parts = held.split(".")
+        for ancestor in (".".join(parts[:n]) for n in range(1, len(parts))):
+            holder = modules.get(ancestor)
+            if holder is not None and not is_below(other, ancestor) and getattr(holder, table):
+                return f"a hook on {ancestor} sees what lies between {producer} and the norm"
     return ""
 
 

@@ -10,13 +10,10 @@ One rule rules: a wrong edge destroys a network, a missing one costs two buffers
 
 from __future__ import annotations
 
-import ast
-import functools
-import inspect
-import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,7 +21,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .surgery import aliases, evaluating, undisturbed
+from .surgery import evaluating, leaves_of, own_attributes, undisturbed
+from .uses import ALL, doubtful_below, uses_of
 
 
 @dataclass(slots=True)
@@ -78,7 +76,7 @@ class _Tracer(fx.Tracer):
             return self.create_proxy("call_module", path, args, kwargs)
         last = self.graph._root._prev
         try:
-            return forward(*args, **kwargs)
+            return m.forward(*args, **kwargs)  # not m(...): hooks are not made for symbols; `feeds` asks for them
         except Exception:  # a stranger's forward on symbolic values raises whatever it likes
             node = self.graph._root._prev
             while node is not last:
@@ -92,7 +90,7 @@ class _Tracer(fx.Tracer):
 def trace(model: nn.Module, leaf: Leaf, *, training: bool = False) -> Traced:
     """Run `model` symbolically. `leaf` says which modules are taken whole (norms, and layers that can be folded)."""
     traced = Traced()
-    with evaluating(model, training), undisturbed(model):
+    with evaluating(model, training):
         _trace_below(model, "", leaf, traced)
     return traced
 
@@ -100,12 +98,14 @@ def trace(model: nn.Module, leaf: Leaf, *, training: bool = False) -> Traced:
 def _trace_below(module: nn.Module, path: str, leaf: Leaf, traced: Traced) -> None:
     tracer = _Tracer(leaf)
     try:
-        graph = tracer.trace(module)
+        with undisturbed(module):
+            graph = tracer.trace(module)
+            calls = _calls_of(graph, path, _kept_on_modules(module))
     except Exception:  # as above
         opaque = [""]
     else:
         opaque = tracer.opaque
-        traced.regions.append(Region(path, _calls_of(graph, path)))
+        traced.regions.append(Region(path, calls))
     # A subtree erased as opaque may have been entered before: only the outermost opaque modules count.
     outer = [p for p in opaque if not any(p != q and is_below(p, q) for q in opaque)]
     for inner in dict.fromkeys(outer):
@@ -116,14 +116,16 @@ def _trace_children(
     owner: nn.Module, path: str, local: str, called: set[str], leaf: Leaf, traced: Traced
 ) -> None:
     """Trace the children of a module whose own forward does not trace, where it is known to call them whole."""
-    uses = _uses_of(owner)
+    uses = uses_of(owner)
     for name, child in owner._modules.items():
-        if child is None or leaf(child):
+        if child is None:
             continue
         child_path, child_local = _join(path, name), _join(local, name)
-        if uses is None or name in uses.reached_into:
-            traced.doubtful.add(child_path)
-        seen = child_local in called or (uses is not None and name in uses.called)
+        traced.doubtful.update(_join(path, below) for below in doubtful_below(owner, uses, name, leaf))
+        if leaf(child):
+            traced.doubtful.add(child_path)  # a run of the owner that did trace need not be the only one
+            continue
+        seen = (child_local in called or name in uses.called) and not uses.loose & {name, ALL}
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or (isinstance(child, nn.Sequential) and not seen):
             # Its owner may call the elements one by one and keep what lies between them.
             _trace_children(child, child_path, child_local, called, leaf, traced)
@@ -131,7 +133,13 @@ def _trace_children(
             _trace_below(child, child_path, leaf, traced)
 
 
-def _calls_of(graph: fx.Graph, root: str) -> list[Call]:
+def _kept_on_modules(module: nn.Module) -> set[fx.Node]:
+    """Values that the forward stored in an attribute of some module, where anybody may use them later."""
+    values = (value for part in module.modules() for _, value in own_attributes(part))
+    return {leaf.node for value in values for leaf in leaves_of(value) if isinstance(leaf, fx.Proxy)}
+
+
+def _calls_of(graph: fx.Graph, root: str, kept: Collection[fx.Node]) -> list[Call]:
     index: dict[fx.Node, int] = {}
     calls: list[Call] = []
     for node in graph.nodes:
@@ -140,6 +148,7 @@ def _calls_of(graph: fx.Graph, root: str) -> list[Call]:
         kind, target = _kind_of(node, root)
         index[node] = len(calls)
         calls.append(Call(kind, target, tuple(index[n] for n in node.all_input_nodes if n in index)))
+    calls.append(Call("output", "", tuple(index[n] for n in kept if n in index)))
     return calls
 
 
@@ -175,78 +184,28 @@ def is_below(path: str, ancestor: str) -> bool:
     return ancestor == "" or path == ancestor or path.startswith(ancestor + ".")
 
 
-@dataclass
-class _Uses:
-    """How a class's code uses its children: called whole, and reached into."""
-
-    called: set[str]
-    reached_into: set[str]
-
-
-def _uses_of(module: nn.Module) -> _Uses | None:
-    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        return _Uses(set(), set())
-    chains = _chains_of(type(module))
-    if chains is None:
-        return None
-    uses = _Uses(set(), set())
-    for chain, is_called in chains:
-        child = module._modules.get(chain[0])
-        if child is None:
-            continue
-        if len(chain) == 1 and is_called:
-            uses.called.add(chain[0])
-        elif len(chain) > 1 and isinstance(child._modules.get(chain[1]), nn.Module):
-            uses.reached_into.add(chain[0])
-    return uses
-
-
-@functools.lru_cache(maxsize=None)
-def _chains_of(cls: type) -> tuple[tuple[tuple[str, ...], bool], ...] | None:
-    """Every `self.a.b.c` in the methods of a class and its bases, and whether it is called; None without source."""
-    chains: list[tuple[tuple[str, ...], bool]] = []
-    for base in cls.__mro__:
-        if base.__module__.startswith("torch.nn") or base is object:
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):
-            return None
-        methods = [n for n in tree.body[0].body if not (isinstance(n, ast.FunctionDef) and n.name == "__init__")]
-        nodes = [node for method in methods for node in ast.walk(method)]
-        called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
-        for node in nodes:
-            if isinstance(node, ast.Attribute) and (names := _self_chain(node)):
-                chains.append((names, id(node) in called))
-    return tuple(chains)
-
-
-def _self_chain(node: ast.expr) -> tuple[str, ...]:
-    names: list[str] = []
-    while isinstance(node, ast.Attribute):
-        names.append(node.attr)
-        node = node.value
-    return tuple(reversed(names)) if isinstance(node, ast.Name) and node.id == "self" else ()
-
-
 # --- recorded ---------------------------------------------------------------------------------------------------
 
 
 class _Recorder(TorchDispatchMode):
     """Watches a run: every operation outside the watched modules, and each watched module as one call."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self.made_by: dict[int, int] = {}
-        self.alive: list[Tensor] = []  # ids are unique only while their tensors live
+        self.filled_by: dict[int, int] = {}  # the same by memory, for views that no operation announces (`x.data`)
+        self.alive: list[Tensor] = []  # ids and memory are unique only while their tensors live
+        self.parameters = {_memory(p): (name, p) for name, p in model.named_parameters()}
         self.depth = 0
 
     def source_of(self, tensor: Tensor) -> int:
         index = self.made_by.get(id(tensor))
         if index is None:
-            index = self.add("input", "", (), [tensor])
-        return index
+            index = self.filled_by.get(_memory(tensor))
+        if index is None and (used := self.parameters.get(_memory(tensor))):
+            index = self.add("parameter", used[0], (), [used[1]])
+        return self.add("input", "", (), [tensor]) if index is None else index
 
     def add(self, kind: str, target: str, inputs: Iterable[int], outputs: Iterable[Tensor]) -> int:
         outputs = list(outputs)
@@ -254,6 +213,8 @@ class _Recorder(TorchDispatchMode):
         self.calls.append(Call(kind, target, tuple(inputs), shape))
         for tensor in outputs:
             self.made_by[id(tensor)] = len(self.calls) - 1
+            if memory := _memory(tensor):
+                self.filled_by[memory] = len(self.calls) - 1
             self.alive.append(tensor)
         return len(self.calls) - 1
 
@@ -263,6 +224,12 @@ class _Recorder(TorchDispatchMode):
             inputs = [self.source_of(t) for t in _tensors((args, kwargs))]
             self.add("function", func.overloadpacket.__name__, inputs, _tensors(out))
         return out
+
+
+def _memory(tensor: Tensor) -> int:
+    """The address of a tensor's storage; 0 where there is none."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return tensor.untyped_storage().data_ptr() if plain else 0
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -275,7 +242,7 @@ def record(model: nn.Module, inputs: tuple[Any, ...], watched: Mapping[nn.Module
     `watched` maps the modules taken whole to their paths. Module attributes, buffers, training flags and the random
     state are as before afterwards.
     """
-    recorder = _Recorder()
+    recorder = _Recorder(model)
     entered: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -301,5 +268,14 @@ def record(model: nn.Module, inputs: tuple[Any, ...], watched: Mapping[nn.Module
             stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
         stack.enter_context(recorder)
         out = model(*inputs)
-        recorder.add("output", "", [recorder.source_of(t) for t in _tensors(out)], ())
+        # What is kept on a module may be used later, like an output.
+        kept = [t for t in _attributes(model) if id(t) in recorder.made_by or _memory(t) in recorder.filled_by]
+        recorder.add("output", "", [recorder.source_of(t) for t in (*_tensors(out), *kept)], ())
     return Region("", recorder.calls)
+
+
+def _attributes(model: nn.Module) -> list[Tensor]:
+    """Tensors that modules hold in attributes which are not parameters."""
+    values = [(value for _, value in own_attributes(module)) for module in model.modules()]
+    leaves = (leaf for value in chain(*values, model.buffers()) for leaf in leaves_of(value))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter)]

@@ -16,10 +16,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from . import norms as _norms  # noqa: F401  (registers the norm types)
 from .errors import DataError
 from .feeds import UNKNOWN, Feed, analyse, producer_kind, watched_modules
-from .graph import Region, Traced, record, trace
+from .graph import Region, record, trace
 from .registry import class_of, identify, why_suspicious
 from .spec import NormSpec, NormState
-from .surgery import aliases
+from .surgery import aliases, hidden_references
+from .uses import branches_on_training
 
 
 @dataclass(frozen=True)
@@ -159,22 +160,33 @@ def _feeds(
         feeds = analyse(paths, regions, channels)
     missing = {path: n for path, n in channels.items() if feeds.get(path, UNKNOWN) is UNKNOWN}
     if missing:
-        traced = _traced(model, missing)
-        regions += traced.regions
-        feeds |= analyse(paths, regions, missing, traced.doubtful)
+        feeds |= _traced(model, paths, missing, regions)
     if not suspects:
         suspects += _functional_batch_norm(regions, channels)
     return feeds
 
 
-def _traced(model: nn.Module, missing: Mapping[str, int]) -> Traced:
-    """In eval mode; what that does not reach (auxiliary heads, say) in train mode too."""
+def _traced(
+    model: nn.Module, paths: Mapping[nn.Module, list[str]], missing: Mapping[str, int], regions: list[Region]
+) -> dict[str, Feed]:
+    """What symbolic runs, which are added to `regions`, show of the missing norms.
+
+    In eval mode; where the code does more in training (auxiliary heads, say), or norms are left over, also in train
+    mode.
+    """
+    hidden = {module for *_, module in hidden_references(model, paths)}
+    doubts = {paths[module][0] for module in hidden}  # a part traced alone does not see its use from elsewhere
     traced = trace(model, is_leaf)
-    seen = {call.target for region in traced.regions for call in region.calls if call.kind == "module"}
-    if not seen.issuperset(missing):
-        again = trace(model, is_leaf, training=True)
-        traced = Traced(traced.regions + again.regions, traced.doubtful | again.doubtful)
-    return traced
+    regions += traced.regions
+    doubts |= traced.doubtful
+    seen = {call.target for region in regions for call in region.calls if call.kind == "module"}
+    left = {path: n for path, n in missing.items() if path not in seen}
+    if not left and not any(branches_on_training(module) for module in paths):
+        return analyse(paths, regions, missing, doubts)
+    again = trace(model, is_leaf, training=True)
+    regions += again.regions
+    feeds = analyse(paths, regions, missing, doubts)
+    return feeds | {p: f for p, f in analyse(paths, regions, missing, doubts | again.doubtful).items() if p in left}
 
 
 def _recorded(
@@ -204,7 +216,7 @@ def _suspicion(module: nn.Module) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _calls_batch_norm(cls: type) -> bool:
     """Whether the methods of a class call `batch_norm` other than as their own attribute `self.batch_norm`."""
     if cls.__module__.startswith(("torch.nn.", "torch.ao.", "normswap.")):

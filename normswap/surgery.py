@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import operator
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -15,6 +16,7 @@ from .errors import NormswapError
 
 # What every nn.Module carries; anything else in a module's __dict__ is its own or its user's.
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
+_SCALARS = frozenset({bool, int, float, str, type(None)})
 _HOOK_ATTRIBUTES = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks") or "_hooks_" in name)
 
 
@@ -102,16 +104,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     Lists, dicts and sets among the attributes get their members back, buffers changed in place their values.
     """
-    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
-    containers = [(c, list(c.items()) if isinstance(c, dict) else list(c)) for c in _containers(attributes)]
+    containers = list(_containers(model))
+    before = [dict(c) if isinstance(c, dict) else list(c) for c in containers]
     values = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
     with torch.random.fork_rng(devices=_cuda_devices(model)):
         try:
             yield
         finally:
-            for module, before in attributes:
-                _restore(module.__dict__, list(before.items()))
-            for container, members in containers:
+            for container, members in zip(containers, before, strict=True):
                 _restore(container, members)
             for buffer, version, value in values:
                 if buffer._version != version:
@@ -121,32 +121,64 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 Container = list[Any] | dict[Any, Any] | set[Any]
 
 
-def _containers(attributes: list[tuple[nn.Module, dict[str, Any]]]) -> list[Container]:
-    """Every list, dict and set that the attributes hold, nested ones included, each once."""
-    found: dict[int, Container] = {}
-    stack: list[Any] = [value for _, table in attributes for value in table.values()]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, (list, dict, set)) and id(value) not in found:
-            found[id(value)] = value
-            stack.extend(value.values() if isinstance(value, dict) else value)
-    return list(found.values())
+def _containers(model: nn.Module) -> Iterator[Container]:
+    """The modules' own tables, and every list, dict and set among their attributes, nested ones included."""
+    for module in model.modules():
+        yield module.__dict__
+        yield module._parameters
+        yield module._buffers
+        yield module._modules
+        for _, value in own_attributes(module):
+            if isinstance(value, (list, tuple, dict, set)):
+                yield from (v for v in _nested(value) if isinstance(v, (list, dict, set)))
 
 
-def _marks(container: Container, members: Iterable[Any]) -> list[Any]:
-    """The identity of all members, for comparing without calling anybody's `__eq__`."""
-    return [(id(m[0]), id(m[1])) for m in members] if isinstance(container, dict) else [id(m) for m in members]
+def own_attributes(module: nn.Module) -> list[tuple[str, Any]]:
+    """A module's attributes that can hold objects: not those that every module has, nor numbers and texts."""
+    return [
+        (name, value)
+        for name, value in module.__dict__.items()
+        if type(value) not in _SCALARS and name not in _MODULE_ATTRIBUTES
+    ]
 
 
-def _restore(container: Container, members: list[Any]) -> None:
-    now = container.items() if isinstance(container, dict) else container
-    if _marks(container, now) == _marks(container, members):
+def leaves_of(value: Any) -> Iterator[Any]:
+    """What a value holds at the bottom of its lists, tuples, dicts and sets; itself if it is none of these."""
+    return (v for v in _nested(value) if not isinstance(v, (list, tuple, dict, set)))
+
+
+def _nested(value: Any) -> Iterator[Any]:
+    if not isinstance(value, (list, tuple, dict, set)):
+        yield value
         return
-    container.clear()
-    if isinstance(container, list):
-        container.extend(members)
-    else:
-        container.update(members)
+    stack, seen = [value], {id(value)}
+    while stack:
+        item = stack.pop()
+        yield item
+        for member in item.values() if isinstance(item, dict) else item:
+            if not isinstance(member, (list, tuple, dict, set)):
+                yield member
+            elif id(member) not in seen:
+                seen.add(id(member))
+                stack.append(member)
+
+
+def _restore(container: Container, before: dict[Any, Any] | list[Any]) -> None:
+    if isinstance(container, dict) and isinstance(before, dict):
+        if container.keys() != before.keys() or not _identical(container.values(), before.values()):
+            container.clear()
+            container.update(before)
+    elif len(container) != len(before) or not _identical(container, before):
+        container.clear()
+        if isinstance(container, list):
+            container.extend(before)
+        else:
+            container.update(before)
+
+
+def _identical(now: Iterable[Any], before: Iterable[Any]) -> bool:
+    """Whether all members are the same objects; nobody's `__eq__` is asked, because a tensor's is no yes or no."""
+    return all(map(operator.is_, now, before))
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:
@@ -162,24 +194,12 @@ def hidden_references(model: nn.Module, wanted: Collection[nn.Module]) -> list[t
     """
     found = []
     for holder, paths in aliases(model).items():
-        for name, value in holder.__dict__.items():
-            if name not in _MODULE_ATTRIBUTES:
-                held = dict.fromkeys(module for module in _held_modules(value) if module in wanted)
-                found += [(paths[0], name, module) for module in held]
-    return found
-
-
-def _held_modules(value: Any) -> Iterator[nn.Module]:
-    """Modules in a value: itself, the owner of a bound method, or members of (nested) plain containers."""
-    stack, seen = [value], set()
-    while stack:
-        item = stack.pop()
-        item = getattr(item, "__self__", item) if isinstance(item, MethodType) else item
-        if isinstance(item, nn.Module):
-            yield item
-        elif isinstance(item, (list, tuple, set, dict)) and id(item) not in seen:
-            seen.add(id(item))
-            stack.extend(item.values() if isinstance(item, dict) else item)
+        for name, value in own_attributes(holder):
+            for leaf in leaves_of(value):
+                module = leaf.__self__ if isinstance(leaf, MethodType) else leaf
+                if isinstance(module, nn.Module) and module is not holder and module in wanted:
+                    found.append((paths[0], name, module))
+    return list(dict.fromkeys(found))
 
 
 def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:

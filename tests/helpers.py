@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from normswap.inventory import Inventory, inspect
+
 
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     """In place: gamma, beta and running statistics as a trained network has them, biases not 0; in eval mode."""
@@ -150,3 +152,33 @@ class Residual(nn.Module):
 def paths_of(layers: Iterable[Any]) -> list[str]:
     """The `path` of each."""
     return [layer.path for layer in layers]
+
+
+# --- what feeds what ------------------------------------------------------------------------------------------------
+
+MODES = ["symbolic", "recorded"]
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+class Net(nn.Module):
+    """A convolution and a BN, `(N, 3, H, W)` to `(N, 4, H, W)`; made to be subclassed with another forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+def look(net: nn.Module, mode: str, x: Tensor = X) -> Inventory:
+    """What a symbolic or a recorded run shows of the network in eval mode."""
+    return inspect(net.eval(), x if mode == "recorded" else None)
+
+
+def edges(net: nn.Module, mode: str, x: Tensor = X) -> dict[str, tuple[str, ...]]:
+    """The foldable norms and the layers that feed them."""
+    layers = look(net, mode, x).layers
+    assert all(bool(layer.feed.producers) == layer.feed.foldable == (not layer.feed.reason) for layer in layers)
+    return {layer.path: layer.feed.producers for layer in layers if layer.feed.foldable}
