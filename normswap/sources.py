@@ -207,14 +207,14 @@ def _architecture(source: Source) -> nn.Module:
         if "meta" in str(error):
             raise
         raise _build_error(source, error) from error
-    except Exception as error:  # a stranger's code raises whatever it likes
+    except (Exception, SystemExit) as error:  # a stranger's code raises whatever it likes
         raise _build_error(source, error) from error
     if not isinstance(model, nn.Module):
         raise SourceError(f"{source} returned {type(model).__name__}, not a torch.nn.Module")
     return model
 
 
-def _build_error(source: Source, error: Exception) -> SourceError:
+def _build_error(source: Source, error: BaseException) -> SourceError:
     return SourceError(
         f"{source} cannot be built ({type(error).__name__}: {first_line(error)})",
         hint="Arguments of its builder are given as --arg key=value.",
@@ -274,7 +274,7 @@ def _stop_hub_retries() -> None:
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
         if (constants := sys.modules.get("huggingface_hub.constants")) is not None:
-            constants.HF_HUB_OFFLINE = True
+            vars(constants)["HF_HUB_OFFLINE"] = True
 
 
 def _timm() -> Any:
@@ -345,7 +345,7 @@ def _module(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise SourceError(f"module {name!r} cannot be imported: {error}") from error
-    except Exception as error:  # code of the user's module
+    except (Exception, SystemExit) as error:  # code of the user's module
         raise SourceError(f"importing {name!r} failed ({type(error).__name__}: {first_line(error)})") from error
 
 
@@ -364,7 +364,7 @@ def _module_from_file(place: str) -> Any:
     sys.path.insert(0, str(path.resolve().parent))  # a script may import its neighbours
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # code of the user's file
+    except (Exception, SystemExit) as error:  # code of the user's file
         del sys.modules[name]
         raise SourceError(f"running {place} failed ({type(error).__name__}: {first_line(error)})") from error
     finally:
@@ -375,7 +375,7 @@ def _module_from_file(place: str) -> Any:
 # --- published weights ------------------------------------------------------------------------------------------
 
 
-class _Withheld(dict):  # type: ignore[type-arg]
+class _Withheld(dict[str, Any]):
     """Stands for weights that are not wanted: loading it does nothing."""
 
 
@@ -384,7 +384,8 @@ def _published_state(state: dict[str, Any]) -> Iterator[None]:
     """Let torchvision's builders get `state` instead of downloading; it is assigned, not copied."""
     from torchvision.models._api import WeightsEnum
 
-    get, load = WeightsEnum.get_state_dict, nn.Module.load_state_dict
+    module: Any = nn.Module
+    get, load = WeightsEnum.get_state_dict, module.load_state_dict
 
     def load_state_dict(self: nn.Module, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         if isinstance(values, _Withheld):
@@ -392,12 +393,12 @@ def _published_state(state: dict[str, Any]) -> Iterator[None]:
         return load(self, values, *args, **{**kwargs, "assign": True})
 
     WeightsEnum.get_state_dict = lambda *args, **kwargs: state
-    nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
+    module.load_state_dict = load_state_dict
     try:
         yield
     finally:
         WeightsEnum.get_state_dict = get
-        nn.Module.load_state_dict = load  # type: ignore[method-assign]
+        module.load_state_dict = load
 
 
 def _torchvision_weights(name: str, weights: str) -> Any:

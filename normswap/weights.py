@@ -43,11 +43,16 @@ def read_state(path: str | Path, *, trust_pickle: bool = False, allow_nonfinite:
 def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Load `state` into `model`, replacing its tensors, each cast to the dtype that the model has there.
 
-    A prefix all names share is dropped where that makes them fit. BN counters (`num_batches_tracked`) may be missing.
+    A prefix all names share is dropped where that makes them fit. BN counters (`num_batches_tracked`) may be missing,
+    and so may all names but one of a tied tensor; it stays tied.
     Raises WeightsError with at most ten missing, unexpected and mis-shaped names each, and the counts.
     """
     own = model.state_dict()
+    ties = [[name for name in names if name in own] for names in _ties(model)]
     fitted = _fit_prefix(dict(state), own)
+    for names in ties:
+        present = [name for name in names if name in fitted]
+        fitted |= {name: fitted[present[-1]] for name in names if present and name not in fitted}
     missing = [k for k in own if k not in fitted and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in fitted if k not in own and not k.endswith("num_batches_tracked")]
     misshaped = [
@@ -64,6 +69,28 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
     cast = {k: v.to(own[k].dtype) if k in own and v.is_floating_point() else v for k, v in fitted.items()}
     cast = {k: v for k, v in cast.items() if k in own}
     model.load_state_dict(cast, strict=False, assign=True)
+    for names in ties:
+        _tie(model, names)
+
+
+def _ties(model: nn.Module) -> list[list[str]]:
+    """Names of each parameter or buffer that several modules hold under several names."""
+    names: dict[Tensor, list[str]] = {}
+    for module_path, module in model.named_modules(remove_duplicate=False):
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    names.setdefault(tensor, []).append(f"{module_path}.{name}" if module_path else name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _tie(model: nn.Module, names: list[str]) -> None:
+    """One tensor under all these names again: the last one's, as loading them in turn would leave it."""
+    places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    for table in ("_parameters", "_buffers"):
+        holders = [(module.__dict__[table], leaf) for module, leaf in places if leaf in module.__dict__[table]]
+        for holder, leaf in holders:
+            holder[leaf] = holders[-1][0][holders[-1][1]]
 
 
 def _listing(title: str, names: list[str]) -> str:
