@@ -53,8 +53,13 @@ def main() -> None:
     except KeyboardInterrupt:  # before a command began
         say("interrupted; nothing was written")
         sys.exit(130)
+    except _Terminated:
+        sys.exit(128 + signal.SIGTERM)
+
+
+class _Terminated(BaseException):
+    """SIGTERM: no error that anyone should handle, but what was half written is removed on the way out."""
 
 
 def _terminate(number: int, frame: Any) -> None:
-    """Let a half-written file be removed on the way out."""
-    sys.exit(128 + number)
+    raise _Terminated

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import OptionError, OutputError
 from . import changes, options
 from .boundary import WRITTEN
 from .networks import Origin, Wanted, converted_file, example_inputs, locate, open_network, original_of
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..conversion import Record
 
 ORIGINAL = "original"
+_PICKLES = (".pth", ".pt", ".th", ".ckpt", ".pkl", ".bin")
 
 
 @dataclass(frozen=True)
@@ -210,8 +212,6 @@ def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> chang
 
 
 def _revert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> changes.Result:
-    from ..errors import OptionError
-
     if converted_file(wanted.text) is None:
         raise OptionError(
             f"--to original undoes a conversion, and {wanted.text} is not a file that normswap wrote",
@@ -255,6 +255,11 @@ def _check_names(job: Job) -> None:
 def _target(job: Job, origin: Origin, suffix: str) -> Path:
     """Where the result goes; known to be writable before any work is done."""
     target = job.output or Path(f"{origin.stem}-{suffix}.safetensors")
+    if target.suffix in _PICKLES:
+        raise OutputError(
+            f"{target} is a name for a pickle, and what normswap writes is safetensors",
+            hint=f"Name it {target.with_suffix('.safetensors')}.",
+        )
     if not job.dry_run:
         from ..checkpoint import check_writable
 

@@ -10,7 +10,7 @@ import typer
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's own, under a name that all versions of typer have
 
 # As `registry.targets()` has them, which would need torch to be imported; a test compares the two.
-NORMS = ("bn", "sync", "frozen", "gn", "ln", "ln-channel", "in", "renorm", "fused")
+NORMS = ("bn", "sync", "frozen", "fused", "gn", "in", "ln", "ln-channel", "renorm")
 
 
 def norm_names(incomplete: str) -> list[str]:

@@ -29,7 +29,7 @@ def verify(
     b: Annotated[
         str | None,
         typer.Argument(
-            metavar="[B]", help="The other; without it, A is a converted file and compared with its original."
+            metavar="B", help="The other; without it, A is a converted file and compared with its original."
         ),
     ] = None,
     data: options.Data = None,
