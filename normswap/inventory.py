@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import functools
 import inspect as python_inspect
-import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from . import norms as _norms  # noqa: F401  (registers the norm types)
@@ -20,7 +22,7 @@ from .graph import Region, record, trace
 from .registry import class_of, identify, why_suspicious
 from .spec import NormSpec, NormState
 from .surgery import aliases, hidden_references
-from .uses import branches_on_training
+from .uses import branches_on_training, definitions_of
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, feeds: bool = True)
         elif reason := _suspicion(module):
             suspects.append(Suspect(names[0], class_of(module).__name__, reason))
     channels = {paths[module][0]: state.channels for module, _, state in found}
-    known = _feeds(model, paths, channels, example_inputs, suspects) if feeds and channels else {}
+    runs = feeds and channels and not any(isinstance(module, LazyModuleMixin) for module in paths)
+    known = _feeds(model, paths, channels, example_inputs, suspects) if runs else {}
     layers = tuple(
         Layer(
             paths[module][0],
@@ -161,8 +164,8 @@ def _feeds(
     missing = {path: n for path, n in channels.items() if feeds.get(path, UNKNOWN) is UNKNOWN}
     if missing:
         feeds |= _traced(model, paths, missing, regions)
-    if not suspects:
-        suspects += _functional_batch_norm(regions, channels)
+    if not any(suspect.reason == _IN_CODE for suspect in suspects):
+        suspects += _functional_batch_norm(regions)
     return feeds
 
 
@@ -206,45 +209,87 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or "no message").splitlines()[0][:300]
 
 
+_IN_CODE = "its code calls a functional batch norm, which no module swap can reach"
+
+
 def _suspicion(module: nn.Module) -> str | None:
-    if isinstance(module, LazyModuleMixin) and isinstance(module, nn.modules.batchnorm._NormBase):
+    if isinstance(module, LazyModuleMixin):
         return "it is not initialised: run one forward pass first, then convert"
     if reason := why_suspicious(module):
         return reason
-    if _calls_batch_norm(type(module)) and not isinstance(module._modules.get("batch_norm"), nn.Module):
-        return "its code calls a functional batch norm, which no module swap can reach"
-    return None
+    cls: type = type(module)
+    return _IN_CODE if _calls_batch_norm(cls) else None
 
 
 @functools.cache
 def _calls_batch_norm(cls: type) -> bool:
-    """Whether the methods of a class call `batch_norm` other than as their own attribute `self.batch_norm`."""
-    if cls.__module__.startswith(("torch.nn.", "torch.ao.", "normswap.")):
+    """Whether the methods of a class call a functional batch norm on anything but a layer's weight.
+
+    (Weight standardization does that: timm's StdConv2d.)
+    """
+    if cls.__module__.startswith(("torch.nn.", "torch.ao.", "normswap.")) or cls is object:
         return False
-    own = [f for f in vars(cls).values() if python_inspect.isfunction(f)]
-    if not any("batch_norm" in f.__code__.co_names for f in own):
-        return any(_calls_batch_norm(base) for base in cls.__bases__ if base is not object)
-    try:
-        tree = ast.parse(textwrap.dedent(python_inspect.getsource(cls)))
-    except (OSError, TypeError, SyntaxError):
+    own = [f for f in map(python_inspect.unwrap, vars(cls).values()) if python_inspect.isfunction(f)]
+    scopes = [f.__globals__ for f in own]
+    suspicious = any("batch_norm" in f.__code__.co_names or _known_names(f) for f in own)
+    definitions = definitions_of(cls) if suspicious else []
+    if suspicious and not definitions:
         return True
-    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
-    return any(
-        (isinstance(f, ast.Name) and f.id == "batch_norm")
-        or (isinstance(f, ast.Attribute) and f.attr == "batch_norm" and isinstance(f.value, ast.Name | ast.Attribute)
-            and ast.unparse(f.value) in ("F", "functional", "torch", "nn.functional", "torch.nn.functional"))
-        for f in calls
-    )
+    calls = (node for definition in definitions for node in ast.walk(definition) if isinstance(node, ast.Call))
+    return any(_is_functional(call, scopes[0]) for call in calls) or any(map(_calls_batch_norm, cls.__bases__))
 
 
-_FUNCTIONAL = {"batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
-               "cudnn_batch_norm", "_batch_norm_impl_index", "_batch_norm_no_update", "_batch_norm_with_update"}  # fmt: skip
+def _known_names(function: FunctionType) -> bool:
+    return any(_is_batch_norm(function.__globals__.get(name)) for name in function.__code__.co_names)
 
 
-def _functional_batch_norm(regions: list[Region], norms: Mapping[str, int]) -> list[Suspect]:
-    """Batch norms that a run showed outside of any module (called by a free function, say)."""
-    return [
-        Suspect(region.path, "function", "a functional batch norm runs in it, which no module swap can reach")
-        for region in regions
-        if any(call.kind == "function" and call.target in _FUNCTIONAL for call in region.calls)
-    ]
+def _is_batch_norm(value: object) -> bool:
+    return any(value is f for f in (F.batch_norm, torch.batch_norm, torch.native_batch_norm))
+
+
+def _is_functional(call: ast.Call, scope: Mapping[str, Any]) -> bool:
+    """Whether a call is one of `F.batch_norm`, under whatever name, on something that is not a weight."""
+    names: list[str] = []
+    node: ast.AST = call.func
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    if not isinstance(node, ast.Name):
+        return False
+    if node.id in scope:
+        value = scope[node.id]
+        for name in reversed(names):
+            value = getattr(value, name, None)
+        found = _is_batch_norm(value)
+    else:  # imported inside the method
+        module = not names or node.id in ("F", "functional", "nn", "torch")
+        found = module and (names or [node.id])[0] == "batch_norm"
+    on_weight = call.args and any(isinstance(n, ast.Attribute) and n.attr == "weight" for n in ast.walk(call.args[0]))
+    return found and not on_weight
+
+
+_FUNCTIONAL = {
+    "batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm", "_batch_norm_impl_index", "_batch_norm_no_update", "_batch_norm_with_update",
+}  # fmt: skip
+
+
+def _functional_batch_norm(regions: list[Region]) -> list[Suspect]:
+    """Batch norms that a run showed outside of any module (called by a free function, say), on anything but weights."""
+    reason = "a functional batch norm runs in it, which no module swap can reach"
+    found = {region.path for region in regions for i in range(len(region.calls)) if _normalizes_data(region, i)}
+    return [Suspect(path, "function", reason) for path in sorted(found)]
+
+
+def _normalizes_data(region: Region, index: int) -> bool:
+    call = region.calls[index]
+    if call.kind != "function" or call.target not in _FUNCTIONAL:
+        return False
+    waiting, seen = list(call.inputs[:1]), set()
+    while waiting:
+        source = waiting.pop()
+        if region.calls[source].kind in ("input", "module"):
+            return True
+        seen.add(source)
+        waiting += [s for s in region.calls[source].inputs if s not in seen]
+    return False

@@ -66,8 +66,11 @@ def class_of(module: nn.Module) -> type[nn.Module]:
 def identify(module: nn.Module) -> NormSpec | None:
     """The norm type of a module, or None if it is not a norm that normswap knows.
 
-    A subclass counts as its base only if it inherits `forward` unchanged: then it computes the same.
+    A subclass counts as its base only if it inherits `forward` unchanged: then it computes the same. So does an
+    instance only without a `forward` of its own.
     """
+    if "forward" in module.__dict__:
+        return None
     cls = class_of(module)
     for candidate in cls.__mro__:
         if candidate.forward is not cls.forward if hasattr(candidate, "forward") else True:
@@ -86,6 +89,9 @@ def why_suspicious(module: nn.Module) -> str | None:
     """Why a module that `identify` does not know looks like a norm with batch statistics; None if it does not."""
     if identify(module) is not None:
         return None
+    batch_like = isinstance(module, nn.modules.batchnorm._NormBase) or _has_statistics_buffers(module)
+    if batch_like and "forward" in module.__dict__:
+        return "its forward was replaced on the instance, so what it computes is not known"
     if isinstance(module, nn.modules.batchnorm._NormBase):
         return f"{class_of(module).__name__} overrides the forward of a norm class that normswap knows"
     if _has_statistics_buffers(module):

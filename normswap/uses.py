@@ -124,7 +124,7 @@ def _uses_of_class(cls: type, entry: str = "forward") -> Uses:
     for base in cls.__mro__:
         if base is object or base.__module__.startswith("torch.nn."):
             continue
-        definitions = _definitions(base)
+        definitions = definitions_of(base)
         if not definitions:
             return Uses(plain=False)
         for node in (n for definition in definitions for n in definition.body):
@@ -151,7 +151,7 @@ def _is_one_of(function: object, nodes: list[ast.FunctionDef]) -> bool:
     return code is not None and code.co_firstlineno in starts
 
 
-def _definitions(cls: type) -> list[ast.ClassDef]:
+def definitions_of(cls: type) -> list[ast.ClassDef]:
     """The source of a class; several where its name is defined more than once, none where there is no source."""
     try:
         path = inspect.getsourcefile(cls)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..modules import per_channel
 from ..registry import register
 from ..spec import NormSpec, NormState, Options
+from ..surgery import evaluating
 from ._common import TAIL, affine_or_identity, read_statistics_norm
 
 _BUFFERS = {"weight", "bias", "running_mean", "running_var"}
@@ -91,16 +92,13 @@ def _computes_formula(module: Any, eps: float) -> bool:
     x = torch.randn(2, channels, 2, 2, generator=generator).to(module.running_var)
     y = per_channel(module.running_var + eps, 4).rsqrt() * per_channel(module.weight, 4)
     expected = (x - per_channel(module.running_mean, 4)) * y + per_channel(module.bias, 4)
-    training = module.training
     try:
-        module.eval()
-        for part in state.tail.values():
-            expected = part(expected)
-        actual = module(x)
-    except Exception:  # the probe calls a stranger's forward: whatever it raises, it is not the formula
+        with evaluating(module):
+            for part in state.tail.values():
+                expected = part.forward(expected)
+            actual = module.forward(x)  # not module(x): its hooks are not for a probe
+    except Exception:  # a stranger's forward: whatever it raises, it is not the formula
         return False
-    finally:
-        module.train(training)
     tolerance = 1e-4 if actual.dtype in (torch.float32, torch.float64) else 3e-2
     return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
