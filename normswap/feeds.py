@@ -324,11 +324,11 @@ def _is_shortcut(run: _Run, other: int, branch: int) -> bool:
         return depth > 0
     start, layers = other, 0
     for _ in range(8):
-        module = run.module(start)
-        if module is None or not run.calls[start].inputs:
+        module, sources = run.module(start), set(run.calls[start].inputs)
+        if len(sources) != 1:
             break
-        layers += producer_kind(module) is not None
-        start = run.calls[start].inputs[0]
+        layers += module is not None and producer_kind(module) is not None
+        start = sources.pop()
         depth = _layers_between(run, start, branch)
         if depth is not None:
             return depth > layers

@@ -500,8 +500,14 @@ def test_a_norm_on_the_shortcut_is_not_the_last_of_the_branch() -> None:
             y = torch.relu(self.bn1(self.conv1(x)))
             return self.down(x) + self.bn2(self.conv2(y))
 
-    assert last_norms(Projected()) == ["bn2"]
-    assert last_norms(Residual()) == ["bn2"]
+    class PooledProjected(Projected):
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.bn1(self.conv1(x)))
+            return self.down(F.avg_pool2d(x, 1)) + self.bn2(self.conv2(y))
+
+    x = torch.randn(1, 4, 8, 8)
+    for net in (Residual(), Projected(), PooledProjected()):
+        assert last_norms(net) == last_norms(net, x) == ["bn2"]
 
 
 def test_a_norm_whose_output_is_used_elsewhere_is_not_the_last() -> None:
