@@ -27,6 +27,7 @@ import normswap
 from normswap import conversion, sources
 from normswap.example import guess_inputs
 from normswap.selfcheck import observe
+from normswap.sources import torchvision_models
 
 warnings.filterwarnings("ignore")
 TARGETS = ("gn", "ln", "frozen", "fused")
@@ -152,7 +153,7 @@ def output_error(model: nn.Module, converted: nn.Module, inputs: object) -> floa
 
 
 def names(only: str | None) -> list[str]:
-    everything = [*sources._torchvision_names(), *(f"timm:{n}" for n in TIMM)]
+    everything = [*torchvision_models.names(), *(f"timm:{n}" for n in TIMM)]
     return [n for n in everything if only is None or fnmatch.fnmatch(n, only)]
 
 

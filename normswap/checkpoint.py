@@ -23,8 +23,7 @@ from .errors import CheckpointError, NormswapError, OutputError, WeightsError
 from .planning import Plan
 from .recognise import source_of
 from .selfcheck import Check
-from .sources import Source, build_empty
-from .sources import _architecture as build_full
+from .sources import Source, build_empty, build_full
 from .surgery import get
 from .transfer import apply
 from .undo import LayerUndo, Undo
@@ -94,7 +93,7 @@ def load(
         root, undo = _swapped(model, plan, tensors, path)
     _retie(root, manifest["ties"])
     _fill_undo(undo, undo_tensors, manifest["undo"])
-    root._normswap = Record(plan, undo, Check(**manifest["check"]), manifest["source"], list(manifest["history"]))
+    root.__dict__["_normswap"] = Record(plan, undo, Check(**manifest["check"]), manifest["source"], list(manifest["history"]))
     return root.eval()
 
 

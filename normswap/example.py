@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,8 @@ def guess_inputs(model: nn.Module) -> tuple[Any, ...] | None:
     """Random inputs that `model(*inputs)` runs on in eval mode, or None when no guess does.
 
     Images `(1, C, 64, 64)` (then larger), clips `(1, C, 16, 64, 64)`, sequences `(1, C, 256)` or vectors `(2, C)`,
-    with C from the first layer; torchvision's detectors get a list of images. The same input each time.
+    with C from the first layer; torchvision's detectors get a list of images. A forward of several arguments gets the
+    same for each. The same input each time.
     """
     for inputs in _candidates(model):
         if runs(model, inputs):
@@ -58,7 +60,15 @@ def _candidates(model: nn.Module) -> Iterator[tuple[Any, ...]]:
     if type(getattr(model, "transform", None)).__name__ == "GeneralizedRCNNTransform":
         yield ([random_tensor((first.in_channels, 128, 160), model).sigmoid()],)
     for size in sizes[spatial]:
-        yield (random_tensor((1, first.in_channels, *size), model),)
+        yield (random_tensor((1, first.in_channels, *size), model),) * _required_arguments(model)
+
+
+def _required_arguments(model: nn.Module) -> int:
+    """How many arguments the forward must be given; the same input serves for each (two frames, two views)."""
+    empty = inspect.Parameter.empty
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(model.forward).parameters.values()
+    return max(1, sum(p.default is empty and p.kind in named for p in parameters))
 
 
 def _shapes_of_norm(model: nn.Module) -> Iterator[tuple[int, ...]]:

@@ -1,0 +1,70 @@
+"""The user's own architectures: `package.module:factory` and `path/to/file.py:factory`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import SourceError
+from ..inventory import first_line
+from .source import Source
+
+
+def architecture(source: Source) -> Any:
+    """Run the factory. What it returns is whatever its author wrote; the caller checks it."""
+    return _factory(source)(**source.args)
+
+
+def _factory(source: Source) -> Callable[..., Any]:
+    place, _, name = source.name.rpartition(":")
+    module = _module_from_file(place) if source.kind == "file" else _module(place)
+    factory: Any = module
+    for part in name.split("."):
+        factory = getattr(factory, part, None)
+    if factory is None:
+        public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        near = difflib.get_close_matches(name, public, n=3, cutoff=0.5)
+        raise SourceError(f"{place} has no {name!r}", hint=f"Did you mean {' or '.join(near)}?" if near else None)
+    if not callable(factory):
+        raise SourceError(f"{source} is {type(factory).__name__}, not a function or class that makes a model")
+    return factory
+
+
+def _module(name: str) -> Any:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise SourceError(f"module {name!r} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # code of the user's module
+        raise SourceError(f"importing {name!r} failed ({type(error).__name__}: {first_line(error)})") from error
+
+
+def _module_from_file(place: str) -> Any:
+    path = Path(place)
+    if not path.is_file():
+        raise SourceError(f"{place} does not exist" if not path.exists() else f"{place} is not a file")
+    name = f"normswap_source_{path.stem}_{abs(hash(str(path.resolve())))}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise SourceError(f"{place} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.resolve().parent))  # a script may import its neighbours
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # code of the user's file
+        del sys.modules[name]
+        raise SourceError(f"running {place} failed ({type(error).__name__}: {first_line(error)})") from error
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    return module

@@ -1,0 +1,80 @@
+"""A source as data: what goes into a converted file's manifest, so that its architecture can be rebuilt anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import CheckpointError, SourceError, WeightsError
+from ..inventory import first_line
+
+KINDS = ("torchvision", "timm", "hf", "factory", "file")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an architecture comes from. JSON values only.
+
+    kind: one of KINDS. name: a model's name, an ID or folder, or a module's or file's factory as `PLACE:FACTORY`.
+    args: keyword arguments of the builder. variant: named weights that decide the architecture too (torchvision's
+    COCO weights have a frozen BN). config: a transformers config and class, so that no hub is needed again.
+    """
+
+    kind: str
+    name: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+    variant: str | None = None
+    config: Mapping[str, Any] | None = None
+
+    def __str__(self) -> str:
+        prefix = {"timm": "timm:", "hf": "hf:"}.get(self.kind, "")
+        return prefix + self.name
+
+    @property
+    def stem(self) -> str:
+        """A file name's beginning for results: the last part of the name."""
+        name = self.name.rpartition(":")[2] if self.kind in ("factory", "file") else self.name
+        return name.rstrip("/").rpartition("/")[2] or "model"
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether building it runs code that is in no library normswap knows."""
+        return self.kind in ("factory", "file")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "args": dict(self.args),
+            "variant": self.variant,
+            "config": self.config,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Source:
+        """The inverse of `to_dict`. Raises CheckpointError for anything else."""
+        try:
+            source = cls(**values)
+        except TypeError as error:
+            raise CheckpointError(f"the manifest's source cannot be read: {error}") from error
+        if source.kind not in KINDS:
+            raise CheckpointError(f"the manifest's source is of an unknown kind, {source.kind!r}")
+        return source
+
+
+def build_error(source: Source, error: BaseException) -> SourceError:
+    """What to say when a builder, of whatever library, raises."""
+    return SourceError(
+        f"{source} cannot be built ({type(error).__name__}: {first_line(error)})",
+        hint="Arguments of its builder are given as --arg key=value.",
+    )
+
+
+def offline_error(source: Source, tried: str, error: Exception) -> WeightsError:
+    """What to say when published weights cannot be had."""
+    return WeightsError(
+        f"the weights of {source} cannot be downloaded: {tried} ({first_line(error)})",
+        hint="Ways out: --weights FILE with a checkpoint you have, or --weights none for random weights.",
+    )
