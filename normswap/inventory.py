@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect as python_inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from types import FunctionType
 from typing import Any
@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from . import norms as _norms  # noqa: F401  (registers the norm types)
-from .errors import DataError
+from .errors import DataError, OptionError
 from .feeds import UNKNOWN, Feed, analyse, producer_kind, watched_modules
 from .graph import Region, record, trace
-from .registry import class_of, identify, why_suspicious
+from .registry import class_of, identify, looks_batch, why_suspicious
 from .spec import NormSpec, NormState
 from .surgery import aliases, hidden_references
 from .uses import branches_on_training, definitions_of
@@ -27,7 +27,10 @@ from .uses import branches_on_training, definitions_of
 
 @dataclass(frozen=True)
 class Layer:
-    """One norm layer. `path` is its first name, `aliases` the others; `state` aliases the module's tensors."""
+    """One norm layer. `path` is its first name, `aliases` the others; `state` aliases the module's tensors.
+
+    held_by: attributes that hold it beside the tables of children, as `PATH.ATTRIBUTE`; a swap cannot reach them.
+    """
 
     path: str
     aliases: tuple[str, ...]
@@ -35,6 +38,7 @@ class Layer:
     class_name: str
     state: NormState
     feed: Feed
+    held_by: tuple[str, ...] = ()
 
     @property
     def mode(self) -> str:
@@ -75,7 +79,7 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Inventory:
-    """Every norm layer in traversal order, and every suspect. `traced`: parts of the network a run has covered."""
+    """Every norm layer in traversal order, and every suspect. recorded: a run on example inputs was watched."""
 
     layers: tuple[Layer, ...]
     suspects: tuple[Suspect, ...]
@@ -110,6 +114,8 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, feeds: bool = True)
 
     Raises DataError when the network cannot be run on the example inputs.
     """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"expected a torch.nn.Module, got {type(model).__name__}")
     paths = aliases(model)
     found: list[tuple[nn.Module, NormSpec, NormState]] = []
     suspects: list[Suspect] = []
@@ -121,7 +127,10 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, feeds: bool = True)
             suspects.append(Suspect(names[0], class_of(module).__name__, reason))
     channels = {paths[module][0]: state.channels for module, _, state in found}
     runs = feeds and channels and not any(isinstance(module, LazyModuleMixin) for module in paths)
-    known = _feeds(model, paths, channels, example_inputs, suspects) if runs else {}
+    held: dict[nn.Module, list[str]] = {}
+    for holder, attribute, module in hidden_references(model, paths):
+        held.setdefault(module, []).append(f"{holder}.{attribute}" if holder else attribute)
+    known = _feeds(model, paths, channels, example_inputs, suspects, held) if runs else {}
     layers = tuple(
         Layer(
             paths[module][0],
@@ -130,6 +139,7 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, feeds: bool = True)
             class_of(module).__name__,
             state,
             known.get(paths[module][0], UNKNOWN),
+            tuple(held.get(module, ())),
         )
         for module, spec, state in found
     )
@@ -143,6 +153,8 @@ def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
 
 def is_leaf(module: nn.Module) -> bool:
     """Modules a symbolic run takes whole: norms, known or suspected, and layers that can be folded into."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     return identify(module) is not None or why_suspicious(module) is not None or producer_kind(module) is not None
 
 
@@ -152,6 +164,7 @@ def _feeds(
     channels: Mapping[str, int],
     example_inputs: Any,
     suspects: list[Suspect],
+    held: Collection[nn.Module],
 ) -> dict[str, Feed]:
     if identify(model) is not None:
         return {"": Feed("input", reason="the network is this norm alone")}
@@ -163,25 +176,28 @@ def _feeds(
         feeds = analyse(paths, regions, channels)
     missing = {path: n for path, n in channels.items() if feeds.get(path, UNKNOWN) is UNKNOWN}
     if missing:
-        feeds |= _traced(model, paths, missing, regions)
+        # A part traced alone does not see what reaches it through an attribute elsewhere.
+        feeds |= _traced(model, paths, missing, regions, {paths[module][0] for module in held})
     if not any(suspect.reason == _IN_CODE for suspect in suspects):
         suspects += _functional_batch_norm(regions)
     return feeds
 
 
 def _traced(
-    model: nn.Module, paths: Mapping[nn.Module, list[str]], missing: Mapping[str, int], regions: list[Region]
+    model: nn.Module,
+    paths: Mapping[nn.Module, list[str]],
+    missing: Mapping[str, int],
+    regions: list[Region],
+    doubts: set[str],
 ) -> dict[str, Feed]:
     """What symbolic runs, which are added to `regions`, show of the missing norms.
 
     In eval mode; where the code does more in training (auxiliary heads, say), or norms are left over, also in train
     mode.
     """
-    hidden = {module for *_, module in hidden_references(model, paths)}
-    doubts = {paths[module][0] for module in hidden}  # a part traced alone does not see its use from elsewhere
     traced = trace(model, is_leaf)
     regions += traced.regions
-    doubts |= traced.doubtful
+    doubts = doubts | traced.doubtful
     seen = {call.target for region in regions for call in region.calls if call.kind == "module"}
     left = {path: n for path, n in missing.items() if path not in seen}
     if not left and not any(branches_on_training(module) for module in paths):
@@ -209,12 +225,15 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or "no message").splitlines()[0][:300]
 
 
+_SCRIPTED = "a scripted module cannot be changed: convert the original, then script it"
 _IN_CODE = "its code calls a functional batch norm, which no module swap can reach"
 
 
 def _suspicion(module: nn.Module) -> str | None:
     if isinstance(module, LazyModuleMixin):
         return "it is not initialised: run one forward pass first, then convert"
+    if isinstance(module, torch.jit.ScriptModule):
+        return _SCRIPTED if looks_batch(module) else None
     if reason := why_suspicious(module):
         return reason
     cls: type = type(module)

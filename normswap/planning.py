@@ -106,7 +106,7 @@ class Plan:
             )
             kept = tuple(Kept(**k) for k in values["kept"])
             return cls(steps, kept, values["transfer"], values["meta"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OptionError) as error:
             raise CheckpointError(f"this is not a normswap plan: {type(error).__name__}: {error}") from error
 
     @classmethod
@@ -170,6 +170,8 @@ def plan(
 
 def _rules_of(to: str | None, rules: Rules | None) -> list[Rule]:
     pairs = list(rules.items()) if isinstance(rules, Mapping) else list(rules or ())
+    if any(isinstance(pair, str) for pair in pairs):  # two letters would pass for a pattern and a norm
+        raise OptionError(f"rules must be pattern -> norm, got {rules!r}")
     try:
         ordered = [Rule(pattern, target) for pattern, target in pairs]
     except (TypeError, ValueError) as error:
@@ -193,6 +195,8 @@ def _check_options(
         raise OptionError(f"groups apply to gn only, not to {', '.join(sorted(names)) or 'keep'}")
     if transfer != "fold" and "fused" in names:
         raise OptionError(f"fused carries everything over; transfer={transfer!r} does not go with it")
+    if transfer == "reset" and "frozen" in names:
+        raise OptionError("frozen is made of the running statistics; transfer='reset' leaves nothing of it")
     for name in sources or ():
         if name not in targets():
             raise OptionError(f"unknown norm {name!r} in sources; known: {', '.join(targets())}")
@@ -229,6 +233,7 @@ class _Planner:
     indivisible: bool = False
     degenerate: bool = False
     no_statistics: bool = False
+    held: bool = False
 
     def run(self, selected: set[str]) -> Plan:
         steps: list[Step] = []
@@ -291,8 +296,12 @@ class _Planner:
         state, feed = layer.state, layer.feed
         if state.channels < 1:
             raise Misfit("it normalizes over several dimensions with one weight per element; no per-channel norm can")
-        if state.channel_dim != 1 and feed.kind != "linear":
+        vectors = self.inventory.recorded and feed.kind == "linear" and feed.positions == 1
+        if state.channel_dim != 1 and not vectors:
             raise Misfit("its channels are the last dimension, the new norm's the second")
+        if layer.held_by:
+            self.held = True
+            raise Misfit(f"{', '.join(layer.held_by)} holds it too, outside the children, where no swap reaches it")
         if target.needs_dims and state.dims is None and feed.dims is None:
             raise Misfit(f"whether {target.title} must be 1d, 2d or 3d is not known; give example inputs")
 
@@ -364,6 +373,6 @@ def _problem_error(planner: _Planner, selected: set[str]) -> PlanError:
         hints.append('A rule keeps such a layer or gives it another norm: rules={"PATH": "frozen"}, or fewer groups.')
     if planner.no_statistics:
         hints.append("calibrate estimates them from images: `normswap convert ... --calibrate DIR`.")
-    if planner.inventory.suspects:
+    if planner.inventory.suspects or planner.held:
         hints.append('To leave a layer as it is: rules={"PATH": "keep"}.')
     return PlanError(summary, planner.problems, hint="\n".join(hints) or None, indivisible=planner.indivisible)

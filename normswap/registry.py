@@ -78,7 +78,7 @@ def identify(module: nn.Module) -> NormSpec | None:
         spec = _BY_CLASS.get(candidate) or _BY_CLASS_NAME.get(f"{candidate.__module__}.{candidate.__qualname__}")
         if spec is not None:
             return spec
-    if _has_statistics_buffers(module):
+    if looks_batch(module):
         for spec in _BY_NAME.values():
             if spec.matches is not None and spec.matches(module):
                 return spec
@@ -89,15 +89,16 @@ def why_suspicious(module: nn.Module) -> str | None:
     """Why a module that `identify` does not know looks like a norm with batch statistics; None if it does not."""
     if identify(module) is not None:
         return None
-    batch_like = isinstance(module, nn.modules.batchnorm._NormBase) or _has_statistics_buffers(module)
+    batch_like = isinstance(module, nn.modules.batchnorm._NormBase) or looks_batch(module)
     if batch_like and "forward" in module.__dict__:
         return "its forward was replaced on the instance, so what it computes is not known"
     if isinstance(module, nn.modules.batchnorm._NormBase):
         return f"{class_of(module).__name__} overrides the forward of a norm class that normswap knows"
-    if _has_statistics_buffers(module):
+    if looks_batch(module):
         return f"{class_of(module).__name__} has running statistics, but normswap does not know its formula"
     return None
 
 
-def _has_statistics_buffers(module: nn.Module) -> bool:
+def looks_batch(module: nn.Module) -> bool:
+    """Whether a module holds running statistics by the name that every library gives them."""
     return "running_var" in module._buffers

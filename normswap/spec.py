@@ -79,7 +79,8 @@ class Request:
                 raise OptionError(f"{name} must be a positive integer{' or auto' * (name == 'groups')}, got {value!r}")
         if self.indivisible not in ("error", "nearest"):
             raise OptionError(f"indivisible must be 'error' or 'nearest', got {self.indivisible!r}")
-        if self.eps is not None and not 0 <= self.eps < float("inf"):
+        number = isinstance(self.eps, (int, float)) and not isinstance(self.eps, bool)
+        if self.eps is not None and not (number and 0 <= self.eps < float("inf")):
             raise OptionError(f"eps must be a finite number >= 0, got {self.eps!r}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.functional import batch_norm as renamed
 from torch.nn.utils import parametrize
 
+from normswap.errors import NormswapError
 from normswap.inventory import inspect
 from normswap.registry import identify, why_suspicious
 
@@ -400,3 +402,24 @@ def test_looking_changes_nothing() -> None:
     inspect(net)
     inspect(net, X)
     assert fingerprint(net) == before
+
+
+def test_a_layer_held_in_a_plain_attribute_says_where() -> None:
+    net = nn.Sequential(conv_bn(), nn.ReLU())
+    net[1].listed, net.mine = [net[0][1]], {"a": net[0][1]}
+    assert inspect(net)["0.1"].held_by == ("mine", "1.listed")
+    assert inspect(conv_bn())["1"].held_by == ()
+
+
+def test_a_scripted_network_is_one_clear_reason() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(conv_bn())
+    assert reasons(nn.Sequential(scripted, nn.BatchNorm2d(8))) == {
+        "0.1": "a scripted module cannot be changed: convert the original, then script it"
+    }
+
+
+def test_what_is_no_module_is_named() -> None:
+    with pytest.raises(NormswapError, match=r"expected a torch\.nn\.Module, got str"):
+        inspect("resnet50")
