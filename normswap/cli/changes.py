@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +18,24 @@ if TYPE_CHECKING:
     from .render import Page
 
 _CARRIED = {
-    "fold": ("folded into the layer before", "good"),
+    "fold": ("folded", "good"),
     "prescale": ("prescaled", "bad"),
-    "fuse": ("fused into the layer before", "good"),
-    "affine": ("one scale and shift per channel left", "bad"),
+    "fuse": ("fused", "good"),
+    "affine": ("scale and shift left", "bad"),
     "exact": ("exact", "good"),
     "copy": ("γ and β copied", ""),
     "reset": ("reset", ""),
 }
-_COUNTED = {"fold": "folded", "prescale": "prescaled", "fuse": "fused", "affine": "left as scale and shift"}
-_COUNTED |= {"exact": "exact", "copy": "copied", "reset": "reset"}
+_MEANING = {
+    "fold": "statistics folded into the layer before",
+    "prescale": "statistics in a fixed scale and shift before the norm",
+    "fuse": "norm gone into the layer before",
+    "affine": "norm left as a scale and shift",
+    "exact": "computes the same",
+    "copy": "γ and β alone copied",
+    "reset": "nothing carried over",
+}
+_REASONS = 5
 
 
 @dataclass(frozen=True)
@@ -78,12 +86,11 @@ def show(page: Page, result: Result) -> None:
 def _steps(page: Page, plan: Plan) -> None:
     from .render import number_range
 
-    runs = collapse(plan.steps, lambda s: s.path, lambda s: (s.channels, *_loose_key(s)), _loose_key)
+    runs = collapse(plan.steps, lambda s: s.path, _key, _loose_key)
     rows = []
     for run in runs:
         first = run.items[0]
         words, style = _CARRIED[first.transfer]
-        note = f": {local_names(first.note, first.path)}" if first.note else ""
         zero = ", γ = 0" if first.zero_init else ""
         rows.append(
             (
@@ -91,23 +98,40 @@ def _steps(page: Page, plan: Plan) -> None:
                 str(len(run.items)),
                 number_range(s.channels for s in run.items),
                 first.source_class,
-                _target(first),
-                (words + note + zero, style),
+                _target(run.items),
+                (words + zero, style),
             )
         )
-    page.table(("layer", ">layers", ">channels", "was", "becomes", "its statistics"), rows)
+    page.table(("layer", ">layers", ">channels", "was", "becomes", "statistics"), rows)
+
+
+def _key(step: Step) -> tuple[Hashable, ...]:
+    return (step.channels, step.options, *_loose_key(step))
 
 
 def _loose_key(step: Step) -> tuple[Hashable, ...]:
-    note = local_names(step.note, step.path)
-    return (step.source_class, _target(step), step.transfer, note, step.zero_init)
+    """What the layers of one row share; channels and groups may then differ."""
+    return (step.source_class, step.target, step.options.eps, step.transfer, step.note == "", step.zero_init)
 
 
-def _target(step: Step) -> str:
-    options = {k: v for k, v in asdict(step.options).items() if v is not None}
-    parts = [f"{options.pop('num_groups')} groups"] if "num_groups" in options else []
+def _target(steps: Sequence[Step]) -> str:
+    """The new norm with its options, as `gn (32 groups)`, or `gn (16 per group)` where that is what stays the same."""
+    first = steps[0]
+    options = {k: v for k, v in asdict(first.options).items() if v is not None}
+    parts = []
+    if options.pop("num_groups", None) is not None:
+        parts.append(_groups([(step.channels, asdict(step.options)["num_groups"]) for step in steps]))
     parts += [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in options.items()]
-    return step.target + (f" ({', '.join(parts)})" if parts else "")
+    return first.target + (f" ({', '.join(parts)})" if parts else "")
+
+
+def _groups(pairs: Sequence[tuple[int, int]]) -> str:
+    from .render import number_range
+
+    numbers, sizes = {groups for _, groups in pairs}, {channels // groups for channels, groups in pairs}
+    if len(numbers) > 1 and len(sizes) == 1:
+        return f"{sizes.pop()} per group"
+    return f"{number_range(numbers)} groups"
 
 
 def _kept(page: Page, plan: Plan) -> None:
@@ -126,14 +150,19 @@ def _summary(page: Page, plan: Plan) -> None:
     from .render import plural
 
     pairs = Counter((step.source, step.target) for step in plan.steps)
-    carried = Counter(_COUNTED[step.transfer] for step in plan.steps)
+    carried = Counter(step.transfer for step in plan.steps)
     page.line(
         (plural(len(plan.steps), "layer") + ": ", "strong"),
         ", ".join(f"{count} {was} to {becomes}" for (was, becomes), count in pairs.items()),
-        "; ",
-        ", ".join(f"{count} {how}" for how, count in carried.items()),
         *([f"; {len(plan.kept)} kept"] if plan.kept else []),
     )
+    for how, count in carried.items():
+        page.line("  ", (_CARRIED[how][0], _CARRIED[how][1]), f" {count}: {_MEANING[how]}")
+        reasons = Counter(
+            local_names(step.note, step.path) for step in plan.steps if step.transfer == how and step.note
+        )
+        for reason, times in reasons.most_common(_REASONS):
+            page.line((f"    {times} because {reason}", "dim"))
 
 
 def _undone(page: Page, result: Result) -> None:

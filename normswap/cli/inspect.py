@@ -61,7 +61,7 @@ def _render(page: Page, origin: Origin, found: Inventory, show_all: bool) -> Non
     if found.layers:
         runs = collapse(found.layers, lambda x: x.path, _key, _loose_key, together=not show_all)
         columns = ("layer", *([] if show_all else [">layers"]), "type", ">channels", ">eps", "affine", "mode", "fed by",
-                   "statistics can be folded")  # fmt: skip
+                   "foldable")  # fmt: skip
         page.table(columns, (_row(run, show_all) for run in runs))
     if found.suspects:
         page.gap()
@@ -90,7 +90,9 @@ def _row(run: Run[Layer], show_all: bool) -> list[str | tuple[str, str]]:
     fed_by = first.feed.kind.replace("_", " ")
     if show_all and first.feed.producers:
         fed_by += " " + ", ".join(first.feed.producers)
-    fold = ("yes", "good") if first.feed.foldable else (f"no: {local_names(first.feed.reason, first.path)}", "bad")
+    known = first.feed.kind in ("conv", "conv_transpose", "linear")  # else what feeds it is the reason
+    why = f": {local_names(first.feed.reason, first.path)}" if known or first.feed.kind == "other" else ""
+    fold = ("yes", "good") if first.feed.foldable else (f"no{why}", "bad")
     also = f" = {', '.join(first.aliases)}" if show_all and first.aliases else ""
     return [
         ((run.name or "(root)") + also, "path"),

@@ -10,6 +10,7 @@ from typing import TextIO, TypeVar
 
 from rich import box
 from rich.console import Console, RenderableType
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -18,6 +19,7 @@ from rich.text import Text
 from .output import is_terminal, printable
 
 T = TypeVar("T")
+Cell = str | tuple[str, str]
 _UNWRAPPED = 100_000
 STYLES = {"good": "green", "bad": "yellow", "dim": "dim", "strong": "bold", "path": "cyan", "head": "bold"}
 
@@ -32,7 +34,7 @@ class Page:
             file=stream, markup=False, highlight=False, emoji=False, width=None if self.terminal else _UNWRAPPED
         )
 
-    def line(self, *parts: str | tuple[str, str]) -> None:
+    def line(self, *parts: Cell) -> None:
         """One line; a part may be a pair of text and style."""
         self._print(_text(parts))
 
@@ -40,17 +42,38 @@ class Page:
         """An empty line."""
         self._print(Text())
 
-    def table(self, columns: Sequence[str], rows: Iterable[Sequence[str | tuple[str, str]]]) -> None:
-        """A table. A column whose title begins with `>` is for numbers: set to the right, never wrapped."""
-        table = Table(box=box.SIMPLE_HEAD if self.terminal else None, pad_edge=False, header_style=STYLES["head"])
-        for title in columns:
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[Cell]], *, of_all: str = "all") -> None:
+        """A table. A column whose title begins with `>` is for numbers: set to the right, never wrapped.
+
+        On a terminal that is too narrow, columns that say the same in every row go below the table, as `of_all: ...`.
+        """
+        titles, cells = list(columns), [list(row) for row in rows]
+        table, alike = self._grid(titles, cells), []
+        while self.terminal and self._width(table) > self._console.width:
+            place = next((i for i in range(1, len(titles)) if len({_words(row[i]) for row in cells}) == 1), None)
+            if place is None:
+                break
+            alike.append(f"{titles.pop(place).lstrip('>')} {_words(cells[0][place])}")
+            cells = [row[:place] + row[place + 1 :] for row in cells]
+            table = self._grid(titles, cells)
+        self._print(table)
+        if alike:
+            self.line((f"{of_all}: {', '.join(alike)}", "dim"))
+
+    def _width(self, table: Table) -> int:
+        return Measurement.get(self._console, self._console.options.update(max_width=_UNWRAPPED), table).maximum
+
+    def _grid(self, titles: Sequence[str], cells: Iterable[Sequence[Cell]]) -> Table:
+        style = box.SIMPLE_HEAD if self.terminal else None
+        table = Table(box=style, pad_edge=False, show_edge=False, collapse_padding=True, header_style=STYLES["head"])
+        for title in titles:
             if title.startswith(">"):
                 table.add_column(Text(title[1:]), justify="right", no_wrap=True)
             else:
                 table.add_column(Text(title), overflow="fold")
-        for row in rows:
+        for row in cells:
             table.add_row(*(_text([cell]) for cell in row))
-        self._print(table)
+        return table
 
     def facts(self, *facts: tuple[str, str], indent: int = 2) -> None:
         """Labelled values, one below the other."""
@@ -74,7 +97,11 @@ class Page:
         self._stream.write("\n".join(line.rstrip(" ") for line in captured.get().split("\n")))
 
 
-def _text(parts: Iterable[str | tuple[str, str]]) -> Text:
+def _words(cell: Cell) -> str:
+    return cell if isinstance(cell, str) else cell[0]
+
+
+def _text(parts: Iterable[Cell]) -> Text:
     text = Text()
     for part in parts:
         words, style = (part, "") if isinstance(part, str) else part
