@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -11,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import DataError, OptionError, SelfCheckError
+from .checks import check_fit, check_values
+from .errors import DataError, NormswapError, OptionError, SelfCheckError
 from .example import guess_inputs
 from .inventory import as_inputs, first_line
 from .planning import Plan, Rules, plan
 from .selfcheck import TOLERANCE, Check, Observations, applicable, compare, observe, watched_paths
 from .surgery import copied, device_and_dtype
-from .transfer import apply, check_statistics
+from .transfer import apply
 from .undo import Undo, revert
 
 
@@ -90,13 +90,16 @@ def convert(
             zero_init_residual=zero_init_residual,
             missing_statistics=missing_statistics,
         )
-    elif to is not None or rules is not None:
-        raise OptionError("give either a plan (using=) or what to plan (to=, rules=), not both")
-    check_statistics(model, using)
+    else:
+        wanted = (to, groups, channels_per_group, eps, rules, sources)
+        if any(value is not None for value in wanted) or (transfer, zero_init_residual) != ("fold", False):
+            raise OptionError("give either a plan (using=) or what to plan (to=, rules=, ...), not both")
+        check_fit(model, using)
+    check_values(model, using)
     inputs, reason = _check_inputs(model, using, example_inputs, wanted=check)
     reference = _observe(model, inputs, using) if inputs is not None else None
     work = model if inplace else copied(model)
-    root, undo_record = apply(work, using, keep_undo=undo or (inplace and reference is not None))
+    root, undo_record = apply(work, using, keep_undo=undo or reference is not None)
     record = Record(using, undo_record, Check(None, reason=reason, total=len(using.steps)))
     root.__dict__["_normswap"] = record
     if reference is not None and inputs is not None:
@@ -142,9 +145,19 @@ def _prove(
     """
     record: Record = root.__dict__["_normswap"]
     norms = {norm.paths[0]: norm.module for norm in record.undo.norms}
-    result = compare(root, using, inputs, reference, norms)
-    if not result.passed:
-        result = _in_float64(root, using, inputs, original) or result
+    try:
+        result = compare(root, using, inputs, reference, norms)
+        if not result.passed:
+            result = _in_float64(root, using, inputs, original) or result
+    except BaseException as error:  # a forward that needs the old norm, or Ctrl-C: nothing may stay half done
+        if original is None:
+            revert(root)
+        if not isinstance(error, Exception):
+            raise
+        raise SelfCheckError(
+            f"the converted network does not run ({type(error).__name__}: {first_line(error)}); nothing was kept",
+            hint="Its code may use something of the norm that the new one does not have; a rule keeps such a layer.",
+        ) from error
     record.check = result
     if not result.passed:
         if original is None:
@@ -157,12 +170,14 @@ def _prove(
 
 
 def _in_float64(root: nn.Module, using: Plan, inputs: tuple[Any, ...], original: nn.Module | None) -> Check | None:
-    if device_and_dtype(root)[1] == torch.float64:
+    """The self-check on a copy in float64; None where that could say nothing new, or no copy can be made."""
+    if device_and_dtype(root)[1] == torch.float64 and not any(step.zero_init for step in using.steps):
         return None
-    if original is None:
-        original = copy.deepcopy(root)
-        revert(original)
-    wide = copied(original).double()
+    try:
+        wide = copied(original) if original is not None else revert(copied(root))
+    except NormswapError:
+        return None
+    wide = wide.double()
     inputs = tuple(_double(value) for value in inputs)
     plain = dataclasses.replace(using, steps=tuple(dataclasses.replace(s, zero_init=False) for s in using.steps))
     reference = observe(wide, inputs, watched_paths(wide, plain))

@@ -144,7 +144,7 @@ def _bare(stack: ExitStack, module: nn.Module, step: Step, original: nn.Module |
 
         _override(stack, norm, affine)
     elif step.transfer in ("copy", "reset") and original is not None:
-        original.training = False
+        stack.enter_context(evaluating(original))
         _override(stack, module, original.forward)
 
 

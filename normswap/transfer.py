@@ -36,35 +36,6 @@ def standardization(state: NormState) -> tuple[Tensor, Tensor]:
     return scale, -wide(mean) * scale
 
 
-def check_statistics(model: nn.Module, plan: Plan) -> None:
-    """Raise PlanError, naming every layer, where running statistics are negative or not finite."""
-    steps = [s for s in plan.steps if s.transfer in ("fold", "prescale", "fuse", "affine", "exact")]
-    states = [(s, read(model, s)) for s in steps]
-    known = [(s, *x.statistics, x.eps) for s, x in states if x.has_statistics and not x.statistics[0].is_meta]
-    if not known or _all_sound([mean for _, mean, _, _ in known], [var + eps for _, _, var, eps in known]):
-        return
-    problems = []
-    for step, mean, var, eps in known:
-        if not bool(torch.isfinite(mean).all() & torch.isfinite(var).all()):
-            problems.append(f"{step.path}: running statistics hold NaN or Inf")
-        elif bool((var < 0).any()):
-            problems.append(f"{step.path}: running_var is negative ({float(var.min()):.3g})")
-        elif bool((var + eps <= 0).any()):
-            problems.append(f"{step.path}: running_var + eps is 0 in some channel")
-    if problems:
-        raise PlanError(
-            f"{len(problems)} layers have running statistics that no network can have:",
-            problems,
-            hint='The weights are damaged. transfer="copy" leaves the statistics out; a rule "keep" leaves a layer.',
-        )
-
-
-def _all_sound(means: list[Tensor], variances: list[Tensor]) -> bool:
-    """One pass over all layers at once; the slow search for the culprit is left to when there is one."""
-    mean, var = (torch.cat([wide(t).view(-1).cpu() for t in tensors]) for tensors in (means, variances))
-    return bool(torch.isfinite(mean).all() & torch.isfinite(var).all() & (var > 0).all())
-
-
 def read(model: nn.Module, step: Step) -> NormState:
     """The state of a step's norm as it is in `model` now."""
     module = module_at(model, step.path)
@@ -82,12 +53,14 @@ def apply(model: nn.Module, plan: Plan, *, keep_undo: bool, structure_only: bool
     the converted network into it afterwards.
     """
     undo = Undo(complete=keep_undo or structure_only)
-    for step in plan.steps:
-        old = module_at(model, step.path)
+    norms = [module_at(model, step.path) for step in plan.steps]
+    # All copies are taken first: a gamma that two norms share is changed by the first one's step.
+    copies = [_snapshot(norm) for norm in norms] if keep_undo else [{} for _ in norms]
+    changed: set[int] = set()
+    for step, old, before in zip(plan.steps, norms, copies, strict=True):
         if structure_only:
             _give_values(old)
         state = read(model, step)
-        kept = NormUndo((step.path, *step.aliases), old, _snapshot(old)) if keep_undo else None
         if structure_only:
             _add_biases(model, step)
         elif step.transfer in ("fold", "fuse"):
@@ -97,10 +70,10 @@ def apply(model: nn.Module, plan: Plan, *, keep_undo: bool, structure_only: bool
                 if record is not None:
                     undo.layers.append(record)
         new = _replacement(model, step, old, state)
+        _change_gamma(inner_norm(new), step, state, changed)
         model = replace(model, (step.path, *step.aliases), new)
-        if kept is not None:
-            kept.given = _given(inner_norm(new), kept.tensors)
-            undo.norms.append(kept)
+        if keep_undo:
+            undo.norms.append(NormUndo((step.path, *step.aliases), old, before, _given(inner_norm(new), before)))
     return model, undo
 
 
@@ -119,10 +92,11 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 def _given(norm: nn.Module, original: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the new norm holds; a tensor equal to the original's shares its copy."""
     now = _tensors(norm)
-    return {
-        name: original[name] if name in original and torch.equal(original[name], t) else t.detach().clone()
-        for name, t in now.items()
-    }
+    return {name: original[name] if _equal(original.get(name), t) else t.detach().clone() for name, t in now.items()}
+
+
+def _equal(a: Tensor | None, b: Tensor) -> bool:
+    return a is not None and not b.is_meta and torch.equal(a, b)
 
 
 def scale_layer(layer: Any, path: str, scale: Tensor, shift: Tensor, *, keep_undo: bool) -> LayerUndo | None:
@@ -182,10 +156,6 @@ def _replacement(model: nn.Module, step: Step, old: nn.Module, state: NormState)
     else:
         norm = build(get(step.target), state, step.options)
         _keep_parametrizations(old, norm)
-    if step.transfer in ("fold", "prescale") and step.options.eps is not None:
-        _scale_gamma(norm, state, math.sqrt(1 + step.options.eps))
-    if step.zero_init and getattr(norm, "weight", None) is not None:
-        norm.weight.data.zero_()
     new = norm
     if standardize is not None or state.tail:
         new = NormSequence(norm, standardize=standardize, tail=state.tail)
@@ -199,15 +169,26 @@ def inner_norm(module: nn.Module) -> Any:
     return module.norm if isinstance(module, NormSequence) else module
 
 
-def _scale_gamma(norm: Any, state: NormState, factor: float) -> None:
-    if parametrize.is_parametrized(norm, "weight"):
-        raise PlanError("eps cannot be applied:", ["its gamma is parametrized, so it cannot be scaled"])
-    if norm.weight is None:
-        like = state.statistics[1]
-        norm._parameters["weight"] = nn.Parameter(torch.full_like(like, factor), requires_grad=False)
-        norm.affine = True
-    else:
-        norm.weight.data.mul_(factor)
+def scales_gamma(step: Step) -> bool:
+    """Whether gamma is scaled by sqrt(1 + eps), so that a channel of unit variance passes unchanged."""
+    return step.transfer in ("fold", "prescale") and step.options.eps is not None
+
+
+def _change_gamma(norm: Any, step: Step, state: NormState, changed: set[int]) -> None:
+    """Scale or zero a gamma where the step asks for it; `changed` holds those that another norm's step has done."""
+    weight = getattr(norm, "weight", None)
+    if weight is not None and id(weight) in changed:
+        return
+    if scales_gamma(step):
+        factor = math.sqrt(1 + (step.options.eps or 0.0))
+        if weight is None:
+            weight = nn.Parameter(torch.full_like(state.statistics[1], factor), requires_grad=False)
+            norm._parameters["weight"], norm.affine = weight, True
+        else:
+            weight.data.mul_(factor)
+    if step.zero_init and weight is not None:
+        weight.data.zero_()
+    changed.add(id(weight))
 
 
 def _reset(state: NormState) -> NormState:
@@ -255,3 +236,5 @@ def _adopt_registered(new: nn.Module, old: nn.Module) -> None:
         for name, value in theirs.items():
             if name not in mine and name not in _SPEC_TENSORS and name not in (*TAIL, "parametrizations"):
                 mine[name] = value
+                if name in old._non_persistent_buffers_set:
+                    new._non_persistent_buffers_set.add(name)

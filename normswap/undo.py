@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import RevertError
-from .surgery import aliases, replace
+from .surgery import aliases, hand_over_hooks, replace
 
 _INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -151,9 +151,17 @@ def undo_layer(layer: Any, record: LayerUndo) -> tuple[Tensor, Tensor | None] | 
     else:
         return None
     again = folded_bias(bias, scale, shift, layer.weight.dtype)
-    if weight.dtype != layer.weight.dtype or not torch.equal(scaled(weight, factor), layer.weight):
+    if not _same_bits(scaled(weight, factor), layer.weight) or not _same_bits(again, layer.bias):
         return None
-    return (weight, bias) if torch.equal(again, layer.bias) else None
+    return weight, bias
+
+
+def _same_bits(a: Tensor, b: Tensor | None) -> bool:
+    """Equal in shape, dtype and every bit, so that NaN equals itself."""
+    if b is None or a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    integer = _INTEGER[a.element_size()]
+    return torch.equal(a, b) or torch.equal(a.view(integer), b.view(integer))
 
 
 def folded_bias(bias: Tensor | None, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
@@ -179,6 +187,12 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
             hint="Build the original network again from its source.",
         )
     modules = {name: module for module, names in aliases(model).items() for name in names}
+    gone = [path for path in _paths_of(undo) if path not in modules]
+    if gone:
+        raise RevertError(
+            f"{len(gone)} layers that the conversion changed are no longer there, the first is {gone[0]}",
+            hint="Build the original network again from its source.",
+        )
     originals = {layer.path: undo_layer(modules[layer.path], layer) for layer in undo.layers}
     changed = [path for path, original in originals.items() if original is None]
     if not record.calibrated:
@@ -193,10 +207,17 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
     for layer in undo.layers:
         _restore_layer(modules[layer.path], layer, originals[layer.path])
     for norm in undo.norms:
-        _restore_tensors(norm, modules[norm.paths[0]])
+        now = modules[norm.paths[0]]
+        _restore_tensors(norm, now)
+        norm.module.training = now.training
+        hand_over_hooks(norm.module, now)
         model = replace(model, norm.paths, norm.module)
     model.__dict__.pop("_normswap", None)
     return model
+
+
+def _paths_of(undo: Undo) -> list[str]:
+    return [*(layer.path for layer in undo.layers), *(path for norm in undo.norms for path in norm.paths)]
 
 
 def _norm_changed(module: nn.Module, undo: NormUndo) -> bool:
@@ -204,7 +225,7 @@ def _norm_changed(module: nn.Module, undo: NormUndo) -> bool:
     module = getattr(module, "norm", module)
     return any(
         isinstance(now := getattr(module, name, None), Tensor)
-        and (now.shape != then.shape or not torch.equal(now.detach(), then.to(now)))
+        and (now.shape != then.shape or now.dtype != then.dtype or not torch.equal(now.detach(), then.to(now.device)))
         for name, then in undo.given.items()
     )
 
@@ -225,10 +246,14 @@ def _restore_layer(layer: Any, record: LayerUndo, original: tuple[Tensor, Tensor
 
 @torch.no_grad()
 def _restore_tensors(norm: NormUndo, now: nn.Module) -> None:
-    """Put the kept values back into the original module, on the device where the network is now."""
-    here = next((t.device for t in (*now.parameters(), *now.buffers())), None)
+    """Put the kept values back into the original module, on the device and in the dtype of the network now."""
+    tensors = [t for t in (*now.parameters(), *now.buffers()) if t.is_floating_point()]
+    then = next((t.dtype for t in norm.given.values() if t.is_floating_point()), None)
     for name, tensor in norm.tensors.items():
-        value = tensor.clone() if here is None else tensor.to(here, copy=True)
+        value = tensor.clone()
+        if tensors:
+            moved = tensors[0].dtype != then and value.is_floating_point()
+            value = value.to(tensors[0].device, tensors[0].dtype if moved else value.dtype)
         if (parameter := norm.module._parameters.get(name)) is not None:
             parameter.data = value
         elif name in norm.module._buffers:
