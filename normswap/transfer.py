@@ -115,8 +115,8 @@ def scale_layer(layer: Any, path: str, scale: Tensor, shift: Tensor, *, keep_und
     else:
         weight.data.copy_(scaled(weight, factor))
     new_bias = folded_bias(bias, scale, shift, weight.dtype)
-    if bias is None:
-        layer._parameters["bias"] = nn.Parameter(new_bias, requires_grad=weight.requires_grad)
+    if bias is None:  # a copy: `shift` stays in the undo record, and other layers may get it too
+        layer._parameters["bias"] = nn.Parameter(new_bias.clone(), requires_grad=weight.requires_grad)
     else:
         bias.data.copy_(new_bias)
     return record

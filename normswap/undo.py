@@ -190,7 +190,7 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
     gone = [path for path in _paths_of(undo) if path not in modules]
     if gone:
         raise RevertError(
-            f"{len(gone)} layers that the conversion changed are no longer there, the first is {gone[0]}",
+            f"the network no longer has all layers that were changed; the first of {len(gone)} is {gone[0]}",
             hint="Build the original network again from its source.",
         )
     originals = {layer.path: undo_layer(modules[layer.path], layer) for layer in undo.layers}
@@ -199,7 +199,7 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
         changed += [n.paths[0] for n in undo.norms if _norm_changed(modules[n.paths[0]], n)]
     if changed and strict:
         raise RevertError(
-            f"{len(changed)} layers changed since the conversion (trained?), the first is {changed[0]}; "
+            f"{len(changed)} layer{'s' * (len(changed) != 1)} changed since the conversion (trained?), the first is {changed[0]}; "
             "the original network cannot be restored bit for bit",
             hint="strict=False (--approximate) undoes the swap with the weights as they are now; "
             'convert(to="bn") keeps what a sync, frozen or renorm norm has learned.',
