@@ -96,7 +96,7 @@ def _given(norm: nn.Module, original: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _equal(a: Tensor | None, b: Tensor) -> bool:
-    return a is not None and not b.is_meta and torch.equal(a, b)
+    return a is not None and not (a.is_meta or b.is_meta) and torch.equal(a, b)
 
 
 def scale_layer(layer: Any, path: str, scale: Tensor, shift: Tensor, *, keep_undo: bool) -> LayerUndo | None:
