@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .boundary import Commands, say
+from .calibrate import calibrate
 from .convert import convert
 from .inspect import inspect
 from .norms import norms
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command(short_help="List every norm layer of a network.")(inspect)
 app.command(short_help="Replace the norm layers of a network and write the result.")(convert)
+app.command(short_help="Repair a converted network from a few unlabelled images.")(calibrate)
 app.command(short_help="Measure how far one network is from another.")(verify)
 app.command(short_help="List the norm types.")(norms)
 

@@ -109,6 +109,6 @@ def _as_flags(text: str) -> str:
     text = re.sub(r'rules=\{"([^"]*)": "([^"]*)"\}', r"--rule '\1=\2'", text)
     text = re.sub(r"(--[\w-]+) \(\w+=[^()]*\)", r"\1", text)
     text = re.sub(r"\b\w+=\S* \((--[\w-]+)\)", r"\1", text)
-    text = re.sub(r"\b\w+=/(--[\w-]+)", r"\1", text)
+    text = re.sub(r"\b\w+=(?:/|\w+ or )(--[\w-]+)", r"\1", text)
     options = "|".join(_OPTIONS)
     return re.sub(rf'(?<![\w-])({options})="?([\w.]+)"?', lambda m: f"--{m[1].replace('_', '-')} {m[2]}", text)

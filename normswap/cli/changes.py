@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .calibrate import figures
 from .collapse import Run, collapse, local_names
 from .networks import Origin
 
 if TYPE_CHECKING:
+    from ..calibration import CalibrationReport
     from ..planning import Kept, Plan, Step
     from ..selfcheck import Check
     from .render import Page
@@ -43,7 +45,8 @@ class Result:
     """What a conversion came to.
 
     plan: what was carried out or, if `undone`, taken back; approximate: as far as that goes for a trained network.
-    check: None before it has run, and where there is nothing to check. target: where the result goes; written:
+    check: None before it has run, and where there is nothing to check. calibration: None where it was not asked for.
+    target: where the result goes; written:
     whether it is there.
     """
 
@@ -54,6 +57,7 @@ class Result:
     check: Check | None = None
     undone: bool = False
     approximate: bool = False
+    calibration: CalibrationReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -65,6 +69,7 @@ class Result:
             "undone": self.undone,
             "approximate": self.approximate,
             "self_check": None if self.check is None else asdict(self.check) | {"passed": self.check.passed},
+            "calibration": None if self.calibration is None else self.calibration.to_dict(),
             "plan": self.plan.to_dict(),
         }
 
@@ -80,6 +85,8 @@ def show(page: Page, result: Result) -> None:
         _summary(page, result.plan)
     if result.check is not None:
         _check(page, result.check)
+    if result.calibration is not None:
+        page.facts(*figures(result.calibration), indent=0)
     _file(page, result)
 
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError, OutputError
+from . import calibrate as calibration
 from . import changes, options
 from .boundary import WRITTEN
+from .images import Asked
 from .networks import Origin, Wanted, converted_file, example_inputs, locate, open_network, original_of
 from .output import Output, reporting
 from .retry import with_commands
@@ -22,6 +24,15 @@ if TYPE_CHECKING:
 
 ORIGINAL = "original"
 _PICKLES = (".pth", ".pt", ".th", ".ckpt", ".pkl", ".bin")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What --calibrate and the options that go with it ask for."""
+
+    data: Path
+    images: int
+    asked: Asked
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,7 @@ class Job:
     dry_run: bool
     output: Path | None
     force: bool
+    calibration: Calibration | None
 
 
 def convert(
@@ -109,6 +121,14 @@ def convert(
     weights: options.Weights = None,
     arg: options.Arg = None,
     input_shape: options.Input = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Calibrate on these unlabelled images too.", show_default=False),
+    ] = None,
+    images: options.Images = None,
+    size: options.Size = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
     no_check: Annotated[bool, typer.Option("--no-check", help="Skip the self-check.")] = False,
     no_undo: Annotated[
         bool, typer.Option("--no-undo", help="Keep nothing to undo the conversion with; the file is a little smaller.")
@@ -143,7 +163,11 @@ def convert(
         "eps": eps,
         "sources": sources or None,
         "zero_init_residual": zero_init_residual,
+        "missing_statistics": "error" if calibrate is None else "later",
     }
+    asked = Asked.of(ctx, size, mean, std)
+    if calibrate is None and (images is not None or asked.given()):
+        raise options.usage(ctx, "--images, --size, --mean and --std go with --calibrate")
     job = Job(
         to,
         options.rules(ctx, rule),
@@ -155,6 +179,7 @@ def convert(
         dry_run=dry_run,
         output=output,
         force=force,
+        calibration=None if calibrate is None else Calibration(calibrate, images or calibration.IMAGES, asked),
     )
     _check_combination(ctx, job)
     wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed)
@@ -175,10 +200,11 @@ def _check_combination(ctx: typer.Context, job: Job) -> None:
         if job.approximate:
             raise options.usage(ctx, "--approximate goes with --to original")
         return
-    usual = {"indivisible": "error", "transfer": "fold"}
+    usual = {"indivisible": "error", "transfer": "fold", "missing_statistics": "error"}
     given = [name for name, value in job.planning.items() if value not in (None, False, usual.get(name))]
     flags = ["--" + {"sources": "from"}.get(name, name.replace("_", "-")) for name in given]
     flags += ["--rule"] if job.rules else []
+    flags = ["--calibrate" if flag == "--missing-statistics" else flag for flag in flags]
     if flags:
         raise options.usage(ctx, f"--to original undoes a conversion, which {' and '.join(flags)} cannot change")
 
@@ -189,10 +215,11 @@ def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> chang
     target = _target(job, origin, job.to or "mixed")
     model, origin = open_network(origin, wanted, out, values=not job.dry_run)
     if origin.file is not None:
-        model = original_of(model, origin)
+        model = original_of(model, origin, _ways_on(origin))
     out.step("planning")
     from ..conversion import convert as convert_model
     from ..planning import plan
+    from ..surgery import copied
 
     inputs = example_inputs(model, job.shapes)
     with with_commands(ctx):
@@ -200,15 +227,19 @@ def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> chang
     if job.dry_run:
         return changes.Result(origin, made, target, written=False)
     out.step("converting and checking" if job.check else "converting")
+    reference = copied(model) if job.calibration and not job.undo else None
     model = convert_model(model, using=made, example_inputs=inputs, inplace=True, check=job.check, undo=job.undo)
     record = _record(model)
+    report = None
+    if (wish := job.calibration) is not None:
+        report = calibration.run(model, reference, origin, wish.data, wish.images, 32, wish.asked, out)
     record.source = None if origin.source is None else origin.source.to_dict()
     from ..checkpoint import save
 
     out.step(f"writing {target}")
     save(model, target, overwrite=job.force)
     ctx.meta[WRITTEN] = target
-    return changes.Result(origin, made, target, written=True, check=record.check)
+    return changes.Result(origin, made, target, written=True, check=record.check, calibration=report)
 
 
 def _revert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> changes.Result:
@@ -224,7 +255,8 @@ def _revert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> change
     from ..checkpoint import save_state
 
     plan = _record(model).plan
-    model = original_of(model, origin, approximate=job.approximate)
+    ways = _ways_back(model, origin)
+    model = original_of(model, origin, ways, approximate=job.approximate)
     if not job.dry_run:
         out.step(f"writing {target}")
         save_state(model, target, overwrite=job.force)
@@ -240,6 +272,20 @@ def _record(model: nn.Module) -> Record:
     if record is None:
         raise TypeError("a converted network has lost its record")
     return record
+
+
+def _ways_on(origin: Origin) -> str:
+    """What to do about a file that is to be converted again, and whose conversion cannot be undone."""
+    ways = [f"Convert {origin.source}, which it was made from, in its place."] if origin.source is not None else []
+    ways.append(f'In Python, normswap.convert(normswap.load("{origin.file}"), ...) goes on from the network as it is.')
+    return "\n".join(ways)
+
+
+def _ways_back(model: nn.Module, origin: Origin) -> str:
+    """What to do about a file whose conversion cannot be undone exactly."""
+    if _record(model).undo.complete:
+        return "--approximate undoes the swap with the weights as they are now, which is not the original network."
+    return f"Build the original again{'' if origin.source is None else f' from its source, {origin.source}'}."
 
 
 def _check_names(job: Job) -> None:

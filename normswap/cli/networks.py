@@ -128,10 +128,10 @@ def example_inputs(model: nn.Module, shapes: list[tuple[int, ...]]) -> tuple[Ten
     return tuple(random_tensor(shape, model) for shape in shapes)
 
 
-def original_of(model: nn.Module, origin: Origin, *, approximate: bool = False) -> nn.Module:
+def original_of(model: nn.Module, origin: Origin, instead: str, *, approximate: bool = False) -> nn.Module:
     """The network that a converted one was made from. Changes the one given.
 
-    Raises RevertError, naming what to do instead, when it cannot be restored.
+    Raises RevertError, with `instead` as what to do, when it cannot be restored.
     """
     from ..errors import RevertError
     from ..undo import revert
@@ -139,12 +139,4 @@ def original_of(model: nn.Module, origin: Origin, *, approximate: bool = False) 
     try:
         return revert(model, strict=not approximate)
     except RevertError as error:
-        raise RevertError(error.message, hint=_instead(origin)) from error
-
-
-def _instead(origin: Origin) -> str:
-    ways = ["--to original --approximate undoes the swap with the weights as they are now."]
-    if origin.source is not None:
-        ways.append(f"{origin.source}, which it was made from, can be given in its place.")
-    ways.append(f'In Python, normswap.convert(normswap.load("{origin.file}"), ...) goes on from the network as it is.')
-    return "\n".join(ways)
+        raise RevertError(error.message, hint=instead) from error

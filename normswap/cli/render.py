@@ -65,7 +65,9 @@ class Page:
 
     def _grid(self, titles: Sequence[str], cells: Iterable[Sequence[Cell]]) -> Table:
         style = box.SIMPLE_HEAD if self.terminal else None
-        table = Table(box=style, pad_edge=False, show_edge=False, collapse_padding=True, header_style=STYLES["head"])
+        table = Table(
+            box=style, pad_edge=False, show_edge=False, collapse_padding=self.terminal, header_style=STYLES["head"]
+        )
         for title in titles:
             if title.startswith(">"):
                 table.add_column(Text(title[1:]), justify="right", no_wrap=True)

@@ -12,6 +12,7 @@ from . import options
 from .images import Asked, Preparation, prepare
 from .networks import Origin, Wanted, converted_file, example_inputs, locate, open_network, original_of
 from .output import Output, reporting
+from .retry import command
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,7 +96,9 @@ def _pair(
         if converted_file(wanted.text) is None:
             raise options.usage(ctx, f"give a second network, or a file that normswap wrote; {wanted.text} is none")
         origin = locate(ctx, wanted)
-        first = original_of(open_network(origin, wanted, out)[0], origin)
+        known = "ORIGINAL" if origin.source is None else str(origin.source)
+        instead = "Give the original as well: " + command(["verify", known, wanted.text])
+        first = original_of(open_network(origin, wanted, out)[0], origin, instead)
         second, _ = open_network(origin, wanted, out)
         return first, second, (Origin(origin.source, weights="original"), origin)
     other = replace(wanted, text=b, weights=None, args=())
