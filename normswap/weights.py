@@ -6,8 +6,8 @@ Files are memory-mapped, never unpickled beyond tensors unless the caller trusts
 
 from __future__ import annotations
 
-import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import WeightsError
 
@@ -40,14 +41,16 @@ def read_state(path: str | Path, *, trust_pickle: bool = False, allow_nonfinite:
     return state
 
 
-def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Load `state` into `model`, replacing its tensors, each cast to the dtype that the model has there.
+def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str, *, cast: bool = True) -> None:
+    """Load `state` into `model`, replacing its tensors, each on the device that the model has there.
 
+    cast: to the model's dtypes; else the dtypes of `state` are kept.
     A prefix all names share is dropped where that makes them fit. BN counters (`num_batches_tracked`) may be missing,
     and so may all names but one of a tied tensor; it stays tied.
-    Raises WeightsError with at most ten missing, unexpected and mis-shaped names each, and the counts.
+    Raises WeightsError with at most ten missing, unexpected and mis-shaped names each, and the counts; the model is
+    then as it was.
     """
-    own = model.state_dict()
+    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     ties = [[name for name in names if name in own] for names in _ties(model)]
     fitted = _fit_prefix(dict(state), own)
     for names in ties:
@@ -66,11 +69,15 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
             f"{origin} does not fit {type(model).__name__}:\n" + "\n".join(part for part in parts if part),
             hint="Check the source and its --arg values, such as --arg num_classes=10.",
         )
-    cast = {k: v.to(own[k].dtype) if k in own and v.is_floating_point() else v for k, v in fitted.items()}
-    cast = {k: v for k, v in cast.items() if k in own}
-    model.load_state_dict(cast, strict=False, assign=True)
+    placed = {k: _like(v, own[k], cast) for k, v in fitted.items() if k in own}
+    model.load_state_dict(placed, strict=False, assign=True)
     for names in ties:
         _tie(model, names)
+
+
+def _like(tensor: Tensor, own: Tensor, cast: bool) -> Tensor:
+    dtype = own.dtype if cast and not tensor.is_complex() else tensor.dtype
+    return tensor.to(device=None if own.is_meta else own.device, dtype=dtype)
 
 
 def _ties(model: nn.Module) -> list[list[str]]:
@@ -116,7 +123,7 @@ def check_finite(state: Mapping[str, Tensor], origin: object) -> None:
     bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not _finite(tensor)]
     if bad:
         raise WeightsError(
-            f"{origin}: NaN or Inf in {len(bad)} tensors:\n" + _listing("not finite", bad),
+            f"{origin} holds NaN or Inf:\n" + _listing("not finite", bad),
             hint="Pass --allow-nonfinite (allow_nonfinite=True) to use it all the same.",
         )
 
@@ -124,21 +131,24 @@ def check_finite(state: Mapping[str, Tensor], origin: object) -> None:
 def _finite(tensor: Tensor) -> bool:
     if tensor.numel() == 0 or tensor.is_meta:
         return True
+    if tensor.element_size() == 1:  # eight-bit floats have no aminmax
+        tensor = tensor.to(torch.float32)
     low, high = torch.aminmax(tensor)  # NaN propagates, and nothing of the tensor's size is allocated
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _check_readable(path: Path) -> None:
-    if path.is_dir():
-        raise WeightsError(f"{path} is a folder, not a checkpoint file")
-    if not path.exists():
-        raise WeightsError(f"{path} does not exist")
     try:
         with path.open("rb") as file:
-            if not file.read(1):
-                raise WeightsError(f"{path} is empty")
+            empty = not file.read(1)
+    except IsADirectoryError:
+        raise WeightsError(f"{path} is a folder, not a checkpoint file") from None
+    except FileNotFoundError:
+        raise WeightsError(f"{path} does not exist") from None
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
+    if empty:
+        raise WeightsError(f"{path} is empty")
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -157,32 +167,30 @@ def _read_safetensors(path: Path) -> State:
 
 
 def _read_pickle(path: Path, trust_pickle: bool) -> Any:
-    if path.open("rb").read(2) != b"PK" and not _looks_pickled(path):
+    with path.open("rb") as file:
+        start = file.read(2)
+    zipped = zipfile.is_zipfile(path)
+    if start == b"PK" and not zipped:
+        raise WeightsError(f"{path} is damaged: it begins like a torch checkpoint, but its end is missing")
+    if not zipped and start[:1] != b"\x80":
         raise WeightsError(f"{path} is neither a safetensors nor a torch checkpoint")
-    kwargs: dict[str, Any] = {"map_location": "cpu", "weights_only": not trust_pickle}
     try:
-        return torch.load(path, mmap=zipfile.is_zipfile(path), **kwargs)
-    except pickle.UnpicklingError as error:
-        if not trust_pickle and (
-            named := re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|operand|class)", str(error))
-        ):
-            what = f" ({named.group(1)})" if named.group(1) else ""
+        with warnings.catch_warnings():  # torch warns about what is said here as an error, or was trusted
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=not trust_pickle, mmap=zipped)
+    except (Exception, SystemExit) as error:  # damage shows in many ways, and trusted code raises whatever it likes
+        if not trust_pickle and re.search(r"GLOBAL|[Uu]nsupported (operand|class)|TorchScript", str(error)):
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
             raise WeightsError(
-                f"{path} holds pickled code{what}, which loading would run",
+                f"{path} holds pickled code{f' ({named[1]})' if named else ''}, which loading would run",
                 hint="If you trust where it comes from, pass --trust-pickle (trust_pickle=True).",
             ) from error
-        raise WeightsError(f"{path} is damaged: {_first(error)}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, ImportError, OSError, IndexError) as error:
         raise WeightsError(f"{path} cannot be read as a torch checkpoint: {_first(error)}") from error
 
 
-def _looks_pickled(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(1) == b"\x80"
-
-
 def _first(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()  # before it, advice on torch.load's arguments
+    return (text or type(error).__name__).splitlines()[0][:200]
 
 
 def _unwrap(loaded: Any, path: Path) -> State:
@@ -218,10 +226,13 @@ def empty_parameters() -> Iterator[None]:
     Buffers stay real, because some are never in a state dict and hold computed values.
     """
     original = nn.Module.register_parameter
+    emptied = WeakIdKeyDictionary()  # a parameter registered twice is one parameter, and not kept alive for that
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and not param.is_meta:
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+            if param not in emptied:
+                emptied[param] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+            param = emptied[param]
         original(self, name, param)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
@@ -232,5 +243,7 @@ def empty_parameters() -> Iterator[None]:
 
 
 def has_empty_parameters(model: nn.Module) -> bool:
-    """Whether some parameter or buffer still has no values."""
-    return any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    """Whether some parameter, buffer or plain tensor attribute still has no values."""
+    attributes = (value for module in model.modules() for value in module.__dict__.values())
+    tensors = (value for value in attributes if isinstance(value, Tensor))
+    return any(t.is_meta for t in (*model.parameters(), *model.buffers(), *tensors))

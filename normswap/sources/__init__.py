@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from ..errors import SourceError
+from ..errors import NormswapError, SourceError
 from ..weights import State, check_finite, empty_parameters, has_empty_parameters, load_state, read_state
 from . import factories, timm_models, torchvision_models, transformers_models
 from .source import KINDS, Source, build_error
@@ -28,7 +28,8 @@ def parse(text: str, args: Mapping[str, Any] | None = None) -> Source:
     prefix, _, rest = text.partition(":")
     if prefix in ("timm", "hf") and rest:
         return Source(prefix, rest, args)
-    if rest and prefix.endswith(".py"):
+    file, _, factory = text.rpartition(":")
+    if file.endswith(".py") and factory:  # a colon may be in the folder's name
         return Source("file", text, args)
     if rest and all(part.isidentifier() for part in prefix.split(".")):
         return Source("factory", text, args)
@@ -103,13 +104,26 @@ def build_empty(source: Source) -> nn.Module:
     """The architecture alone: parameters on the meta device, buffers real."""
     try:
         with empty_parameters():
-            return build_full(source)
-    except (NotImplementedError, RuntimeError):  # a builder that computes with its parameters' values
+            return _built(source)
+    except NormswapError:
+        raise
+    except SystemExit as error:
+        raise build_error(source, error) from error
+    except Exception:  # perhaps the builder computes with its parameters' values
         return build_full(source)
 
 
 def build_full(source: Source) -> nn.Module:
     """Run the source's builder without weights: what it initialises is random. Raises SourceError."""
+    try:
+        return _built(source)
+    except NormswapError:
+        raise
+    except (Exception, SystemExit) as error:  # a stranger's code raises whatever it likes
+        raise build_error(source, error) from error
+
+
+def _built(source: Source) -> nn.Module:
     builder: Callable[[Source], Any] = {
         "torchvision": torchvision_models.architecture,
         "timm": timm_models.architecture,
@@ -117,16 +131,7 @@ def build_full(source: Source) -> nn.Module:
         "factory": factories.architecture,
         "file": factories.architecture,
     }[source.kind]
-    try:
-        model = builder(source)
-    except SourceError:
-        raise
-    except (NotImplementedError, RuntimeError) as error:
-        if "meta" in str(error):
-            raise
-        raise build_error(source, error) from error
-    except (Exception, SystemExit) as error:  # a stranger's code raises whatever it likes
-        raise build_error(source, error) from error
+    model = builder(source)
     if not isinstance(model, nn.Module):
         raise SourceError(f"{source} returned {type(model).__name__}, not a torch.nn.Module")
     return model

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,17 @@ def _module_from_file(place: str) -> Any:
         raise SourceError(f"{place} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    complete = False
     sys.path.insert(0, str(path.resolve().parent))  # a script may import its neighbours
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # code of the user's file
-        del sys.modules[name]
         raise SourceError(f"running {place} failed ({type(error).__name__}: {first_line(error)})") from error
+    else:
+        complete = True
     finally:
-        sys.path.remove(str(path.resolve().parent))
+        if not complete:
+            sys.modules.pop(name, None)
+        with suppress(ValueError):  # the script removed it itself
+            sys.path.remove(str(path.resolve().parent))
     return module

@@ -86,11 +86,11 @@ def _downloaded(url: str, source: Source, progress: bool) -> State:
     if not path.exists():
         mirror = os.environ.get(MIRROR)
         origin = f"{mirror.rstrip('/')}/{file_name}" if mirror else url
-        path.parent.mkdir(parents=True, exist_ok=True)
         expected = file_name.rpartition("-")[2].partition(".")[0] if "-" in file_name else None
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(origin, str(path), expected, progress=progress)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:  # ValueError: a mirror that is no URL
             raise offline_error(source, f"{origin} into {path}", error) from error
     return read_state(path)
 

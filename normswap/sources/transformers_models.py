@@ -24,7 +24,17 @@ def architecture(source: Source) -> nn.Module:
     config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     if name == "AutoModel":
         return transformers.AutoModel.from_config(config)
-    return getattr(transformers, name)(config)
+    return _class(transformers, source)(config)
+
+
+def _class(transformers: Any, source: Source) -> Any:
+    name = (source.config or {})["class"]
+    try:
+        return getattr(transformers, name)
+    except AttributeError as error:
+        raise SourceError(
+            f"{source} is a {name}, which transformers {transformers.__version__} does not have"
+        ) from error
 
 
 def resolved(source: Source) -> Source:
@@ -47,7 +57,7 @@ def pretrained(source: Source, weights: str, progress: bool) -> tuple[nn.Module,
     if weights != "DEFAULT":
         raise WeightsError(f"hf: models take --weights DEFAULT, none or FILE, got {weights!r}")
     source = resolved(source)
-    cls = getattr(transformers, (source.config or {})["class"])
+    cls = _class(transformers, source)
     try:
         return cls.from_pretrained(source.name, **source.args), source
     except Exception as error:  # hub, network and file errors of several libraries
