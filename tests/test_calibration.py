@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Residual, bits, contents, conv_bn, fingerprint, randomized, relative, run
+from helpers import Residual, bits, broadcast, contents, conv_bn, fingerprint, randomized, relative, run
 from torch import Tensor, nn
 
 import normswap
 from normswap.calibration import calibrate
+from normswap.calibration.balance import rescale, signs, sizes
 from normswap.calibration.lockstep import Lockstep
 from normswap.calibration.moments import Moments, moments_of
+from normswap.calibration.targets import targets_of
 from normswap.conversion import record_of
 from normswap.errors import DataError, NormswapError, OptionError, RevertError
 from normswap.surgery import get
@@ -125,7 +127,7 @@ def test_one_pass_gives_every_norm_the_moments_of_the_original(
 
 def test_the_network_comes_closer_to_the_original(net: nn.Module) -> None:
     data = images(32)
-    model = normswap.convert(net, to="gn", groups=2)
+    model = normswap.convert(net, to="gn", groups=1)
     before = relative(run(net, data), run(model, data))
     report = calibrate(model, net, data)
     assert relative(run(net, data), run(model, data)) < before
@@ -182,7 +184,7 @@ def test_two_layers_equal_a_computation_by_hand() -> None:
     v = np.maximum(y1, 0) @ second.weight.detach().double().numpy().T + second.bias.detach().double().numpy()
     k2, c2, _ = repaired(norm(folded(v, two), 2, w2, b2), wanted_two)
 
-    calibrate(model, net, x, batch_size=4)
+    calibrate(model, net, x, batch_size=4, method="moments")
     for layer, (k, c, w, b) in ((model[1], (k1, c1, w1, b1)), (model[4], (k2, c2, w2, b2))):
         np.testing.assert_allclose(layer.weight.detach().numpy(), k * w, rtol=1e-4)
         np.testing.assert_allclose(layer.bias.detach().numpy(), k * b + c, rtol=1e-4, atol=1e-5)
@@ -399,18 +401,23 @@ def test_a_torchvision_detector() -> None:
     assert_same_moments(model, net, batches)
 
 
-def test_the_reference_and_everything_but_the_norms_stay_as_they_are(net: nn.Module) -> None:
+@pytest.mark.parametrize("method", ["moments", "balance"])
+def test_the_reference_and_everything_but_the_norms_stay_as_they_are(net: nn.Module, method: str) -> None:
     net.body[0].train()
     net.stem.register_forward_hook(lambda module, args, out: None)
-    model = normswap.convert(net, to="gn")
+    model = normswap.convert(net, to="gn", groups=2)
     model.body[1].train()
-    norms = {path for step in record_of(model).plan.steps for path in (f"{step.path}.weight", f"{step.path}.bias")}
+    steps = record_of(model).plan.steps
+    may_change = {f"{step.path}.{name}" for step in steps for name in ("weight", "bias")}
+    if method == "balance":
+        may_change |= {f"{path}.{name}" for step in steps for path in step.producers for name in ("weight", "bias")}
+        may_change |= {f"{step.path}.attributes" for step in steps}  # eps
     mine, theirs, state = fingerprint(model), fingerprint(net), torch.get_rng_state()
-    calibrate(model, net, images())
+    calibrate(model, net, images(), method=method)
     after = fingerprint(model)
     changed = {key for key in mine if mine[key] != after[key]}
-    assert {".".join(map(str, key[:2])) for key in changed} == norms
-    assert all(mine[key][0] == after[key][0] for key in changed)  # the same Parameter objects
+    assert {".".join(map(str, key[:2])) for key in changed} == may_change
+    assert all(mine[key][0] == after[key][0] for key in changed if key[1] != "attributes")  # the same Parameters
     assert fingerprint(net) == theirs
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -440,7 +447,7 @@ def test_a_network_that_was_swapped_by_hand(net: nn.Module) -> None:
     expected = normswap.convert(net, to="gn", groups=2)
     del model._normswap
     calibrate(model, net, images())
-    calibrate(expected, net, images())
+    calibrate(expected, net, images(), method="moments")
     assert_close(model, expected)
     with pytest.raises(OptionError, match="reference="):
         calibrate(model, data=images())
@@ -471,7 +478,7 @@ def test_an_exception_or_an_interrupt_restores_the_model(
     model = normswap.convert(net, to="gn", groups=2)
     reference = normswap.convert(net, to="frozen")
     FAILURES.clear()
-    model.body[1] = nn.Sequential(model.body[1], Fails(2, error))
+    model.body[1] = nn.Sequential(model.body[1], Fails(1, error))
     steps = tuple(s for s in record_of(model).plan.steps if not s.path.startswith("body.1"))
     object.__setattr__(record_of(model).plan, "steps", steps)
     before = fingerprint(model)
@@ -571,6 +578,14 @@ def test_under_autocast(net: nn.Module) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
 
 
+def test_wrong_options_are_named(net: nn.Module) -> None:
+    model = normswap.convert(net, to="gn")
+    with pytest.raises(OptionError, match="balance, moments"):
+        calibrate(model, net, images(), method="magic")
+    with pytest.raises(OptionError, match="eps"):
+        calibrate(model, net, images(), eps=-1)
+
+
 def test_calibrating_again_changes_nothing_more(net: nn.Module) -> None:
     model = normswap.convert(net, to="gn", groups=2)
     calibrate(model, net, images())
@@ -580,6 +595,97 @@ def test_calibrating_again_changes_nothing_more(net: nn.Module) -> None:
     for name, value in tensors(model).items():
         torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-5)
     assert [entry["action"] for entry in record_of(model).history] == ["calibrate", "calibrate"]
+
+
+def test_balancing_leaves_what_a_norm_with_fixed_statistics_would_compute(net: nn.Module) -> None:
+    model = normswap.convert(net, to="gn", groups=2)
+    target = next(t for t in targets_of(model, net) if t.path == "stem.1")
+    x = images()
+
+    def fixed() -> Tensor:
+        return run_at(model.stem[0], x) * broadcast(model.stem[1].weight.detach(), x)
+
+    before, factor = fixed(), torch.tensor([-2.0, 0.7, 1.3, -0.5], dtype=torch.float64)
+    record = record_of(model)
+    rescale(model, target, record.plan.steps[0], factor, record.undo)
+    torch.testing.assert_close(fixed(), before)
+
+
+def test_signs_come_close_to_the_best_of_all() -> None:
+    means = torch.randn(30, 2 * 6, dtype=torch.float64) + 2 * torch.randn(30, 1, dtype=torch.float64)
+    means = means - means.mean(0)
+    found = (means * signs(means, 2)).view(30, 2, 6).sum(2).square().sum(0)
+    every = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 6)
+    best = torch.stack([(means[:, g * 6 : g * 6 + 6] @ every.T).square().sum(0).min() for g in (0, 1)])
+    assert (found <= 2 * best).all()
+    assert (found < 0.3 * means.view(30, 2, 6).sum(2).square().sum(0)).all()
+
+
+def test_sizes_bring_a_group_norm_closer_to_batch_norm() -> None:
+    x = torch.randn(64, 8, 5, 5, dtype=torch.float64)
+    x[:, 1] *= torch.rand(64, 1, 1, dtype=torch.float64) * 3  # its power differs from sample to sample
+    x[:, 6] += 2 * torch.randn(64, 1, 1, dtype=torch.float64)  # its mean does
+    x = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
+
+    def error(t: Tensor) -> float:
+        y = nn.functional.group_norm(x * broadcast(t, x), 2, eps=1e-5)
+        k = x.std((0, 2, 3), keepdim=True) / y.std((0, 2, 3), keepdim=True)
+        return float((k * (y - y.mean((0, 2, 3), keepdim=True)) - x).square().mean())
+
+    means, squares = x.mean((2, 3)), x.square().mean((2, 3))
+    t = sizes(means, squares, torch.ones(8), 2, 1e-5)
+    assert error(t) < 0.7 * error(torch.ones(8, dtype=torch.float64))
+    assert t[1] < 1
+    assert t[6] < 1
+    assert (t >= 0.5).all()
+    assert (t <= 2).all()
+
+
+def test_eps_is_raised_only_where_the_conversion_was_given_none(net: nn.Module) -> None:
+    for given, asked, expected in ((None, None, 1.0), (0.1, None, 0.1), (0.1, 2.0, 2.0), (None, 0, 1e-5)):
+        model = normswap.convert(net, to="gn", groups=2, eps=given)
+        calibrate(model, net, images(), eps=asked)
+        assert model.stem[1].eps == expected
+        assert_same_moments(model, net, [images()])
+    copied = normswap.convert(net, to="gn", groups=2, transfer="copy")
+    calibrate(copied, net, images())
+    assert copied.stem[1].eps == 1e-5
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_balanced_network_is_saved_loaded_and_reverted(net: nn.Module, tmp_path: Any, bias: bool) -> None:
+    if not bias:
+        net.stem[0].register_parameter("bias", None)
+    before = contents(net)
+    model = normswap.convert(net, to="gn", groups=1)
+    calibrate(model, net, images())
+    assert (model.stem[1].weight < 0).any()  # some channel was negated
+    normswap.save(model, tmp_path / "model.safetensors")
+    loaded = normswap.load(tmp_path / "model.safetensors", model=Net())
+    assert loaded.stem[1].eps == 1.0
+    assert torch.equal(run(loaded, images()), run(model, images()))
+    for each in (model, loaded):
+        normswap.revert(each)
+        assert contents(each) == before
+
+
+def test_prescaled_channels_are_balanced_in_front_of_the_norm() -> None:
+    class PreActivation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return y + torch.relu(self.norm(y))
+
+    net = trained(randomized(PreActivation()), images(40))
+    model = normswap.convert(net, to="gn", groups=1)
+    scale = model.norm.standardize.scale.clone()
+    report = calibrate(model, net, images())
+    assert not torch.equal(model.norm.standardize.scale, scale)
+    assert report.error_after < 1e-5
+    assert_same_moments(model, net, [images()])
 
 
 def test_the_report_is_json_values_and_readable(net: nn.Module) -> None:

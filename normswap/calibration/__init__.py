@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..agreement import OutputTally
 from ..conversion import record_of
@@ -16,6 +17,7 @@ from ..errors import DataError, OptionError, RevertError
 from ..surgery import copied, evaluating, undisturbed
 from ..undo import revert
 from .matching import Args, Matching, Original, forward
+from .preparation import Preparation
 from .report import CalibrationReport as CalibrationReport
 from .report import LayerResult as LayerResult
 from .targets import Result, Target, restoring, targets_of
@@ -30,15 +32,25 @@ def calibrate(
     data: Any = None,
     *,
     images: int | None = None,
-    batch_size: int = 32,
+    batch_size: int = 64,
+    method: str = "balance",
+    eps: float | None = None,
 ) -> CalibrationReport:
-    """Set gamma and beta of the converted norms so that their outputs have the original's moments. In place.
+    """Bring a converted network back to its original with a few unlabelled images. In place.
 
-    Per norm and channel, with the mean m and variance v of its output over all images and positions:
-    `k = sqrt(v_ref / v_new)`, `weight' = k weight`, `bias' = k (bias - m_new) + m_ref`. The norms are visited in
-    the order in which they run, each seeing repaired inputs. Norms with running statistics (bn, sync, renorm) get
-    them estimated exactly over the data instead, every value weighing alike (Wu and Johnson 2021, "precise BN"); their
-    gamma and beta are set only where the conversion could not carry them over. frozen and fused need nothing.
+    gamma and beta of the converted norms are set so that every channel of their outputs has the original's mean and
+    variance over all images and positions: `k = sqrt(v_ref / v_new)`, `weight' = k weight`,
+    `bias' = k (bias - m_new) + m_ref`. The norms are visited in the order in which they run, each seeing repaired
+    inputs. Norms with running statistics (bn, sync, renorm) get them estimated exactly over the data, every value
+    weighing alike (Wu and Johnson 2021, "precise BN"); their gamma and beta are set only where the conversion could
+    not carry them over. frozen and fused need nothing.
+
+    method: "moments" does this and nothing else. "balance" (default) first re-scales the channels that enter a group
+    norm by factors between 1/2 and 2 and by -1, in the layer before it, so that the group's mean and variance differ
+    less from sample to sample; gamma is divided by the same factors, which a BN would not notice. It also raises
+    the `eps` of norms that compute per-sample statistics to 1, where the conversion was given none: on standardised
+    channels that halves how far a sample's own variance is followed (see `eps` of `convert`).
+    eps: another value for it; 0 or "moments" leaves it as it is.
 
     model: from `convert` or `load`. reference: the original network; by default it is rebuilt from what the
     conversion kept. data: images without labels, anything `normswap.data.as_batches` takes; labels add accuracies to
@@ -62,42 +74,53 @@ def calibrate(
     _check_enough(targets, count, images)
     if not targets:
         return CalibrationReport(count, (), passes=0, notes=("frozen and fused norms need no calibration",))
-    with restoring(t.norm for t in targets):
-        with ExitStack() as stack:
-            for network in (reference, model) if reference is not None else (model,):
-                stack.enter_context(undisturbed(network))
-                stack.enter_context(evaluating(network))
-            stack.enter_context(torch.no_grad())
-            report = _run(model, reference, targets, batches, labels, count)
-            results = [Result(target.norm) for target in targets]
-        for result in results:  # leaving `undisturbed` has put buffers and attributes back
-            result.write()
-    _remember(model, report)
+    preparation = Preparation(model, targets, method, eps)
+    with restoring(preparation.modules()):
+        report = _run(model, reference, preparation, batches, labels)
+    _remember(model, report, preparation)
     return report
 
 
 def _run(
     model: nn.Module,
     reference: nn.Module | None,
-    targets: Sequence[Target],
+    preparation: Preparation,
     batches: Sequence[Args],
     labels: Sequence[Tensor | None],
-    count: int,
 ) -> CalibrationReport:
+    targets = preparation.targets
     comparison = _Comparison(batches, labels, reference is not None)
-    comparison.run("before", model)
-    original = Original(targets)
-    if reference is not None and original.targets:
-        with original.watching():
-            for i, args in enumerate(batches):
-                original.next_batch()
-                comparison.keep("original", i, forward(reference, args))
-    if reference is not None:
-        comparison.run("original", reference)
-    matching = Matching(targets, original)
-    matching.run(model, batches, lambda i, out: comparison.keep("after", i, out))
-    comparison.run("after", model)
+    original = Original(targets, preparation.balanced)
+    with _quiet(model, reference):
+        comparison.run("before", model)
+        if reference is not None and original.targets:
+            with original.watching():
+                for i, args in enumerate(batches):
+                    original.next_batch()
+                    comparison.keep("original", i, forward(reference, args))
+        if reference is not None:
+            comparison.run("original", reference)
+    preparation.apply(original)
+    with _quiet(model, None):
+        matching = Matching(targets, original)
+        matching.run(model, batches, lambda i, out: comparison.keep("after", i, out))
+        comparison.run("after", model)
+        results = [Result(target.norm) for target in targets]
+    for result in results:  # leaving `_quiet` has put buffers and attributes back
+        result.write()
+    count = sum(map(images_in, batches))
     return CalibrationReport(count, matching.results(), passes=matching.passes, **comparison.summary())
+
+
+@contextmanager
+def _quiet(model: nn.Module, reference: nn.Module | None) -> Iterator[None]:
+    """Eval mode and no gradients; what forward passes leave behind is undone."""
+    with ExitStack() as stack:
+        for network in (reference, model) if reference is not None else (model,):
+            stack.enter_context(undisturbed(network))
+            stack.enter_context(evaluating(network))
+        stack.enter_context(torch.no_grad())
+        yield
 
 
 def _collected(data: Any, images: int | None, batch_size: int) -> tuple[list[Args], list[Tensor | None]]:
@@ -160,12 +183,15 @@ class _Comparison:
         self.enabled = with_original
         self.labels = labels if self.labelled else [None]
         self.batches = batches if self.labelled else [_first(batches[0], None, COMPARED)[0]]
+        self.size = images_in(batches[0])
         self.outputs: dict[str, list[Any]] = {k: [None] * len(self.batches) for k in ("original", "before", "after")}
 
     def keep(self, which: str, i: int, out: Any) -> None:
         """An output on the whole of batch i."""
         if self.labelled:
             self.outputs[which][i] = out
+        elif i == 0:
+            self.outputs[which][0] = _rows(out, self.size, images_in(self.batches[0]))
 
     def run(self, which: str, model: nn.Module) -> None:
         """Compute the outputs that no pass has given."""
@@ -192,8 +218,18 @@ class _Comparison:
         return values
 
 
-def _remember(model: nn.Module, report: CalibrationReport) -> None:
+def _rows(out: Any, size: int, wanted: int) -> Any:
+    """A copy of the first rows of an output on `size` images; None if not all of its tensors count images."""
+    leaves, structure = pytree.tree_flatten(out)
+    if not all(isinstance(t, Tensor) and t.dim() > 0 and len(t) == size for t in leaves):
+        return None
+    return pytree.tree_unflatten([t[:wanted].clone() for t in leaves], structure)
+
+
+def _remember(model: nn.Module, report: CalibrationReport, preparation: Preparation) -> None:
     record = record_of(model)
     if record is not None:
+        preparation.note(record)
         entry = {"action": "calibrate", "images": report.images, "layers": len(report.layers)}
+        entry |= {"method": preparation.method, "balanced": len(preparation.balanced), "eps": preparation.eps}
         record.history.append({**entry, "drift": [report.drift_before, report.drift_after]})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -14,19 +14,21 @@ from ..data import images_in, placed
 from ..errors import DataError, NormswapError
 from ..inventory import first_line
 from ..surgery import device_and_dtype
+from .balance import Spread
 from .lockstep import Lockstep
-from .moments import Moments, moments_of
+from .moments import Moments, moments_of, rows_of
 from .report import LayerResult
 from .targets import (
     Target,
     alive,
     apply_repair,
     apply_statistics,
+    bare_output,
     distance,
-    needs_output,
     observed,
     repair,
     rewrite,
+    state_of,
     statistics_of,
     statistics_output,
 )
@@ -68,22 +70,28 @@ def thread_context(model: nn.Module) -> Callable[[], AbstractContextManager[None
 
 
 class Original:
-    """What the reference gives: each norm's moments over all images, and how often each ran on each batch."""
+    """What the reference gives: each norm's moments over all images, and how often each ran on each batch.
 
-    def __init__(self, targets: Sequence[Target]) -> None:
+    spreads: for the targets named in `spread`, moments of each sample before the norm.
+    """
+
+    def __init__(self, targets: Sequence[Target], spread: Collection[str] = ()) -> None:
         self.targets = [(t, t.original) for t in targets if t.original is not None]
         self.moments: dict[str, Moments] = {t.path: Moments() for t, _ in self.targets}
+        self.spreads: dict[str, Spread] = {path: Spread() for path in spread}
         self.calls: list[Counter[str]] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Collect while the reference runs. A module that stands at several paths counts for the first."""
+        """Collect while the reference runs."""
         with ExitStack() as stack:
             for target, original in self.targets:
-                if needs_output(original):
-                    handle = original.register_forward_hook(self._output_hook(target))
+                state = state_of(original)
+                if state.has_statistics or (state.tail and state.num_groups):
+                    hook = self._input_hook(target, state.has_statistics)
+                    handle = original.register_forward_pre_hook(hook, with_kwargs=True)
                 else:
-                    handle = original.register_forward_pre_hook(self._input_hook(target), with_kwargs=True)
+                    handle = original.register_forward_hook(self._output_hook(target, state.channel_dim))
                 stack.callback(handle.remove)
             yield
 
@@ -95,15 +103,22 @@ class Original:
         self.moments[target.path].add(moments)
         self.calls[-1][target.path] += 1
 
-    def _output_hook(self, target: Target) -> Callable[..., None]:
+    def _output_hook(self, target: Target, channel_dim: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Tensor) -> None:
-            self._note(target, moments_of(out, target.state.channel_dim))
+            self._note(target, moments_of(out, channel_dim))
 
         return hook
 
-    def _input_hook(self, target: Target) -> Callable[..., None]:
+    def _input_hook(self, target: Target, has_statistics: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._note(target, observed(module, _input(args, kwargs)))
+            x = _input(args, kwargs)
+            if not has_statistics:
+                self._note(target, moments_of(bare_output(module, x)))
+                return
+            rows = rows_of(x)
+            self._note(target, observed(module, rows))
+            if target.path in self.spreads:
+                self.spreads[target.path].add(rows, module, state_of(module).eps)
 
         return hook
 

@@ -61,31 +61,49 @@ class Moments:
         return Moments(self.count, scale * self.mean + shift, scale.square() * self.deviation)
 
 
-@torch.no_grad()
-def moments_of(x: Tensor, channel_dim: int = 1) -> Moments:
-    """The moments of one tensor `(N, C, *)`, or with channels in another place, of any floating dtype.
+@dataclass(frozen=True)
+class Rows:
+    """Sums over the positions of each sample and channel: `values (N, C, P)`; `mean` and `square` `(N, C)` float64.
 
-    Sums run in at least float32 within an image and in float64 beyond it.
+    mean: over positions; square: the mean of squares. Sums run in at least float32 within a sample.
     """
-    rows = wide(x.detach()).movedim(channel_dim, 1)
-    rows = rows.flatten(2) if rows.dim() > 2 else rows.unsqueeze(-1)
-    if rows.numel() == 0:
-        return Moments()
-    mean, deviation, squares = _sums(rows)
-    offset = (squares > _OFFSET * deviation).nonzero().flatten()
-    if len(offset):
-        part = rows[:, offset]
-        centre = mean[offset].to(part.dtype)
-        shift, deviation[offset], _ = _sums(part - centre[:, None])
-        mean[offset] = centre.double() + shift
-    return Moments(rows.shape[0] * rows.shape[2], mean, deviation)
+
+    values: Tensor
+    mean: Tensor
+    square: Tensor
+
+    def moments(self) -> Moments:
+        """Over all samples and positions, in float64."""
+        samples, _, positions = self.values.shape
+        if self.values.numel() == 0:
+            return Moments()
+        mean, deviation = self._pooled()
+        offset = (self.square.sum(0) * positions > _OFFSET * deviation).nonzero().flatten()
+        if len(offset):
+            part = self.values[:, offset]
+            centre = mean[offset].to(part.dtype)
+            shift, deviation[offset] = _rows(part - centre[:, None])._pooled()
+            mean[offset] = centre.double() + shift
+        return Moments(samples * positions, mean, deviation)
+
+    def _pooled(self) -> tuple[Tensor, Tensor]:
+        mean = self.mean.mean(0)
+        within = (self.square - self.mean.square()).clamp_min(0)
+        return mean, self.values.shape[2] * (within + (self.mean - mean).square()).sum(0)
 
 
-def _sums(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `(N, C, P)`: mean, sum of squared deviations and sum of squares, `(C,)` float64 each."""
-    positions = rows.shape[2]
-    means = rows.mean(-1).double()
-    squares = torch.linalg.vector_norm(rows, dim=-1).double().square()
-    mean = means.mean(0)
-    within = (squares - positions * means.square()).clamp_min(0).sum(0)
-    return mean, within + positions * (means - mean).square().sum(0), squares.sum(0)
+@torch.no_grad()
+def rows_of(x: Tensor, channel_dim: int = 1) -> Rows:
+    """Of one tensor `(N, C, *)`, or with channels in another place, of any floating dtype."""
+    values = wide(x.detach()).movedim(channel_dim, 1)
+    return _rows(values.flatten(2) if values.dim() > 2 else values.unsqueeze(-1))
+
+
+def _rows(values: Tensor) -> Rows:
+    square = torch.linalg.vector_norm(values, dim=-1).double().square() / max(values.shape[2], 1)
+    return Rows(values, values.mean(-1).double(), square)
+
+
+def moments_of(x: Tensor, channel_dim: int = 1) -> Moments:
+    """The moments of one tensor `(N, C, *)`, or with channels in another place, of any floating dtype."""
+    return rows_of(x, channel_dim).moments()

@@ -21,7 +21,7 @@ from ..spec import NormState
 from ..surgery import get
 from ..transfer import inner_norm
 from ..undo import wide
-from .moments import Moments, moments_of
+from .moments import Moments, Rows
 
 # A channel whose variance is below these shares of its squared mean and of the layer's mean variance is dead:
 # what varies in it is rounding.
@@ -125,22 +125,15 @@ def fixed_map(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, shift if state.bias is None else shift + state.bias.detach().double()
 
 
-def observed(original: nn.Module, x: Tensor) -> Moments:
-    """The moments of what the original norm makes of its input, before any activation fused into it.
+def observed(original: nn.Module, rows: Rows) -> Moments:
+    """The moments of what an original norm with running statistics makes of its input: a fixed map of each channel."""
+    return rows.moments().mapped(*fixed_map(original))
 
-    Where it has running statistics, it is a fixed map of each channel, and the moments of the input suffice.
-    """
+
+def bare_output(original: nn.Module, x: Tensor) -> Tensor:
+    """What a group norm gives, without the activation that may be fused into it."""
     state = state_of(original)
-    if not state.has_statistics:
-        out = F.group_norm(x, state.num_groups or 1, state.weight, state.bias, state.eps)
-        return moments_of(out, state.channel_dim)
-    return moments_of(x, state.channel_dim).mapped(*fixed_map(original))
-
-
-def needs_output(original: nn.Module) -> bool:
-    """Whether the original's output must be observed, rather than its input."""
-    state = state_of(original)
-    return not state.has_statistics and not (state.tail and state.num_groups)
+    return F.group_norm(x, state.num_groups or 1, state.weight, state.bias, state.eps)
 
 
 def alive(moments: Moments) -> Tensor:
