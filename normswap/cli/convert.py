@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError, OutputError
-from . import calibrate as calibration
 from . import changes, options
 from .boundary import WRITTEN
+from .calibrate import IMAGES
+from .calibrate import run as run_calibration
 from .images import Asked
 from .networks import Origin, Wanted, converted_file, example_inputs, locate, open_network, original_of
 from .output import Output, reporting
@@ -179,7 +180,7 @@ def convert(
         dry_run=dry_run,
         output=output,
         force=force,
-        calibration=None if calibrate is None else Calibration(calibrate, images or calibration.IMAGES, asked),
+        calibration=None if calibrate is None else Calibration(calibrate, images or IMAGES, asked),
     )
     _check_combination(ctx, job)
     wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed)
@@ -232,7 +233,7 @@ def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> chang
     record = _record(model)
     report = None
     if (wish := job.calibration) is not None:
-        report = calibration.run(model, reference, origin, wish.data, wish.images, 32, wish.asked, out)
+        report = run_calibration(model, reference, origin, wish.data, wish.images, 32, wish.asked, out)
     record.source = None if origin.source is None else origin.source.to_dict()
     from ..checkpoint import save
 
