@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,11 +27,13 @@ def check_fit(model: nn.Module, plan: Plan) -> None:
     names_of = aliases(model)
     modules = {name: module for module, names in names_of.items() for name in names}
     problems = []
+    uses = Counter(modules.get(path) for step in plan.steps for path in step.producers)
     for step in plan.steps:
         if step.path not in modules:
             problems.append(f"{step.path}: there is no such layer")
             continue
         reasons = [*_misfits(modules[step.path], step), *_producer_misfits(modules, step)]
+        reasons += [f"{path} is folded into more than once" for path in step.producers if uses[modules.get(path)] > 1]
         if {step.path, *step.aliases} != set(names_of[modules[step.path]]):
             reasons.append(f"its names are {', '.join(names_of[modules[step.path]])}")
         problems += [f"{step.path or '(root)'}: {reason}" for reason in reasons]

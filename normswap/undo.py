@@ -199,8 +199,8 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
         changed += [n.paths[0] for n in undo.norms if _norm_changed(modules[n.paths[0]], n)]
     if changed and strict:
         raise RevertError(
-            f"{len(changed)} layer{'s' * (len(changed) != 1)} changed since the conversion (trained?), the first is {changed[0]}; "
-            "the original network cannot be restored bit for bit",
+            f"{len(changed)} layer{'s' * (len(changed) != 1)} changed since the conversion (trained?), the first is "
+            f"{changed[0]}; the original network cannot be restored bit for bit",
             hint="strict=False (--approximate) undoes the swap with the weights as they are now; "
             'convert(to="bn") keeps what a sync, frozen or renorm norm has learned.',
         )
@@ -254,9 +254,9 @@ def _restore_tensors(norm: NormUndo, now: nn.Module) -> None:
         if tensors:
             moved = tensors[0].dtype != then and value.is_floating_point()
             value = value.to(tensors[0].device, tensors[0].dtype if moved else value.dtype)
-        if (parameter := norm.module._parameters.get(name)) is not None:
-            parameter.data = value
-        elif name in norm.module._buffers:
-            norm.module._buffers[name] = value
+        held = norm.module._parameters.get(name)
+        held = norm.module._buffers.get(name) if held is None else held
+        if held is not None:
+            held.data = value  # the same tensor object, which others may hold
     if callable(refresh := getattr(norm.module, "refresh", None)):
         refresh()
