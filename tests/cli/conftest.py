@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ran import Cli, Ran
+import torch
+from PIL import Image
+from ran import COLOURS, Cli, Ran
 
 from normswap.cli import app
 
@@ -167,3 +169,16 @@ def nets(folder: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def images(folder: Path) -> Path:
+    """Four classes of three images of 20 x 20 pixels, as many as the small network tells apart."""
+    generator = torch.Generator().manual_seed(1)
+    for name, colour in COLOURS.items():
+        (folder / "photos" / name).mkdir(parents=True)
+        for i in range(3):
+            noise = torch.randint(-40, 40, (20, 20, 3), generator=generator)
+            pixels = (torch.tensor(colour) + noise).clamp(0, 255).to(torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / "photos" / name / f"{i}.png")
+    return folder / "photos"

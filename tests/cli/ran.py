@@ -22,3 +22,6 @@ class Ran:
 
 
 Cli = Callable[..., Ran]
+
+# The classes of the `images` fixture, as red, green and blue.
+COLOURS = {"blue": (10, 20, 240), "green": (20, 230, 30), "grey": (128, 128, 128), "red": (250, 20, 10)}

@@ -6,22 +6,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from ran import Cli
-
-COLOURS = {"blue": (10, 20, 240), "green": (20, 230, 30), "grey": (128, 128, 128), "red": (250, 20, 10)}
-
-
-@pytest.fixture
-def images(folder: Path) -> Path:
-    """Four classes of three images of 20 x 20 pixels, as many as the small network tells apart."""
-    generator = torch.Generator().manual_seed(1)
-    for name, colour in COLOURS.items():
-        (folder / "photos" / name).mkdir(parents=True)
-        for i in range(3):
-            noise = torch.randint(-40, 40, (20, 20, 3), generator=generator)
-            pixels = (torch.tensor(colour) + noise).clamp(0, 255).to(torch.uint8)
-            Image.fromarray(pixels.numpy()).save(folder / "photos" / name / f"{i}.png")
-    return folder / "photos"
+from ran import COLOURS, Cli
 
 
 def pixels(images: Path, mean: float = 0.0, std: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from ran import Cli
+from torch import Tensor, nn
+
+import normswap
+
+
+def moments(model: nn.Module, path: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a layer's output, per channel."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(path).register_forward_hook(lambda m, a, out: seen.append(out.detach().clone()))
+    with torch.no_grad():
+        model.eval()(x)
+    handle.remove()
+    return seen[0].mean((0, 2, 3)), seen[0].var((0, 2, 3), correction=0)
+
+
+def converted(cli: Cli, *more: str) -> None:
+    ran = cli("convert", "nets.py:tiny", "--to", "gn", "--groups", "4", *more)
+    assert ran.code == 0, ran.err
+
+
+def test_the_calibrated_file_has_the_moments_of_the_original(cli: Cli, images: Path) -> None:
+    converted(cli)
+    ran = cli("calibrate", "tiny-gn.safetensors", "--data", "photos", "--trust-code", "--mean", "0", "--std", "1")
+    assert ran.code == 0, ran.err
+    assert "tiny-gn-calibrated.safetensors" in ran.out
+    calibrated = normswap.load("tiny-gn-calibrated.safetensors", trust_code=True)
+    original = normswap.revert(normswap.load("tiny-gn.safetensors", trust_code=True))
+    from normswap.images import open_images
+    from normswap.preprocess import Preprocess
+
+    batches = open_images(images).batches(Preprocess(mean=(0.0,), std=(1.0,)), 12)
+    x = next(iter(batches))[0]
+    for path in ("1", "4"):
+        for now, wanted in zip(moments(calibrated, path, x), moments(original, path, x), strict=True):
+            torch.testing.assert_close(now, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_converting_and_calibrating_in_one_go_gives_the_same_weights(cli: Cli, images: Path) -> None:
+    converted(cli)
+    cli("calibrate", "tiny-gn.safetensors", "--data", "photos", "--trust-code", "--output", "two.safetensors")
+    converted(cli, "--calibrate", "photos", "--output", "one.safetensors")
+    one, two = (normswap.load(f, trust_code=True).state_dict() for f in ("one.safetensors", "two.safetensors"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-5)
+
+
+def test_calibrating_without_an_undo_uses_the_network_from_before(cli: Cli, images: Path) -> None:
+    converted(cli, "--calibrate", "photos", "--output", "one.safetensors")
+    converted(cli, "--calibrate", "photos", "--no-undo", "--output", "two.safetensors")
+    one, two = (normswap.load(f, trust_code=True).state_dict() for f in ("one.safetensors", "two.safetensors"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_bn_gets_the_statistics_that_a_gn_never_had(cli: Cli, images: Path) -> None:
+    (images.parent / "grouped.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8))\n"
+    )
+    refused = cli("convert", "grouped.py:net", "--to", "bn")
+    assert refused.code == 1
+    assert "--calibrate" in refused.err
+    ran = cli("convert", "grouped.py:net", "--to", "bn", "--calibrate", "photos")
+    assert ran.code == 0, ran.err
+    norm = normswap.load("net-bn.safetensors", trust_code=True)[1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert not torch.equal(norm.running_var, torch.ones(8))
+
+
+def test_the_report_is_json_with_accuracies_where_there_are_labels(cli: Cli, images: Path) -> None:
+    converted(cli)
+    ran = cli("calibrate", "tiny-gn.safetensors", "--data", "photos", "--trust-code", "--json")
+    assert ran.json["images"] == 12
+    assert len(ran.json["layers"]) == 2
+    assert 0 <= ran.json["accuracy_after"] <= 1
+
+
+def test_a_network_that_is_not_converted_is_refused_with_the_way_out(cli: Cli, images: Path) -> None:
+    ran = cli("calibrate", "nets.py:tiny", "--data", "photos")
+    assert ran.code == 1
+    assert "--calibrate" in ran.err
+
+
+def test_the_result_does_not_replace_a_file_without_force(cli: Cli, images: Path) -> None:
+    converted(cli)
+    arguments = ("calibrate", "tiny-gn.safetensors", "--data", "photos", "--trust-code")
+    assert cli(*arguments).code == 0
+    again = cli(*arguments)
+    assert again.code == 1
+    assert "--force" in again.err
+    assert cli(*arguments, "--force").code == 0
+
+
+def test_images_without_calibrate_are_a_wrong_call(cli: Cli) -> None:
+    ran = cli("convert", "nets.py:tiny", "--to", "gn", "--images", "8")
+    assert ran.code == 2
+    assert "--calibrate" in ran.err
