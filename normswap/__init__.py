@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .inventory import inspect as inspect
     from .planning import Plan as Plan
     from .planning import plan as plan
+    from .training.distillation import distil as distil
     from .undo import revert as revert
 
 _HOME = {
@@ -28,6 +29,7 @@ _HOME = {
     "Plan": "planning",
     "calibrate": "calibration",
     "convert": "conversion",
+    "distil": "training.distillation",
     "inspect": "inventory",
     "load": "checkpoint",
     "plan": "planning",

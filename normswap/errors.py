@@ -49,6 +49,10 @@ class SelfCheckError(NormswapError):
     """The surgery changed what the network computes; nothing was kept."""
 
 
+class TrainingError(NormswapError):
+    """Training that cannot go on; the network is in its last good state."""
+
+
 class RevertError(NormswapError):
     """The original network cannot be restored exactly."""
 

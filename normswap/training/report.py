@@ -1,0 +1,79 @@
+"""What `distil` tells: while it runs, when it ends, when it is interrupted."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step, as `progress=` is told of it.
+
+    step: 1 to steps. loss: of this step's batch, before the update. agreement: share of the batch that both networks
+    decide alike, None where the outputs are no class scores.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    agreement: float | None
+    lr: float
+
+
+@dataclass(frozen=True)
+class DistillationReport:
+    """The result of `distil`.
+
+    steps: how many were done, of `planned`; images: how many different ones the data holds, None if only iterating
+    tells. loss_first, loss_last: mean over the first and the last tenth of the steps. drift, agreement before and
+    after: relative error `|out - original| / |original|` of the output, and share of images decided alike, over
+    `compared` images; None where outputs do not compare so. accuracy: where `eval_data` came with labels.
+    """
+
+    steps: int
+    planned: int
+    images: int | None
+    loss_first: float | None
+    loss_last: float | None
+    compared: int = 0
+    drift_before: float | None = None
+    drift_after: float | None = None
+    agreement_before: float | None = None
+    agreement_after: float | None = None
+    accuracy_original: float | None = None
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    interrupted: bool = False
+    resumed_at: int = 0
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**asdict(self), "notes": list(self.notes)}
+
+    def __str__(self) -> str:
+        done = f"{self.steps} step{'s' * (self.steps != 1)}"
+        lines = [f"distilled for {done}" + (f" of {self.planned} (interrupted)" if self.interrupted else "")]
+        if self.loss_first is not None and self.loss_last is not None:
+            lines.append(f"loss: {self.loss_first:.3g} -> {self.loss_last:.3g}")
+        if self.drift_before is not None and self.drift_after is not None:
+            on = f" (on {self.compared} images)"
+            lines.append(f"output drift: {self.drift_before:.3g} -> {self.drift_after:.3g}{on}")
+        if self.agreement_before is not None and self.agreement_after is not None:
+            lines.append(f"agreement: {self.agreement_before:.1%} -> {self.agreement_after:.1%}")
+        if self.accuracy_before is not None and self.accuracy_after is not None:
+            before, after = f"{self.accuracy_before:.1%}", f"{self.accuracy_after:.1%}"
+            lines.append(f"accuracy: {before} -> {after} (original {self.accuracy_original:.1%})")
+        return "\n".join([*lines, *self.notes])
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during training: the network holds what it has reached, `report` says what that is.
+
+    A KeyboardInterrupt, so that a script stops as it would anywhere else.
+    """
+
+    def __init__(self, report: DistillationReport) -> None:
+        self.report = report
+        super().__init__(str(report))

@@ -1,0 +1,57 @@
+"""The file from which an interrupted training run goes on, bit for bit."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import atomic, check_writable
+from ..errors import CheckpointError, OptionError
+
+FORMAT = 1
+
+
+def save_state(path: Path, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Write what a run has reached, whole or not at all, in place of an older file. Raises OutputError."""
+    check_writable(path, overwrite=True)
+    with atomic(path) as temporary:
+        torch.save({"format": FORMAT, "settings": dict(settings), **state}, temporary)
+
+
+def load_state(path: Path, settings: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What `save_state` wrote, for a run with the same settings and parameters; tensors on the CPU.
+
+    Read without running any code in it. Raises CheckpointError for a file that is missing, damaged, or no training
+    state, and OptionError for one of a run with other settings, which could not go on as it began.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} is not a complete training state: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT or "settings" not in found:
+        raise CheckpointError(
+            f"{path} is no training state of this version",
+            hint="Resume from the file that checkpoint= (--checkpoint) named.",
+        )
+    _check(path, found, settings, parameters)
+    return found
+
+
+def _check(path: Path, found: dict[str, Any], settings: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+    theirs = found["settings"]
+    differing = [k for k in settings if theirs.get(k) != settings[k]]
+    if "network" in differing:
+        raise OptionError(f"{path} is the state of another network, or of another conversion of this one")
+    if differing:
+        was = ", ".join(f"{k}={theirs.get(k)!r} (now {settings[k]!r})" for k in differing)
+        raise OptionError(f"{path} is the state of a run with {was}", hint="Resume with the settings it began with.")
+    shapes = {name: tuple(t.shape) for name, t in found["parameters"].items()}
+    if shapes != {name: tuple(t.shape) for name, t in parameters.items()}:
+        raise CheckpointError(f"the parameters in {path} do not fit the network")
