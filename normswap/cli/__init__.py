@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .boundary import Commands, say
+from .boundary import Commands, report
 from .calibrate import calibrate
 from .convert import convert
 from .inspect import inspect
@@ -52,9 +52,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app(prog_name="normswap")
-    except KeyboardInterrupt:  # before a command began
-        say("interrupted; nothing was written")
-        sys.exit(130)
+    except (KeyboardInterrupt, OSError) as error:  # before a command began
+        sys.exit(report(error, {}))
     except _Terminated:
         sys.exit(128 + signal.SIGTERM)
 

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -40,20 +41,20 @@ class Commands(TyperGroup):
         except (typer.Exit, typer.Abort, _ClickException):
             raise
         except BaseException as error:
-            code = _report(error, ctx)
+            code = report(error, ctx.meta)
             if code is None:
                 raise
             raise typer.Exit(code) from None
 
 
-def _report(error: BaseException, ctx: Any) -> int | None:
+def report(error: BaseException, meta: Mapping[str, Any]) -> int | None:
     """Say what happened and return the exit code; None for what is no business of ours (SystemExit)."""
-    verbose = ctx.meta.get(VERBOSE, "--verbose" in ctx.meta.get(ARGS, ()))
+    verbose = meta.get(VERBOSE, "--verbose" in meta.get(ARGS, ()))
     if isinstance(error, BrokenPipeError):
         _discard_output()
         return 141
     if isinstance(error, KeyboardInterrupt):
-        written = ctx.meta.get(WRITTEN)
+        written = meta.get(WRITTEN)
         say("interrupted; " + (f"{written} is written and complete" if written else "nothing was written"))
         return 130
     if isinstance(error, NormswapError):
@@ -101,7 +102,8 @@ def _discard_output() -> None:
         with suppress(OSError):
             stream.flush()
             continue
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        with suppress(OSError):  # a stream that is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _as_flags(text: str) -> str:

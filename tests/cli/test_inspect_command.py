@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from ran import Cli
 
 import normswap
+from normswap.cli import app
 
 
 def test_every_norm_is_listed_with_what_feeds_it(cli: Cli) -> None:
@@ -70,6 +72,15 @@ def test_a_network_without_norms_is_no_error(cli: Cli) -> None:
 def test_names_are_printed_as_they_are(cli: Cli) -> None:
     assert "[bold] norm" in cli("inspect", "nets.py:bracketed").out
     assert "conv [red]läyer[/red]" in cli("inspect", "nets.py:bracketed", "--all").out
+
+
+def test_an_encoding_without_the_letters_does_not_stop_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    with pytest.raises(SystemExit) as end:
+        app(["inspect", "nets.py:bracketed", "--all"])
+    assert not end.value.code
+    assert rb"[red]l\xe4yer[/red]" in stream.buffer.getvalue()
 
 
 def test_builder_arguments_reach_the_builder(cli: Cli) -> None:

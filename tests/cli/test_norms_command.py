@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import io
+from typing import Any
+
+import pytest
 from ran import Cli
 
 import normswap.norms  # noqa: F401  (registers them)
-from normswap.cli import options
+from normswap.cli import app, options
 from normswap.registry import specs, targets
 
 
@@ -31,6 +35,18 @@ def test_json_holds_the_same(cli: Cli) -> None:
     ran = cli("norms", "--json")
     assert [norm["name"] for norm in ran.json["norms"]] == list(targets())
     assert "in" in next(norm for norm in ran.json["norms"] if norm["name"] == "gn")["exact_from"]
+
+
+def test_a_stdout_that_takes_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sys.stdout", Full())
+    with pytest.raises(SystemExit) as end:
+        app(["norms"])
+    assert end.value.code == 1
+    assert capsys.readouterr().err.splitlines()[0] == "error: No space left on device"
 
 
 def test_an_unknown_norm_is_an_error_with_a_near_match(cli: Cli) -> None:

@@ -1,0 +1,120 @@
+"""What only a process of its own shows: imports at start-up, signals, limits, closed pipes."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import normswap
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
+NORMSWAP = [sys.executable, "-m", "normswap"]
+
+# A factory that stops halfway through writing the result, and says so on stderr.
+STUCK = """
+import sys, time
+import safetensors.torch
+from nets import tiny
+
+
+def stuck(tensors, path, metadata=None):
+    open(path, "wb").write(b"half of it")
+    print("WRITING", file=sys.stderr, flush=True)
+    time.sleep(60)
+
+
+def build():
+    safetensors.torch.save_file = stuck
+    return tiny()
+"""
+
+
+def run(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(args, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload]
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.suffix != ".py" and p.name != "__pycache__")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "-h"], ["--version"], ["convert"]])
+def test_help_and_usage_errors_import_neither_torch_nor_rich(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from normswap.cli import main\n"
+        f"sys.argv = ['normswap', *{arguments!r}]\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        "    heavy = {'torch', 'rich', 'numpy', 'torchvision'} & set(sys.modules)\n"
+        "    print('HEAVY', sorted(heavy))\n"
+    )
+    ran = run(sys.executable, "-c", code)
+    assert "HEAVY []" in ran.stdout
+    assert ran.returncode == (2 if arguments == ["convert"] else 0)
+
+
+def test_the_module_runs_and_says_its_version() -> None:
+    ran = run(*NORMSWAP, "--version")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, f"normswap {normswap.__version__}\n", "")
+
+
+def test_the_help_lists_the_commands_under_the_name_normswap() -> None:
+    ran = run(*NORMSWAP, "-h")
+    assert ran.stdout.startswith("Usage: normswap ")
+    assert all(f"\n  {name} " in ran.stdout for name in ("inspect", "convert", "verify", "norms"))
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted; nothing was written"), (signal.SIGTERM, 143, "")],
+)
+def test_an_interrupted_run_leaves_nothing_behind(folder: Path, number: int, code: int, said: str) -> None:
+    (folder / "stuck.py").write_text(STUCK)
+    command = [*NORMSWAP, "convert", "stuck.py:build", "--to", "ln", "--no-check"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "WRITING" in line:
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, "")
+    assert err.strip() == said
+    assert files(folder) == []
+
+
+def test_a_full_disk_leaves_nothing_behind(folder: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    ran = run(*NORMSWAP, "convert", "nets.py:tiny", "--to", "ln", preexec_fn=limit, env=environment)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert "error: tiny-ln.safetensors cannot be written" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert files(folder) == []
+
+
+def test_a_reader_that_leaves_early_is_no_error(folder: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ran = subprocess.run([*NORMSWAP, "norms"], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux")
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_a_stdout_that_takes_nothing_is_an_error(flag: str) -> None:
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run([*NORMSWAP, flag], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("error: No space left on device")
+    assert "Traceback" not in ran.stderr
