@@ -115,11 +115,12 @@ def distil(
             work.resume(load_state(Path(resume), vars(settings), parameters))
         try:
             work.finish(progress)
+            after = _tally(reference, model, compared)
         except KeyboardInterrupt:
             raise Interrupted(_report(work, before, None)) from None
         finally:
             _remember(model, work)
-        return _report(work, before, _tally(reference, model, compared))
+        return _report(work, before, after)
 
 
 def _network(model: nn.Module) -> str:
@@ -169,7 +170,7 @@ def _report(work: Run, before: tuple[OutputTally, int], after: tuple[OutputTally
     first, last = work.losses
     return DistillationReport(
         work.loop.step, work.settings.steps, work.stream.images, first, last,
-        interrupted=work.interrupted, resumed_at=work.resumed_at, notes=notes, **values,
+        interrupted=after is None, resumed_at=work.resumed_at, notes=notes, **values,
     )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class Run:
         )
         self.checkpoint: Path | None = None
         self.every = 1
-        self.resumed_at, self.interrupted = 0, False
+        self.resumed_at = 0
         self._agreement: float | None = None
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -70,10 +70,8 @@ class Run:
                 if progress is not None:
                     rate = loop.optimizer.param_groups[0]["lr"]
                     progress(Progress(loop.step, loop.steps, value, self._agreement, rate))
-        except KeyboardInterrupt:
-            self.interrupted = True
-            raise
         finally:
+            batches.close()
             loop.settle()
             if loop.whole:
                 self._save()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,7 +37,7 @@ class Stream:
     batches: int | None = None
     images: int | None = None
 
-    def start(self, step: int) -> Iterator[Args]:
+    def start(self, step: int) -> Generator[Args, None, None]:
         """From the batch of `step` on. The caller seeds each step before it takes its batch.
 
         Where the number of batches is unknown, or the caller's own loader decides on the order, the batches before
