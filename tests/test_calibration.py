@@ -335,6 +335,17 @@ def test_too_few_images_for_running_statistics_are_an_error(net: nn.Module) -> N
     assert contents(model) == before
 
 
+def test_no_more_images_are_used_than_memory_holds(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, expected = normswap.convert(net, to="gn"), normswap.convert(net, to="gn")
+    monkeypatch.setattr("normswap.calibration.free_memory", lambda model: 2 * 3 * 4 * (4 * 6 * 6) * 7)  # seven images
+    report = calibrate(model, net, images(30), batch_size=5)
+    assert report.images == 10
+    assert "10 of 30 images" in str(report)
+    monkeypatch.undo()
+    calibrate(expected, net, images(30)[:10])
+    assert_close(model, expected)
+
+
 def test_no_more_images_than_asked_for_are_read(net: nn.Module) -> None:
     read = 0
 

@@ -16,11 +16,14 @@ from ..data import as_batches, images_in
 from ..errors import DataError, OptionError, RevertError
 from ..surgery import copied, evaluating, undisturbed
 from ..undo import revert
-from .matching import Args, Matching, Original, forward
+from .matching import Args, Matching, Original, forward, free_memory
 from .preparation import Preparation
 from .report import CalibrationReport as CalibrationReport
 from .report import LayerResult as LayerResult
 from .targets import Result, Target, restoring, targets_of
+
+HELD = 0.5
+"""The share of free memory that images waiting at a norm may take; if they need more, fewer images are used."""
 
 COMPARED = 16
 """Without labels, how many images the output drift is measured on."""
@@ -50,15 +53,17 @@ def calibrate(
     less from sample to sample; gamma is divided by the same factors, which a BN would not notice. It also raises
     the `eps` of norms that compute per-sample statistics to 1, where the conversion was given none: on standardised
     channels that halves how far a sample's own variance is followed (see `eps` of `convert`).
-    eps: another value for it; 0 or "moments" leaves it as it is.
+    eps: another value for it, with any method; 0 leaves it as it is.
 
     model: from `convert` or `load`. reference: the original network; by default it is rebuilt from what the
     conversion kept. data: images without labels, anything `normswap.data.as_batches` takes; labels add accuracies to
-    the report, for one more forward pass. images: use at most so many (default 256, or all of a tensor); all of them
-    are held in memory at once, batches do not have to be of one size. batch_size: for a tensor or a dataset.
+    the report, for one more forward pass. images: use at most so many (default 256, or all of a tensor); batches may
+    differ in size. batch_size: for a tensor or a dataset.
 
-    Cost: one forward pass of the reference and one of the converted network over the images; what is held is what
-    lies between two layers, for all images. A norm that runs several times per forward takes further passes.
+    Cost: one forward pass of the reference and one of the converted network over the images. What lies between two
+    layers is held for all images, however small the batches; where half of the free memory does not take it, fewer
+    images are used and the report says so. Norms that run several times per forward take further passes, until
+    their moments stay as they are (ten at most).
 
     A channel that does not vary keeps its gamma; its mean is matched. A norm without gamma and beta gets them, fixed
     (`requires_grad=False`). Training flags, hooks, random state and the reference stay as they are; on an exception,
@@ -91,25 +96,36 @@ def _run(
     targets = preparation.targets
     comparison = _Comparison(batches, labels, reference is not None)
     original = Original(targets, preparation.balanced)
+    used = len(batches)
     with _quiet(model, reference):
         comparison.run("before", model)
-        if reference is not None and original.targets:
-            with original.watching():
-                for i, args in enumerate(batches):
-                    original.next_batch()
-                    comparison.keep("original", i, forward(reference, args))
         if reference is not None:
+            used = _observe(original, reference, batches, comparison, HELD * free_memory(model))
             comparison.run("original", reference)
     preparation.apply(original)
     with _quiet(model, None):
         matching = Matching(targets, original)
-        matching.run(model, batches, lambda i, out: comparison.keep("after", i, out))
+        matching.run(model, batches[:used], lambda i, out: comparison.keep("after", i, out))
         comparison.run("after", model)
         results = [Result(target.norm) for target in targets]
     for result in results:  # leaving `_quiet` has put buffers and attributes back
         result.write()
-    count = sum(map(images_in, batches))
-    return CalibrationReport(count, matching.results(), passes=matching.passes, **comparison.summary())
+    count, given = (sum(map(images_in, b)) for b in (batches[:used], batches))
+    notes = () if count == given else (f"{count} of {given} images used: more do not fit in memory at a time",)
+    return CalibrationReport(count, matching.results(), passes=matching.passes, notes=notes, **comparison.summary())
+
+
+def _observe(
+    original: Original, reference: nn.Module, batches: Sequence[Args], comparison: _Comparison, memory: float
+) -> int:
+    """Run the reference over the batches; stop where no more can be held. Returns how many batches were used."""
+    with original.watching():
+        for i, args in enumerate(batches):
+            original.next_batch()
+            comparison.keep("original", i, forward(reference, args))
+            if original.held > memory:
+                return i + 1
+    return len(batches)
 
 
 @contextmanager

@@ -32,8 +32,8 @@ _ROUNDING, _SILENT = 1e-12, 1e-14
 class Target:
     """One converted norm.
 
-    norm: the module that holds gamma and beta. original: its counterpart in the reference, None where nothing of the
-    reference is needed. statistics: whether it has running statistics to estimate. match: whether gamma and beta are
+    norm: the module that holds gamma and beta. original: its counterpart in the reference, None without a reference.
+    statistics: whether it has running statistics to estimate. match: whether gamma and beta are
     set so that the output has the original's moments.
     """
 
@@ -68,7 +68,7 @@ def targets_of(model: nn.Module, reference: nn.Module | None) -> list[Target]:
             continue
         statistics = spec.read(norm).has_statistics
         match = not (statistics and transfer == "exact")
-        original = _original(reference, path) if match else None
+        original = _original(reference, path)
         found.append(Target(path, spec.name, norm, original, statistics, match))
     return found
 
