@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import SourceError, WeightsError
+from ..inventory import first_line
 from .hub import stop_retries
 from .source import Source, offline_error
 
@@ -46,7 +47,10 @@ def resolved(source: Source) -> Source:
     try:
         config = transformers.AutoConfig.from_pretrained(source.name)
     except Exception as error:  # hub, network and file errors of several libraries
-        raise _hub_error(source, error) from error
+        raise SourceError(
+            f"the configuration of {source} cannot be read ({first_line(error)})",
+            hint="Ways out: hf:FOLDER with a copy of the model, or one run with a connection, which keeps a copy.",
+        ) from error
     architecture = (config.architectures or ["AutoModel"])[0]
     return replace(source, config={"class": architecture, **config.to_dict()})
 
