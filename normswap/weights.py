@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +225,6 @@ def empty_parameters() -> Iterator[None]:
 
     Buffers stay real, because some are never in a state dict and hold computed values.
     """
-    original = nn.Module.register_parameter
     emptied = WeakIdKeyDictionary()  # a parameter registered twice is one parameter, and not kept alive for that
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -233,13 +232,29 @@ def empty_parameters() -> Iterator[None]:
             if param not in emptied:
                 emptied[param] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
             param = emptied[param]
-        original(self, name, param)
+        _REGISTER(self, name, param)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    with _registering(register):
+        yield
+
+
+def filled_parameters() -> AbstractContextManager[None]:
+    """Within it, `empty_parameters` is suspended: what is registered now, such as loaded values, stays as it is."""
+    return _registering(_REGISTER)
+
+
+_REGISTER = nn.Module.register_parameter
+
+
+@contextmanager
+def _registering(register: Callable[[nn.Module, str, nn.Parameter | None], None]) -> Iterator[None]:
+    module: Any = nn.Module
+    before = module.register_parameter
+    module.register_parameter = register
     try:
         yield
     finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+        module.register_parameter = before
 
 
 def has_empty_parameters(model: nn.Module) -> bool:

@@ -31,7 +31,7 @@ def parse(text: str, args: Mapping[str, Any] | None = None) -> Source:
     file, _, factory = text.rpartition(":")
     if file.endswith(".py") and factory:  # a colon may be in the folder's name
         return Source("file", text, args)
-    if rest and all(part.isidentifier() for part in prefix.split(".")):
+    if rest and all(part.isidentifier() for part in (*prefix.split("."), *rest.split("."))):
         return Source("factory", text, args)
     if rest:
         raise SourceError(
@@ -80,6 +80,8 @@ def build(
     if _names_a_file(source, weights):
         state = read_state(weights, trust_pickle=trust_pickle, allow_nonfinite=allow_nonfinite)
         source = _resolved(source)
+        if source.kind == "torchvision" and (entry := torchvision_models.published_file(source.name, weights)):
+            return torchvision_models.with_state(source, entry, state)
         model = build_empty(source)
         load_state(model, state, str(weights))
         return _completed(model, source, state, weights), source
@@ -95,8 +97,11 @@ def outline(source: Source, weights: str = "none") -> tuple[nn.Module, Source]:
     Returns what `build` returns. Raises SourceError or WeightsError.
     """
     source = _resolved(source)
-    if source.kind == "torchvision" and weights != "none" and not _names_a_file(source, weights):
-        source = replace(source, variant=torchvision_models.published(source.name, weights).name)
+    if source.kind == "torchvision" and weights != "none":
+        local = _names_a_file(source, weights)
+        find = torchvision_models.published_file if local else torchvision_models.published
+        if (entry := find(source.name, weights)) is not None:
+            source = replace(source, variant=entry.name)
     return build_empty(source), source
 
 

@@ -10,15 +10,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import torch
 from torch import nn
 
 from ..errors import WeightsError
-from ..weights import State, empty_parameters, read_state
+from ..weights import State, empty_parameters, filled_parameters, read_state
 from .source import Source, build_error, offline_error
 
-MIRROR = "NORMSWAP_WEIGHTS_MIRROR"  # a folder's URL where the files of download.pytorch.org lie by their names
+MIRROR = "NORMSWAP_WEIGHTS_MIRROR"  # a folder, or its URL, where the files of download.pytorch.org lie by their names
 
 
 def names() -> list[str]:
@@ -50,14 +51,18 @@ def architecture(source: Source) -> nn.Module:
 
 def pretrained(source: Source, weights: str, progress: bool) -> tuple[nn.Module, Source]:
     """The model with published weights, downloaded if they are not in torch's hub folder yet."""
+    entry = published(source.name, weights)
+    return with_state(source, entry, _downloaded(entry.url, source, progress))
+
+
+def with_state(source: Source, entry: Any, state: State) -> tuple[nn.Module, Source]:
+    """The model as its builder makes it from published weights, whose values `state` holds."""
     from torchvision.models import get_model_builder
 
-    chosen = published(source.name, weights)
-    state = _downloaded(chosen.url, source, progress)
-    source = replace(source, variant=chosen.name)
+    source = replace(source, variant=entry.name)
     try:
         with empty_parameters(), _published_state(state):
-            model = get_model_builder(source.name)(weights=chosen, **source.args)
+            model = get_model_builder(source.name)(weights=entry, **source.args)
     except Exception as error:  # a builder given arguments that do not go with the weights
         raise build_error(source, error) from error
     return model, source
@@ -79,20 +84,34 @@ def published(name: str, weights: str) -> Any:
     )
 
 
+def published_file(name: str, file: str) -> Any:
+    """The entry of the weights enum whose file this is, by the file's name; None for any other file.
+
+    Such a file needs its own builder: parameters that are renamed, frozen norms, their eps.
+    """
+    from torchvision.models import get_model_weights
+
+    return next((w for w in get_model_weights(name) if w.url.rpartition("/")[2] == Path(file).name), None)
+
+
 def _downloaded(url: str, source: Source, progress: bool) -> State:
     """The checkpoint from torch's hub folder, downloaded into it if need be."""
     file_name = url.rpartition("/")[2]
     path = Path(torch.hub.get_dir()) / "checkpoints" / file_name
     if not path.exists():
         mirror = os.environ.get(MIRROR)
+        if mirror and "://" not in mirror:
+            mirror = Path(mirror).resolve().as_uri()
         origin = f"{mirror.rstrip('/')}/{file_name}" if mirror else url
         expected = file_name.rpartition("-")[2].partition(".")[0] if "-" in file_name else None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(origin, str(path), expected, progress=progress)
-        except (OSError, RuntimeError, ValueError) as error:  # ValueError: a mirror that is no URL
+        except (OSError, RuntimeError, ValueError) as error:  # the network, the hash, the URL
+            if isinstance(error, HTTPError):
+                error.close()
             raise offline_error(source, f"{origin} into {path}", error) from error
-    return read_state(path)
+    return read_state(path, allow_nonfinite=True)  # the caller looks at the whole model
 
 
 class _Withheld(dict[str, Any]):
@@ -110,7 +129,8 @@ def _published_state(state: dict[str, Any]) -> Iterator[None]:
     def load_state_dict(self: nn.Module, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         if isinstance(values, _Withheld):
             return None
-        return load(self, values, *args, **{**kwargs, "assign": True})
+        with filled_parameters():
+            return load(self, values, *args, **{**kwargs, "assign": True})
 
     WeightsEnum.get_state_dict = lambda *args, **kwargs: state
     module.load_state_dict = load_state_dict
