@@ -52,7 +52,7 @@ def model(original: nn.Module) -> nn.Module:
     return normswap.convert(original, "gn", groups=2)
 
 
-SHORT: dict[str, Any] = {"steps": 6, "batch_size": 8, "lr": 0.01}
+SHORT: dict[str, Any] = {"steps": 6, "batch_size": 8}
 
 
 def mean_loss(original: nn.Module, model: nn.Module, x: Tensor) -> float:
@@ -63,7 +63,7 @@ def mean_loss(original: nn.Module, model: nn.Module, x: Tensor) -> float:
 
 def test_the_loss_falls_and_agreement_rises(original: nn.Module, model: nn.Module, images: Tensor) -> None:
     before = mean_loss(original, model, images)
-    report = normswap.distil(model, original, images, steps=40, batch_size=8, lr=0.01, augment=False)
+    report = normswap.distil(model, original, images, steps=40, batch_size=8, lr=0.05, augment=False)
     assert mean_loss(original, model, images) < before / 3
     assert report.loss_last < report.loss_first
     assert report.drift_after < report.drift_before
@@ -176,7 +176,7 @@ def test_a_folder_is_shuffled_and_resumes(tmp_path: Path, original: nn.Module, m
         pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8).numpy()
         Image.fromarray(pixels).save(folder / f"{i}.png")
     whole, start, state = copy.deepcopy(model), copy.deepcopy(model), tmp_path / "state.pt"
-    options = {"steps": 6, "batch_size": 5, "lr": 0.01}
+    options = {"steps": 6, "batch_size": 5}
     normswap.distil(whole, original, tmp_path / "data", **options)
     with pytest.raises(KeyboardInterrupt):
         normswap.distil(
@@ -192,8 +192,8 @@ def test_resuming_needs_the_same_settings_and_network(
     state = tmp_path / "state.pt"
     normswap.distil(copy.deepcopy(model), original, images, checkpoint=state, **SHORT)
     before = contents(model)
-    with pytest.raises(OptionError, match=r"lr=0\.01 \(now 0\.02\)"):
-        normswap.distil(model, original, images, resume=state, **{**SHORT, "lr": 0.02})
+    with pytest.raises(OptionError, match=r"lr=0\.02 \(now 0\.03\)"):
+        normswap.distil(model, original, images, resume=state, lr=0.03, **SHORT)
     other = normswap.convert(original, "gn", groups=4)
     with pytest.raises(OptionError, match="another conversion"):
         normswap.distil(other, original, images, resume=state, **SHORT)
@@ -314,7 +314,7 @@ def test_other_outputs_are_matched(kind: str, images: Tensor) -> None:
     original = randomized(Outputs(kind))
     model = normswap.convert(original, "gn", groups=4)
     seen: list[Progress] = []
-    report = normswap.distil(model, original, images, steps=40, batch_size=8, lr=0.01, progress=seen.append)
+    report = normswap.distil(model, original, images, steps=40, batch_size=8, lr=0.05, progress=seen.append)
     assert report.loss_last < 0.7 * report.loss_first
     assert report.drift_after < report.drift_before
     assert (seen[0].agreement is not None) == (kind == "dict")
@@ -341,7 +341,7 @@ def test_a_recurrent_network_is_distilled(images: Tensor) -> None:
             return self.lstm(self.body(x).mean(2).movedim(1, 2))[0]
 
     model = normswap.convert(randomized(Reader()), "gn", groups=2)
-    report = normswap.distil(model, data=images, steps=30, batch_size=8, lr=0.01)
+    report = normswap.distil(model, data=images, steps=30, batch_size=8)
     assert report.loss_last < report.loss_first
     assert (model.lstm.training, model.lstm.dropout) == (False, 0.5)
 
@@ -376,7 +376,7 @@ def test_a_detector_learns_from_its_feature_maps(kind: str) -> None:
     model = normswap.convert(original, "gn", groups=2, check=False)
     data = [[torch.rand(3, 40 + 8 * i, 56), torch.rand(3, 48, 40)] for i in range(3)]
     before = fingerprint(original)
-    report = normswap.distil(model, original, data, steps=12, lr=0.003)
+    report = normswap.distil(model, original, data, steps=12)
     assert fingerprint(original) == before
     assert report.loss_last < report.loss_first
     assert report.drift_before is None
@@ -396,6 +396,20 @@ def test_the_learning_rate_rises_then_falls() -> None:
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert rates[-1] == pytest.approx(0.01)
     assert one_cycle(0, 1) == 1.0
+
+
+def test_a_step_moves_each_parameter_by_a_share_of_its_size(
+    original: nn.Module, model: nn.Module, images: Tensor
+) -> None:
+    """Adam's first step is the learning rate, up or down, whatever the gradient."""
+    with torch.no_grad():
+        model.block.conv1.weight.mul_(100)
+        model.stem[1].bias.zero_()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    normswap.distil(model, original, images, steps=1, lr=0.01, weight_decay=0.0)
+    for name, p in model.named_parameters():
+        size = max(0.1 if p.dim() == 1 else 0.001, float(before[name].square().mean().sqrt()))
+        assert float((p.detach() - before[name]).abs().max()) == pytest.approx(0.01 * size, rel=1e-2), name
 
 
 def test_augmentation_mirrors_and_shifts_each_image_by_itself() -> None:

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from ..agreement import OutputTally
-from ..checkpoint import check_writable
 from ..conversion import record_of
 from ..data import Batch, as_batches, images_in
 from ..errors import OptionError
+from ..writing import check_writable
 from .optimizer import trained_parameters, training_only
 from .outputs import run
 from .report import DistillationReport as DistillationReport
@@ -28,7 +28,8 @@ from .state import load_state
 from .stream import Stream, seed_step, stream_of
 from .teacher import original_of, side_by_side
 
-LR = 1e-3
+LR = 0.02
+"""The largest step of a value, as a share of the root mean square of its parameter."""
 COMPARED = 256
 """Without eval_data, on how many images drift and agreement are measured at most."""
 
@@ -71,8 +72,10 @@ def distil(
     is rebuilt from what the conversion kept. data: images without labels (labels are not looked at), anything
     `normswap.data.as_batches` takes. A tensor, Dataset or folder is shuffled; an iterable of batches keeps its order,
     and is iterated again when it ends. batch_size: for data that is not in batches yet.
-    lr: the largest learning rate, default 1e-3. train: "all" parameters that require a gradient, or those of the
-    "norm" layers. precision: "bf16" or "fp16" computes in autocast on CUDA; on a CPU it is float32 always.
+    lr: the largest learning rate, relative to the root mean square of each parameter, which a step moves by about this
+    share at most; default 0.02. A share suits layers of any width, and whatever was folded into them. train: "all"
+    parameters that require a gradient, or those of the "norm" layers.
+    precision: "bf16" or "fp16" computes in autocast on CUDA; on a CPU it is float32 always.
     max_grad_norm: limit of the gradient's norm, None for no limit. augment: mirror and shift batches `(N, C, H, W)` at
     random; both networks see the same. loss: "match" takes the second formula for class scores as well.
     eval_data: what the report's drift, agreement and, with labels, accuracy are measured on; by default the first

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import TrainingError
-from .optimizer import one_cycle
+from .optimizer import one_cycle, set_rate
 
 SMALLER = "Try a smaller learning rate (lr=, --lr), or precision='fp32' (--precision fp32)."
 _SKIPS = 20
@@ -21,8 +21,8 @@ _SKIPS = 20
 class Loop:
     """Steps of an optimizer over some parameters, with a copy of their last values that gave a finite loss.
 
-    step: how many are done. losses: one for each. The learning rate follows `one_cycle` over `steps`. scaling: scale
-    the loss for float16 gradients.
+    step: how many are done. losses: one for each. The learning rate, relative as in `adamw`, follows `one_cycle` over
+    `steps`. scaling: scale the loss for float16 gradients.
     """
 
     def __init__(
@@ -64,8 +64,7 @@ class Loop:
         self.scaler.unscale_(self.optimizer)
         self._clip()
         rate = self.lr * one_cycle(self.step, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         self._updating = True
         self.scaler.step(self.optimizer)
         self.scaler.update()

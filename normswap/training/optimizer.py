@@ -8,13 +8,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from ..errors import OptionError
 from ..registry import identify
 
 WARM_UP = 0.1
 FINAL = 0.01
+WEIGHT_SIZE, VECTOR_SIZE = 1e-3, 0.1
 
 
 def one_cycle(step: int, steps: int) -> float:
@@ -61,13 +62,29 @@ def norm_parameters(model: nn.Module) -> set[Tensor]:
     return {p for norm in norms for p in norm._parameters.values() if p is not None}
 
 
-def adamw(model: nn.Module, parameters: dict[str, nn.Parameter], lr: float, weight_decay: float) -> AdamW:
-    """AdamW (Loshchilov and Hutter 2019). Norm parameters, biases and all other vectors do not decay."""
+@torch.no_grad()
+def adamw(model: nn.Module, parameters: dict[str, nn.Parameter], weight_decay: float) -> AdamW:
+    """AdamW (Loshchilov and Hutter 2019) with a group for each parameter, whose `size` its learning rate is to have.
+
+    size: the root mean square of the parameter as it is now. Adam moves every value by about the learning rate, so
+    a rate relative to the size moves all layers alike, however wide they are and whatever was folded into them
+    (Shazeer and Stern 2018, "Adafactor", section 8). It is at least 0.001; at least 0.1 for norm parameters, biases
+    and all other vectors, which may start from zero, and do not decay.
+    """
     norms = norm_parameters(model)
-    kept = [p for p in parameters.values() if p in norms or p.dim() <= 1]
-    decayed = [p for p in parameters.values() if not (p in norms or p.dim() <= 1)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return AdamW([group for group in groups if group["params"]], lr=lr)
+    groups = []
+    for p in parameters.values():
+        vector = p in norms or p.dim() <= 1
+        least = VECTOR_SIZE if vector else WEIGHT_SIZE
+        size = max(least, float(p.double().square().mean().sqrt())) if p.numel() else least
+        groups.append({"params": [p], "weight_decay": 0.0 if vector else weight_decay, "size": size})
+    return AdamW(groups)
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Give each group the learning rate `rate * size`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["size"]
 
 
 @contextmanager

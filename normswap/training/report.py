@@ -11,7 +11,7 @@ class Progress:
     """One step, as `progress=` is told of it.
 
     step: 1 to steps. loss: of this step's batch, before the update. agreement: share of the batch that both networks
-    decide alike, None where the outputs are no class scores.
+    decide alike, None where the outputs are no class scores. lr: the relative learning rate (see `distil`).
     """
 
     step: int

@@ -15,7 +15,7 @@ from ..surgery import device_and_dtype
 from .augmentation import augmented
 from .loop import SMALLER, Loop
 from .losses import agreement_of, loss_of
-from .optimizer import adamw
+from .optimizer import adamw, one_cycle
 from .outputs import outputs_of, run
 from .report import Progress
 from .settings import PRECISIONS, Settings
@@ -43,7 +43,7 @@ class Run:
         self._narrow = PRECISIONS[settings.precision] if self._kind == "cuda" else None
         self.loop = Loop(
             parameters,
-            adamw(model, parameters, settings.lr, settings.weight_decay),
+            adamw(model, parameters, settings.weight_decay),
             steps=settings.steps,
             lr=settings.lr,
             max_grad_norm=settings.max_grad_norm,
@@ -68,7 +68,7 @@ class Run:
                 if loop.step % self.every == 0:
                     self._save()
                 if progress is not None:
-                    rate = loop.optimizer.param_groups[0]["lr"]
+                    rate = loop.lr * one_cycle(loop.step - 1, loop.steps)
                     progress(Progress(loop.step, loop.steps, value, self._agreement, rate))
         finally:
             batches.close()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import atomic, check_writable
 from ..errors import CheckpointError, OptionError
+from ..writing import atomic, check_writable
 
 FORMAT = 1
 
