@@ -26,6 +26,7 @@ class Record:
     """What a converted network knows about its conversion; kept on the root as `_normswap`.
 
     source: how to rebuild the original architecture (see `sources.Source.to_dict`), None when only its caller can.
+    previous: of the conversion before this one, when a converted network was converted again.
     """
 
     plan: Plan
@@ -33,6 +34,7 @@ class Record:
     check: Check
     source: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    previous: Record | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -99,8 +101,10 @@ def convert(
     inputs, reason = _check_inputs(model, using, example_inputs, wanted=check)
     reference = _observe(model, inputs, using) if inputs is not None else None
     work = model if inplace else copied(model)
+    previous = record_of(work)
     root, undo_record = apply(work, using, keep_undo=undo or reference is not None)
-    record = Record(using, undo_record, Check(None, reason=reason, total=len(using.steps)))
+    check_result = Check(None, reason=reason, total=len(using.steps))
+    record = Record(using, undo_record, check_result, previous=previous)
     root.__dict__["_normswap"] = record
     if reference is not None and inputs is not None:
         _prove(root, using, inputs, reference, model if not inplace else None)

@@ -172,6 +172,8 @@ def folded_bias(bias: Tensor | None, scale: Tensor, shift: Tensor, dtype: torch.
 def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
     """Undo a conversion, in place: the network that `convert` was given, bit for bit. Returns its root.
 
+    A network that was converted twice is as it was before the second time; another call undoes the first.
+
     strict=False accepts a network that was trained since: folded weights are then divided by what they were
     multiplied with, and the original norms put back, which is not the original network any more.
 
@@ -213,6 +215,8 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
         hand_over_hooks(norm.module, now)
         model = replace(model, norm.paths, norm.module)
     model.__dict__.pop("_normswap", None)
+    if record.previous is not None:
+        model.__dict__["_normswap"] = record.previous
     return model
 
 

@@ -250,6 +250,19 @@ def test_a_conversion_without_undo_says_so() -> None:
         normswap.revert(converted)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_was_converted_twice_is_reverted_step_by_step(inplace: bool) -> None:
+    net = nn.Sequential(conv_bn(8), nn.Conv2d(8, 4, 1, bias=False), nn.BatchNorm2d(4))
+    original = contents(randomized(net))
+    once = normswap.convert(net, rules={"0": "gn"}, groups=2)
+    between = contents(once)
+    twice = normswap.convert(once, rules={"2": "ln"}, inplace=inplace)
+    assert classes(twice).count("GroupNorm") == 2
+    reverted = normswap.revert(twice)
+    assert contents(reverted) == between
+    assert contents(normswap.revert(reverted)) == original
+
+
 def test_reverting_twice_is_an_error() -> None:
     reverted = normswap.revert(normswap.convert(conv_bn(8), to="ln"))
     with pytest.raises(RevertError, match="nothing to revert"):
