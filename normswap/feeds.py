@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -51,8 +52,8 @@ UNKNOWN = Feed("unknown", reason="no run of the network showed what feeds it")
 
 
 def producer_kind(module: nn.Module) -> str | None:
-    """`conv`, `conv_transpose` or `linear` for a layer that is linear in its `weight`, output channel by output channel."""
-    cls = type(module)
+    """`conv`, `conv_transpose` or `linear` for a layer linear in its `weight`, output channel by output channel."""
+    cls: Any = type(module)
     if "forward" in module.__dict__:
         return None
     if isinstance(module, _ConvNd):
@@ -70,9 +71,9 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def out_channels(module: nn.Module) -> int:
+def out_channels(module: Any) -> int:
     """Output channels of a layer that `producer_kind` knows."""
-    return module.out_features if isinstance(module, nn.Linear) else module.out_channels
+    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
 
 
 class _Run:
@@ -142,7 +143,11 @@ def _dims_of(module: nn.Module) -> int | None:
     if isinstance(module, (nn.Linear, nn.Flatten)):
         return 1
     name = type(module).__name__
-    if isinstance(module, _ConvNd) or "Pool" in name or name.startswith(("BatchNorm", "InstanceNorm", "FrozenBatchNorm")):
+    if (
+        isinstance(module, _ConvNd)
+        or "Pool" in name
+        or name.startswith(("BatchNorm", "InstanceNorm", "FrozenBatchNorm"))
+    ):
         return next((d for d in (1, 2, 3) if f"{d}d" in name.lower()), None)
     return None
 
@@ -202,7 +207,7 @@ def _feed_of(
     owners: Mapping[int, int],
     doubts: tuple[str, ...],
 ) -> Feed:
-    sources = [(run, run.calls[i].inputs[0]) if run.calls[i].inputs else (run, None) for run, i in calls]
+    sources = [(run, run.calls[i].inputs[0] if run.calls[i].inputs else None) for run, i in calls]
     kinds = {"other" if s is None else run.kind(s, norms) for run, s in sources}
     kind = kinds.pop() if len(kinds) == 1 else "other"
     positions, dims = _extent(calls, sources, kind)

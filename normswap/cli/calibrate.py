@@ -25,9 +25,7 @@ IMAGES = 256
 
 def calibrate(
     ctx: typer.Context,
-    file: Annotated[
-        str, typer.Argument(metavar="FILE", help="A file that normswap convert wrote.", show_default=False)
-    ],
+    file: options.Converted,
     data: Annotated[
         Path,
         typer.Option(metavar="FOLDER", help="Images, alone or in one subfolder for each class.", show_default=False),
@@ -79,7 +77,8 @@ def calibrate(
             )
         origin = locate(ctx, wanted)
         target = output or Path(file).with_name(f"{Path(file).stem}-calibrated.safetensors")
-        from ..checkpoint import check_writable, save
+        from ..checkpoint import save
+        from ..writing import check_writable
 
         check_writable(target, overwrite=force)
         model, origin = open_network(origin, wanted, out)

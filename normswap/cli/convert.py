@@ -308,7 +308,7 @@ def _target(job: Job, origin: Origin, suffix: str) -> Path:
             hint=f"Name it {target.with_suffix('.safetensors')}.",
         )
     if not job.dry_run:
-        from ..checkpoint import check_writable
+        from ..writing import check_writable
 
         check_writable(target, overwrite=job.force)
     return target

@@ -28,6 +28,9 @@ SOURCE_HELP = (
 )
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP, show_default=False)]
+Converted = Annotated[
+    str, typer.Argument(metavar="FILE", help="A file that normswap convert wrote.", show_default=False)
+]
 Weights = Annotated[
     str | None,
     typer.Option(

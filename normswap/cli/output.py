@@ -30,6 +30,7 @@ class Output:
         self._json, self._quiet = as_json, quiet
         self.live = not quiet and is_terminal(stderr)
         self._line = False
+        self._said = 0.0
 
     def step(self, what: str) -> None:
         """Say what is being done: one line that is overwritten on a terminal, lines of their own elsewhere."""
@@ -45,6 +46,12 @@ class Output:
         if not self._quiet:
             self._clear()
             self._stderr.write(f"note: {printable(text)}\n")
+
+    def status(self, what: str) -> None:
+        """Where a long work stands: a line that keeps changing on a terminal, a line now and then elsewhere."""
+        if time.monotonic() - self._said > (0.1 if self.live else _EVERY):
+            self._said = time.monotonic()
+            self.step(what)
 
     def track(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
         """Pass the items on while showing how many of `total` are done."""

@@ -1,0 +1,165 @@
+"""`normswap distil`: train a converted network to give the original's outputs, without labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import OptionError, OutputError
+from . import options
+from .boundary import WRITTEN
+from .images import Asked, prepare
+from .networks import Wanted, converted_file, locate, open_network
+from .output import reporting
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..training.report import DistillationReport, Progress
+    from .render import Page
+
+
+def distil(
+    ctx: typer.Context,
+    file: options.Converted,
+    data: Annotated[
+        Path,
+        typer.Option(metavar="FOLDER", help="Images, alone or in one subfolder for each class.", show_default=False),
+    ],
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Training steps.")] = 300,
+    images: options.Images = None,
+    batch_size: options.BatchSize = 64,
+    lr: Annotated[
+        float | None,
+        typer.Option("--lr", min=0, metavar="RATE", help="The largest learning rate.", show_default="1e-3"),
+    ] = None,
+    temperature: Annotated[float, typer.Option(metavar="T", help="Temperature of the class scores.")] = 2.0,
+    train: Annotated[str, typer.Option(metavar="all|norm", help="All weights, or γ and β of the norms only.")] = "all",
+    precision: Annotated[
+        str, typer.Option(metavar="fp32|bf16|fp16", help="What is computed in on CUDA; a CPU takes fp32.")
+    ] = "fp32",
+    no_augment: Annotated[bool, typer.Option("--no-augment", help="Neither mirror nor shift the images.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from where an interrupted run stopped.")] = False,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE", help="The original network; by default it is rebuilt from FILE.", show_default=False
+        ),
+    ] = None,
+    size: options.Size = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    weights: options.Weights = None,
+    arg: options.Arg = None,
+    device: options.Device = None,
+    output: options.Output = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+    trust_pickle: options.TrustPickle = False,
+    trust_code: options.TrustCode = False,
+    allow_nonfinite: options.AllowNonfinite = False,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Train a converted network to give the outputs of the network it was made from. The images need no labels.
+
+    Best after calibrate. The result goes to <FILE>-distilled.safetensors, or to --output. Ctrl-C writes what was
+    reached; the same command with --resume goes on from there. --weights and --arg are those of --reference.
+
+    \b
+    normswap distil resnet50-gn-calibrated.safetensors --data photos/ --steps 300
+    """
+    asked = Asked.of(ctx, size, mean, std)
+    options.choice(ctx, "--train", train, ("all", "norm"))
+    options.choice(ctx, "--precision", precision, ("fp32", "bf16", "fp16"))
+    if reference is None and (weights or arg):
+        raise options.usage(ctx, "--weights and --arg go with --reference")
+    wanted = Wanted(file, trust_code=trust_code, allow_nonfinite=allow_nonfinite, seed=seed)
+    original = reference and Wanted(
+        reference, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed
+    )
+    with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
+        out.step("loading PyTorch")
+        if converted_file(file) is None:
+            raise OptionError(f"{file} is not a file that normswap wrote", hint="Convert the network first.")
+        target = output or Path(file).with_name(f"{Path(file).stem}-distilled.safetensors")
+        state = target.with_name(f"{target.name}.training")
+        if resume and not state.exists():
+            raise OptionError(f"there is no {state} to resume from", hint="Leave --resume out to begin anew.")
+        from ..checkpoint import save
+        from ..writing import check_writable
+        from ..images import open_images
+        from ..training.distillation import distil as train_model
+        from ..training.report import Interrupted
+
+        check_writable(target, overwrite=force or resume)
+        origin = locate(ctx, wanted)
+        model, origin = open_network(origin, wanted, out)
+        teacher = open_network(locate(ctx, original), original, out)[0] if original else None
+        folder = open_images(data, limit=images)
+        preparation = prepare(model, origin, asked)
+        _check_batch(batch_size, len(folder.files), data)
+        # Shuffled by distil: in the folder's order, one class comes after the other.
+        loaded = folder.batches(preparation.transform, batch_size, stack=preparation.stack)
+        _move(device, model, teacher)
+        try:
+            report = train_model(
+                model, teacher, loaded, steps=steps, batch_size=batch_size, lr=lr, temperature=temperature,
+                train=train, seed=seed, precision=precision, augment=not no_augment,
+                progress=lambda step: out.status(_standing(step)), checkpoint=state, resume=state if resume else None,
+            )  # fmt: skip
+        except Interrupted as stop:
+            report = stop.report
+        out.step(f"writing {target}")
+        save(model, target, overwrite=force or resume)
+        ctx.meta[WRITTEN] = target
+        if not report.interrupted:
+            state.unlink(missing_ok=True)
+        out.show(
+            lambda: {"network": origin.to_dict(), "output": str(target), **report.to_dict()},
+            lambda page: _page(page, report, target),
+        )
+        if report.interrupted:
+            raise KeyboardInterrupt
+
+
+def _check_batch(batch_size: int, images: int, data: Path) -> None:
+    if images < batch_size:
+        raise OptionError(f"{data} has {images} images, fewer than a batch of {batch_size}", hint="Lower --batch-size.")
+
+
+def _move(device: str | None, *models: nn.Module | None) -> None:
+    if device is None:
+        return
+    for model in models:
+        if model is not None:
+            try:
+                model.to(device)
+            except (RuntimeError, AssertionError) as error:
+                raise OutputError(f"cannot run on {device}: {str(error).splitlines()[0]}") from error
+
+
+def _standing(progress: Progress) -> str:
+    agreement = "" if progress.agreement is None else f", agreement {progress.agreement:.3f}"
+    return f"distilling: step {progress.step} of {progress.steps}, loss {progress.loss:.3g}{agreement}"
+
+
+def _page(page: Page, report: DistillationReport, target: Path) -> None:
+    from .render import size
+
+    cut = f" of {report.planned}, interrupted" if report.interrupted else ""
+    facts = [("distilled", f"{report.steps} steps{cut}")]
+    if report.loss_first is not None and report.loss_last is not None:
+        facts.append(("loss", f"{report.loss_first:.3g}, at the end {report.loss_last:.3g}"))
+    if report.drift_before is not None and report.drift_after is not None:
+        on = f" (on {report.compared} images)"
+        facts.append(("output", f"relative error {report.drift_before:.3g}, after {report.drift_after:.3g}{on}"))
+    if report.agreement_before is not None and report.agreement_after is not None:
+        facts.append(("agreement", f"{report.agreement_before:.4f}, after {report.agreement_after:.4f}"))
+    page.facts(*facts, indent=0)
+    for note in report.notes:
+        page.line(("note: ", "dim"), note)
+    page.line(("Written: ", "strong"), (str(target), "path"), f", {size(target.stat().st_size)}")
