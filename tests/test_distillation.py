@@ -63,7 +63,7 @@ def mean_loss(original: nn.Module, model: nn.Module, x: Tensor) -> float:
 
 def test_the_loss_falls_and_agreement_rises(original: nn.Module, model: nn.Module, images: Tensor) -> None:
     before = mean_loss(original, model, images)
-    report = normswap.distil(model, original, images, steps=40, batch_size=8, lr=0.05, augment=False)
+    report = normswap.distil(model, original, images, steps=40, batch_size=8, lr=0.05)
     assert mean_loss(original, model, images) < before / 3
     assert report.loss_last < report.loss_first
     assert report.drift_after < report.drift_before
@@ -126,6 +126,15 @@ def test_a_seed_gives_the_same_weights_and_another_gives_others(
         normswap.distil(student, original, images, seed=seed, **SHORT)
         results.append(contents(student))
     assert results[0] == results[1] != results[2]
+
+
+def test_augmented_images_give_other_weights_by_the_seed(original: nn.Module, model: nn.Module, images: Tensor) -> None:
+    results = []
+    for augment in (False, True, True):
+        student = copy.deepcopy(model)
+        normswap.distil(student, original, images, augment=augment, **SHORT)
+        results.append(contents(student))
+    assert results[0] != results[1] == results[2]
 
 
 class Stop:
