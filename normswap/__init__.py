@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .planning import plan as plan
     from .training.distillation import distil as distil
     from .undo import revert as revert
+    from .verification import verify as verify
 
 _HOME = {
     "Inventory": "inventory",
@@ -35,6 +36,7 @@ _HOME = {
     "plan": "planning",
     "revert": "undo",
     "save": "checkpoint",
+    "verify": "verification",
 }
 
 __all__ = ["__version__", *_HOME]
