@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,16 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
+from .checks import check_fit
 from .conversion import Record
-from .errors import CheckpointError, NormswapError, OutputError, WeightsError
+from .errors import CheckpointError, NormswapError, PlanError, WeightsError
 from .planning import Plan
 from .recognise import source_of
 from .selfcheck import Check
 from .sources import Source, build_empty, build_full
-from .surgery import get
+from .surgery import get, replace
 from .transfer import apply
 from .undo import LayerUndo, Undo
 from .weights import check_finite, has_empty_parameters, load_state
+from .writing import check_writable, write_safetensors
 
 FORMAT = 1
 KEY = "normswap"
@@ -43,13 +42,15 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
     """
     record: Record | None = model.__dict__.get("_normswap")
     if record is None:
-        raise NormswapError("only a network from normswap.convert or normswap.load can be saved", hint="Convert it first.")
+        raise NormswapError(
+            "only a network from normswap.convert or normswap.load can be saved", hint="Convert it first."
+        )
     path = Path(path)
     check_writable(path, overwrite=overwrite)
     tensors, ties = _untied(model)
     manifest = _manifest(model, record, ties)
     tensors |= _undo_tensors(record.undo)
-    _write(path, tensors, {"format": "pt", KEY: json.dumps(manifest)})
+    write_safetensors(path, tensors, {"format": "pt", KEY: json.dumps(manifest)})
     return path
 
 
@@ -62,7 +63,7 @@ def save_state(model: nn.Module, path: str | Path, *, overwrite: bool = True) ->
     path = Path(path)
     check_writable(path, overwrite=overwrite)
     tensors, ties = _untied(model)
-    _write(path, tensors | {alias: tensors[name].clone() for alias, name in ties.items()}, {"format": "pt"})
+    write_safetensors(path, tensors | {alias: tensors[name].clone() for alias, name in ties.items()}, {"format": "pt"})
     return path
 
 
@@ -80,8 +81,10 @@ def load(
     manifest, tensors = _read(Path(path))
     plan = Plan.from_dict(manifest["plan"])
     undo_tensors = {k: tensors.pop(k) for k in list(tensors) if k.startswith(_UNDO)}
-    for alias, name in manifest["ties"].items():
-        tensors[alias] = tensors[name]
+    with _intact(path):
+        _check_undo(undo_tensors, manifest["undo"])
+        check = Check(**manifest["check"])
+        tensors = _as_saved(tensors, manifest)
     if not allow_nonfinite:
         check_finite(tensors, path)
     if model is None:
@@ -93,7 +96,9 @@ def load(
         root, undo = _swapped(model, plan, tensors, path)
     _retie(root, manifest["ties"])
     _fill_undo(undo, undo_tensors, manifest["undo"])
-    root.__dict__["_normswap"] = Record(plan, undo, Check(**manifest["check"]), manifest["source"], list(manifest["history"]))
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(parameter.is_floating_point() and name not in manifest["no_grad"])
+    root.__dict__["_normswap"] = Record(plan, undo, check, manifest["source"], list(manifest["history"]))
     return root.eval()
 
 
@@ -113,19 +118,6 @@ def is_ours(path: str | Path) -> bool:
         return False
 
 
-def check_writable(path: Path, *, overwrite: bool) -> None:
-    """Raise OutputError, before any work is done, when a result cannot go to `path`."""
-    folder = path.parent
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder", hint=f"Give a file name, such as {path / 'model.safetensors'}.")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists already", hint="--force (overwrite=True) replaces it; -o names another file.")
-    if not folder.is_dir():
-        raise OutputError(f"the folder {folder} does not exist" if not folder.exists() else f"{folder} is not a folder")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"the folder {folder} is not writable")
-
-
 # --- manifest ---------------------------------------------------------------------------------------------------
 
 
@@ -139,8 +131,11 @@ def _manifest(model: nn.Module, record: Record, ties: Mapping[str, str]) -> dict
         "check": asdict(record.check),
         "history": record.history,
         "ties": dict(ties),
+        "no_grad": [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad],
+        "channels_last": [name for name, tensor in model.state_dict().items() if _channels_last(tensor)],
         "undo": _undo_index(record.undo),
     }
+    manifest = json.loads(json.dumps(manifest))  # keys that are numbers become texts, as they will be when read
     return {**manifest, "sha256": _digest(manifest)}
 
 
@@ -177,6 +172,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             )
         if manifest["sha256"] != _digest(manifest):
             raise CheckpointError(f"the manifest of {path} was edited after normswap wrote it; it is not used")
+        for name in ("source", "plan", "check", "history", "ties", "no_grad", "channels_last", "undo"):
+            manifest[name]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the manifest of {path} is damaged: {type(error).__name__}: {error}") from error
     return manifest
@@ -208,6 +205,15 @@ def _trusted_source(manifest: Mapping[str, Any], path: str | Path, trust_code: b
     return source
 
 
+@contextmanager
+def _intact(path: str | Path) -> Iterator[None]:
+    """Tell what only a file that others changed can cause."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: its tensors and its manifest do not belong together") from error
+
+
 # --- tensors ----------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +224,8 @@ def _untied(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     by_view: dict[tuple[Any, ...], str] = {}
     storages: set[int] = set()
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise NormswapError(f"{name} is a {type(tensor).__name__}, and safetensors holds tensors only")
         storage = tensor.untyped_storage().data_ptr() if not tensor.is_meta else 0
         view = (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.is_meta:
@@ -230,6 +238,28 @@ def _untied(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         storages.add(storage)
         tensors[name] = tensor.clone() if shares else tensor.contiguous()
     return tensors, ties
+
+
+def _channels_last(tensor: Tensor) -> bool:
+    """Whether a tensor lies in memory as channels last, and in no other way."""
+    return (
+        not tensor.is_contiguous()
+        and _format(tensor) is not None
+        and tensor.is_contiguous(memory_format=_format(tensor))
+    )
+
+
+def _format(tensor: Tensor) -> Any:
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+
+
+def _as_saved(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    """With the memory format that they had, and tied tensors under each of their names."""
+    found = dict(tensors)
+    for name in manifest["channels_last"]:
+        if name in found:
+            found[name] = found[name].contiguous(memory_format=_format(found[name]))
+    return found | {alias: found[name] for alias, name in manifest["ties"].items()}
 
 
 def _retie(root: nn.Module, ties: Mapping[str, str]) -> None:
@@ -247,20 +277,49 @@ def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _swapped(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Undo]:
-    """The original architecture with the swap done and the values loaded."""
+    """The original architecture with the swap done and the values loaded. On an error, the model is as it was."""
     try:
-        root, undo = apply(model, plan, keep_undo=True, structure_only=True)
-    except (KeyError, NormswapError) as error:
-        raise WeightsError(f"{path} does not fit {type(model).__name__}: {error}") from error
-    load_state(root, tensors, str(path))
+        check_fit(model, plan)
+    except PlanError as error:
+        raise WeightsError(
+            f"{path} does not fit {type(model).__name__}:\n" + "\n".join(f"  {line}" for line in error.problems[:10]),
+            hint="model= takes the original network, as it was before the conversion.",
+        ) from error
+    model = _of_dtype(model, tensors)
+    added = [
+        layer for step in plan.steps for p in step.producers if (layer := get(model, p))._parameters["bias"] is None
+    ]
+    root, undo = apply(model, plan, keep_undo=True, structure_only=True)
+    try:
+        load_state(root, tensors, str(path), cast=False)
+    except WeightsError:
+        for norm in undo.norms:
+            replace(root, norm.paths, norm.module)
+        for layer in added:
+            layer._parameters["bias"] = None
+        raise
     return root, undo
+
+
+def _of_dtype(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Cast what the file does not hold, buffers that are in no state dict, along with what it does."""
+    dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    if len(dtypes) == 1 and any(t.dtype not in dtypes for t in model.buffers() if t.is_floating_point()):
+        model.to(dtypes.pop())
+    return model
 
 
 def _undo_index(undo: Undo) -> dict[str, Any] | None:
     """What the undo tensors belong to; None when nothing was kept."""
     if not undo.complete:
         return None
-    return {"norms": [list(n.paths) for n in undo.norms], "layers": [layer.path for layer in undo.layers]}
+    return {
+        "norms": [list(n.paths) for n in undo.norms],
+        "layers": [layer.path for layer in undo.layers],
+        "no_grad": [
+            [k for k, p in n.module._parameters.items() if p is not None and not p.requires_grad] for n in undo.norms
+        ],
+    }
 
 
 def _undo_tensors(undo: Undo) -> dict[str, Tensor]:
@@ -284,7 +343,16 @@ def _fill_undo(undo: Undo, tensors: Mapping[str, Tensor], index: Mapping[str, An
     for i, norm in enumerate(undo.norms):
         norm.tensors = _under(tensors, f"norm.{i}.")
         norm.given = {n: norm.tensors[n] for n in norm.given if n in norm.tensors} | _under(tensors, f"given.{i}.")
+        for name, parameter in norm.module._parameters.items():
+            if parameter is not None:
+                parameter.requires_grad_(name not in index["no_grad"][i])
     undo.layers = [LayerUndo(path, **_layer_tensors(tensors, i)) for i, path in enumerate(index["layers"])]
+
+
+def _check_undo(tensors: Mapping[str, Tensor], index: Mapping[str, Any] | None) -> None:
+    """Raise what `_intact` tells when something to undo the conversion with is missing."""
+    for i, path in enumerate(() if index is None else index["layers"]):
+        LayerUndo(path, **_layer_tensors(tensors, i))
 
 
 def _layer_tensors(tensors: Mapping[str, Tensor], i: int) -> dict[str, Any]:
@@ -293,49 +361,3 @@ def _layer_tensors(tensors: Mapping[str, Tensor], i: int) -> dict[str, Any]:
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[len(_UNDO + prefix) :]: v for k, v in tensors.items() if k.startswith(_UNDO + prefix)}
-
-
-# --- writing ----------------------------------------------------------------------------------------------------
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        with atomic(path) as temporary:
-            save_file({k: t.detach().cpu() for k, t in tensors.items()}, temporary, metadata=metadata)
-    except SafetensorError as error:
-        raise OutputError(f"{path} cannot be written: {error}", hint="Is the disk full?") from error
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Write to a temporary name beside `path`; it takes the place of `path` only when all went well.
-
-    Raises OutputError when the disk is full or the file cannot be written. Ctrl-C leaves nothing behind either.
-    """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        full = error.errno == errno.ENOSPC
-        raise OutputError(
-            f"{path} cannot be written: {'the disk is full' if full else error.strerror or error}"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-

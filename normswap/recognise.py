@@ -17,7 +17,8 @@ from .undo import Undo
 def source_of(model: nn.Module, plan: Plan, undo: Undo) -> dict[str, Any] | None:
     """The source of a converted network, if it is a torchvision, timm or transformers architecture; else None.
 
-    A candidate counts only if, rebuilt and converted by the same plan, it has the same names, shapes and norms.
+    A candidate counts only if, rebuilt and converted by the same plan, it is the same: names, shapes, modules with
+    their options (a stride changes no shape), and the numbers, texts and flags among their attributes.
     """
     for candidate in _candidates(model):
         if _is_source(candidate, model, plan, undo):
@@ -44,14 +45,23 @@ def _torchvision_candidates(model: nn.Module) -> Iterator[Source]:
     for name in list_models():
         if get_model_builder(name).__module__ != type(model).__module__:
             continue
+        if _layers(build_empty(Source("torchvision", name))) != _layers(model):
+            continue
         for args in _with_classes(model):
             yield Source("torchvision", name, args)
         for weights in get_model_weights(name):  # weights may decide the structure: frozen norms, their eps
             yield Source("torchvision", name, {}, weights.name)
 
 
+def _layers(model: nn.Module) -> int:
+    """What no swap and no number of classes changes: it rules most candidates out by one build."""
+    return sum(isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) for m in model.modules())
+
+
 def _with_classes(model: nn.Module) -> Iterator[dict[str, Any]]:
     yield {}
+    if isinstance(count := getattr(model, "num_classes", None), int):  # timm's; 0 where the head was taken off
+        yield {"num_classes": count}
     heads = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     if heads:
         last = heads[-1]
@@ -66,8 +76,22 @@ def _is_source(source: Source, model: nn.Module, plan: Plan, undo: Undo) -> bool
         root, undone = apply(built, plan, keep_undo=True, structure_only=True)
     except (NormswapError, KeyError):
         return False
-    same_norms = [repr(n.module) for n in undone.norms] == [repr(n.module) for n in undo.norms] or not undo.norms
-    return same_norms and _shapes(root) == _shapes(model)
+    originals = [repr(n.module) for n in undone.norms] == [repr(n.module) for n in undo.norms] or not undo.norms
+    return originals and repr(root) == repr(model) and _shapes(root) == _shapes(model) and _same_values(root, model)
+
+
+def _same_values(built: nn.Module, model: nn.Module) -> bool:
+    """Whether the attributes that the built network has are the same in the other, which may have more."""
+    return all(
+        other.__dict__.get(name) == value
+        for one, other in zip(built.modules(), model.modules(), strict=True)
+        for name, value in one.__dict__.items()
+        if name != "training" and _plain(value)
+    )
+
+
+def _plain(value: Any) -> bool:
+    return all(map(_plain, value)) if isinstance(value, tuple) else isinstance(value, (bool, int, float, str))
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
