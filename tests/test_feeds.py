@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 
 import pytest
@@ -241,6 +242,22 @@ class SpectralNormed(Net):
         parametrizations.spectral_norm(self.conv)
 
 
+class OldWeightNormed(Net):
+    """A forward pre-hook computes the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            nn.utils.weight_norm(self.conv)
+
+
+class OldSpectralNormed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        nn.utils.spectral_norm(self.conv)
+
+
 class ParametrizedBias(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -378,9 +395,9 @@ class Pooled(Net):
 NEVER = [
     UsedElsewhere, UsedByNameOfNorm, UsedLater, TwoNorms, InPlaceBetween, InPlaceThroughView, Augmented, ViewBetween,
     DataUsed, DetachUsed, ConvTwice, NormTwice, WeightUsed, WeightViewUsed, BiasUsed, TiedWeight, TiedBias,
-    WeightNormed, SpectralNormed, ParametrizedBias, SubclassedConv, SubclassedConvInside, PatchedConv, HookedConv,
-    PreHookedNorm, HookedBlock, PreHookedBlock, Stored, StoredInList, StoredInDict, LinearOnMaps, OtherDimensions,
-    Pooled,
+    WeightNormed, SpectralNormed, OldWeightNormed, OldSpectralNormed, ParametrizedBias, SubclassedConv,
+    SubclassedConvInside, PatchedConv, HookedConv, PreHookedNorm, HookedBlock, PreHookedBlock, Stored, StoredInList,
+    StoredInDict, LinearOnMaps, OtherDimensions, Pooled,
 ]  # fmt: skip
 
 
@@ -396,7 +413,7 @@ def test_an_edge_that_something_else_hangs_on_is_not_claimed(case: type[nn.Modul
 @pytest.mark.parametrize("case", NEVER)
 def test_without_the_edge_the_conversion_is_still_proven(case: type[nn.Module]) -> None:
     net = randomized(case())
-    converted = normswap.convert(net, to="ln", example_inputs=X)
+    converted = normswap.convert(net, to="ln", example_inputs=X, inplace=True)
     assert converted._normswap.check.passed
     assert converted._normswap.check.layers == len(converted._normswap.plan.steps) > 0
 

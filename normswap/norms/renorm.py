@@ -91,7 +91,9 @@ class BatchRenorm(nn.modules.batchnorm._BatchNorm):
         scale = r / (var + self.eps).sqrt()
         y = (wide - per_channel(mean, x.dim())) * per_channel(scale, x.dim()) + per_channel(d, x.dim())
         if self.weight is not None:
-            y = y * per_channel(self.weight, x.dim()) + per_channel(self.bias, x.dim())
+            y = y * per_channel(self.weight, x.dim())
+        if self.bias is not None:
+            y = y + per_channel(self.bias, x.dim())
         self._update(mean.detach(), var.detach() * count / (count - 1))
         return y.to(x.dtype)
 

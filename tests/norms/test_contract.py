@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -80,6 +81,16 @@ def test_without_gamma_and_beta_the_built_layer_computes_its_formula(name: str, 
     bn = batch_norm(DIMS[shape], affine=False)
     x = torch.randn(SHAPES[shape])
     assert relative(EXPECTED[name](x, bn), run(build(name, bn), x).view(x.shape)) < 1e-6
+
+
+@pytest.mark.parametrize("name", targets())
+def test_with_gamma_and_no_beta_the_built_layer_computes_its_formula(name: str) -> None:
+    bn = batch_norm()
+    full = copy.deepcopy(bn)
+    full.bias.data.zero_()
+    bn.register_parameter("bias", None)
+    x = torch.randn(SHAPES["2d"])
+    assert relative(EXPECTED[name](x, full), run(build(name, bn), x).view(x.shape)) < 1e-6
 
 
 @pytest.mark.parametrize("name", [t for t in targets() if t != "fused"])

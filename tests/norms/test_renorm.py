@@ -136,6 +136,16 @@ def test_without_running_statistics_it_normalizes_each_batch() -> None:
         torch.testing.assert_close(norm.train(training)(x), bn.train(training)(x))
 
 
+@pytest.mark.parametrize("missing", [["bias"], ["weight", "bias"]])
+def test_without_beta_or_gamma_it_trains(missing: list[str]) -> None:
+    norm, full = warmed(), warmed()
+    for name in missing:
+        full.get_parameter(name).data.fill_(1.0 if name == "weight" else 0.0)
+        norm.register_parameter(name, None)
+    x = torch.randn(4, 5, 7)
+    torch.testing.assert_close(norm(x), full(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_trains_with_statistics_taken_in_float32(dtype: torch.dtype) -> None:
     norm = warmed()
