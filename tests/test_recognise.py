@@ -44,7 +44,7 @@ def with_head(model: Any, classes: int) -> nn.Module:
         (lambda: get_model("resnet18", num_classes=7), source("torchvision", "resnet18", num_classes=7)),
         (lambda: with_head(get_model("resnet18"), 3), source("torchvision", "resnet18", num_classes=3)),
         (lambda: get_model("mobilenet_v3_small"), source("torchvision", "mobilenet_v3_small")),
-        (lambda: get_model("vgg11_bn"), source("torchvision", "vgg11_bn")),
+        (lambda: get_model("shufflenet_v2_x0_5"), source("torchvision", "shufflenet_v2_x0_5")),
         (lambda: get_model("r3d_18"), source("torchvision", "r3d_18")),
         (
             lambda: get_model("lraspp_mobilenet_v3_large", weights_backbone=None),
