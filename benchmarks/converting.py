@@ -44,8 +44,8 @@ def opacus_fix(model: nn.Module) -> None:
     ModuleValidator.fix(model)
 
 
-def milliseconds(work: Callable[[nn.Module], object], make: Callable[[], nn.Module]) -> float:
-    model = make()
+def milliseconds(work: Callable[[nn.Module], object], original: nn.Module) -> float:
+    model = copy.deepcopy(original)
     start = time.perf_counter()
     work(model)
     return (time.perf_counter() - start) * 1e3
@@ -85,7 +85,7 @@ def main() -> None:
         times: dict[str, list[float]] = {job: [] for job in jobs}
         for _ in range(runs):
             for job, work in jobs.items():
-                times[job].append(milliseconds(work, lambda: copy.deepcopy(original)))
+                times[job].append(milliseconds(work, original))
         ms = {job: statistics.median(values) for job, values in times.items()}
         ratios = (
             ms["copy"] / ms["loop"],

@@ -112,9 +112,7 @@ def _trace_below(module: nn.Module, path: str, leaf: Leaf, traced: Traced) -> No
         _trace_children(module.get_submodule(inner), _join(path, inner), inner, tracer.called, leaf, traced)
 
 
-def _trace_children(
-    owner: nn.Module, path: str, local: str, called: set[str], leaf: Leaf, traced: Traced
-) -> None:
+def _trace_children(owner: nn.Module, path: str, local: str, called: set[str], leaf: Leaf, traced: Traced) -> None:
     """Trace the children of a module whose own forward does not trace, where it is known to call them whole."""
     uses = uses_of(owner)
     for name, child in owner._modules.items():

@@ -90,10 +90,10 @@ def distil(
         if resume and not state.exists():
             raise OptionError(f"there is no {state} to resume from", hint="Leave --resume out to begin anew.")
         from ..checkpoint import save
-        from ..writing import check_writable
         from ..images import open_images
         from ..training.distillation import distil as train_model
         from ..training.report import Interrupted
+        from ..writing import check_writable
 
         check_writable(target, overwrite=force or resume)
         origin = locate(ctx, wanted)
