@@ -258,8 +258,9 @@ def _restore_tensors(norm: NormUndo, now: nn.Module) -> None:
         if tensors:
             moved = tensors[0].dtype != then and value.is_floating_point()
             value = value.to(tensors[0].device, tensors[0].dtype if moved else value.dtype)
-        held = norm.module._parameters.get(name)
-        held = norm.module._buffers.get(name) if held is None else held
+        held: Tensor | None = norm.module._parameters.get(name)
+        if held is None:
+            held = norm.module._buffers.get(name)
         if held is not None:
             held.data = value  # the same tensor object, which others may hold
     if callable(refresh := getattr(norm.module, "refresh", None)):
