@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,7 +73,12 @@ def tell(
     finetune_steps: int = 240,
     say: Callable[[str], None] = lambda _: None,
 ) -> Story:
-    """Compute the figures; about half a minute on two CPU cores. say: called with what is being done."""
+    """Compute the figures; about half a minute on a CPU core. say: called with what is being done."""
+    with _one_thread():
+        return _told(seed, distil_steps, finetune_steps, say)
+
+
+def _told(seed: int, distil_steps: int, finetune_steps: int, say: Callable[[str], None]) -> Story:
     training, held_out = split()
     original = pretrained()
     methods, converted = _methods(original, training, held_out, seed, distil_steps, say)
@@ -85,6 +91,17 @@ def tell(
             steps, values = _finetuned(start, new, chosen, new_held_out)
             curves.append(Curve(norm, batches, steps, values))
     return Story(seed, GROUPS, len(training), len(held_out), methods, tuple(curves))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors of 8x8 images gain little from more threads, which on a busy machine wait for each other for minutes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def accuracy(network: nn.Module, digits: Digits) -> float:
