@@ -33,14 +33,16 @@ def distil(
     batch_size: options.BatchSize = 64,
     lr: Annotated[
         float | None,
-        typer.Option("--lr", min=0, metavar="RATE", help="The largest learning rate.", show_default="1e-3"),
+        typer.Option(
+            "--lr", min=0, metavar="RATE", help="Largest step, relative to a parameter's size.", show_default="0.02"
+        ),
     ] = None,
     temperature: Annotated[float, typer.Option(metavar="T", help="Temperature of the class scores.")] = 2.0,
     train: Annotated[str, typer.Option(metavar="all|norm", help="All weights, or γ and β of the norms only.")] = "all",
     precision: Annotated[
         str, typer.Option(metavar="fp32|bf16|fp16", help="What is computed in on CUDA; a CPU takes fp32.")
     ] = "fp32",
-    no_augment: Annotated[bool, typer.Option("--no-augment", help="Neither mirror nor shift the images.")] = False,
+    augment: Annotated[bool, typer.Option("--augment", help="Mirror and shift the images at random.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from where an interrupted run stopped.")] = False,
     reference: Annotated[
         str | None,
@@ -108,7 +110,7 @@ def distil(
         try:
             report = train_model(
                 model, teacher, loaded, steps=steps, batch_size=batch_size, lr=lr, temperature=temperature,
-                train=train, seed=seed, precision=precision, augment=not no_augment,
+                train=train, seed=seed, precision=precision, augment=augment,
                 progress=lambda step: out.status(_standing(step)), checkpoint=state, resume=state if resume else None,
             )  # fmt: skip
         except Interrupted as stop:
