@@ -128,7 +128,7 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, feeds: bool = True)
     channels = {paths[module][0]: state.channels for module, _, state in found}
     runs = feeds and channels and not any(isinstance(module, LazyModuleMixin) for module in paths)
     held: dict[nn.Module, list[str]] = {}
-    for holder, attribute, module in hidden_references(model, paths):
+    for holder, attribute, module in hidden_references(paths):
         held.setdefault(module, []).append(f"{holder}.{attribute}" if holder else attribute)
     known = _feeds(model, paths, channels, example_inputs, suspects, held) if runs else {}
     layers = tuple(
@@ -232,8 +232,8 @@ _IN_CODE = "its code calls a functional batch norm, which no module swap can rea
 def _suspicion(module: nn.Module) -> str | None:
     if isinstance(module, LazyModuleMixin):
         return "it is not initialised: run one forward pass first, then convert"
-    if isinstance(module, torch.jit.ScriptModule):
-        return _SCRIPTED if looks_batch(module) else None
+    if looks_batch(module) and isinstance(module, torch.jit.ScriptModule):
+        return _SCRIPTED
     if reason := why_suspicious(module):
         return reason
     cls: type = type(module)

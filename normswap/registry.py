@@ -87,16 +87,14 @@ def identify(module: nn.Module) -> NormSpec | None:
 
 def why_suspicious(module: nn.Module) -> str | None:
     """Why a module that `identify` does not know looks like a norm with batch statistics; None if it does not."""
-    if identify(module) is not None:
-        return None
     batch_like = isinstance(module, nn.modules.batchnorm._NormBase) or looks_batch(module)
-    if batch_like and "forward" in module.__dict__:
+    if not batch_like or identify(module) is not None:
+        return None
+    if "forward" in module.__dict__:
         return "its forward was replaced on the instance, so what it computes is not known"
     if isinstance(module, nn.modules.batchnorm._NormBase):
         return f"{class_of(module).__name__} overrides the forward of a norm class that normswap knows"
-    if looks_batch(module):
-        return f"{class_of(module).__name__} has running statistics, but normswap does not know its formula"
-    return None
+    return f"{class_of(module).__name__} has running statistics, but normswap does not know its formula"
 
 
 def looks_batch(module: nn.Module) -> bool:

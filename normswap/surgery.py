@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import operator
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -140,21 +141,29 @@ def _containers(model: nn.Module) -> Iterator[Container]:
 
 def own_attributes(module: nn.Module) -> list[tuple[str, Any]]:
     """A module's attributes that can hold objects: not those that every module has, nor numbers and texts."""
-    return [
-        (name, value)
-        for name, value in module.__dict__.items()
-        if type(value) not in _SCALARS and name not in _MODULE_ATTRIBUTES
-    ]
+    table = module.__dict__
+    return [(name, value) for name in _own_names(tuple(table)) if type(value := table[name]) not in _SCALARS]
+
+
+@functools.lru_cache(maxsize=1024)
+def _own_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Modules of one class mostly have the same names, in the same order."""
+    return tuple(name for name in names if name not in _MODULE_ATTRIBUTES)
 
 
 def leaves_of(value: Any) -> Iterator[Any]:
-    """What a value holds at the bottom of its lists, tuples, dicts and sets; itself if it is none of these."""
+    """What a value holds at the bottom of its lists, tuples, dicts and sets; itself if it is none of these.
+
+    A tuple of nothing but numbers and texts is passed over.
+    """
     return (v for v in _nested(value) if not isinstance(v, (list, tuple, dict, set)))
 
 
 def _nested(value: Any) -> Iterator[Any]:
     if not isinstance(value, (list, tuple, dict, set)):
         yield value
+        return
+    if type(value) is tuple and _SCALARS.issuperset(map(type, value)):  # a kernel size, a stride
         return
     stack, seen = [value], {id(value)}
     while stack:
@@ -191,19 +200,21 @@ def _cuda_devices(model: nn.Module) -> list[int]:
     return [first.device.index or 0] if first is not None and first.device.type == "cuda" else []
 
 
-def hidden_references(model: nn.Module, wanted: Collection[nn.Module]) -> list[tuple[str, str, nn.Module]]:
-    """Places outside the tables of children that hold a wanted module: (path of the holder, attribute, module).
+def hidden_references(paths: Mapping[nn.Module, list[str]]) -> list[tuple[str, str, nn.Module]]:
+    """Places outside the tables of children that hold a module of the tree: (path of the holder, attribute, module).
+
+    paths: what `aliases` returned.
 
     A module kept in a plain list or dict, as an attribute that bypasses the table, or as a bound method, is still
     called by its owner's forward after it was replaced in the tree.
     """
-    found = []
-    for holder, paths in aliases(model).items():
-        for name, value in own_attributes(holder):
+    found: list[tuple[str, str, nn.Module]] = []
+    for holder, names in paths.items():
+        for attribute, value in own_attributes(holder):
             for leaf in leaves_of(value):
                 module = leaf.__self__ if isinstance(leaf, MethodType) else leaf
-                if isinstance(module, nn.Module) and module is not holder and module in wanted:
-                    found.append((paths[0], name, module))
+                if isinstance(module, nn.Module) and module is not holder and module in paths:
+                    found.append((names[0], attribute, module))
     return list(dict.fromkeys(found))
 
 

@@ -22,20 +22,25 @@ def read_tail(module: nn.Module) -> dict[str, nn.Module]:
 
 def read_statistics_norm(module: Any, *, dims: int | None, eps: float | None = None) -> NormState:
     """Read any norm with the attribute names of `torch.nn.BatchNorm2d`."""
-    mean, var, weight = (getattr(module, name, None) for name in ("running_mean", "running_var", "weight"))
+    tables = {**module.__dict__, **module._parameters, **module._buffers}  # `getattr` on a module is slow
+
+    def value(name: str, default: Any = None) -> Any:
+        return tables[name] if name in tables else getattr(module, name, default)
+
+    mean, var, weight = (value(name) for name in ("running_mean", "running_var", "weight"))
     known = next((t for t in (mean, var, weight) if t is not None), None)
     return NormState(
-        channels=getattr(module, "num_features", 0) or (known.numel() if known is not None else 0),
-        eps=float(module.eps) if eps is None else eps,
+        channels=value("num_features", 0) or (known.numel() if known is not None else 0),
+        eps=float(value("eps")) if eps is None else eps,
         weight=weight,
-        bias=getattr(module, "bias", None),
+        bias=value("bias"),
         running_mean=mean,
         running_var=var,
-        num_batches_tracked=getattr(module, "num_batches_tracked", None),
-        momentum=getattr(module, "momentum", 0.1),
+        num_batches_tracked=value("num_batches_tracked"),
+        momentum=value("momentum", 0.1),
         dims=dims,
         training=module.training,
-        process_group=getattr(module, "process_group", None),
+        process_group=tables.get("process_group"),
         tail=read_tail(module),
     )
 
