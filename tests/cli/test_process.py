@@ -78,13 +78,22 @@ def test_the_help_lists_the_commands_under_the_name_normswap() -> None:
 def test_an_interrupted_run_leaves_nothing_behind(folder: Path, number: int, code: int, said: str) -> None:
     (folder / "stuck.py").write_text(STUCK)
     command = [*NORMSWAP, "convert", "stuck.py:build", "--to", "ln", "--no-check"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "WRITING" in line:
-            break
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+
+    def listen() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and what they start, ignore it
+
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "WRITING" in line:
+                break
+        process.send_signal(number)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, out) == (code, "")
     assert err.strip() == said
     assert files(folder) == []
