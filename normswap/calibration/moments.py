@@ -11,6 +11,7 @@ from ..undo import wide
 
 # Where E[x^2] is this many times the variance, float32 sums of squares lose too much; such channels are centred first.
 _OFFSET = 25.0
+_AT_ONCE = 16  # samples; a centred copy of all of them would double the memory
 
 
 _NONE = torch.zeros(0, dtype=torch.float64)
@@ -80,9 +81,10 @@ class Rows:
         mean, deviation = self._pooled()
         offset = (self.square.sum(0) * positions > _OFFSET * deviation).nonzero().flatten()
         if len(offset):
-            part = self.values[:, offset]
-            centre = mean[offset].to(part.dtype)
-            shift, deviation[offset] = _rows(part - centre[:, None])._pooled()
+            centre = mean[offset].to(self.values.dtype)
+            parts = [_rows(part[:, offset] - centre[:, None]) for part in self.values.split(_AT_ONCE)]
+            centred = Rows(self.values, torch.cat([p.mean for p in parts]), torch.cat([p.square for p in parts]))
+            shift, deviation[offset] = centred._pooled()
             mean[offset] = centre.double() + shift
         return Moments(samples * positions, mean, deviation)
 
