@@ -44,8 +44,12 @@ types: $(VENV)/.installed-dev  ## check the types
 docs: $(VENV)/.installed-docs  ## build the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-bench: $(VENV)/.installed-dev  ## run every script in benchmarks/
-	@set -e; for script in $(sort $(wildcard benchmarks/[a-z]*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+bench: $(VENV)/.installed-dev  ## run every script in benchmarks/; DATA=FOLDER for those that need images
+	@set -e; for script in $(sort $(wildcard benchmarks/[a-z]*.py)); do \
+		echo "== $$script"; \
+		if ! grep -q '"--data"' $$script; then $(BIN)/python $$script; \
+		elif [ -n "$(DATA)" ]; then $(BIN)/python $$script --data "$(DATA)"; \
+		else echo "left out: it needs DATA=FOLDER"; fi; done
 
 clean:  ## remove what the targets made, except the environment
 	rm -rf $(BUILD) dist .mypy_cache .pytest_cache .ruff_cache

@@ -23,7 +23,7 @@ from .recognise import source_of
 from .selfcheck import Check
 from .sources import Source, build_empty, build_full
 from .surgery import get, replace
-from .transfer import apply
+from .transfer import apply, inner_norm
 from .undo import LayerUndo, Undo
 from .weights import check_finite, has_empty_parameters, load_state
 from .writing import check_writable, write_safetensors
@@ -290,6 +290,7 @@ def _swapped(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path: 
         layer for step in plan.steps for p in step.producers if (layer := get(model, p))._parameters["bias"] is None
     ]
     root, undo = apply(model, plan, keep_undo=True, structure_only=True)
+    _add_affine(root, plan, tensors)
     try:
         load_state(root, tensors, str(path), cast=False)
     except WeightsError:
@@ -299,6 +300,19 @@ def _swapped(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path: 
             layer._parameters["bias"] = None
         raise
     return root, undo
+
+
+def _add_affine(root: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    """A norm without gamma and beta has got them since, if the file holds them: from `calibrate`."""
+    for step in plan.steps:
+        outer = get(root, step.path)
+        norm = inner_norm(outer)
+        prefix = ".".join(part for part in (step.path, "" if norm is outer else "norm") if part)
+        for name in ("weight", "bias"):
+            tensor = tensors.get(f"{prefix}.{name}" if prefix else name)
+            if tensor is not None and name in norm._parameters and norm._parameters[name] is None:
+                norm._parameters[name] = nn.Parameter(torch.empty_like(tensor), requires_grad=False)
+                norm.affine = True
 
 
 def _of_dtype(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

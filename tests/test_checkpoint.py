@@ -647,3 +647,28 @@ def test_a_state_dict_is_written_with_tied_tensors_under_each_name(tmp_path: Pat
     assert {k: bits(v) for k, v in load_file(file).items()} == {k: bits(v) for k, v in model.state_dict().items()}
     assert not is_ours(file)
     Holding().load_state_dict(load_file(file))
+
+
+@pytest.mark.parametrize("to", ["gn", "ln", "in", "ln-channel"])
+@pytest.mark.parametrize("branch", ["conv", "sum"])
+def test_a_norm_that_calibrate_gave_gamma_and_beta_is_loaded_with_them(tmp_path: Path, to: str, branch: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+            self.norm = nn.BatchNorm2d(8, affine=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.norm(y if branch == "conv" else y + y.flip(0))
+
+    torch.manual_seed(0)
+    net = Net().eval()
+    x = torch.randn(4, 3, 8, 8)
+    converted = normswap.convert(net, to, example_inputs=x).eval()
+    normswap.calibrate(converted, reference=net, data=x)
+    normswap.save(converted, tmp_path / "net.safetensors")
+    loaded = normswap.load(tmp_path / "net.safetensors", model=Net())
+    assert loaded.state_dict().keys() == converted.state_dict().keys()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), converted(x))
