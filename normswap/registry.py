@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -25,6 +27,7 @@ def register(spec: NormSpec) -> NormSpec:
     _BY_NAME[spec.name] = spec
     _BY_CLASS.update(dict.fromkeys(spec.classes, spec))
     _BY_CLASS_NAME.update(dict.fromkeys(spec.class_names, spec))
+    _of_class.cache_clear()
     return spec
 
 
@@ -71,17 +74,25 @@ def identify(module: nn.Module) -> NormSpec | None:
     """
     if "forward" in module.__dict__:
         return None
-    cls = class_of(module)
-    for candidate in cls.__mro__:
-        if candidate.forward is not cls.forward if hasattr(candidate, "forward") else True:
-            break
-        spec = _BY_CLASS.get(candidate) or _BY_CLASS_NAME.get(f"{candidate.__module__}.{candidate.__qualname__}")
-        if spec is not None:
-            return spec
+    cls: Any = class_of(module)
+    if (known := _of_class(cls, cls.forward)) is not None:
+        return known
     if looks_batch(module):
         for spec in _BY_NAME.values():
             if spec.matches is not None and spec.matches(module):
                 return spec
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_class(cls: type[nn.Module], forward: object) -> NormSpec | None:
+    """The norm type of a class whose `forward` that is (a class may get another one while a program runs)."""
+    for candidate in cls.__mro__:
+        if getattr(candidate, "forward", None) is not forward:
+            break
+        spec = _BY_CLASS.get(candidate) or _BY_CLASS_NAME.get(f"{candidate.__module__}.{candidate.__qualname__}")
+        if spec is not None:
+            return spec
     return None
 
 
