@@ -233,3 +233,17 @@ def _require_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
             f"the two networks' outputs cannot be compared: the first gives {texts[0]}, the second {texts[1]}",
             hint="Compare networks with the same head (number of classes).",
         )
+
+
+def comparison_lines(report: Any) -> list[str]:
+    """Drift, agreement and accuracy before and after, of a report that has them (`calibrate`'s, `distil`'s)."""
+    lines = []
+    if report.drift_before is not None and report.drift_after is not None:
+        on = f" (on {report.compared} images)"
+        lines.append(f"output drift: {report.drift_before:.3g} -> {report.drift_after:.3g}{on}")
+    if report.agreement_before is not None and report.agreement_after is not None:
+        lines.append(f"agreement: {report.agreement_before:.1%} -> {report.agreement_after:.1%}")
+    if report.accuracy_before is not None and report.accuracy_after is not None:
+        before, after = f"{report.accuracy_before:.1%}", f"{report.accuracy_after:.1%}"
+        lines.append(f"accuracy: {before} -> {after} (original {report.accuracy_original:.1%})")
+    return lines

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .errors import DataError, OptionError
+from .errors import DataError, NormswapError, OptionError
 from .images import ImageBatches as ImageBatches
 from .images import ImageData as ImageData
 from .images import open_images as open_images
+from .inventory import first_line
 from .preprocess import Preprocess as Preprocess
+from .surgery import device_and_dtype
 
 Batch = tuple[tuple[Any, ...], Tensor | None]
 
@@ -177,3 +179,21 @@ def _described(value: Any) -> str:
         kinds = ", ".join(type(item).__name__ for item in value[:4])
         return f"a {type(value).__name__} of {len(value)} ({kinds}{', ...' if len(value) > 4 else ''})"
     return f"of type {type(value).__name__}"
+
+
+def run_on(call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], *, fewer: str) -> Any:
+    """`call` on one batch of forward's arguments, placed where `model` is and in its dtype.
+
+    Raises DataError for whatever it raises on inputs it was not made for; `fewer` says how to need less memory.
+    """
+    try:
+        return call(*placed(args, *device_and_dtype(model)))
+    except NormswapError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise DataError(f"a batch of {images_in(args)} images does not fit in memory", hint=fewer) from error
+    except Exception as error:  # whatever a stranger's forward raises
+        raise DataError(
+            f"{type(model).__name__} cannot run on the data ({type(error).__name__}: {first_line(error)})",
+            hint="Check the size and channels of the images; torchvision's detectors take lists of images.",
+        ) from error

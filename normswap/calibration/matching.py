@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import images_in, placed
-from ..errors import DataError, NormswapError
-from ..inventory import first_line
+from ..data import run_on
+from ..errors import DataError
 from ..surgery import device_and_dtype
 from .balance import Spread
 from .lockstep import Lockstep
@@ -52,19 +51,7 @@ def free_memory(model: nn.Module) -> float:
 
 def forward(model: nn.Module, args: Args) -> Any:
     """The model's output on one batch. Raises DataError for whatever its forward raises on it."""
-    try:
-        return model(*placed(args, *device_and_dtype(model)))
-    except NormswapError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise DataError(
-            f"a batch of {images_in(args)} images does not fit in memory", hint="Take fewer images (images=)."
-        ) from error
-    except Exception as error:  # whatever a forward raises on inputs it was not made for
-        raise DataError(
-            f"{type(model).__name__} cannot run on the data ({type(error).__name__}: {first_line(error)})",
-            hint="Check the size and channels of the images; torchvision's detectors take lists of images.",
-        ) from error
+    return run_on(model, model, args, fewer="Take fewer images (images=).")
 
 
 def thread_context(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:

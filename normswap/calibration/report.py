@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..agreement import comparison_lines
+
 
 @dataclass(frozen=True)
 class LayerResult:
@@ -69,12 +71,4 @@ class CalibrationReport:
             f"calibrated {count} layer{'s' * (count != 1)} on {self.images} image{'s' * (self.images != 1)}",
             f"moment error, largest of any layer: {self.error_before:.3g} -> {self.error_after:.3g}",
         ]
-        if self.drift_before is not None and self.drift_after is not None:
-            on = f" (on {self.compared} images)"
-            lines.append(f"output drift: {self.drift_before:.3g} -> {self.drift_after:.3g}{on}")
-        if self.agreement_before is not None and self.agreement_after is not None:
-            lines.append(f"agreement: {self.agreement_before:.1%} -> {self.agreement_after:.1%}")
-        if self.accuracy_before is not None and self.accuracy_after is not None:
-            before, after = f"{self.accuracy_before:.1%}", f"{self.accuracy_after:.1%}"
-            lines.append(f"accuracy: {before} -> {after} (original {self.accuracy_original:.1%})")
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *comparison_lines(self), *self.notes])

@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data import images_in, placed
-from ..errors import DataError, NormswapError
-from ..inventory import first_line
-from ..surgery import device_and_dtype
+from ..data import run_on
 
 Outputs = Callable[..., Any]
 
@@ -46,16 +43,4 @@ def is_detector(model: nn.Module) -> bool:
 
 def run(outputs: Outputs, model: nn.Module, args: tuple[Any, ...]) -> Any:
     """The outputs on one batch, placed where the model is. Raises DataError for whatever the forward raises on it."""
-    try:
-        return outputs(*placed(args, *device_and_dtype(model)))
-    except NormswapError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise DataError(
-            f"a batch of {images_in(args)} images does not fit in memory", hint="Take a smaller batch_size."
-        ) from error
-    except Exception as error:  # whatever a forward raises on inputs it was not made for
-        raise DataError(
-            f"{type(model).__name__} cannot run on the data ({type(error).__name__}: {first_line(error)})",
-            hint="Check the size and channels of the images; torchvision's detectors take lists of images.",
-        ) from error
+    return run_on(outputs, model, args, fewer="Take a smaller batch_size.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..agreement import comparison_lines
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -57,15 +59,7 @@ class DistillationReport:
         lines = [f"distilled for {done}" + (f" of {self.planned} (interrupted)" if self.interrupted else "")]
         if self.loss_first is not None and self.loss_last is not None:
             lines.append(f"loss: {self.loss_first:.3g} -> {self.loss_last:.3g}")
-        if self.drift_before is not None and self.drift_after is not None:
-            on = f" (on {self.compared} images)"
-            lines.append(f"output drift: {self.drift_before:.3g} -> {self.drift_after:.3g}{on}")
-        if self.agreement_before is not None and self.agreement_after is not None:
-            lines.append(f"agreement: {self.agreement_before:.1%} -> {self.agreement_after:.1%}")
-        if self.accuracy_before is not None and self.accuracy_after is not None:
-            before, after = f"{self.accuracy_before:.1%}", f"{self.accuracy_after:.1%}"
-            lines.append(f"accuracy: {before} -> {after} (original {self.accuracy_original:.1%})")
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *comparison_lines(self), *self.notes])
 
 
 class Interrupted(KeyboardInterrupt):
