@@ -108,7 +108,7 @@ class ImageBatches:
     def _images(self, batch: list[Future[Tensor]], start: int, pool: ThreadPoolExecutor) -> list[Tensor]:
         try:
             return [future.result() for future in batch]
-        except _Unreadable:
+        except Unreadable:
             files = self.data.files
             stop = min(len(files), start + _LOOK_AHEAD)
             problems = [p for p in pool.map(_problem, files[start:stop]) if p is not None]
@@ -220,11 +220,12 @@ def _spread(labels: Sequence[int], limit: int | None, seed: int) -> list[int]:
     return sorted(sorted(range(len(labels)), key=lambda i: (turn[i], key[i]))[:limit])
 
 
-class _Unreadable(Exception):
+class Unreadable(Exception):
     """A file that is no whole image; `ImageBatches` turns it into a DataError over all of them."""
 
 
-def _decode(file: Path) -> Image:
+def decode(file: Path) -> Image:
+    """The picture in one of the modes of `canonical`. Raises `Unreadable`, with the reason in a few words."""
     from PIL import Image
 
     try:
@@ -233,26 +234,26 @@ def _decode(file: Path) -> Image:
             return canonical(image)
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, ...
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].replace(f" {str(file)!r}", "")
-        raise _Unreadable(reason) from error
+        raise Unreadable(reason) from error
 
 
 def _size(file: Path) -> tuple[int, int] | None:
     try:
-        return _decode(file).size
-    except _Unreadable:
+        return decode(file).size
+    except Unreadable:
         return None
 
 
 def _problem(file: Path) -> tuple[Path, str] | None:
     try:
-        _decode(file)
-    except _Unreadable as error:
+        decode(file)
+    except Unreadable as error:
         return file, str(error)
     return None
 
 
 def _load(file: Path, transform: Transform) -> Tensor:
-    image = _decode(file)
+    image = decode(file)
     try:
         x = transform(image if isinstance(transform, Preprocess) else eight_bit(image))
     except Exception as error:  # a stranger's callable
