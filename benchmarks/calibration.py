@@ -59,13 +59,13 @@ def table(name: str, data: Path, groups: list[int], seeds: int, names: list[str]
     x, y = images(data / "cifar10" / "test")
     unlabelled, _ = images(data / "cifar10" / "train")
     print(f"{name}, BatchNorm itself: {accuracy(model, x, y):.3f}\n")
-    print("| groups | γ, β copied | fold | " + " | ".join(names) + " |")
-    print("|---:" * (3 + len(names)) + "|", flush=True)
+    print("| groups | γ, β copied | fold | fold, ε 1 | " + " | ".join(names) + " |")
+    print("|---:" * (4 + len(names)) + "|", flush=True)
     for count in groups:
         options = {"groups": count, "indivisible": "nearest"}
         scores = [accuracy(normswap.convert(model, "gn", transfer="copy", **options), x, y)]
         folded = normswap.convert(model, "gn", **options)
-        scores.append(accuracy(folded, x, y))
+        scores += [accuracy(each, x, y) for each in (folded, normswap.convert(model, "gn", eps="auto", **options))]
         for method in (METHODS[each] for each in names):
             results = []
             for seed in range(seeds):

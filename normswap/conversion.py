@@ -55,7 +55,7 @@ def convert(
     channels_per_group: int | None = None,
     indivisible: str = "error",
     transfer: str = "fold",
-    eps: float | None = None,
+    eps: float | str | None = None,
     rules: Rules | None = None,
     sources: Collection[str] | None = None,
     example_inputs: Any = None,

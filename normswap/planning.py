@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
 
 from torch import nn
 
@@ -19,6 +19,8 @@ from .spec import Misfit, NormSpec, Options, Request
 from .surgery import matches
 
 TRANSFERS = ("fold", "copy", "reset")
+SOFT = 1.0
+"""The eps at which a norm of standardised channels follows half of a sample's own variance; `auto` stands for it."""
 Rules = Mapping[str, str] | Sequence[tuple[str, str]]
 
 
@@ -133,7 +135,7 @@ def plan(
     channels_per_group: int | None = None,
     indivisible: str = "error",
     transfer: str = "fold",
-    eps: float | None = None,
+    eps: float | str | None = None,
     rules: Rules | None = None,
     sources: Collection[str] | None = None,
     example_inputs: Any = None,
@@ -147,13 +149,15 @@ def plan(
     excludes it. indivisible: "error", or "nearest" for the largest divisor that does not exceed what was asked.
     transfer: "fold" carries the running statistics over, "copy" only gamma and beta, "reset" nothing.
     eps: of the new norms; under "fold", gamma is scaled by sqrt(1 + eps) so that a channel of unit variance passes
-    unchanged. sources: names of the norm types to convert; by default those with batch statistics, or, in a network
-    without any, every channels-first norm. zero_init_residual: gamma 0 in the last norm of each residual branch.
+    unchanged. "auto" takes 1 where the norm's input is standardised so, and the norm's usual value elsewhere.
+    sources: names of the norm types to convert; by default those with batch statistics, or, in a network without any,
+    every channels-first norm. zero_init_residual: gamma 0 in the last norm of each residual branch.
     missing_statistics: "error", or "later" when `calibrate` will estimate what a BN target needs.
 
     Raises OptionError for options that make no sense, PlanError listing every layer that cannot be converted.
     """
-    request = Request(groups, channels_per_group, indivisible, eps)
+    soft = eps == "auto"
+    request = Request(groups, channels_per_group, indivisible, None if soft else cast(Any, eps))
     ordered = _rules_of(to, rules)
     names = {rule.target for rule in ordered} - {"keep"}
     _check_options(request, names, transfer, missing_statistics, sources)
@@ -164,7 +168,7 @@ def plan(
         inventory = inspect(model, example_inputs)
     if not inventory.layers and not inventory.suspects:
         raise PlanError(f"{type(model).__name__} has no norm layer", [])
-    planner = _Planner(inventory, ordered, request, transfer, zero_init_residual, missing_statistics)
+    planner = _Planner(inventory, ordered, request, transfer, zero_init_residual, missing_statistics, soft)
     return planner.run(_selected(inventory, sources))
 
 
@@ -228,6 +232,7 @@ class _Planner:
     transfer: str
     zero_init: bool
     missing_statistics: str
+    soft: bool
     problems: list[str] = field(default_factory=list)
     used: set[Rule] = field(default_factory=set)
     indivisible: bool = False
@@ -270,13 +275,15 @@ class _Planner:
         self._check_shape(layer, target)
         options = target.fit(state, self.request)
         if target.per_sample and options.eps is None and not state.has_statistics and layer.spec.per_sample:
-            options = type(options)(**{**asdict(options), "eps": state.eps})  # so that gn(1) = ln stays exact
+            options = replace(options, eps=state.eps)  # so that gn(1) = ln stays exact
         if target.elements is not None and feed.positions is not None:
             count = target.elements(state.channels, feed.positions, options)
             if count < 2:
                 self.degenerate = True
                 raise Misfit("each group would be a single value, which erases the data")
         transfer, producers, note = self._transfer(layer, target, options)
+        if self.soft and target.per_sample and transfer in ("fold", "prescale"):
+            options = replace(options, eps=SOFT)
         return Step(
             layer.path,
             layer.aliases,

@@ -265,6 +265,22 @@ def test_group_norms_keep_their_eps_and_batch_norms_targets_take_their_own() -> 
     assert plan(conv_bn(4, eps=0.25), to="ln").steps[0].options.eps is None
 
 
+@pytest.mark.parametrize(
+    ("net", "options", "eps"),
+    [
+        (conv_bn(4), {}, 1.0),
+        (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4)), {}, 1.0),
+        (conv_bn(4), {"transfer": "copy"}, None),
+        (conv_bn(4, eps=0.25), {"to": "sync"}, None),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(1, 4, eps=0.25)), {}, 0.25),
+    ],
+)
+def test_auto_eps_is_1_where_the_input_of_a_per_sample_norm_is_standardised(
+    net: nn.Module, options: dict[str, str], eps: float | None
+) -> None:
+    assert plan(net, **{"to": "ln", **options}, eps="auto").steps[0].options.eps == eps
+
+
 # --- statistics that are needed and not there -----------------------------------------------------------------------
 
 

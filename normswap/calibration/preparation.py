@@ -10,7 +10,7 @@ from torch import nn
 
 from ..conversion import Record, record_of
 from ..errors import OptionError
-from ..planning import Step
+from ..planning import SOFT, Step
 from ..registry import get as norm_type
 from ..surgery import get
 from ..undo import LayerUndo
@@ -19,8 +19,6 @@ from .matching import Original
 from .targets import Target, state_of
 
 METHODS = ("balance", "moments")
-SOFT = 1.0
-"""The eps that balancing gives to norms whose eps the conversion was not told."""
 
 
 class Preparation:

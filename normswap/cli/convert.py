@@ -90,9 +90,11 @@ def convert(
         ),
     ] = "fold",
     eps: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            min=0, metavar="VALUE", help="eps of the new norms; fold scales γ by √(1 + eps).", show_default="1e-5"
+            metavar="VALUE|auto",
+            help="eps of the new norms; fold scales γ by √(1 + eps). auto takes 1 where the input is standardised.",
+            show_default="1e-5",
         ),
     ] = None,
     zero_init_residual: Annotated[
@@ -161,7 +163,7 @@ def convert(
         "channels_per_group": channels_per_group,
         "indivisible": options.choice(ctx, "--indivisible", indivisible, ("error", "nearest")),
         "transfer": options.choice(ctx, "--transfer", transfer, ("fold", "copy", "reset")),
-        "eps": eps,
+        "eps": options.eps(ctx, eps),
         "sources": sources or None,
         "zero_init_residual": zero_init_residual,
         "missing_statistics": "error" if calibrate is None else "later",

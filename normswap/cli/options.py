@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -145,6 +146,19 @@ def groups(ctx: typer.Context, text: str | None) -> int | str | None:
         value = 0
     if value < 1:
         raise typer.BadParameter(f"{text!r} is neither a positive number nor auto", ctx=ctx, param_hint="--groups")
+    return value
+
+
+def eps(ctx: typer.Context, text: str | None) -> float | str | None:
+    """A finite number from 0, or `auto`."""
+    if text is None or text == "auto":
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise typer.BadParameter(f"{text!r} is neither a number from 0 nor auto", ctx=ctx, param_hint="--eps")
     return value
 
 

@@ -129,9 +129,10 @@ def test_reset_carries_nothing_over(cli: Cli, nets: Any) -> None:
     assert torch.all(model[1].bias == 0)
 
 
-def test_eps_scales_gamma(cli: Cli, nets: Any) -> None:
-    assert cli("convert", "nets.py:tiny", "--to", "gn", "--groups", 2, "--eps", "0.5").code == 0
-    torch.testing.assert_close(outputs(loaded("tiny-gn.safetensors")), outputs(by_hand(nets.tiny(), 2, eps=0.5)))
+@pytest.mark.parametrize(("text", "eps"), [("0.5", 0.5), ("auto", 1.0)])
+def test_eps_scales_gamma(cli: Cli, nets: Any, text: str, eps: float) -> None:
+    assert cli("convert", "nets.py:tiny", "--to", "gn", "--groups", 2, "--eps", text).code == 0
+    torch.testing.assert_close(outputs(loaded("tiny-gn.safetensors")), outputs(by_hand(nets.tiny(), 2, eps=eps)))
 
 
 def test_zero_init_residual_zeroes_the_last_norm_of_a_branch(cli: Cli) -> None:
@@ -302,6 +303,7 @@ def test_where_no_size_fits_all_auto_is_offered(cli: Cli) -> None:
         (["--to", "gn", "--indivisible", "round"], "--indivisible"),
         (["--to", "gn", "--transfer", "move"], "--transfer"),
         (["--to", "gn", "--eps", "-1"], "--eps"),
+        (["--to", "gn", "--eps", "large"], "--eps"),
         (["--to", "gn", "--rule", "layer4"], "PATTERN=NORM"),
         (["--to", "gn", "--rule", "=gn"], "PATTERN=NORM"),
         (["--to", "gn", "--approximate"], "--approximate goes with --to original"),
