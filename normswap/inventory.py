@@ -20,6 +20,7 @@ from .errors import DataError, OptionError
 from .feeds import UNKNOWN, Feed, analyse, producer_kind, watched_modules
 from .graph import Region, record, trace
 from .registry import class_of, identify, looks_batch, why_suspicious
+from .roles import roles_of
 from .spec import NormSpec, NormState
 from .surgery import aliases, hidden_references
 from .uses import branches_on_training, definitions_of
@@ -30,6 +31,7 @@ class Layer:
     """One norm layer. `path` is its first name, `aliases` the others; `state` aliases the module's tensors.
 
     held_by: attributes that hold it beside the tables of children, as `PATH.ATTRIBUTE`; a swap cannot reach them.
+    role: the part of the network it is in: `backbone`, `fpn` or `head`.
     """
 
     path: str
@@ -39,6 +41,7 @@ class Layer:
     state: NormState
     feed: Feed
     held_by: tuple[str, ...] = ()
+    role: str = "backbone"
 
     @property
     def mode(self) -> str:
@@ -55,6 +58,7 @@ class Layer:
         return {
             "path": self.path,
             "aliases": list(self.aliases),
+            "role": self.role,
             "norm": self.spec.name,
             "class": self.class_name,
             "channels": state.channels,
@@ -75,6 +79,7 @@ class Suspect:
     path: str
     class_name: str
     reason: str
+    role: str = "backbone"
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,7 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, feeds: bool = True)
     if not isinstance(model, nn.Module):
         raise OptionError(f"expected a torch.nn.Module, got {type(model).__name__}")
     paths = aliases(model)
+    roles = roles_of(names[0] for names in paths.values())
     found: list[tuple[nn.Module, NormSpec, NormState]] = []
     suspects: list[Suspect] = []
     for module, names in paths.items():
@@ -124,7 +130,7 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, feeds: bool = True)
         if spec is not None:
             found.append((module, spec, spec.read(module)))
         elif reason := _suspicion(module):
-            suspects.append(Suspect(names[0], class_of(module).__name__, reason))
+            suspects.append(Suspect(names[0], class_of(module).__name__, reason, roles[names[0]]))
     channels = {paths[module][0]: state.channels for module, _, state in found}
     runs = feeds and channels and not any(isinstance(module, LazyModuleMixin) for module in paths)
     held: dict[nn.Module, list[str]] = {}
@@ -140,6 +146,7 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, feeds: bool = True)
             state,
             known.get(paths[module][0], UNKNOWN),
             tuple(held.get(module, ())),
+            roles[paths[module][0]],
         )
         for module, spec, state in found
     )

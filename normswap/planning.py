@@ -6,7 +6,8 @@ A plan names every layer it changes and every one it keeps. Layers that do not f
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from torch import nn
 from .errors import CheckpointError, OptionError, PlanError
 from .inventory import Inventory, Layer, inspect
 from .registry import get, targets
+from .roles import counted, role_in
 from .spec import Misfit, NormSpec, Options, Request
 from .surgery import matches
 
@@ -26,7 +28,10 @@ Rules = Mapping[str, str] | Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Rule:
-    """`pattern` (shell wildcards over paths, or a module and all below it) -> a norm's name, or `keep`."""
+    """`pattern` -> a norm's name, or `keep`.
+
+    pattern: shell wildcards over paths, or a module and all below it, or a role, as `role:head`.
+    """
 
     pattern: str
     target: str
@@ -36,6 +41,12 @@ class Rule:
             raise OptionError("a rule needs a pattern, such as 'layer4.*=frozen'")
         if self.target != "keep":
             get(self.target)
+        role_in(self.pattern)
+
+    def covers(self, names: Iterable[str], role: str) -> bool:
+        """Whether a layer of these paths, in that part of the network, is meant."""
+        wanted = role_in(self.pattern)
+        return any(matches(self.pattern, name) for name in names) if wanted is None else wanted == role
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps in traversal order, and what is kept. `transfer` is what was asked; each step says what it gets."""
+    """Steps in traversal order, and what is kept. `transfer` is what was asked; each step says what it gets.
+
+    meta: JSON values; under "rules", the pattern and target of each rule and how many layers it was the first to match.
+    """
 
     steps: tuple[Step, ...]
     kept: tuple[Kept, ...] = ()
@@ -144,7 +158,8 @@ def plan(
 ) -> Plan:
     """Plan how to replace the norm layers of `model`. Changes nothing.
 
-    to: the target of every layer no rule matches. rules: ordered `pattern -> norm or "keep"`, the first match wins.
+    to: the target of every layer no rule matches. rules: ordered `pattern -> norm or "keep"`, the first match wins;
+    a pattern is a path with shell wildcards, or the part of the network, as `role:backbone`, `role:fpn`, `role:head`.
     groups: number of groups for `gn`, or "auto" (default), which aims at 16 channels a group; channels_per_group
     excludes it. indivisible: "error", or "nearest" for the largest divisor that does not exceed what was asked.
     transfer: "fold" carries the running statistics over, "copy" only gamma and beta, "reset" nothing.
@@ -234,7 +249,7 @@ class _Planner:
     missing_statistics: str
     soft: bool
     problems: list[str] = field(default_factory=list)
-    used: set[Rule] = field(default_factory=set)
+    used: Counter[Rule] = field(default_factory=Counter)
     indivisible: bool = False
     degenerate: bool = False
     no_statistics: bool = False
@@ -244,7 +259,7 @@ class _Planner:
         steps: list[Step] = []
         kept: list[Kept] = []
         for layer in self.inventory.layers:
-            rule = self._rule_for(layer.path, layer.aliases) if layer.path in selected else None
+            rule = self._rule_for((layer.path, *layer.aliases), layer.role) if layer.path in selected else None
             if rule is None or rule.target == "keep":
                 why = "not among the norms to convert" if layer.path not in selected else "rule" if rule else "no rule"
                 kept.append(Kept(layer.path, layer.spec.name, why))
@@ -255,20 +270,20 @@ class _Planner:
                     self.indivisible |= misfit.divisibility
                     self.problems.append(f"{_name(layer.path)} ({layer.class_name}): {misfit}")
         for suspect in self.inventory.suspects:
-            rule = self._rule_for(suspect.path, ())
+            rule = self._rule_for((suspect.path,), suspect.role)
             if rule is not None and rule.target == "keep":
                 kept.append(Kept(suspect.path, suspect.class_name, "rule"))
             else:
                 self.problems.append(f"{_name(suspect.path)} ({suspect.class_name}): {suspect.reason}")
         self._raise_problems(selected)
-        return Plan(tuple(steps), tuple(kept), self.transfer)
+        matched = [{"pattern": r.pattern, "target": r.target, "layers": self.used[r]} for r in self.rules]
+        return Plan(tuple(steps), tuple(kept), self.transfer, {"rules": matched})
 
-    def _rule_for(self, path: str, other_names: Sequence[str]) -> Rule | None:
-        for rule in self.rules:
-            if any(matches(rule.pattern, name) for name in (path, *other_names)):
-                self.used.add(rule)
-                return rule
-        return None
+    def _rule_for(self, names: Sequence[str], role: str) -> Rule | None:
+        rule = next((rule for rule in self.rules if rule.covers(names, role)), None)
+        if rule is not None:
+            self.used[rule] += 1
+        return rule
 
     def _step(self, layer: Layer, target: NormSpec) -> Step:
         state, feed = layer.state, layer.feed
@@ -337,10 +352,11 @@ class _Planner:
         covered = [r for r in unused if not self._would_match(r, selected)]
         if covered:
             patterns = ", ".join(repr(r.pattern) for r in covered)
-            raise OptionError(
-                f"rule matches no layer to convert: {patterns}",
-                hint="`normswap inspect` lists the paths; sources=/--from selects norms other than batch norms.",
-            )
+            hint = "`normswap inspect` lists the paths; sources=/--from selects norms other than batch norms."
+            if any(role_in(r.pattern) for r in covered):
+                there = counted(x.role for x in self.inventory.layers if x.path in selected)
+                hint = f"The layers to convert are in: {there or 'none of them'}.\n{hint}"
+            raise OptionError(f"rule matches no layer to convert: {patterns}", hint=hint)
         if self.problems:
             raise _problem_error(self, selected)
         if not selected:
@@ -348,9 +364,9 @@ class _Planner:
 
     def _would_match(self, rule: Rule, selected: set[str]) -> bool:
         """Whether an unused rule names real layers that an earlier rule took already."""
-        names = [n for x in self.inventory.layers if x.path in selected for n in (x.path, *x.aliases)]
-        names += [s.path for s in self.inventory.suspects]
-        return any(matches(rule.pattern, name) for name in names)
+        layers = [((x.path, *x.aliases), x.role) for x in self.inventory.layers if x.path in selected]
+        layers += [((s.path,), s.role) for s in self.inventory.suspects]
+        return any(rule.covers(names, role) for names, role in layers)
 
 
 def _same_groups(layer: Layer, target: NormSpec, options: Options) -> bool:
