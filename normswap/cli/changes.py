@@ -163,6 +163,9 @@ def _summary(page: Page, plan: Plan) -> None:
         ", ".join(f"{count} {was} to {becomes}" for (was, becomes), count in pairs.items()),
         *([f"; {len(plan.kept)} kept"] if plan.kept else []),
     )
+    for rule in plan.meta.get("rules", ()):
+        if rule["pattern"].startswith("role:"):
+            page.line("  ", (rule["pattern"], "path"), f" matched {plural(rule['layers'], 'layer')}: {rule['target']}")
     for how, count in carried.items():
         page.line("  ", (_CARRIED[how][0], _CARRIED[how][1]), f" {count}: {_MEANING[how]}")
         reasons = Counter(

@@ -107,7 +107,8 @@ def convert(
         list[str] | None,
         typer.Option(
             metavar="PATTERN=NORM",
-            help="The norm, or keep, for layers whose path matches; repeatable, the first match wins.",
+            help="The norm, or keep, for layers whose path or role (role:backbone, role:fpn, role:head) matches; "
+            "repeatable, the first match wins.",
             show_default=False,
         ),
     ] = None,
@@ -155,6 +156,7 @@ def convert(
     \b
     normswap convert resnet50 --to gn --groups 32
     normswap convert resnet50 --rule 'layer4.*=frozen' --rule '*=gn'
+    normswap convert fasterrcnn_resnet50_fpn_v2 --rule 'role:backbone=frozen' --rule 'role:head=gn'
     normswap convert nets.py:build --arg width=64 --weights mine.pth --to ln
     normswap convert resnet50-gn.safetensors --to original
     """
@@ -292,13 +294,16 @@ def _ways_back(model: nn.Module, origin: Origin) -> str:
 
 
 def _check_names(job: Job) -> None:
-    """Tell an unknown norm before a network is built."""
+    """Tell an unknown norm or role before a network is built."""
     from .. import norms as _norms  # noqa: F401  (registers the norm types)
     from ..registry import get
+    from ..roles import role_in
 
     for name in (job.to, *(norm for _, norm in job.rules), *(job.planning["sources"] or ())):
         if name not in (None, "keep"):
             get(str(name))
+    for pattern, _ in job.rules:
+        role_in(pattern)
 
 
 def _target(job: Job, origin: Origin, suffix: str) -> Path:

@@ -60,9 +60,10 @@ def _values(origin: Origin, found: Inventory) -> dict[str, Any]:
 def _render(page: Page, origin: Origin, found: Inventory, show_all: bool) -> None:
     if found.layers:
         runs = collapse(found.layers, lambda x: x.path, _key, _loose_key, together=not show_all)
-        columns = ("layer", *([] if show_all else [">layers"]), "type", ">channels", ">eps", "affine", "mode", "fed by",
-                   "foldable")  # fmt: skip
-        page.table(columns, (_row(run, show_all) for run in runs))
+        roles = len({layer.role for layer in found.layers}) > 1
+        columns = ("layer", *(["role"] if roles else []), *([] if show_all else [">layers"]), "type", ">channels",
+                   ">eps", "affine", "mode", "fed by", "foldable")  # fmt: skip
+        page.table(columns, (_row(run, show_all, roles) for run in runs))
     if found.suspects:
         page.gap()
         page.line(("Not known, so convert fails unless a rule keeps them:", "bad"))
@@ -79,11 +80,11 @@ def _loose_key(layer: Layer) -> tuple[Any, ...]:
     """What the layers of one row share; channels may then be a range."""
     state = layer.state
     groups = _groups(layer)
-    fixed = (layer.class_name, state.eps, state.affine, layer.mode, groups)
+    fixed = (layer.role, layer.class_name, state.eps, state.affine, layer.mode, groups)
     return (*fixed, layer.feed.kind, layer.feed.foldable, local_names(layer.feed.reason, layer.path))
 
 
-def _row(run: Run[Layer], show_all: bool) -> list[str | tuple[str, str]]:
+def _row(run: Run[Layer], show_all: bool, roles: bool) -> list[str | tuple[str, str]]:
     from . import render
 
     first = run.items[0]
@@ -96,6 +97,7 @@ def _row(run: Run[Layer], show_all: bool) -> list[str | tuple[str, str]]:
     also = f" = {', '.join(first.aliases)}" if show_all and first.aliases else ""
     return [
         ((run.name or "(root)") + also, "path"),
+        *([first.role] if roles else []),
         *([] if show_all else [str(len(run.items))]),
         first.class_name + _groups(first),
         render.number_range(x.state.channels for x in run.items),
@@ -112,6 +114,7 @@ def _groups(layer: Layer) -> str:
 
 
 def _summary(page: Page, origin: Origin, found: Inventory) -> None:
+    from ..roles import counted
     from .render import plural
 
     kinds = Counter(layer.spec.name for layer in found.layers)
@@ -126,3 +129,9 @@ def _summary(page: Page, origin: Origin, found: Inventory) -> None:
     if found.suspects:
         parts.append((f"; {len(found.suspects)} suspect", "bad"))
     page.line(*parts)
+    if len({layer.role for layer in found.layers}) > 1:
+        page.line(
+            ("Roles: ", "strong"),
+            counted(layer.role for layer in found.layers),
+            ("   for --rule 'role:NAME=NORM'", "dim"),
+        )
