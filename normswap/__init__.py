@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from .checkpoint import save as save
     from .conversion import convert as convert
     from .errors import NormswapError as NormswapError
+    from .freezing import FrozenDrift as FrozenDrift
+    from .freezing import freeze as freeze
+    from .freezing import frozen_drift as frozen_drift
+    from .freezing import unfreeze as unfreeze
     from .inventory import Inventory as Inventory
     from .inventory import inspect as inspect
     from .planning import Plan as Plan
@@ -25,17 +29,21 @@ if TYPE_CHECKING:
     from .verification import verify as verify
 
 _HOME = {
+    "FrozenDrift": "freezing",
     "Inventory": "inventory",
     "NormswapError": "errors",
     "Plan": "planning",
     "calibrate": "calibration",
     "convert": "conversion",
     "distil": "training.distillation",
+    "freeze": "freezing",
+    "frozen_drift": "freezing",
     "inspect": "inventory",
     "load": "checkpoint",
     "plan": "planning",
     "revert": "undo",
     "save": "checkpoint",
+    "unfreeze": "freezing",
     "verify": "verification",
 }
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .errors import OptionError
+from .pinned import beneath
 from .spec import NormSpec, NormState, Options
 
 _BY_NAME: dict[str, NormSpec] = {}
@@ -61,9 +62,9 @@ def build(spec: NormSpec, state: NormState, options: Options) -> nn.Module:
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """The module's class; for a parametrized module, the class it had before."""
+    """The module's class; for a parametrized or a frozen module, the class it had before."""
     cls = type(module)
-    return cls.__mro__[1] if parametrize.is_parametrized(module) else cls
+    return beneath(cls.__mro__[1] if parametrize.is_parametrized(module) else cls)
 
 
 def identify(module: nn.Module) -> NormSpec | None:

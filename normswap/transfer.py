@@ -14,6 +14,7 @@ from .errors import PlanError
 from .modules import ChannelAffine, NormSequence
 from .norms._common import TAIL
 from .norms.fused import scale_and_shift
+from .pinned import ATTRIBUTE, WANTED, hand_over
 from .planning import Plan, Step
 from .registry import build, get, identify
 from .spec import NormState
@@ -25,7 +26,7 @@ from .undo import TENSORS, LayerUndo, NormUndo, Undo, by_output_channel, fold_ex
 _OWN_ATTRIBUTES = frozenset(
     "num_features eps momentum affine track_running_stats num_groups num_channels normalized_shape elementwise_affine "
     "process_group r_max d_max warmup_steps _fast_norm training parametrizations".split()
-)
+) | {ATTRIBUTE, WANTED}
 _SPEC_TENSORS = frozenset((*TENSORS, "scale", "shift", "renorm_steps"))
 
 
@@ -71,6 +72,7 @@ def apply(model: nn.Module, plan: Plan, *, keep_undo: bool, structure_only: bool
                     undo.layers.append(record)
         new = _replacement(model, step, old, state)
         _change_gamma(inner_norm(new), step, state, changed)
+        hand_over(inner_norm(new), old)
         model = replace(model, (step.path, *step.aliases), new)
         if keep_undo:
             undo.norms.append(NormUndo((step.path, *step.aliases), old, before, _given(inner_norm(new), before)))
