@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .checkpoint import save as save
     from .conversion import convert as convert
     from .errors import NormswapError as NormswapError
+    from .finetuning.run import finetune as finetune
     from .freezing import FrozenDrift as FrozenDrift
     from .freezing import freeze as freeze
     from .freezing import frozen_drift as frozen_drift
@@ -36,6 +37,7 @@ _HOME = {
     "calibrate": "calibration",
     "convert": "conversion",
     "distil": "training.distillation",
+    "finetune": "finetuning.run",
     "freeze": "freezing",
     "frozen_drift": "freezing",
     "inspect": "inventory",

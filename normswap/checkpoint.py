@@ -18,6 +18,7 @@ from . import __version__
 from .checks import check_fit
 from .conversion import Record
 from .errors import CheckpointError, NormswapError, PlanError, WeightsError
+from .heads import Head, resize_head
 from .planning import Plan
 from .recognise import source_of
 from .selfcheck import Check
@@ -89,16 +90,18 @@ def load(
         check_finite(tensors, path)
     if model is None:
         source = _trusted_source(manifest, path, trust_code)
-        root, undo = _swapped(build_empty(source), plan, tensors, path)
+        root, undo = _swapped(_headed(build_empty(source), manifest), plan, tensors, path)
         if has_empty_parameters(root):  # values that no state dict holds
-            root, undo = _swapped(build_full(source), plan, tensors, path)
+            root, undo = _swapped(_headed(build_full(source), manifest), plan, tensors, path)
     else:
+        model = _headed(model, manifest)
         root, undo = _swapped(model, plan, tensors, path)
     _retie(root, manifest["ties"])
     _fill_undo(undo, undo_tensors, manifest["undo"])
     for name, parameter in root.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(parameter.is_floating_point() and name not in manifest["no_grad"])
-    root.__dict__["_normswap"] = Record(plan, undo, check, manifest["source"], list(manifest["history"]))
+    head = Head(**manifest["head"]) if manifest.get("head") else None
+    root.__dict__["_normswap"] = Record(plan, undo, check, manifest["source"], list(manifest["history"]), head=head)
     return root.eval()
 
 
@@ -130,6 +133,7 @@ def _manifest(model: nn.Module, record: Record, ties: Mapping[str, str]) -> dict
         "plan": record.plan.to_dict(),
         "check": asdict(record.check),
         "history": record.history,
+        "head": None if record.head is None else record.head.to_dict(),
         "ties": dict(ties),
         "no_grad": [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad],
         "channels_last": [name for name, tensor in model.state_dict().items() if _channels_last(tensor)],
@@ -137,6 +141,13 @@ def _manifest(model: nn.Module, record: Record, ties: Mapping[str, str]) -> dict
     }
     manifest = json.loads(json.dumps(manifest))  # keys that are numbers become texts, as they will be when read
     return {**manifest, "sha256": _digest(manifest)}
+
+
+def _headed(model: nn.Module, manifest: Mapping[str, Any]) -> nn.Module:
+    """The architecture with the last layer that fine-tuning has given it."""
+    if manifest.get("head"):
+        resize_head(model, Head(**manifest["head"]))
+    return model
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
@@ -345,7 +356,7 @@ def _undo_tensors(undo: Undo) -> dict[str, Tensor]:
         changed = {n: t for n, t in norm.given.items() if norm.tensors.get(n) is not t}
         found |= {f"{_UNDO}given.{i}.{name}": t for name, t in changed.items()}
     for i, layer in enumerate(undo.layers):
-        parts = {n: getattr(layer, n) for n in ("scale", "shift", "bias", "correction", "weight")}
+        parts = {n: getattr(layer, n) for n in ("scale", "shift", "bias", "correction", "weight", "given")}
         found |= {f"{_UNDO}layer.{i}.{name}": t for name, t in parts.items() if t is not None}
     return {name: tensor.clone() if tensor.numel() else tensor for name, tensor in found.items()}
 

@@ -13,6 +13,7 @@ from torch import nn
 from .checks import check_fit, check_values
 from .errors import DataError, NormswapError, OptionError, SelfCheckError
 from .example import guess_inputs
+from .heads import Head
 from .inventory import as_inputs, first_line
 from .planning import Plan, Rules, plan
 from .selfcheck import TOLERANCE, Check, Observations, applicable, compare, observe, watched_paths
@@ -26,7 +27,8 @@ class Record:
     """What a converted network knows about its conversion; kept on the root as `_normswap`.
 
     source: how to rebuild the original architecture (see `sources.Source.to_dict`), None when only its caller can.
-    previous: of the conversion before this one, when a converted network was converted again.
+    previous: of the conversion before this one, when a converted network was converted again. head: the last layer,
+    where it was replaced since for another number of classes.
     """
 
     plan: Plan
@@ -35,6 +37,7 @@ class Record:
     source: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     previous: Record | None = None
+    head: Head | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -104,7 +107,7 @@ def convert(
     previous = record_of(work)
     root, undo_record = apply(work, using, keep_undo=undo or reference is not None)
     check_result = Check(None, reason=reason, total=len(using.steps))
-    record = Record(using, undo_record, check_result, previous=previous)
+    record = Record(using, undo_record, check_result, previous=previous, head=previous.head if previous else None)
     root.__dict__["_normswap"] = record
     if reference is not None and inputs is not None:
         _prove(root, using, inputs, reference, model if not inplace else None)

@@ -98,14 +98,18 @@ class Preprocess:
 
     def __call__(self, image: Image) -> Tensor:
         """Raises ValueError for an image whose values have no known range."""
-        picture = self.settled(*image.size)._fitted(canonical(image))
+        return self.normalised(self.settled(*image.size).fitted(canonical(image)))
+
+    def normalised(self, picture: Image) -> Tensor:
+        """A picture in one of the modes of `canonical`, at its own size, as a float32 tensor `(channels, H, W)`."""
         if self.channels == 1 and picture.mode == "RGB":
             picture = picture.convert("L")
         x = as_tensor(picture).expand(self.channels, -1, -1)
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (x - mean) / std
 
-    def _fitted(self, picture: Image) -> Image:
+    def fitted(self, picture: Image) -> Image:
+        """The resize and the centre crop; the size must not be "auto" (see `settled`)."""
         if self.resize is None and self.size in ("native", (picture.height, picture.width)):
             return picture
         from PIL.Image import Resampling

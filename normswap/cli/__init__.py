@@ -13,6 +13,7 @@ from .calibrate import calibrate
 from .convert import convert
 from .demo import demo
 from .distil import distil
+from .finetune import finetune
 from .inspect import inspect
 from .norms import norms
 from .verify import verify
@@ -29,6 +30,7 @@ app.command(short_help="List every norm layer of a network.")(inspect)
 app.command(short_help="Replace the norm layers of a network and write the result.")(convert)
 app.command(short_help="Repair a converted network from a few unlabelled images.")(calibrate)
 app.command(short_help="Train a converted network to follow its original, without labels.")(distil)
+app.command(short_help="Train a network on labelled images, at small batches.")(finetune)
 app.command(short_help="Measure how far one network is from another.")(verify)
 app.command(short_help="List the norm types.")(norms)
 app.command(short_help="Show the whole story on handwritten digits, in under a minute.")(demo)

@@ -68,6 +68,18 @@ class Output:
                 said = time.monotonic()
             yield item
 
+    @contextmanager
+    def bar(self, what: str) -> Iterator[Callable[[int, int, str], None]]:
+        """A progress bar for work that tells how far it is: a function of steps done, steps in all, and a text."""
+        self._clear()
+        if self.live:
+            from . import render
+
+            with render.bar(what, self._stderr) as update:
+                yield update
+            return
+        yield lambda done, total, text: self.status(f"{what}: step {done} of {total}, {text}")
+
     def show(self, values: Callable[[], Mapping[str, Any]], page: Callable[[Page], None]) -> None:
         """The result, on stdout: `values` as JSON if that was asked for, else what `page` puts on a page."""
         self._clear()

@@ -5,7 +5,8 @@ All text goes through `rich.text.Text`, never through markup, so a layer may be 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TextIO, TypeVar
 
 from rich import box
@@ -119,6 +120,20 @@ def progress(items: Iterable[T], total: int, what: str, stream: TextIO) -> Itera
         for item in items:
             yield item
             bar.advance(task)
+
+
+@contextmanager
+def bar(what: str, stream: TextIO) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar that is told how far the work is, with a text behind; removed at the end."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
+    )
+    with Progress(*columns, console=Console(file=stream), transient=True) as shown:
+        task = shown.add_task(what, total=None, text="")
+        yield lambda done, total, text: shown.update(task, completed=done, total=total, text=printable(text))
 
 
 def size(count: int) -> str:

@@ -1,0 +1,321 @@
+"""`normswap finetune`: train a converted network on labelled images; convert and calibrate it first, if asked to."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import OptionError
+from . import options
+from .boundary import WRITTEN
+from .images import Asked, Preparation, prepare
+from .networks import Origin, Wanted, locate, open_network
+from .output import Output, reporting
+from .retry import with_commands
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..finetuning.labelled import Sets
+    from ..finetuning.report import FinetuneReport, Progress
+    from .render import Page
+
+TORCHVISION = "torchvision:"
+_AT_ONCE = 32
+
+
+def finetune(
+    ctx: typer.Context,
+    source: options.Source,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="FOLDER|torchvision:NAME",
+            help="One subfolder for each class, or train and val folders of such; or a data set of torchvision.",
+            show_default=False,
+        ),
+    ],
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images in a batch of each process.")] = 2,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Passes over the images.", show_default="10")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Steps, in place of --epochs.", show_default=False)
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NORM",
+            help="Convert to this norm first, and calibrate on the training images.",
+            autocompletion=options.norm_names,
+            show_default=False,
+        ),
+    ] = None,
+    groups: Annotated[
+        str | None, typer.Option(metavar="N|auto", help="Groups of each gn layer.", show_default="auto")
+    ] = None,
+    indivisible: Annotated[
+        str, typer.Option(metavar="error|nearest", help="What to do where the channels do not divide.")
+    ] = "error",
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=NORM", help="The norm for layers whose path matches.", show_default=False),
+    ] = None,
+    calibrate: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="After --to or --rule, calibrate on so many images; 0 leaves it out."),
+    ] = 256,
+    lr: Annotated[
+        float | None,
+        typer.Option(metavar="RATE", help="Largest learning rate.", show_default="scaled by the global batch"),
+    ] = None,
+    optimizer: Annotated[str, typer.Option(metavar="adamw|sgd", help="The optimizer.")] = "adamw",
+    weight_decay: Annotated[
+        float, typer.Option(min=0, metavar="VALUE", help="Decay of weights; γ, β and biases do not decay.")
+    ] = 0.01,
+    warmup: Annotated[float, typer.Option(metavar="SHARE", help="Share of the steps in which the rate rises.")] = 0.05,
+    clip_grad: Annotated[
+        float, typer.Option(min=0, metavar="NORM", help="Largest norm of the gradient; 0 for no limit.")
+    ] = 1.0,
+    accumulate: Annotated[int, typer.Option(min=1, metavar="N", help="Batches summed up for one step.")] = 1,
+    train: Annotated[
+        str, typer.Option(metavar="all|norm|head|PATTERN", help="What is trained; a pattern is one of parameter names.")
+    ] = "all",
+    freeze_stats: Annotated[bool, typer.Option("--freeze-stats", help="Freeze running statistics.")] = False,
+    freeze_affine: Annotated[bool, typer.Option("--freeze-affine", help="Freeze γ and β.")] = False,
+    distill: Annotated[
+        float, typer.Option(min=0, max=1, metavar="WEIGHT", help="Share of the loss that follows the original network.")
+    ] = 0.0,
+    ema: Annotated[bool, typer.Option("--ema", help="Average the weights, and keep the average.")] = False,
+    ema_decay: Annotated[float, typer.Option(metavar="DECAY", help="Decay of that average.")] = 0.999,
+    label_smoothing: Annotated[float, typer.Option(min=0, metavar="SHARE", help="Label smoothing.")] = 0.0,
+    num_classes: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="A new last layer for so many classes.", show_default="as the data has"),
+    ] = None,
+    augment: Annotated[
+        str, typer.Option(metavar="auto|flip|none", help="Random changes: crop and mirror, mirror only, or none.")
+    ] = "auto",
+    size: options.Size = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    data_root: Annotated[Path, typer.Option(metavar="FOLDER", help="Where torchvision's data sets are stored.")] = Path(
+        "data"
+    ),
+    download: Annotated[bool, typer.Option("--download", help="Fetch torchvision's data set.")] = False,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|mps", help="Where to train.")] = "auto",
+    precision: Annotated[str, typer.Option(metavar="fp32|bf16|fp16", help="What is computed in.")] = "fp32",
+    channels_last: Annotated[
+        bool | None, typer.Option("--channels-last/--channels-first", help="Memory layout.", show_default="by device")
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Processes that read images.", show_default="by device")
+    ] = None,
+    max_bad: Annotated[int, typer.Option(min=0, metavar="N", help="Skip so many images that cannot be read.")] = 10,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Where the run is kept.", show_default="runs/<SOURCE>"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a run in --output.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's files too.")] = False,
+    weights: options.Weights = None,
+    arg: options.Arg = None,
+    trust_pickle: options.TrustPickle = False,
+    trust_code: options.TrustCode = False,
+    allow_nonfinite: options.AllowNonfinite = False,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Train a network on labelled images, at small batches. With --to, convert and calibrate it first.
+
+    Writes to the folder runs/<SOURCE>, or --output: best.safetensors and last.safetensors, metrics.jsonl and
+    curves.png, and after every epoch the state from which --resume goes on. Ctrl-C saves it too. For many GPUs:
+    torchrun --nproc-per-node=N -m normswap finetune ...
+
+    \b
+    normswap finetune resnet50 --to gn --data photos/ --batch-size 2
+    normswap finetune resnet50-gn.safetensors --data torchvision:CIFAR10 --download --epochs 5
+    """
+    options.choice(ctx, "--optimizer", optimizer, ("adamw", "sgd"))
+    options.choice(ctx, "--precision", precision, ("fp32", "bf16", "fp16"))
+    options.choice(ctx, "--device", device, ("auto", "cpu", "cuda", "mps"))
+    options.choice(ctx, "--augment", augment, ("auto", "flip", "none"))
+    if epochs is not None and steps is not None:
+        raise options.usage(ctx, "--epochs and --steps exclude each other")
+    planning = {
+        "groups": options.groups(ctx, groups),
+        "indivisible": options.choice(ctx, "--indivisible", indivisible, ("error", "nearest")),
+    }
+    swap = Swap(to, options.rules(ctx, rule), planning, calibrate)
+    if not swap.wanted and groups is not None:
+        raise options.usage(ctx, "--groups goes with --to or --rule")
+    asked = Asked.of(ctx, size, mean, std)
+    wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed)
+    helper = os.environ.get("RANK", "0") != "0"  # one of torchrun's processes, whose first one does the talking
+    with reporting(ctx, as_json=json and not helper, quiet=quiet or helper, verbose=verbose and not helper) as out:
+        out.step("loading PyTorch")
+        from ..finetuning.report import Stopped
+        from ..finetuning.run import finetune as train_model
+        from ..finetuning.state import STATE, prepare_folder
+
+        origin = locate(ctx, wanted)
+        folder = output or Path("runs", _stem(origin, swap))
+        if not helper:
+            prepare_folder(folder, resume=resume, force=force)
+        sets = _sets(data, data_root, download, seed)
+        if sets.note:
+            out.note(sets.note)
+        model, origin, preparation = _network(ctx, wanted, origin, swap, sets, asked, out, folder if resume else None)
+        _warn(model, batch_size, freeze_stats, out)
+        ctx.meta[WRITTEN] = None
+        with out.bar("training") as bar:
+            try:
+                report = train_model(
+                    model, sets, output=folder, batch_size=batch_size, epochs=epochs, steps=steps,
+                    accumulate=accumulate, lr=lr, optimizer=optimizer, weight_decay=weight_decay, warmup=warmup,
+                    clip_grad=clip_grad or None, train=train, freeze_stats=freeze_stats, freeze_affine=freeze_affine,
+                    distill=distill, ema=ema_decay if ema else 0.0, label_smoothing=label_smoothing,
+                    num_classes=num_classes, augment=augment, preprocess=preparation.transform, precision=precision,
+                    device=device, channels_last=channels_last, compile=compile, workers=workers, seed=seed,
+                    max_bad=max_bad, tensorboard=tensorboard, resume=resume, overwrite=True,
+                    progress=lambda p: _tell(p, bar, out),
+                )  # fmt: skip
+            except Stopped as stop:
+                report = stop.report
+                ctx.meta[WRITTEN] = folder / STATE
+        out.show(
+            lambda: {"network": origin.to_dict(), "output": str(folder), **report.to_dict()},
+            lambda page: _page(page, report, folder),
+        )
+        if report.interrupted:
+            raise KeyboardInterrupt
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What --to and the options that go with it ask for. images: how many to calibrate on."""
+
+    to: str | None
+    rules: list[tuple[str, str]]
+    planning: dict[str, Any]
+    images: int
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the network is to be converted."""
+        return self.to is not None or bool(self.rules)
+
+
+def _stem(origin: Origin, swap: Swap) -> str:
+    return f"{origin.stem}-{swap.to or 'mixed'}" if swap.wanted else origin.file.stem if origin.file else origin.stem
+
+
+def _sets(data: str, root: Path, download: bool, seed: int) -> Sets:
+    from ..finetuning.labelled import from_torchvision, open_sets
+
+    if data.startswith(TORCHVISION):
+        return from_torchvision(data[len(TORCHVISION) :], root, download=download, seed=seed)
+    return open_sets(data, seed=seed)
+
+
+def _network(
+    ctx: typer.Context, wanted: Wanted, origin: Origin, swap: Swap, sets: Sets, asked: Asked, out: Output,
+    resumed: Path | None,
+) -> tuple[nn.Module, Origin, Preparation]:  # fmt: skip
+    """The network to train, converted and calibrated; that of the run to go on with, where there is one."""
+    if resumed is not None:
+        from ..finetuning.state import LAST
+
+        origin_of_run = Origin(origin.source, resumed / LAST)
+        model, origin = open_network(origin_of_run, wanted, out)
+        return model, origin, prepare(model, origin, asked)
+    if origin.file is not None and swap.wanted:
+        raise OptionError(
+            f"{origin.file} is converted already",
+            hint=f"Leave --to out, or convert its source: {origin.source or 'the original network'}.",
+        )
+    model, origin = open_network(origin, wanted, out)
+    preparation = prepare(model, origin, asked)
+    if origin.file is None:
+        model = _converted(ctx, model, origin, swap, sets, preparation, out)
+    return model, origin, preparation
+
+
+def _converted(
+    ctx: typer.Context, model: nn.Module, origin: Origin, swap: Swap, sets: Sets, preparation: Preparation, out: Output
+) -> nn.Module:
+    from ..calibration import calibrate
+    from ..conversion import convert, record_of
+
+    out.step("converting" if swap.wanted else "preparing")
+    rules = swap.rules if swap.wanted else [("*", "keep")]
+    with with_commands(ctx):
+        model = convert(model, swap.to, rules=rules, inplace=True, check=swap.wanted, **swap.planning)
+    record = record_of(model)
+    if record is not None:
+        record.source = None if origin.source is None else origin.source.to_dict()
+    if swap.wanted and swap.images:
+        from ..finetuning.labelled import some_inputs
+
+        batches = some_inputs(sets, preparation.transform, swap.images, _AT_ONCE)
+        report = calibrate(model, None, list(out.track(batches, -(-swap.images // _AT_ONCE), "calibrating")))
+        if report.layers and report.drift_after is not None:
+            out.note(
+                f"calibrated on {report.images} training images: relative error of the output "
+                f"{report.drift_before:.3g}, after {report.drift_after:.3g}"
+            )
+    return model
+
+
+def _warn(model: nn.Module, batch_size: int, freeze_stats: bool, out: Output) -> None:
+    from ..finetuning.run import small_batch_note
+
+    note = None if freeze_stats else small_batch_note(model, batch_size, int(os.environ.get("WORLD_SIZE", "1")))
+    if note is not None:
+        out.note(note)
+
+
+def _tell(progress: Progress, bar: Any, out: Output) -> None:
+    figures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in progress.figures.items())
+    if progress.validation:
+        out.note(f"epoch {progress.epoch:.3g}: {figures}")
+        return
+    left = "" if progress.seconds_left is None else f", {_duration(progress.seconds_left)} left"
+    text = f"{figures}, {progress.samples_per_second:.3g} images/s, {progress.memory / 2**30:.2f} GiB{left}"
+    bar(progress.step, progress.steps, text)
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def _page(page: Page, report: FinetuneReport, folder: Path) -> None:
+    cut = f" of {report.planned}, interrupted" if report.interrupted else ""
+    facts = [
+        ("trained", f"{report.steps} steps{cut}, {report.epochs:.3g} epochs, global batch {report.global_batch}"),
+        ("speed", f"{report.samples_per_second:.3g} images/s, {_duration(report.seconds)} in all"),
+    ]
+    for name, value in report.figures.items():
+        before = f" (before {report.before[name]:.4f})" if name in report.before else ""
+        facts.append((name.replace("_", " "), f"{value:.4f}{before}"))
+    if report.best is not None:
+        facts.append(("best", f"{report.best_name.replace('_', ' ')} {report.best:.4f} at step {report.best_at}"))
+    page.facts(*facts, indent=0)
+    for note in report.notes:
+        page.line(("note: ", "dim"), note)
+    for bad in report.bad:
+        page.line(("skipped: ", "bad"), bad)
+    files = (report.best_file, report.last_file, report.curves)
+    page.line(("Written: ", "strong"), (str(folder), "path"), ": ", ", ".join(f.name for f in files if f is not None))
+    if report.interrupted:
+        page.line(("Next: ", "strong"), "the same command with --resume goes on from there")

@@ -1,0 +1,1 @@
+"""Train a converted network on labelled images, at small batches."""

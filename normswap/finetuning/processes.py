@@ -1,0 +1,93 @@
+"""Hugging Face accelerate, and as much of it as the loop needs: devices, processes, precision, gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import NormswapError, OptionError
+from .settings import PRECISIONS
+
+
+def open_processes(device: str, precision: str) -> Any:
+    """An `accelerate.Accelerator` on a device, joined to the other processes that torchrun or accelerate started.
+
+    Raises OptionError for a device that is not there, or a precision that it does not compute in, and NormswapError
+    without accelerate.
+    """
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+    except ImportError as error:
+        raise NormswapError("training needs accelerate", hint="pip install 'normswap[train]'") from error
+    _check_device(device, precision)
+    AcceleratorState._reset_state()  # of a run before this one in the same process, with another device or precision
+    return Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision])
+
+
+def _check_device(device: str, precision: str) -> None:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
+    if not there[device]:
+        has = ", ".join(name for name in ("cuda", "mps", "cpu") if there[name])
+        raise OptionError(f"there is no {device} device here", hint=f"--device auto takes what there is: {has}.")
+    on_cpu = device == "cpu" or not (there["cuda"] or there["mps"])
+    if precision == "fp16" and on_cpu:
+        raise OptionError("a CPU does not train in fp16", hint="--precision bf16 or fp32")
+
+
+class Optimization:
+    """Gradients and updates of some parameters, the same for one process and for many.
+
+    model: what to call in training: the network itself, or the wrapper that sums gradients over the processes.
+    """
+
+    def __init__(self, accelerator: Any, network: nn.Module, optimizer: Optimizer, clip: float | None) -> None:
+        self.accelerator, self.optimizer, self._clip = accelerator, optimizer, clip
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.scaler = accelerator.scaler
+        self.model: Any = accelerator.prepare_model(network) if accelerator.num_processes > 1 else network
+
+    def step(self, losses: Sequence[Callable[[], Tensor]], rate: float) -> Tensor:
+        """One update with the mean gradient of several losses, computed one after the other. Returns their mean."""
+        total: Tensor | None = None
+        last = len(losses) - 1
+        for i, loss_of in enumerate(losses):
+            with self._unsynced(i < last):
+                with self.accelerator.autocast():
+                    loss = loss_of()
+                if last:
+                    loss = loss / (last + 1)
+                self.accelerator.backward(loss)
+            total = loss.detach() if total is None else total + loss.detach()
+        self._update(rate)
+        if total is None:
+            raise ValueError("a step needs a loss")
+        return total
+
+    def _update(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("share", 1.0)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if self._clip is not None:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def _unsynced(self, wanted: bool) -> Iterator[None]:
+        """Keep gradients to this process; the last pass of a step sums them."""
+        if wanted and hasattr(self.model, "no_sync"):
+            with self.model.no_sync():
+                yield
+        else:
+            yield

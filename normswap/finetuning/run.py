@@ -1,0 +1,230 @@
+"""`normswap.finetune`: what was asked for -> a network, a task, data, settings -> a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..conversion import convert, record_of
+from ..errors import DataError, OptionError
+from ..heads import Head, find_head, resize_head
+from ..preprocess import Preprocess
+from ..registry import identify
+from ..surgery import device_and_dtype
+from ..training.teacher import original_of
+from .classification import Classification
+from .labelled import Pictures, Sets, collate, open_sets
+from .optimizing import default_rate, trained
+from .processes import open_processes
+from .report import FinetuneReport, Progress, Stopped
+from .scope import frozen, only_training
+from .settings import Place, Settings, whole
+from .state import prepare_folder
+from .task import Task, on_device
+from .trainer import Job, Trainer
+from .transforms import Plain, settled, training_transform
+
+EPOCHS = 10
+
+
+def finetune(
+    model: nn.Module,
+    data: Any,
+    eval_data: Any = None,
+    *,
+    output: str | Path | None = None,
+    batch_size: int = 2,
+    epochs: int | None = None,
+    steps: int | None = None,
+    accumulate: int = 1,
+    lr: float | None = None,
+    optimizer: str = "adamw",
+    weight_decay: float = 0.01,
+    warmup: float = 0.05,
+    clip_grad: float | None = 1.0,
+    train: str = "all",
+    freeze_stats: bool = False,
+    freeze_affine: bool = False,
+    distill: float = 0.0,
+    reference: nn.Module | None = None,
+    ema: float = 0.0,
+    label_smoothing: float = 0.0,
+    num_classes: int | None = None,
+    augment: str = "auto",
+    preprocess: Callable[[Any], torch.Tensor] | None = None,
+    precision: str = "fp32",
+    device: str = "auto",
+    channels_last: bool | None = None,
+    compile: bool = False,
+    workers: int | None = None,
+    seed: int = 0,
+    max_bad: int = 10,
+    tensorboard: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> FinetuneReport:
+    """Train a network on labelled images, at batches of any size. In place; made for what `convert` returns.
+
+    data: a folder with one subfolder of images for each class, or with `train` and `val` folders of such; a pair of
+    tensors, inputs `(N, *)` and int64 labels `(N,)`; or a map-style Dataset of (input, label). eval_data: likewise;
+    without it, and without a `val` folder, a tenth of a folder's images is held back.
+    output: a folder for metrics.jsonl, curves.png, last.safetensors, best.safetensors and the state of the run, which
+    is written at the start, after every epoch and when the run is stopped. None writes nothing. resume: go on from
+    the state in `output`, on a CPU bit for bit as if there had been no interruption. overwrite: replace an older run.
+
+    batch_size: samples of one forward pass in each process; a step sums up `accumulate` of them in all processes.
+    epochs (default 10) or steps: the length. lr: the largest learning rate, by default scaled by the global batch
+    (see `default_rate`); it rises over the first `warmup` share of the steps and follows a cosine to zero.
+    optimizer: "adamw" or "sgd" (Nesterov momentum 0.9). weight_decay: of weights; gamma, beta and biases do not decay.
+    clip_grad: limit of the gradient's norm, None for none.
+    train: "all", "norm" (gamma and beta), "head", or a pattern of parameter names; norms outside of it keep their
+    running statistics. freeze_stats, freeze_affine: freeze running statistics, or gamma and beta, of all norms.
+    distill: share of the loss that follows the scores of the original network, `reference`, by default rebuilt.
+    ema: decay of an average of the weights, such as 0.999; the average is then what is validated, saved and returned.
+    num_classes: a new last layer for another number of classes; by default where the data has another number.
+    augment: "auto" (random crop, mirroring), "flip" or "none", for pictures in files; preprocess: PIL image -> tensor
+    `(C, H, W)`, by default `Preprocess()`. precision: "fp32", "bf16" or "fp16". device: "auto", "cpu", "cuda", "mps".
+    max_bad: so many unreadable images are skipped. progress: told of the run several times a second.
+
+    Under torchrun or accelerate launch each process takes its share of every step, and the figures count each sample
+    once. The same seed gives the same network, on a CPU bit for bit. Needs the extra `normswap[train]`.
+
+    Raises OptionError, DataError, OutputError, CheckpointError before anything has changed; TrainingError for a loss
+    that is not finite or too little memory: the network is then that of the last checkpoint. Ctrl-C and SIGTERM end
+    the step and save the state; then Ctrl-C raises `Stopped`, a KeyboardInterrupt with a report, and SIGTERM does
+    what it did before.
+    """
+    folder = None if output is None else Path(output)
+    if resume and folder is None:
+        raise OptionError("resume needs the output folder of the run to go on with")
+    place = Place(folder, device, workers, channels_last, compile, max_bad, tensorboard=tensorboard)
+    sets = data if isinstance(data, Sets) else open_sets(data, eval_data, seed=seed)
+    sets = _transformed(sets, preprocess, augment)
+    accelerator = open_processes(device, precision)
+    if record_of(model) is None:
+        model = convert(model, rules={"*": "keep"}, inplace=True, check=False)  # so that it can be saved
+    model.to(accelerator.device)
+    teacher = original_of(model, reference).to(accelerator.device).eval() if distill else None
+    head = fitted_head(model, sets, num_classes, seed, teacher is not None)
+    task: Task = Classification(label_smoothing, teacher, distill)
+    parameters = trained(model, train, head.path if head else None, affine=not freeze_affine)
+    samples = len(sets.train)
+    global_batch = batch_size * accumulate * accelerator.num_processes
+    settings = Settings(
+        steps=_steps(samples, global_batch, epochs, steps), batch_size=batch_size, accumulate=accumulate,
+        processes=accelerator.num_processes, samples=samples, optimizer=optimizer,
+        lr=default_rate(optimizer, global_batch) if lr is None else lr, weight_decay=weight_decay, warmup=warmup,
+        clip_grad=clip_grad, train=train, distill=distill, ema=ema, label_smoothing=label_smoothing,
+        precision=precision, seed=seed, network=digest(model),
+    )  # fmt: skip
+    place = replace(place, workers=_workers(place, accelerator))
+    if folder is not None and accelerator.is_main_process:
+        prepare_folder(folder, resume=resume, force=overwrite)
+    accelerator.wait_for_everyone()
+    job = Job(task, settings, place, sets)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    scope = frozen(model, parameters, stats=freeze_stats, affine=freeze_affine)
+    with scope as notes, only_training(model, parameters):
+        trainer = Trainer(model, job, parameters, flags, accelerator, progress)
+        report = trainer.run(resume=resume)
+    small = None if freeze_stats else small_batch_note(model, batch_size, settings.processes)
+    report = replace(report, notes=(*report.notes, *notes, *([small] if small else [])))
+    if trainer.stopped_by == signal.SIGINT:
+        raise Stopped(report)
+    if trainer.stopped_by is not None:
+        signal.raise_signal(trainer.stopped_by)
+    return report
+
+
+def fitted_head(model: nn.Module, sets: Sets, num_classes: int | None, seed: int, distilling: bool) -> Head | None:
+    """Find the last layer; give it another number of outputs where that is asked for, or the data needs it."""
+    if num_classes is not None:
+        whole("num_classes", num_classes, least=2)
+    inputs, _ = collate([sets.train[0]])
+    try:
+        found = find_head(model, (on_device(inputs, *device_and_dtype(model)[:1]),))
+    except OptionError:
+        if num_classes is not None:
+            raise
+        return None
+    wanted = num_classes if num_classes is not None else sets.count
+    if wanted is None or wanted == found.classes:
+        return found
+    if sets.count is not None and wanted < sets.count:
+        raise OptionError(f"the data has {sets.count} classes, more than num_classes={wanted} (--num-classes)")
+    if distilling:
+        raise OptionError(
+            f"the original network gives {found.classes} scores and the new head {wanted}: there is nothing to distil",
+            hint="Leave --distill (distill=) out.",
+        )
+    head = replace(found, classes=wanted)
+    torch.manual_seed(seed)
+    resize_head(model, head)
+    record = record_of(model)
+    if record is not None:
+        record.head = head
+    return head
+
+
+def digest(model: nn.Module) -> str:
+    """Tells whether the state of a run belongs to this network: a hash of its plan and of its tensors' shapes."""
+    record = record_of(model)
+    shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
+    what = [None if record is None else record.plan.to_dict(), shapes]
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def small_batch_note(model: nn.Module, batch_size: int, processes: int = 1) -> str | None:
+    """What to say to someone who trains BatchNorm layers on batches of 1 to 4 samples."""
+    names = [spec.name for module in model.modules() if (spec := identify(module)) is not None]
+    count = names.count("bn") + (names.count("sync") if processes == 1 else 0)
+    if not count or batch_size > 4:
+        return None
+    shared = "; over several processes, --to sync shares the statistics" if processes > 1 else ""
+    return (
+        f"{count} BatchNorm layers will see batches of {batch_size}, whose statistics are poor. Better: --to gn, "
+        f"--to renorm, or --freeze-stats{shared}"
+    )
+
+
+def _transformed(sets: Sets, preprocess: Callable[[Any], torch.Tensor] | None, augment: str) -> Sets:
+    prepare = preprocess or Preprocess()
+    train = training_transform(prepare, augment)  # its check of the word, also for data without pictures
+    if isinstance(sets.train, Pictures):
+        prepare = settled(prepare, sets.train.files)
+        train = training_transform(prepare, augment)
+    return sets.transformed(train, Plain(prepare))
+
+
+def _steps(samples: int, global_batch: int, epochs: int | None, steps: int | None) -> int:
+    if epochs is not None and steps is not None:
+        raise OptionError("epochs and steps exclude each other (--epochs, --steps)")
+    if samples < global_batch:
+        raise DataError(
+            f"the training set has {samples} samples, fewer than a step takes ({global_batch})",
+            hint="Lower --batch-size (batch_size=) or --accumulate (accumulate=).",
+        )
+    if steps is not None:
+        whole("steps", steps, least=1)
+        return steps
+    whole("epochs", EPOCHS if epochs is None else epochs, least=1)
+    return (EPOCHS if epochs is None else epochs) * (samples // global_batch)
+
+
+def _workers(place: Place, accelerator: Any) -> int:
+    """On a GPU, up to 8 processes that read images; on a CPU none, since training takes all of it."""
+    if place.workers is not None:
+        return place.workers
+    if accelerator.device.type == "cpu":
+        return 0
+    return min(8, (os.cpu_count() or 1) // accelerator.num_processes)
