@@ -11,13 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from .coco import CocoData as CocoData
+from .coco import open_coco as open_coco
 from .errors import DataError, NormswapError, OptionError
 from .images import ImageBatches as ImageBatches
 from .images import ImageData as ImageData
 from .images import open_images as open_images
 from .inventory import first_line
 from .preprocess import Preprocess as Preprocess
+from .semantic import MaskData as MaskData
+from .semantic import open_masks as open_masks
 from .surgery import device_and_dtype
+from .synthetic import Shapes as Shapes
+from .synthetic import shapes as shapes
+from .synthetic import write_shapes as write_shapes
 
 Batch = tuple[tuple[Any, ...], Tensor | None]
 

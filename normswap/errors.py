@@ -8,6 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+MOST_NAMED = 10
+
+
+def listed(summary: str, problems: Sequence[str]) -> str:
+    """A message of one line for the summary and one for each of the first ten problems."""
+    rest = [f"and {len(problems) - MOST_NAMED} more"] if len(problems) > MOST_NAMED else []
+    return "\n  ".join([summary, *problems[:MOST_NAMED], *rest])
+
 
 class NormswapError(Exception):
     """Base of all errors that the caller can mend.

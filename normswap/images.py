@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import DataError, OptionError
+from .errors import DataError, OptionError, listed
 from .preprocess import Preprocess, canonical, eight_bit
 
 if TYPE_CHECKING:
@@ -113,13 +113,9 @@ class ImageBatches:
             stop = min(len(files), start + _LOOK_AHEAD)
             problems = [p for p in pool.map(_problem, files[start:stop]) if p is not None]
             looked_at = f"{stop}" if stop == len(files) else f"the first {stop}"
-            names = [f"  {_short(file, self.data.folder)}: {reason}" for file, reason in problems[:_NAMED]]
-            if len(problems) > _NAMED:
-                names.append(f"  and {len(problems) - _NAMED} more")
-            raise DataError(
-                "\n".join([f"{len(problems)} of {looked_at} images in {self.data.folder} cannot be read:", *names]),
-                hint="Remove or replace them.",
-            ) from None
+            names = [f"{_short(file, self.data.folder)}: {reason}" for file, reason in problems]
+            summary = f"{len(problems)} of {looked_at} images in {self.data.folder} cannot be read:"
+            raise DataError(listed(summary, names), hint="Remove or replace them.") from None
 
 
 def open_images(folder: str | os.PathLike[str], *, limit: int | None = None, seed: int = 0) -> ImageData:
@@ -233,8 +229,12 @@ def decode(file: Path) -> Image:
             image.load()
             return canonical(image)
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, ...
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].replace(f" {str(file)!r}", "")
-        raise Unreadable(reason) from error
+        raise Unreadable(reason_of(error, file)) from error
+
+
+def reason_of(error: Exception, file: Path) -> str:
+    """Why a file could not be read, in the decoder's words without the file's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].replace(f" {str(file)!r}", "")
 
 
 def _size(file: Path) -> tuple[int, int] | None:
