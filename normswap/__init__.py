@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .freezing import unfreeze as unfreeze
     from .inventory import Inventory as Inventory
     from .inventory import inspect as inspect
+    from .optimizers import RemapReport as RemapReport
+    from .optimizers import remap_optimizer as remap_optimizer
     from .planning import Plan as Plan
     from .planning import plan as plan
     from .training.distillation import distil as distil
@@ -34,6 +36,7 @@ _HOME = {
     "Inventory": "inventory",
     "NormswapError": "errors",
     "Plan": "planning",
+    "RemapReport": "optimizers",
     "calibrate": "calibration",
     "convert": "conversion",
     "distil": "training.distillation",
@@ -43,6 +46,7 @@ _HOME = {
     "inspect": "inventory",
     "load": "checkpoint",
     "plan": "planning",
+    "remap_optimizer": "optimizers",
     "revert": "undo",
     "save": "checkpoint",
     "unfreeze": "freezing",
