@@ -108,26 +108,27 @@ def finetune(
     if resume and folder is None:
         raise OptionError("resume needs the output folder of the run to go on with")
     place = Place(folder, device, workers, channels_last, compile, max_bad, tensorboard=tensorboard)
+    settings = Settings(
+        steps=1, batch_size=batch_size, accumulate=accumulate, processes=1, samples=1, optimizer=optimizer,
+        lr=1.0 if lr is None else lr, weight_decay=weight_decay, warmup=warmup, clip_grad=clip_grad, train=train,
+        distill=distill, ema=ema, label_smoothing=label_smoothing, precision=precision, seed=seed, network="",
+    )  # fmt: skip
     sets = data if isinstance(data, Sets) else open_sets(data, eval_data, seed=seed)
     sets = _transformed(sets, preprocess, augment)
     accelerator = open_processes(device, precision)
+    settings = replace(settings, processes=accelerator.num_processes, samples=len(sets.train))
+    settings = replace(settings, steps=_steps(settings, epochs, steps))
+    if lr is None:
+        settings = replace(settings, lr=default_rate(optimizer, settings.global_batch))
+    place = replace(place, workers=_workers(place, accelerator))
     if record_of(model) is None:
         model = convert(model, rules={"*": "keep"}, inplace=True, check=False)  # so that it can be saved
     model.to(accelerator.device)
     teacher = original_of(model, reference).to(accelerator.device).eval() if distill else None
     head = fitted_head(model, sets, num_classes, seed, teacher is not None)
-    task: Task = Classification(label_smoothing, teacher, distill)
     parameters = trained(model, train, head.path if head else None, affine=not freeze_affine)
-    samples = len(sets.train)
-    global_batch = batch_size * accumulate * accelerator.num_processes
-    settings = Settings(
-        steps=_steps(samples, global_batch, epochs, steps), batch_size=batch_size, accumulate=accumulate,
-        processes=accelerator.num_processes, samples=samples, optimizer=optimizer,
-        lr=default_rate(optimizer, global_batch) if lr is None else lr, weight_decay=weight_decay, warmup=warmup,
-        clip_grad=clip_grad, train=train, distill=distill, ema=ema, label_smoothing=label_smoothing,
-        precision=precision, seed=seed, network=digest(model),
-    )  # fmt: skip
-    place = replace(place, workers=_workers(place, accelerator))
+    settings = replace(settings, network=digest(model))
+    task: Task = Classification(label_smoothing, teacher, distill)
     if folder is not None and accelerator.is_main_process:
         prepare_folder(folder, resume=resume, force=overwrite)
     accelerator.wait_for_everyone()
@@ -206,19 +207,19 @@ def _transformed(sets: Sets, preprocess: Callable[[Any], torch.Tensor] | None, a
     return sets.transformed(train, Plain(prepare))
 
 
-def _steps(samples: int, global_batch: int, epochs: int | None, steps: int | None) -> int:
+def _steps(settings: Settings, epochs: int | None, steps: int | None) -> int:
     if epochs is not None and steps is not None:
         raise OptionError("epochs and steps exclude each other (--epochs, --steps)")
-    if samples < global_batch:
+    if settings.epoch == 0:
         raise DataError(
-            f"the training set has {samples} samples, fewer than a step takes ({global_batch})",
+            f"the training set has {settings.samples} samples, fewer than a step takes ({settings.global_batch})",
             hint="Lower --batch-size (batch_size=) or --accumulate (accumulate=).",
         )
     if steps is not None:
         whole("steps", steps, least=1)
         return steps
     whole("epochs", EPOCHS if epochs is None else epochs, least=1)
-    return (EPOCHS if epochs is None else epochs) * (samples // global_batch)
+    return (EPOCHS if epochs is None else epochs) * settings.epoch
 
 
 def _workers(place: Place, accelerator: Any) -> int:
