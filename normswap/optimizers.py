@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from .errors import OptionError
 from .undo import scaled
 
 # How an entry of the state grows with the gradient: momentum with its first power, second moments with its square,
-# what has the parameter's own unit with its inverse. Anything else does not depend on the gradient's scale.
+# the rest not at all.
 _ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "step": 0}
 _POWERS: dict[type[Optimizer], dict[str, int]] = {
     torch.optim.SGD: {"momentum_buffer": 1},
@@ -27,10 +28,7 @@ _POWERS: dict[type[Optimizer], dict[str, int]] = {
     torch.optim.RAdam: _ADAM,
     torch.optim.Adamax: {"exp_avg": 1, "exp_inf": 1, "step": 0},
     torch.optim.Adagrad: {"sum": 2, "step": 0},
-    torch.optim.Adadelta: {"square_avg": 2, "acc_delta": -2, "step": 0},
     torch.optim.RMSprop: {"square_avg": 2, "grad_avg": 1, "momentum_buffer": 0, "step": 0},
-    torch.optim.Rprop: {"prev": 1, "step_size": -1, "step": 0},
-    torch.optim.ASGD: {"ax": -1, "eta": 0, "mu": 0, "step": 0},
 }
 _DONE: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Record]] = weakref.WeakKeyDictionary()
 
@@ -71,8 +69,9 @@ def remap_optimizer(optimizer: Optimizer | Iterable[Optimizer], model: nn.Module
     layers beside them. What the optimizer did not hold stays out; what is not of `model` stays in.
 
     State is kept. Where a weight became `W' = W * scale`, its gradient became `1 / scale` times what it was, and so
-    does its momentum; a second moment becomes `1 / scale**2` times (torch's own optimizers; the state of others
-    starts anew for such weights). gn_model may be `model` itself, converted in place; call this once then.
+    does its momentum; a second moment becomes `1 / scale**2` times (SGD, the Adam family, Adagrad, RMSprop; the
+    state of others starts anew for such weights). gn_model may be `model` itself, converted in place: then call this
+    once, after each conversion.
 
     Raises OptionError, with nothing changed: for a network that was not converted, an optimizer that holds nothing
     of `model` or was remapped already, LBFGS (its history mixes all parameters), or when nothing is left to train.
@@ -108,12 +107,16 @@ class _Remapped:
         self.groups: list[list[tuple[nn.Parameter, str | None]]] = []
         self.state: dict[Any, Any] = {}
         self.names: dict[str, list[str]] = {what: [] for what in ("kept", "rescaled", "restarted", "added", "removed")}
-        self.notes: list[str] = []
+        self.reasons: dict[str, list[str]] = defaultdict(list)
         seen = {p for group in optimizer.param_groups for p in group["params"] if p not in changes.target}
         for group in optimizer.param_groups:
             self.groups.append(list(self._members(group, seen)))
         placed |= seen
         self._add(placed)
+        self.notes = [
+            f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)} without state: {reason}"
+            for reason, names in self.reasons.items()
+        ]
         self.notes += [f"group {i} has no parameters now" for i, group in enumerate(self.groups) if not group]
         if not any(self.groups):
             raise OptionError("none of the parameters that the optimizer holds trains in the converted network")
@@ -149,7 +152,7 @@ class _Remapped:
                 state = {key: _scaled(value, factor, powers.get(key, 0)) for key, value in state.items()}
         if reason is not None:
             self.names["restarted"].append(name)
-            self.notes.append(f"{name} starts anew: {reason}")
+            self.reasons[reason].append(name)
             return None
         self.names["kept" if factor is None else "rescaled"].append(name)
         return None if state is None else {key: _beside(value, new) for key, value in state.items()}

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -546,3 +547,11 @@ def test_a_parametrized_norm_freezes_and_thaws() -> None:
     assert all(value != before[name] for name, value in contents(model[1]).items())
     parametrize.remove_parametrizations(model[1], "weight")
     assert type(model[1]) is nn.BatchNorm2d
+
+
+def test_the_examples_of_the_page_run(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "freezing.md").read_text("utf-8")
+    names: dict[str, Any] = {}
+    for example in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(example, names)
+    assert capsys.readouterr().out.strip() in page
