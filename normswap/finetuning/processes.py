@@ -14,8 +14,11 @@ from ..errors import NormswapError, OptionError
 from .settings import PRECISIONS
 
 
-def open_processes(device: str, precision: str) -> Any:
+@contextmanager
+def processes(device: str, precision: str) -> Iterator[Any]:
     """An `accelerate.Accelerator` on a device, joined to the other processes that torchrun or accelerate started.
+
+    They part at the end, if they were not together before: a process that simply exits makes the others fail.
 
     Raises OptionError for a device that is not there, or a precision that it does not compute in, and NormswapError
     without accelerate.
@@ -26,8 +29,15 @@ def open_processes(device: str, precision: str) -> Any:
     except ImportError as error:
         raise NormswapError("training needs accelerate", hint="pip install 'normswap[train]'") from error
     _check_device(device, precision)
-    AcceleratorState._reset_state()  # of a run before this one in the same process, with another device or precision
-    return Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision])
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    AcceleratorState._reset_state(reset_partial_state=not together)  # of a run before this one, on another device
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision])
+    yield accelerator
+    if accelerator.num_processes > 1:
+        accelerator.wait_for_everyone()
+        if not together:
+            torch.distributed.destroy_process_group()
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _check_device(device: str, precision: str) -> None:

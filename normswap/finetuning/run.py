@@ -24,7 +24,7 @@ from ..training.teacher import original_of
 from .classification import Classification
 from .labelled import Pictures, Sets, collate, open_sets
 from .optimizing import default_rate, trained
-from .processes import open_processes
+from .processes import processes
 from .report import FinetuneReport, Progress, Stopped
 from .scope import frozen, only_training
 from .settings import Place, Settings, whole
@@ -115,29 +115,28 @@ def finetune(
     )  # fmt: skip
     sets = data if isinstance(data, Sets) else open_sets(data, eval_data, seed=seed)
     sets = _transformed(sets, preprocess, augment)
-    accelerator = open_processes(device, precision)
-    settings = replace(settings, processes=accelerator.num_processes, samples=len(sets.train))
-    settings = replace(settings, steps=_steps(settings, epochs, steps))
-    if lr is None:
-        settings = replace(settings, lr=default_rate(optimizer, settings.global_batch))
-    place = replace(place, workers=_workers(place, accelerator))
-    if record_of(model) is None:
-        model = convert(model, rules={"*": "keep"}, inplace=True, check=False)  # so that it can be saved
-    model.to(accelerator.device)
-    teacher = original_of(model, reference).to(accelerator.device).eval() if distill else None
-    head = fitted_head(model, sets, num_classes, seed, teacher is not None)
-    parameters = trained(model, train, head.path if head else None, affine=not freeze_affine)
-    settings = replace(settings, network=digest(model))
-    task: Task = Classification(label_smoothing, teacher, distill)
-    if folder is not None and accelerator.is_main_process:
-        prepare_folder(folder, resume=resume, force=overwrite)
-    accelerator.wait_for_everyone()
-    job = Job(task, settings, place, sets)
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    scope = frozen(model, parameters, stats=freeze_stats, affine=freeze_affine)
-    with scope as notes, only_training(model, parameters):
-        trainer = Trainer(model, job, parameters, flags, accelerator, progress)
-        report = trainer.run(resume=resume)
+    with processes(device, precision) as accelerator:
+        settings = replace(settings, processes=accelerator.num_processes, samples=len(sets.train))
+        settings = replace(settings, steps=_steps(settings, epochs, steps))
+        if lr is None:
+            settings = replace(settings, lr=default_rate(optimizer, settings.global_batch))
+        place = replace(place, workers=_workers(place, accelerator))
+        if record_of(model) is None:
+            model = convert(model, rules={"*": "keep"}, inplace=True, check=False)  # so that it can be saved
+        model.to(accelerator.device)
+        teacher = original_of(model, reference).to(accelerator.device).eval() if distill else None
+        head = fitted_head(model, sets, num_classes, seed, teacher is not None)
+        parameters = trained(model, train, head.path if head else None, affine=not freeze_affine)
+        settings = replace(settings, network=digest(model))
+        task: Task = Classification(label_smoothing, teacher, distill)
+        if folder is not None and accelerator.is_main_process:
+            prepare_folder(folder, resume=resume, force=overwrite)
+        accelerator.wait_for_everyone()
+        flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        scope = frozen(model, parameters, stats=freeze_stats, affine=freeze_affine)
+        with scope as notes, only_training(model, parameters):
+            trainer = Trainer(model, Job(task, settings, place, sets), parameters, flags, accelerator, progress)
+            report = trainer.run(resume=resume)
     small = None if freeze_stats else small_batch_note(model, batch_size, settings.processes)
     report = replace(report, notes=(*report.notes, *notes, *([small] if small else [])))
     if trainer.stopped_by == signal.SIGINT:

@@ -32,7 +32,8 @@ from .watch import BETWEEN, Clock, NonFinite, Window, memory
 
 LOOKS = 20
 """After so many steps the loop looks at what it has summed up: on a GPU, looking means waiting for it."""
-_MOST_AT_ONCE = 64
+_AT_ONCE = 32  # samples of a validation batch, if training batches are smaller
+_BETWEEN_CURVES = 20.0  # seconds: drawing takes about one
 _STANDING = ("best", "best_at", "before", "figures", "_pending", "_entry")
 
 SMALLER = "Try a smaller --lr (lr=), --clip-grad 1 (clip_grad=1.0), or --precision fp32."
@@ -99,7 +100,7 @@ class Trainer:
         self._train = Loader(Samples(train, collate, seed=settings.seed, replace=True), self.order, workers, pin=pin)
         self._validation: Loader | None = None
         if validation is not None:
-            turns = Turns(len(validation), max(settings.batch_size, min(_MOST_AT_ONCE, 32)), **shared)
+            turns = Turns(len(validation), max(settings.batch_size, _AT_ONCE), **shared)
             samples = Samples(validation, collate, seed=settings.seed, replace=False)
             self._validation = Loader(samples, turns, workers, pin=pin)
 
@@ -256,8 +257,9 @@ class Trainer:
             self.average, self.optimization.scaler, standing,
         )  # fmt: skip
         self._save_network(LAST)
-        if self.step:
+        if self.step == self.settings.steps or self.signals.received or self._clock.since_drawn() > _BETWEEN_CURVES:
             self.journal.draw(self.task.best.removeprefix("val_"), self.folder.name)
+            self._clock.drawn()
 
     def _save_network(self, name: str) -> None:
         if self.folder is None or not self.main:

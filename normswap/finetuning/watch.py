@@ -66,6 +66,7 @@ class Clock:
     def start(self) -> None:
         self._begin = self._lap = time.perf_counter()
         self._told = 0.0
+        self._drawn = self._begin
         self._paused = self._stopped = 0.0
 
     def pause(self) -> None:
@@ -89,6 +90,12 @@ class Clock:
 
     def left(self, done: int, left: int) -> float | None:
         return (self.total() - self._paused) / done * left if done else None
+
+    def since_drawn(self) -> float:
+        return time.perf_counter() - self._drawn
+
+    def drawn(self) -> None:
+        self._drawn = time.perf_counter()
 
     def since_told(self) -> float:
         now = time.perf_counter()
