@@ -16,6 +16,7 @@ from .distil import distil
 from .finetune import finetune
 from .inspect import inspect
 from .norms import norms
+from .recipes import recipes
 from .verify import verify
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app.command(short_help="Repair a converted network from a few unlabelled images.
 app.command(short_help="Train a converted network to follow its original, without labels.")(distil)
 app.command(short_help="Train a network on labelled images, at small batches.")(finetune)
 app.command(short_help="Measure how far one network is from another.")(verify)
+app.command(short_help="List the recipes, or copy one.")(recipes)
 app.command(short_help="List the norm types.")(norms)
 app.command(short_help="Show the whole story on handwritten digits, in under a minute.")(demo)
 
