@@ -19,6 +19,7 @@ from normswap.demo.network import pretrained
 from normswap.errors import CheckpointError, DataError, OptionError, OutputError, TrainingError
 from normswap.finetuning.optimizing import default_rate
 from normswap.finetuning.report import Stopped
+from normswap.finetuning.rescaling import factors_of
 
 SMALL = {"batch_size": 2, "steps": 10, "device": "cpu"}
 
@@ -87,7 +88,7 @@ def test_one_sgd_step_is_the_formula(data: Any) -> None:
     model, twin = (normswap.convert(pretrained(), "gn", groups=4) for _ in range(2))
     normswap.finetune(
         model, (x, y), batch_size=40, steps=1, lr=0.01, optimizer="sgd", weight_decay=0.1, warmup=0.0,
-        clip_grad=None, label_smoothing=0.2,
+        clip_grad=None, label_smoothing=0.2, stabilize=False,
     )  # fmt: skip
     twin.train()
     share = torch.full((40, 10), 0.02).scatter(1, y[:, None], 0.82)  # smoothing by hand
@@ -189,7 +190,7 @@ def test_modes_and_gradients_come_back(gn: nn.Module, data: Any) -> None:
 def test_the_average_is_what_is_returned(data: Any) -> None:
     plain, averaged = (normswap.convert(pretrained(), "gn", groups=4) for _ in range(2))
     start = tensors(plain)
-    settings = {"batch_size": 40, "steps": 2, "lr": 1e-3, "optimizer": "sgd", "warmup": 0.0}
+    settings = {"batch_size": 40, "steps": 2, "lr": 1e-3, "optimizer": "sgd", "warmup": 0.0, "stabilize": False}
     weights = []
     for steps in (1, 2):
         model = normswap.convert(pretrained(), "gn", groups=4)
@@ -238,6 +239,27 @@ def test_the_teacher_pulls_the_network_towards_it(data: Any) -> None:
 def test_the_original_is_rebuilt_as_teacher(gn: nn.Module, data: Any) -> None:
     report = normswap.finetune(gn, *data, **SMALL, distill=0.5)
     assert report.figures["val_accuracy"] > 0.8
+
+
+def test_stabilized_sgd_is_sgd_on_weights_of_the_old_size(data: Any) -> None:
+    """By hand, on the folded weights themselves: the gradient, centralized, counts 1/c^2 where the weight is 1/c."""
+    (x, y), _ = data
+    model, twin = (normswap.convert(pretrained(), "gn", groups=4) for _ in range(2))
+    settings = {"batch_size": 40, "steps": 1, "lr": 1e-3, "optimizer": "sgd", "warmup": 0.0, "weight_decay": 0.0}
+    normswap.finetune(model, (x, y), **settings, clip_grad=None)
+    factors = factors_of(twin)
+    by_layer = {path: factors.get(s.path, 1.0) for s in twin._normswap.plan.steps for path in s.producers}
+    assert len(set(by_layer.values())) > 1
+    twin.train()
+    F.cross_entropy(twin(x), y).backward()
+    for name, p in twin.named_parameters():
+        layer, _, leaf = name.rpartition(".")
+        gradient = p.grad
+        if layer in by_layer and leaf == "weight":
+            gradient = gradient - gradient.mean((1, 2, 3), keepdim=True)
+        expected = p.detach() - 1e-3 * 1.9 * gradient / by_layer.get(layer, 1.0) ** 2
+        torch.testing.assert_close(model.get_parameter(name).detach(), expected, rtol=1e-4, atol=1e-6)
+    assert [m.eps for m in model.modules() if isinstance(m, nn.GroupNorm)] == [1e-5] * 12
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -81,6 +81,9 @@ def finetune(
     clip_grad: Annotated[
         float, typer.Option(min=0, metavar="NORM", help="Largest norm of the gradient; 0 for no limit.")
     ] = 1.0,
+    no_stabilize: Annotated[
+        bool, typer.Option("--no-stabilize", help="Train folded layers as they are; for comparison.")
+    ] = False,
     accumulate: Annotated[int, typer.Option(min=1, metavar="N", help="Batches summed up for one step.")] = 1,
     train: Annotated[
         str, typer.Option(metavar="all|norm|head|PATTERN", help="What is trained; a pattern is one of parameter names.")
@@ -181,7 +184,8 @@ def finetune(
                 report = train_model(
                     model, sets, output=folder, batch_size=batch_size, epochs=epochs, steps=steps,
                     accumulate=accumulate, lr=lr, optimizer=optimizer, weight_decay=weight_decay, warmup=warmup,
-                    clip_grad=clip_grad or None, train=train, freeze_stats=freeze_stats, freeze_affine=freeze_affine,
+                    clip_grad=clip_grad or None,
+                    stabilize=not no_stabilize, train=train, freeze_stats=freeze_stats, freeze_affine=freeze_affine,
                     distill=distill, ema=ema_decay if ema else 0.0, label_smoothing=label_smoothing,
                     num_classes=num_classes, augment=augment, preprocess=preparation.transform, precision=precision,
                     device=device, channels_last=channels_last, compile=compile, workers=workers, seed=seed,

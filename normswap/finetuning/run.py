@@ -26,6 +26,7 @@ from .labelled import Pictures, Sets, collate, open_sets
 from .optimizing import default_rate, trained
 from .processes import processes
 from .report import FinetuneReport, Progress, Stopped
+from .rescaling import rescaled
 from .scope import frozen, only_training
 from .settings import Place, Settings, whole
 from .state import prepare_folder
@@ -61,6 +62,7 @@ def finetune(
     num_classes: int | None = None,
     augment: str = "auto",
     preprocess: Callable[[Any], torch.Tensor] | None = None,
+    stabilize: bool = True,
     precision: str = "fp32",
     device: str = "auto",
     channels_last: bool | None = None,
@@ -87,6 +89,8 @@ def finetune(
     (see `default_rate`); it rises over the first `warmup` share of the steps and follows a cosine to zero.
     optimizer: "adamw" or "sgd" (Nesterov momentum 0.9). weight_decay: of weights; gamma, beta and biases do not decay.
     clip_grad: limit of the gradient's norm, None for none.
+    stabilize: train folded layers at the size that their weights had before the fold, with centralized gradients; then
+    a converted network takes the learning rates of its original (see `rescaling`; False is for comparison).
     train: "all", "norm" (gamma and beta), "head", or a pattern of parameter names; norms outside of it keep their
     running statistics. freeze_stats, freeze_affine: freeze running statistics, or gamma and beta, of all norms.
     distill: share of the loss that follows the scores of the original network, `reference`, by default rebuilt.
@@ -111,7 +115,8 @@ def finetune(
     settings = Settings(
         steps=1, batch_size=batch_size, accumulate=accumulate, processes=1, samples=1, optimizer=optimizer,
         lr=1.0 if lr is None else lr, weight_decay=weight_decay, warmup=warmup, clip_grad=clip_grad, train=train,
-        distill=distill, ema=ema, label_smoothing=label_smoothing, precision=precision, seed=seed, network="",
+        distill=distill, ema=ema, label_smoothing=label_smoothing, precision=precision, stabilize=stabilize, seed=seed,
+        network="",
     )  # fmt: skip
     sets = data if isinstance(data, Sets) else open_sets(data, eval_data, seed=seed)
     sets = _transformed(sets, preprocess, augment)
@@ -134,8 +139,9 @@ def finetune(
         accelerator.wait_for_everyone()
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
         scope = frozen(model, parameters, stats=freeze_stats, affine=freeze_affine)
-        with scope as notes, only_training(model, parameters):
-            trainer = Trainer(model, Job(task, settings, place, sets), parameters, flags, accelerator, progress)
+        with scope as notes, only_training(model, parameters), rescaled(model, wanted=stabilize) as factors:
+            job = Job(task, settings, place, sets)
+            trainer = Trainer(model, job, parameters, flags, factors, accelerator, progress)
             report = trainer.run(resume=resume)
     small = None if freeze_stats else small_batch_note(model, batch_size, settings.processes)
     report = replace(report, notes=(*report.notes, *notes, *([small] if small else [])))

@@ -1,0 +1,85 @@
+"""Weights at their old size, and what that leaves as it is."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normswap
+from normswap.demo.digits import split
+from normswap.demo.network import pretrained
+from normswap.finetuning.rescaling import centralize, factors_of, folded_weights, rescale
+
+
+@pytest.fixture(scope="module")
+def x() -> Tensor:
+    return split()[0].images[:16]
+
+
+@pytest.mark.parametrize(("to", "options"), [("gn", {"groups": 4}), ("ln", {}), ("in", {}), ("ln-channel", {})])
+def test_outputs_and_the_way_back_are_exact(to: str, options: dict, x: Tensor) -> None:
+    model = normswap.convert(pretrained(), to, **options)
+    before, eps = {k: v.clone() for k, v in model.state_dict().items()}, [_eps(m) for m in model.modules()]
+    with torch.no_grad():
+        expected = model(x)
+        factors = factors_of(model)
+        assert factors
+        rescale(model, factors)
+        assert not torch.equal(model.conv.weight, before["conv.weight"])
+        torch.testing.assert_close(model(x), expected, rtol=1e-6, atol=1e-6)
+        rescale(model, factors, back=True)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert eps == [_eps(m) for m in model.modules()]
+    normswap.revert(model)  # still exact
+    original = pretrained()
+    assert all(torch.equal(v, original.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def _eps(module: nn.Module) -> float | None:
+    return getattr(module, "eps", None)
+
+
+def test_weights_come_within_a_factor_of_their_old_norm(x: Tensor) -> None:
+    original = pretrained()
+    model = normswap.convert(original, "gn", groups=4)
+    normswap.calibrate(model, original, x)
+    shrunk = [_ratio(model, original, name) for name in _convolutions(original)]
+    assert max(abs(math.log2(r)) for r in shrunk) > 0.6
+    rescale(model, factors_of(model))
+    ratios = [_ratio(model, original, name) for name in _convolutions(original)]
+    assert max(abs(math.log2(r)) for r in ratios) < 0.51
+
+
+def _convolutions(model: nn.Module) -> list[str]:
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+
+
+def _ratio(model: nn.Module, original: nn.Module, name: str) -> float:
+    new, old = (network.get_submodule(name).weight.detach().norm() for network in (model, original))
+    return float(new / old)
+
+
+def test_batch_norms_and_networks_without_undo_are_left_alone() -> None:
+    for model in (
+        pretrained(),
+        normswap.convert(pretrained(), "frozen"),
+        normswap.convert(pretrained(), "renorm"),
+        normswap.convert(pretrained(), "gn", groups=4, undo=False),
+    ):
+        assert factors_of(model) == {}
+
+
+def test_centralized_gradients_have_no_mean() -> None:
+    gradient = torch.randn(5, 3, 3, 3)
+    expected = torch.stack([channel - channel.sum() / channel.numel() for channel in gradient])
+    centralize(gradient)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_folded_weights_are_those_of_the_convolutions() -> None:
+    model = normswap.convert(pretrained(), "gn", groups=4)
+    assert set(folded_weights(model)) == {m.weight for m in model.modules() if isinstance(m, nn.Conv2d)}
+    assert folded_weights(normswap.convert(pretrained(), "frozen")) == []
