@@ -6,6 +6,7 @@ bits per weight say which way, so an exact undo costs a sixteenth of the folded 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,7 @@ class LayerUndo:
 
     scale, shift: what was applied per output channel, `(C,)`. correction: packed two-bit corrections (uint8), or
     None where `weight` holds the original whole (when rounding went further than one unit). bias: the original.
+    given: a layer that was fitted anew is no longer its original scaled; its `digest` then, to tell whether it moved.
     """
 
     path: str
@@ -46,6 +48,7 @@ class LayerUndo:
     bias: Tensor | None
     correction: Tensor | None = None
     weight: Tensor | None = None
+    given: Tensor | None = None
 
 
 @dataclass
@@ -150,10 +153,20 @@ def undo_layer(layer: Any, record: LayerUndo) -> tuple[Tensor, Tensor | None] | 
         weight = unfold(record.correction.to(device), layer.weight.detach(), factor)
     else:
         return None
+    if record.given is not None:
+        return (weight, bias) if torch.equal(digest(layer), record.given.cpu()) else None
     again = folded_bias(bias, scale, shift, layer.weight.dtype)
     if not _same_bits(scaled(weight, factor), layer.weight) or not _same_bits(again, layer.bias):
         return None
     return weight, bias
+
+
+def digest(layer: Any) -> Tensor:
+    """The SHA-256 of a layer's weight and bias, `(32,)` uint8."""
+    made = hashlib.sha256()
+    for tensor in (layer.weight, layer.bias):
+        made.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return torch.tensor(list(made.digest()), dtype=torch.uint8)
 
 
 def _same_bits(a: Tensor, b: Tensor | None) -> bool:

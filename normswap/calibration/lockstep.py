@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
-Job = Callable[[], None]
+Job = Callable[[], object]
 
 
 class _Stopped(BaseException):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from ..surgery import device_and_dtype
 from .balance import Spread
 from .lockstep import Lockstep
 from .moments import Moments, moments_of, rows_of
+from .refit import Refit
 from .report import LayerResult
 from .targets import (
     Target,
@@ -25,6 +28,7 @@ from .targets import (
     apply_statistics,
     bare_output,
     distance,
+    first_input,
     observed,
     repair,
     rewrite,
@@ -35,6 +39,8 @@ from .targets import (
 
 SETTLED = 1e-5
 MAX_PASSES = 10
+BEFORE = "before "
+"""Marks the place in front of a norm, where the layer before it is fitted."""
 
 Args = tuple[Any, ...]
 
@@ -117,7 +123,7 @@ class Original:
 
     def _input_hook(self, target: Target, has_statistics: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            x = _input(args, kwargs)
+            x = first_input(args, kwargs)
             if not has_statistics:
                 self._note(target, x, moments_of(bare_output(module, x)))
                 return
@@ -129,10 +135,6 @@ class Original:
         return hook
 
 
-def _input(args: Any, kwargs: Any) -> Tensor:
-    return args[0] if args else next(iter(kwargs.values()))
-
-
 class Matching:
     """Repairs the targets while the converted network runs on all batches in lockstep.
 
@@ -141,9 +143,12 @@ class Matching:
     only at the end of the pass; such a network runs again until the shared norms stay as they are.
     """
 
-    def __init__(self, targets: Sequence[Target], original: Original) -> None:
+    def __init__(
+        self, targets: Sequence[Target], original: Original, refits: Mapping[str, Refit] = MappingProxyType({})
+    ) -> None:
         self.targets = {t.path: t for t in targets}
         self.original = original
+        self.refits = {p: r for p, r in refits.items() if all(calls[p] <= 1 for calls in original.calls)}
         self.shared = {p for calls in original.calls for p, n in calls.items() if n > 1}
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
@@ -151,8 +156,18 @@ class Matching:
         self.calls: Counter[str] = Counter()
         self.passes = 0
 
-    def run(self, model: nn.Module, batches: Sequence[Args], keep: Callable[[int, Any], None]) -> None:
-        """Repair everything; `keep(i, output)` gets each batch's output of the last pass."""
+    def run(
+        self,
+        model: nn.Module,
+        batches: Sequence[Args],
+        keep: Callable[[int, Any], None],
+        reference: nn.Module | None = None,
+    ) -> None:
+        """Repair everything; `keep(i, output)` gets each batch's output of the last pass.
+
+        reference: runs along where layers are to be fitted.
+        """
+        self.reference = reference if self.refits else None
         while True:
             self.passes += 1
             known = set(self.shared)
@@ -171,8 +186,15 @@ class Matching:
 
         jobs = [job(i) for i in range(len(batches))]
         expected = [self._expected(i) for i in range(len(batches))]
+        if self.reference is not None:
+            jobs += [partial(forward, self.reference, args) for args in batches]
+            fitted = [{BEFORE + p for p in self.refits if self.original.calls[i][p]} for i in range(len(batches))]
+            expected = [e | f for e, f in zip(expected, fitted, strict=True)] + fitted
         self.lockstep = Lockstep(jobs, expected, self._resolve, thread_context(model))
         with ExitStack() as stack:
+            for path, refit in self.refits.items():
+                arrive = partial(self.lockstep.arrive, BEFORE + path)
+                stack.enter_context(refit.watching(lambda: self.lockstep.current, arrive, len(batches)))
             for target in self.targets.values():
                 if target.statistics:
                     handle = target.norm.register_forward_pre_hook(self._input_hook(target), with_kwargs=True)
@@ -210,12 +232,15 @@ class Matching:
 
     def _input_hook(self, target: Target) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._arrive(target, moments_of(_input(args, kwargs), target.state.channel_dim))
+            self._arrive(target, moments_of(first_input(args, kwargs), target.state.channel_dim))
 
         return hook
 
-    def _resolve(self, path: str) -> None:
-        self.fixes[path] = self._repair(self.targets[path])
+    def _resolve(self, place: str) -> None:
+        if place.startswith(BEFORE):
+            self.refits[place.removeprefix(BEFORE)].solve()
+        else:
+            self.fixes[place] = self._repair(self.targets[place])
 
     def _repair_shared(self, path: str) -> bool:
         """Repair a norm with several calls from a whole pass. Returns whether it had to move."""

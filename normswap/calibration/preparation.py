@@ -16,9 +16,10 @@ from ..surgery import get
 from ..undo import LayerUndo
 from .balance import can_balance, factors, rescale
 from .matching import Original
+from .refit import Refit, refits_of
 from .targets import Target, state_of
 
-METHODS = ("balance", "moments")
+METHODS = ("balance", "refit", "moments")
 
 
 class Preparation:
@@ -40,12 +41,14 @@ class Preparation:
         self.balanced: dict[str, Step] = {}
         self.softened: dict[str, Step] = {}
         self.records: list[LayerUndo] = []
-        self.eps = eps or (SOFT if method == "balance" and eps is None else None)
+        self.refits: dict[str, Refit] = {}
+        balancing = method != "moments"
+        self.eps = eps or (SOFT if balancing and eps is None else None)
         for target in self.targets:
             step = self.steps.get(target.path)
             if step is None or step.transfer not in ("fold", "prescale") or not norm_type(step.target).per_sample:
                 continue
-            if method == "balance" and not balanced_before and self._is_original(target) and can_balance(target, step):
+            if balancing and not balanced_before and self._is_original(target) and can_balance(target, step):
                 self.balanced[target.path] = step
             if self.eps is not None and (eps is not None or step.options.eps is None) and hasattr(target.norm, "eps"):
                 self.softened[target.path] = step
@@ -55,7 +58,8 @@ class Preparation:
 
     def modules(self) -> list[nn.Module]:
         """Everything that calibration may change."""
-        layers = [get(self.model, path) for step in self.balanced.values() for path in (*step.producers, step.path)]
+        steps = self.steps if self.method == "refit" else self.balanced
+        layers = [get(self.model, path) for step in steps.values() for path in (*step.producers, step.path)]
         return [*(target.norm for target in self.targets), *layers]
 
     @torch.no_grad()
@@ -74,9 +78,17 @@ class Preparation:
                 factor = factors(original.spreads[target.path], target, gamma, target.state.eps)
                 self.records += rescale(self.model, target, step, factor, self.undo)
 
+        if self.method == "refit":
+            self.refits = refits_of(self.model, self.targets, self.steps, self._records())
+
+    def _records(self) -> dict[str, LayerUndo]:
+        """How to undo what was folded, and balanced since."""
+        kept = self.undo.layers if self.undo is not None and self.undo.complete else []
+        return {record.path: record for record in (*kept, *self.records)}
+
     def note(self, record: Record) -> None:
         """Let the conversion's record know the new eps, by which `load` rebuilds, and how to undo the new scales."""
-        changed = {r.path: r for r in self.records}
+        changed = self._records() | {refit.path: refit.undo() for refit in self.refits.values()}
         record.undo.layers = [changed.get(r.path, r) for r in record.undo.layers]
         steps = tuple(
             dataclasses.replace(s, options=dataclasses.replace(s.options, eps=self.eps))

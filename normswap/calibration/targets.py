@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +114,11 @@ def statistics_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
     if state.running_mean is None or state.running_var is None:
         raise TypeError(f"{type(norm).__name__} has no running statistics")
     return state.running_mean, state.running_var
+
+
+def first_input(args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Tensor:
+    """What a module was called with, in whichever way."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def fixed_map(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,13 @@ def calibrate(
             metavar="SOURCE", help="The original network; by default it is rebuilt from FILE.", show_default=False
         ),
     ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="balance|refit|moments",
+            help="refit also fits the layers in front of the norms: closer, above all for small groups, and slower.",
+        ),
+    ] = "balance",
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -62,6 +69,7 @@ def calibrate(
     normswap calibrate resnet50-gn.safetensors --data photos/
     """
     asked = Asked.of(ctx, size, mean, std)
+    options.choice(ctx, "--method", method, ("balance", "refit", "moments"))
     if reference is None and (weights or arg):
         raise options.usage(ctx, "--weights and --arg go with --reference")
     wanted = Wanted(file, trust_code=trust_code, allow_nonfinite=allow_nonfinite, seed=seed)
@@ -83,7 +91,7 @@ def calibrate(
         check_writable(target, overwrite=force)
         model, origin = open_network(origin, wanted, out)
         teacher = open_network(locate(ctx, original), original, out)[0] if original else None
-        report = run(model, teacher, origin, data, images, batch_size, asked, out)
+        report = run(model, teacher, origin, data, images, batch_size, asked, out, method)
         out.step(f"writing {target}")
         save(model, target, overwrite=force)
         ctx.meta[WRITTEN] = target
@@ -102,6 +110,7 @@ def run(
     batch_size: int,
     asked: Asked,
     out: Output,
+    method: str = "balance",
 ) -> CalibrationReport:
     """Calibrate `model` in place on a folder of images, prepared as its weights want them."""
     from .. import calibration
@@ -114,7 +123,7 @@ def run(
     preparation = prepare(model, origin, asked)
     batches = folder.batches(preparation.transform, batch_size, stack=preparation.stack)
     tracked = Batches(out.track(batches, len(batches), "calibrating"), folder.classes)
-    return calibration.calibrate(model, reference, tracked)
+    return calibration.calibrate(model, reference, tracked, method=method)
 
 
 def figures(report: CalibrationReport) -> list[tuple[str, str]]:
