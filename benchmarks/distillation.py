@@ -29,12 +29,18 @@ IMAGES = 256
 
 
 def scores(
-    model: nn.Module, groups: int, seed: int, train: Tensor, test: tuple[Tensor, Tensor], settings: dict[str, Any]
+    model: nn.Module,
+    groups: int,
+    seed: int,
+    method: str,
+    train: Tensor,
+    test: tuple[Tensor, Tensor],
+    settings: dict[str, Any],
 ) -> tuple[float, float, float]:
     """Accuracy calibrated and distilled, and the seconds of the latter."""
     student = normswap.convert(model, "gn", groups=groups)
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:IMAGES]
-    normswap.calibrate(student, model, train[chosen])
+    normswap.calibrate(student, model, train[chosen], method=method)
     calibrated = accuracy(student, *test)
     start = time.perf_counter()
     normswap.distil(student, model, train, seed=seed, **settings)
@@ -55,6 +61,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--temperature", type=float, default=2.0)
+    parser.add_argument("--method", default="balance", help="of calibrate")
+    parser.add_argument("--features", type=float, help="weight of the norms' outputs; default: distil's")
     parser.add_argument("--augment", action=argparse.BooleanOptionalAction, default=None, help="default: as distil's")
     options = parser.parse_args()
     model = resnet20()
@@ -63,6 +71,8 @@ def main() -> None:
     train, _ = images(options.data / "cifar10" / "train")
     test = images(options.data / "cifar10" / "test")
     settings = {"steps": options.steps, "lr": options.lr, "temperature": options.temperature}
+    if options.features is not None:
+        settings["features"] = options.features
     if options.augment is not None:
         settings["augment"] = options.augment
     print(f"BatchNorm itself: {accuracy(model, *test):.3f}, on {len(test[1]):,} images.\n")
@@ -70,7 +80,7 @@ def main() -> None:
     print("|---:|---:|---:|---:|---:|---:|", flush=True)
     for groups in options.groups:
         first = [accuracy(normswap.convert(model, "gn", groups=groups, transfer=t), *test) for t in ("copy", "fold")]
-        found = [scores(model, groups, seed, train, test, settings) for seed in options.seeds]
+        found = [scores(model, groups, seed, options.method, train, test, settings) for seed in options.seeds]
         calibrated, distilled, seconds = ([f[i] for f in found] for i in range(3))
         row = [*(f"{score:.3f}" for score in first), spread(calibrated), spread(distilled), f"{max(seconds):.0f}"]
         print(f"| {groups} | " + " | ".join(row) + " |", flush=True)

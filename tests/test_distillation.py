@@ -61,6 +61,39 @@ def mean_loss(original: nn.Module, model: nn.Module, x: Tensor) -> float:
     return 4 * float((p.exp() * (p - q)).sum(1).mean())
 
 
+@pytest.mark.parametrize("features", [0.0, 2.0])
+def test_the_loss_is_that_of_the_outputs_and_of_the_norms_on_half_of_the_images(
+    original: nn.Module, model: nn.Module, images: Tensor, features: float
+) -> None:
+    original.stem[2] = nn.ReLU(inplace=True)  # which writes into what the norm gave
+    x = images[:9]
+    seen: dict[nn.Module, list[Tensor]] = {original: [], model: []}
+    for network, outs in seen.items():
+        norms = (network.stem[1], network.block.bn1, network.block.bn2)
+        handles = [n.register_forward_hook(lambda m, a, out, o=outs: o.append(out.detach().clone())) for n in norms]
+        with torch.no_grad():
+            network.eval()(x)
+        for handle in handles:
+            handle.remove()
+    a, b = ([t[:5].double() for t in outs] for outs in seen.values())
+    inner = sum(float((p - q).square().sum() / p.square().sum()) for p, q in zip(a, b, strict=True)) / 3
+    expected = mean_loss(original, model, x) + features * inner
+    report = normswap.distil(model, original, [x], steps=1, features=features)
+    assert report.loss_first == pytest.approx(expected, rel=1e-4)
+
+
+def test_norms_with_several_calls_are_compared_call_by_call(images: Tensor) -> None:
+    class Twice(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.block(self.block(self.stem(x))).mean((2, 3)))
+
+    original = randomized(Twice())
+    model = normswap.convert(original, "gn", groups=2)
+    for train in ("all", "norm"):
+        report = normswap.distil(model, original, images, steps=20, batch_size=8, lr=0.05, train=train)
+        assert report.loss_last < report.loss_first
+
+
 def test_the_loss_falls_and_agreement_rises(original: nn.Module, model: nn.Module, images: Tensor) -> None:
     before = mean_loss(original, model, images)
     report = normswap.distil(model, original, images, steps=40, batch_size=8, lr=0.05)

@@ -38,6 +38,9 @@ def distil(
         ),
     ] = None,
     temperature: Annotated[float, typer.Option(metavar="T", help="Temperature of the class scores.")] = 2.0,
+    features: Annotated[
+        float, typer.Option(min=0, metavar="W", help="Weight of the norms' outputs beside the network's; 0: none.")
+    ] = 2.0,
     train: Annotated[str, typer.Option(metavar="all|norm", help="All weights, or γ and β of the norms only.")] = "all",
     precision: Annotated[
         str, typer.Option(metavar="fp32|bf16|fp16", help="What is computed in on CUDA; a CPU takes fp32.")
@@ -110,7 +113,7 @@ def distil(
         try:
             report = train_model(
                 model, teacher, loaded, steps=steps, batch_size=batch_size, lr=lr, temperature=temperature,
-                train=train, seed=seed, precision=precision, augment=augment,
+                train=train, seed=seed, precision=precision, augment=augment, features=features,
                 progress=lambda step: out.status(_standing(step)), checkpoint=state, resume=state if resume else None,
             )  # fmt: skip
         except Interrupted as stop:

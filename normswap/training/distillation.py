@@ -30,6 +30,8 @@ from .teacher import original_of, side_by_side
 
 LR = 0.02
 """The largest step of a value, as a share of the root mean square of its parameter."""
+FEATURES = 2.0
+"""How much the outputs of the norms inside count, beside the networks' outputs."""
 COMPARED = 256
 """Without eval_data, on how many images drift and agreement are measured at most."""
 
@@ -50,6 +52,7 @@ def distil(
     max_grad_norm: float | None = 1.0,
     augment: bool = False,
     loss: str = "auto",
+    features: float = FEATURES,
     eval_data: Any = None,
     progress: Callable[[Progress], None] | None = None,
     checkpoint: str | Path | None = None,
@@ -78,7 +81,8 @@ def distil(
     precision: "bf16" or "fp16" computes in autocast on CUDA; on a CPU it is float32 always.
     max_grad_norm: limit of the gradient's norm, None for no limit. augment: mirror and shift images `(N, C, H, W)` at
     random, the same for both networks; off, since it gained nothing measurable, and mirrors text and digits.
-    loss: "match" takes the second formula for class scores as well.
+    loss: "match" takes the second formula for class scores as well. features: the weight of the second formula's mean
+    over the outputs of all converted norms, on half of each batch; 0 compares the networks' outputs alone.
     eval_data: what the report's drift, agreement and, with labels, accuracy are measured on; by default the first
     256 images of data. progress: called after each step.
     checkpoint: a file to which the state of the run is written every `checkpoint_every` steps, when it is interrupted
@@ -100,7 +104,7 @@ def distil(
         raise OptionError("distil needs images", hint="data=images, a tensor (N, C, H, W) or batches of them")
     settings = Settings(
         steps, batch_size, LR if lr is None else lr, temperature, train, weight_decay, seed, precision,
-        max_grad_norm, augment, loss, _network(model),
+        max_grad_norm, augment, loss, _network(model), features,
     )  # fmt: skip
     positive_integer("checkpoint_every", checkpoint_every)
     if checkpoint is not None:

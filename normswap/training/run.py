@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..agreement import floating
 from ..errors import DataError, TrainingError
 from ..surgery import device_and_dtype
 from .augmentation import augmented
+from .features import Features
 from .loop import SMALLER, Loop
 from .losses import agreement_of, loss_of
 from .optimizer import adamw, one_cycle
@@ -53,6 +55,7 @@ class Run:
         self.every = 1
         self.resumed_at = 0
         self._agreement: float | None = None
+        self._features = Features(reference, model) if settings.features else None
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from what another run has reached."""
@@ -99,13 +102,16 @@ class Run:
         seed_step(settings.seed, step)
         if settings.augment:
             args = augmented(args)
-        with torch.autocast(self._kind, dtype=self._narrow, enabled=self._narrow is not None):
+        watching = nullcontext() if self._features is None else self._features.watching()
+        with watching, torch.autocast(self._kind, dtype=self._narrow, enabled=self._narrow is not None):
             with torch.no_grad():
                 wanted = run(self._teach, self.reference, args)
             given = run(self._learn, self.model, args)
         _check_finite(args, wanted)
         self._agreement = agreement_of(wanted, given)
-        return loss_of(wanted, given, settings.temperature, settings.loss)
+        loss = loss_of(wanted, given, settings.temperature, settings.loss)
+        inner = None if self._features is None else self._features.loss()
+        return loss if inner is None else loss + settings.features * inner
 
     def _save(self) -> None:
         if self.checkpoint is not None:

@@ -32,6 +32,7 @@ class Settings:
     augment: bool
     loss: str
     network: str
+    features: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
@@ -42,8 +43,10 @@ class Settings:
             value = getattr(self, name)
             if not (name == "max_grad_norm" and value is None) and not _positive(value):
                 raise OptionError(f"{name} must be a positive number, got {value!r}")
-        if self.weight_decay != 0 and not _positive(self.weight_decay):
-            raise OptionError(f"weight_decay must be a number from 0, got {self.weight_decay!r}")
+        for name in ("weight_decay", "features"):
+            value = getattr(self, name)
+            if value != 0 and not _positive(value):
+                raise OptionError(f"{name} must be a number from 0, got {value!r}")
         for name, known in (("precision", tuple(PRECISIONS)), ("loss", ("auto", "match")), ("train", ("all", "norm"))):
             if getattr(self, name) not in known:
                 raise OptionError(f"{name} must be {' or '.join(map(repr, known))}, got {getattr(self, name)!r}")
