@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .surgery import device_and_dtype, evaluating, undisturbed
 NormLayer = Callable[[int], nn.Module]
 _SIZES = (128, 224, 256, 320)  # of a probing image; some networks take one size only, or none so small
 _COARSEST = 32
+_LAYER = re.compile(r"layer[1-4]")
 _ACCEPTED = (
     "backbone takes a classifier with layer1 ... layer4 (ResNet and its kin) or with `features`, "
     "timm.create_model(NAME, features_only=True), or a module whose forward gives a dict, list or tuple of maps "
@@ -109,10 +111,20 @@ def body_of(backbone: nn.Module, finest: int) -> tuple[nn.Module, tuple[Level, .
     return body, levels_of(body)
 
 
-def strides_of(body: nn.Module) -> dict[nn.Module, int]:
-    """The stride behind each child of a backbone's body, lists of children opened, of those that give a map."""
+def stages_of(body: nn.Module) -> dict[nn.Module, int]:
+    """The stage of each child of a backbone's body that gives a map; lists of children are opened.
+
+    0 is the stem; 1 to 4 are layer1 to layer4, where they have these names (dilated ones do not differ in stride), else
+    what ends at stride 4, 8, 16, and 32 or more.
+    """
     network = body.network if isinstance(body, ChosenMaps) else body
-    return _strides(list(_opened(network)), lambda: _run(network))
+    if "layer1" in network._modules:
+        names = list(network._modules)
+        stem = dict.fromkeys(names[: names.index("layer1")], 0)
+        stages = stem | {name: int(name[5:]) for name in names if _LAYER.fullmatch(name)}
+        return {network.get_submodule(name): stage for name, stage in stages.items()}
+    strides = _strides(list(_opened(network)), lambda: _run(network))
+    return {child: min(max(stride.bit_length() - 2, 0), 4) for child, stride in strides.items()}
 
 
 def _opened(network: nn.Module) -> Iterator[nn.Module]:

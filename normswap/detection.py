@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,10 +16,11 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from .backbones import Level, NormLayer, PyramidBackbone, body_of, is_complete, levels_of, strides_of
+from .backbones import Level, NormLayer, PyramidBackbone, body_of, is_complete, levels_of, stages_of
 from .conversion import convert as convert_whole
 from .errors import OptionError
 from .freezing import freeze
@@ -94,6 +97,7 @@ def detector(
         raise OptionError(f"unknown kind of detector {kind!r}; known: {', '.join(DETECTORS)}")
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
         raise OptionError(f"num_classes counts the background, so it is at least 2, not {num_classes!r}")
+    _check_options(kind, options)
     norm_layer = _norm_layer(norm, groups)
     whole = backbone if is_complete(backbone) else _with_pyramid(kind, backbone, norm_layer)
     levels = levels_of(whole)
@@ -109,10 +113,11 @@ def detector(
 def freeze_stages(model: nn.Module, trainable_layers: int) -> nn.Module:
     """Freeze all but the last stages of a detector's backbone, in place, as torchvision's `trainable_backbone_layers`.
 
-    trainable_layers: 0 to 5 of the stages stride 32, 16, 8, 4 and the stem, counted from the last; 5 freezes nothing.
+    trainable_layers: how many of layer4, layer3, layer2, layer1 and the stem stay trainable, 5 being all. In networks
+    without these names, a stage is what ends at the same stride.
     model: a detector or segmentation network with a `backbone`, or the backbone itself. In the frozen stages no
     parameter requires a gradient, and norms with running statistics keep them, also after `train()`
-    (`normswap.freeze`; `unfreeze` undoes that). The stages are found by the sizes of the maps in a run.
+    (`normswap.freeze`; `unfreeze` undoes that).
 
     Raises OptionError for another number, or where the stages are not the backbone's own children.
     """
@@ -120,23 +125,18 @@ def freeze_stages(model: nn.Module, trainable_layers: int) -> nn.Module:
         raise OptionError(f"trainable_layers must be 0 to {_STAGES}, got {trainable_layers!r}")
     backbone = getattr(model, "backbone", model)
     body = getattr(backbone, "body", backbone)
-    strides = strides_of(body)
-    if len(set(strides.values())) < 2:
+    stages = stages_of(body)
+    if len(set(stages.values())) < 2:
         raise OptionError(
             f"the stages of {type(body).__name__} cannot be told apart: no two of its children give maps of "
             "different sizes",
             hint="Freeze its parameters by name, and its norms with normswap.freeze(model, modules=PATTERN).",
         )
-    first = _STAGES - trainable_layers
-    for stage, stride in strides.items():
-        if _stage(stride) < first:
-            _freeze_whole(stage)
+    last = max(stages.values())
+    for module, stage in stages.items():
+        if stage <= last - trainable_layers:
+            _freeze_whole(module)
     return model
-
-
-def _stage(stride: int) -> int:
-    """0 for the stem (stride 1 and 2), 1 for stride 4, ... 4 for stride 32 and more."""
-    return min(max(stride.bit_length() - 2, 0), _STAGES - 1)
 
 
 def _freeze_whole(module: nn.Module) -> None:
@@ -146,6 +146,15 @@ def _freeze_whole(module: nn.Module) -> None:
     moving = [path for path, m, spec in norms if spec and spec.name != "frozen" and spec.read(m).has_statistics]
     if moving:
         freeze(module, affine=False, modules=None if moving == [""] else moving)
+
+
+def _check_options(kind: str, options: Mapping[str, Any]) -> None:
+    """Torchvision passes what it does not know on to its transform, which drops it."""
+    known = {name for cls in (DETECTORS[kind], GeneralizedRCNNTransform) for name in signature(cls).parameters}
+    for name in options.keys() - known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else None
+        raise OptionError(f"torchvision's {DETECTORS[kind].__name__} has no option {name!r}", hint=hint)
 
 
 # --- building -----------------------------------------------------------------------------------------------------
