@@ -35,6 +35,7 @@ METHODS = {
     "balance, ε kept": {"eps": 0.0},
     "balance": {},
     "balance, ε 4": {"eps": 4.0},
+    "refit": {"method": "refit"},
 }
 IMAGES = 256
 

@@ -39,7 +39,7 @@ def distil(
     ] = None,
     temperature: Annotated[float, typer.Option(metavar="T", help="Temperature of the class scores.")] = 2.0,
     features: Annotated[
-        float, typer.Option(min=0, metavar="W", help="Weight of the norms' outputs beside the network's; 0: none.")
+        float, typer.Option(min=0, metavar="W", help="Weight of the norms' outputs at first; 0: none.")
     ] = 2.0,
     train: Annotated[str, typer.Option(metavar="all|norm", help="All weights, or γ and β of the norms only.")] = "all",
     precision: Annotated[

@@ -81,8 +81,8 @@ def distil(
     precision: "bf16" or "fp16" computes in autocast on CUDA; on a CPU it is float32 always.
     max_grad_norm: limit of the gradient's norm, None for no limit. augment: mirror and shift images `(N, C, H, W)` at
     random, the same for both networks; off, since it gained nothing measurable, and mirrors text and digits.
-    loss: "match" takes the second formula for class scores as well. features: the weight of the second formula's mean
-    over the outputs of all converted norms, on half of each batch; 0 compares the networks' outputs alone.
+    loss: "match" takes the second formula for class scores as well. features: the weight, falling linearly to 0, of the
+    second formula's mean over the outputs of all converted norms, on half of each batch; 0 compares outputs alone.
     eval_data: what the report's drift, agreement and, with labels, accuracy are measured on; by default the first
     256 images of data. progress: called after each step.
     checkpoint: a file to which the state of the run is written every `checkpoint_every` steps, when it is interrupted

@@ -111,7 +111,8 @@ class Run:
         self._agreement = agreement_of(wanted, given)
         loss = loss_of(wanted, given, settings.temperature, settings.loss)
         inner = None if self._features is None else self._features.loss()
-        return loss if inner is None else loss + settings.features * inner
+        # Less and less: what the last norms of small groups cannot match would hold back the output.
+        return loss if inner is None else loss + settings.features * (1 - step / settings.steps) * inner
 
     def _save(self) -> None:
         if self.checkpoint is not None:
