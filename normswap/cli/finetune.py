@@ -195,6 +195,11 @@ def finetune(
             except Stopped as stop:
                 report = stop.report
                 ctx.meta[WRITTEN] = folder / STATE
+            except Exception:
+                raise
+            except BaseException:  # SIGTERM, after which nobody may wait for a page
+                out.note(f"stopped; {folder / STATE} is complete, and the same command with --resume goes on")
+                raise
         out.show(
             lambda: {"network": origin.to_dict(), "output": str(folder), **report.to_dict()},
             lambda page: _page(page, report, folder),

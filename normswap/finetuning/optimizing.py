@@ -52,14 +52,14 @@ def trained(model: nn.Module, train: str, head: str | None, *, affine: bool = Tr
 
     found = {n: p for n, p in model.named_parameters() if wanted(n, p)}
     if not found:
-        names = sorted({n.split(".")[0] for n, _ in model.named_parameters()})
+        names = ", ".join(sorted({n.split(".")[0] for n, _ in model.named_parameters()})[:12])
         raise OptionError(
-            f"no parameter of the network matches train={train!r} (--train)",
-            hint=f"all, norm, head, or a pattern of names, which begin with {', '.join(names[:12])}",
+            f"no parameter of the network matches {train!r}, which was to train",
+            hint=f"--train (train=) takes all, norm, head, or a pattern of names, which begin with {names}.",
         )
     found = {n: p for n, p in found.items() if p.requires_grad and (affine or p not in norms)}
     if not found:
-        raise OptionError(f"what train={train!r} stands for is frozen, so nothing trains")
+        raise OptionError(f"all that {train!r} stands for is frozen, so nothing trains")
     return found
 
 

@@ -321,3 +321,18 @@ def test_groups_chosen_automatically_are_near_sixteen_channels_and_always_divide
         assert channels % groups == 0
     sizes = {c: c // get("gn").fit(NormState(c, 1e-5), Request()).num_groups for c in (16, 32, 64, 24, 88, 7, 2048)}
     assert sizes == {16: 16, 32: 16, 64: 16, 24: 12, 88: 22, 7: 7, 2048: 16}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(("name", "shape"), [(n, s) for n, s in cases() if n != "sync"])
+def test_gradients_are_those_of_finite_differences(name: str, shape: str, training: bool) -> None:
+    """Of input, gamma and beta. SyncBatchNorm trains on GPUs only; in eval mode it is BN's formula."""
+    norm = build(name, batch_norm(DIMS[shape])).double().train(training)
+    x = torch.randn(SHAPES[shape], dtype=torch.float64, requires_grad=True)
+    parameters = {k: p.detach().clone().requires_grad_() for k, p in norm.named_parameters()}
+
+    def formula(x: Tensor, *values: Tensor) -> Tensor:
+        buffers = {k: b.clone() for k, b in norm.named_buffers()}  # running statistics move in training
+        return torch.func.functional_call(norm, dict(zip(parameters, values, strict=True)) | buffers, (x,))
+
+    assert torch.autograd.gradcheck(formula, (x, *parameters.values()), fast_mode=True)

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ran import Cli, Ran
+
+import normswap
+
+TINY = ("finetune", "nets.py:tiny", "--weights", "none", "--trust-code", "--data", "photos", "--device", "cpu")
+SHORT = ("--steps", "3", "--calibrate", "4")
+
+
+def finetune(cli: Cli, *more: str) -> Ran:
+    return cli(*TINY, *SHORT, *more)
+
+
+def weights(folder: str, name: str = "last.safetensors") -> dict[str, torch.Tensor]:
+    return normswap.load(Path(folder) / name, trust_code=True).state_dict()
+
+
+@pytest.mark.usefixtures("images")
+def test_one_command_converts_calibrates_and_trains(cli: Cli) -> None:
+    ran = cli(*TINY, "--to", "gn", "--groups", "4", "--epochs", "12", "--lr", "0.01", "--json")
+    assert ran.code == 0, ran.err
+    report = ran.json
+    assert report["output"] == "runs/tiny-gn"
+    assert report["steps"] == 12 * 4
+    assert report["figures"]["val_loss"] < report["before"]["val_loss"]
+    assert "calibrated on 8 training images" in ran.err
+    assert "4 of the 12 images are held back" in ran.err
+    names = {p.name for p in Path("runs/tiny-gn").iterdir()}
+    assert names == {"best.safetensors", "last.safetensors", "state.pt", "metrics.jsonl", "curves.png"}
+    history = normswap.load("runs/tiny-gn/last.safetensors", trust_code=True)._normswap.history
+    assert [entry["action"] for entry in history] == ["calibrate", "finetune"]
+
+
+@pytest.mark.usefixtures("images")
+def test_the_page_names_figures_and_files(cli: Cli) -> None:
+    ran = finetune(cli, "--to", "gn", "--groups", "4")
+    assert ran.code == 0, ran.err
+    assert "3 steps" in ran.out
+    assert "val accuracy" in ran.out
+    assert "(before " in ran.out
+    assert "best.safetensors, last.safetensors, curves.png" in ran.out
+
+
+@pytest.mark.usefixtures("images")
+def test_a_converted_file_goes_on_from_what_it_is(cli: Cli) -> None:
+    assert cli("convert", "nets.py:tiny", "--weights", "none", "--to", "gn", "--groups", "4").code == 0
+    ran = cli("finetune", "tiny-gn.safetensors", "--trust-code", "--data", "photos", "--steps", "2", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["output"] == "runs/tiny-gn"
+    verified = cli("verify", "nets.py:tiny", "runs/tiny-gn/last.safetensors", "--weights", "none", "--trust-code")
+    assert verified.code == 0, verified.err
+    again = cli("finetune", "tiny-gn.safetensors", "--trust-code", "--data", "photos", "--to", "ln")
+    assert again.code == 1
+    assert "converted already" in again.err
+
+
+FLAGS = [
+    ("--batch-size", "4"),
+    ("--accumulate", "2"),
+    ("--lr", "0.1"),
+    ("--optimizer", "sgd"),
+    ("--weight-decay", "0.5", "--lr", "0.1"),
+    ("--warmup", "0.9"),
+    ("--clip-grad", "0.001", "--optimizer", "sgd"),
+    ("--clip-grad", "0"),
+    ("--no-stabilize",),
+    ("--train", "norm"),
+    ("--train", "head"),
+    ("--train", "3.*"),
+    ("--freeze-affine",),
+    ("--distill", "0.5"),
+    ("--ema",),
+    ("--ema", "--ema-decay", "0.05"),
+    ("--label-smoothing", "0.3"),
+    ("--augment", "none"),
+    ("--augment", "flip"),
+    ("--size", "12"),
+    ("--mean", "0.1", "--std", "0.9"),
+    ("--precision", "bf16"),
+    ("--seed", "7"),
+    ("--calibrate", "0"),
+    ("--rule", "1=keep"),
+]
+
+
+@pytest.fixture(scope="module")
+def usual() -> dict[str, torch.Tensor]:
+    """Filled by the first test below: what the command gives without any of the flags."""
+    return {}
+
+
+@pytest.mark.usefixtures("images")
+@pytest.mark.parametrize("flags", FLAGS, ids=" ".join)
+def test_a_flag_has_its_effect(cli: Cli, usual: dict[str, torch.Tensor], flags: tuple[str, ...]) -> None:
+    more = ("--to", "gn", "--groups", "4", "--output", "run")
+    if not usual:
+        assert finetune(cli, *more).code == 0
+        usual.update(weights("run"))
+    ran = finetune(cli, *more, "--force", *flags)
+    assert ran.code == 0, ran.err
+    found = weights("run")
+    assert found.keys() != usual.keys() or any(not torch.equal(found[name], usual[name]) for name in usual)
+
+
+@pytest.mark.usefixtures("images")
+@pytest.mark.parametrize("flags", [("--workers", "1"), ("--channels-last",), ("--max-bad", "3"), ("--tensorboard",)])
+def test_a_flag_of_the_place_leaves_the_result(
+    cli: Cli, usual: dict[str, torch.Tensor], flags: tuple[str, ...]
+) -> None:
+    more = ("--to", "gn", "--groups", "4", "--output", "run")
+    if not usual:
+        assert finetune(cli, *more).code == 0
+        usual.update(weights("run"))
+    ran = finetune(cli, *more, "--force", *flags)
+    assert ran.code == 0, ran.err
+    found = weights("run")
+    for name in usual:
+        torch.testing.assert_close(found[name], usual[name], rtol=1e-4, atol=1e-5)
+    assert Path("run/tensorboard").exists() == ("--tensorboard" in flags)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("images")
+def test_a_compiled_network_trains_the_same(cli: Cli) -> None:
+    for flags in ((), ("--compile",)):
+        assert finetune(cli, "--to", "gn", "--groups", "4", "--output", f"run{len(flags)}", *flags).code == 0
+    one, two = weights("run0"), weights("run1")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("images")
+def test_a_new_head_is_in_the_file(cli: Cli) -> None:
+    ran = finetune(cli, "--to", "gn", "--groups", "4", "--num-classes", "6", "--output", "run")
+    assert ran.code == 0, ran.err
+    assert weights("run")["7.weight"].shape == (6, 16)
+
+
+@pytest.mark.usefixtures("images")
+def test_frozen_statistics_are_proved(cli: Cli) -> None:
+    ran = finetune(cli, "--freeze-stats", "--freeze-affine", "--json")
+    assert ran.code == 0, ran.err
+    assert any("nothing moved" in note for note in ran.json["notes"])
+    assert "batches of 2" not in ran.err
+
+
+@pytest.mark.usefixtures("images")
+def test_batch_norm_at_a_small_batch_is_warned_of(cli: Cli) -> None:
+    ran = finetune(cli)
+    assert ran.code == 0, ran.err
+    assert "2 BatchNorm layers will see batches of 2" in ran.err
+    assert "--to gn" in ran.err
+
+
+def test_a_torchvision_data_set_is_taken_by_name(cli: Cli, folder: Path) -> None:
+    raw = folder / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 8), ("t10k", 4)):
+        header = struct.pack(">IIII", 2051, count, 28, 28)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + os.urandom(28 * 28 * count))
+        labels = bytes(i % 10 for i in range(count))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels)
+    fixed = ["finetune", "nets.py:tiny", "--weights", "none", "--to", "gn", "--groups", "4"]
+    ran = cli(*fixed, "--data", "torchvision:MNIST", "--data-root", "data", "--steps", "2", "--calibrate", "4")
+    assert ran.code == 0, ran.err
+    missing = cli(*fixed, "--data", "torchvision:CIFAR10", "--steps", "2", "--force")
+    assert missing.code == 1
+    assert "--download" in missing.err
+
+
+@pytest.mark.usefixtures("images")
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (("--epochs", "1", "--steps", "1"), 2, "exclude each other"),
+        (("--optimizer", "adam"), 2, "--optimizer"),
+        (("--precision", "fp8"), 2, "--precision"),
+        (("--device", "tpu"), 2, "--device"),
+        (("--augment", "mixup"), 2, "--augment"),
+        (("--groups", "4"), 2, "--to"),
+        (("--size", "big"), 2, "--size"),
+        (("--resume",), 1, "to resume from"),
+        (("--data", "nowhere"), 1, "nowhere"),
+        (("--to", "gm"), 1, "gm"),
+        (("--to", "gn", "--groups", "3"), 1, "--groups"),
+        (("--train", "layer9.*"), 1, "layer9"),
+        (("--batch-size", "99"), 1, "--batch-size"),
+        (("--precision", "fp16"), 1, "fp16"),
+        (("--device", "cuda"), 1, "cuda"),
+        (("--num-classes", "2"), 1, "4 classes"),
+        (("--distill", "0.5", "--num-classes", "9"), 1, "--distill"),
+        (("--output", "nets.py"), 1, "nets.py"),
+    ],
+)
+def test_a_wrong_call_is_one_clear_message(cli: Cli, flags: tuple[str, ...], code: int, words: str) -> None:
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    ran = finetune(cli, *flags)
+    assert ran.code == code, ran.err
+    assert words in ran.err
+    assert "Traceback" not in ran.err
+    assert "bug" not in ran.err
+
+
+@pytest.mark.usefixtures("images")
+def test_a_run_is_not_replaced_without_force(cli: Cli) -> None:
+    assert finetune(cli, "--output", "run").code == 0
+    ran = finetune(cli, "--output", "run")
+    assert ran.code == 1
+    assert "--resume" in ran.err
+    assert "--force" in ran.err
+
+
+@pytest.mark.usefixtures("images")
+def test_unreadable_images_are_named(cli: Cli) -> None:
+    Path("photos/red/0.png").write_bytes(b"no picture")
+    ran = cli(*TINY, "--epochs", "3", "--calibrate", "0")
+    assert ran.code == 0, ran.err
+    assert "skipped: red/0.png" in ran.out
+    ran = cli(*TINY, "--epochs", "3", "--max-bad", "0", "--force")
+    assert ran.code == 1
+    assert "red/0.png" in ran.err
+
+
+@pytest.mark.usefixtures("images")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_saves_and_goes_on(folder: Path, number: int, code: int) -> None:
+    call = [sys.executable, "-m", "normswap", *TINY, "--epochs", "500", "--to", "gn", "--groups", "4", "-o", "run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(call, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    metrics = folder / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "--resume" in out + err
+    assert (folder / "run" / "state.pt").is_file()
+    step = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert 0 < step < 2000
