@@ -1,0 +1,113 @@
+"""Fine-tuning at small batches: ResNet-20 (real CIFAR-10 weights) with BN, frozen BN and GroupNorm, equally trained.
+
+    python benchmarks/finetuning.py --data ../shared/data [--batch 2 4 8 16 32] [--epochs 2] [--lr 1e-3 ...] [--seeds 0]
+    python benchmarks/finetuning.py --data ../shared/data --optimizer sgd --no-clip --batch 16 --lr 1e-3 3e-3 8e-3
+
+`--data` is a folder with `resnet20-cifar10.th` (akamaster/pytorch_resnet_cifar10) and `cifar10/{train,test}/<class>/*`.
+Each network sees the training images `--epochs` times; GN is folded and calibrated on 256 of them. Prints the top-1
+accuracy on the test images at the end of training, mean over the seeds, and draws it into `--output`. `gn, plain` is GN
+without what `finetune` does for converted networks (stabilize=False).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accuracy import accuracy, images
+from torch import Tensor, nn
+
+import normswap
+from normswap.weights import load_state, read_state
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from resnet20 import resnet20
+
+NORMS = ("bn", "frozen", "gn", "gn, plain")
+IMAGES = 256
+
+
+def network(original: nn.Module, norm: str, groups: int, train: Tensor, seed: int) -> nn.Module:
+    """The network to train; BN as it is, GN folded and calibrated."""
+    if not norm.startswith("gn"):
+        return normswap.convert(original, rules={"*": "keep"} if norm == "bn" else {"*": norm})
+    model = normswap.convert(original, "gn", groups=groups)
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:IMAGES]
+    normswap.calibrate(model, original, train[chosen])
+    return model
+
+
+def trained(
+    original: nn.Module, norm: str, groups: int, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor],
+    settings: dict[str, Any],
+) -> float:  # fmt: skip
+    model = network(original, norm, groups, train[0], settings["seed"])
+    try:
+        normswap.finetune(model, train, device="cpu", stabilize=norm != "gn, plain", **settings)
+    except normswap.NormswapError as error:
+        print(f"  {norm}: {error.message}", file=sys.stderr)
+        return float("nan")
+    return accuracy(model.eval(), *test)
+
+
+def draw(found: dict[tuple[str, int], float], norms: list[str], batches: list[int], before: float, to: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for norm in norms:
+        axes.plot(batches, [found[norm, batch] for batch in batches], marker="o", label=norm)
+    axes.axhline(before, color="grey", lw=1, ls="--", label="before (BN)")
+    axes.set(xscale="log", xlabel="batch size", ylabel="top-1 accuracy", xticks=batches, xticklabels=batches)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(to, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--batch", type=int, nargs="+", default=[2, 4, 8, 16, 32])
+    parser.add_argument("--norms", nargs="+", choices=NORMS, default=["bn", "frozen", "gn"])
+    parser.add_argument("--groups", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--lr", type=float, nargs="+", default=[None], help="default: finetune's own, by the batch")
+    parser.add_argument("--no-clip", action="store_true")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--output", type=Path, help="a PNG with the accuracies over the batch size")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    original = resnet20()
+    load_state(original, read_state(options.data / "resnet20-cifar10.th"), "resnet20-cifar10.th")
+    original.eval()
+    train, test = images(options.data / "cifar10" / "train"), images(options.data / "cifar10" / "test")
+    before = accuracy(original, *test)
+    print(f"BatchNorm before: {before:.3f}, on {len(test[1]):,} images.\n")
+    print("| batch | learning rate | " + " | ".join(options.norms) + " |\n" + "|---:" * (2 + len(options.norms)) + "|")
+    found: dict[tuple[str, int], float] = {}
+    for batch in options.batch:
+        for lr in options.lr:
+            for norm in options.norms:
+                scores = []
+                for seed in options.seeds:
+                    settings = {"batch_size": batch, "epochs": options.epochs, "optimizer": options.optimizer, "lr": lr}
+                    settings |= {"seed": seed} | ({"clip_grad": None} if options.no_clip else {})
+                    scores.append(trained(original, norm, options.groups, train, test, settings))
+                found[norm, batch] = sum(scores) / len(scores)
+            rate = "default" if lr is None else f"{lr:g}"
+            row = " | ".join(f"{found[norm, batch]:.3f}" for norm in options.norms)
+            print(f"| {batch} | {rate} | {row} |", flush=True)
+    if options.output is not None:
+        draw(found, options.norms, options.batch, before, options.output)
+        print(f"\nDrawn: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
