@@ -100,3 +100,17 @@ def test_images_without_calibrate_are_a_wrong_call(cli: Cli) -> None:
     ran = cli("convert", "nets.py:tiny", "--to", "gn", "--images", "8")
     assert ran.code == 2
     assert "--calibrate" in ran.err
+
+
+def test_refitting_changes_weights_and_is_undone_from_the_file(cli: Cli, images: Path) -> None:
+    converted(cli)
+    arguments = ("calibrate", "tiny-gn.safetensors", "--data", "photos", "--trust-code", "--method")
+    assert cli(*arguments, "refit").code == 0
+    assert cli(*arguments, "balance", "--output", "balanced.safetensors").code == 0
+    refitted, balanced, plain = (
+        normswap.load(f"{name}.safetensors", trust_code=True) for name in ("tiny-gn-calibrated", "balanced", "tiny-gn")
+    )
+    assert not torch.equal(refitted[3].weight, balanced[3].weight)
+    back, original = (normswap.revert(model).state_dict() for model in (refitted, plain))
+    assert all(torch.equal(tensor, original[name]) for name, tensor in back.items())
+    assert cli(*arguments, "magic", "--force").code == 2
