@@ -25,6 +25,9 @@ from .targets import Result, Target, restoring, targets_of
 HELD = 0.5
 """The share of free memory that images waiting at a norm may take; if they need more, fewer images are used."""
 
+FAR = 0.3
+"""From this output drift on, fitting the layers anew is worth its cost."""
+
 COMPARED = 16
 """Without labels, how many images the output drift is measured on."""
 
@@ -64,10 +67,10 @@ def calibrate(
     the report, for one more forward pass. images: use at most so many (default 256, or all of a tensor); batches may
     differ in size. batch_size: for a tensor or a dataset.
 
-    Cost, but for "refit": one forward pass of the reference and one of the converted network over the images. What lies between two
-    layers is held for all images, however small the batches; where half of the free memory does not take it, fewer
-    images are used and the report says so. Norms that run several times per forward take further passes, until
-    their moments stay as they are (ten at most).
+    Cost, but for "refit": one forward pass of the reference and one of the converted network over the images. What
+    lies between two layers is held for all images, however small the batches; where half of the free memory does not
+    take it, fewer images are used and the report says so. Norms that run several times per forward take further
+    passes, until their moments stay as they are (ten at most).
 
     A channel that does not vary keeps its gamma; its mean is matched. A norm without gamma and beta gets them, fixed
     (`requires_grad=False`). Training flags, hooks, random state and the reference stay as they are; on an exception,
@@ -116,8 +119,11 @@ def _run(
     for result in results:  # leaving `_quiet` has put buffers and attributes back
         result.write()
     count, given = (sum(map(images_in, b)) for b in (batches[:used], batches))
-    notes = () if count == given else (f"{count} of {given} images used: more do not fit in memory at a time",)
-    return CalibrationReport(count, matching.results(), passes=matching.passes, notes=notes, **comparison.summary())
+    notes = [] if count == given else [f"{count} of {given} images used: more do not fit in memory at a time"]
+    found = comparison.summary()
+    if preparation.method == "balance" and preparation.balanced and (found.get("drift_after") or 0) > FAR:
+        notes.append('the outputs are still far from the original\'s; method="refit" (--method refit) comes closer')
+    return CalibrationReport(count, matching.results(), passes=matching.passes, notes=tuple(notes), **found)
 
 
 def _observe(
