@@ -126,7 +126,7 @@ def finetune(
         if lr is None:
             settings = replace(settings, lr=default_rate(optimizer, settings.global_batch))
         place = replace(place, workers=_workers(place, accelerator))
-        if record_of(model) is None:
+        if folder is not None and record_of(model) is None:
             model = convert(model, rules={"*": "keep"}, inplace=True, check=False)  # so that it can be saved
         model.to(accelerator.device)
         teacher = original_of(model, reference).to(accelerator.device).eval() if distill else None
