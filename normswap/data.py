@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .coco import CocoData as CocoData
 from .coco import open_coco as open_coco
@@ -63,8 +63,9 @@ class Batches:
 def as_batches(data: Any, batch_size: int = 64, *, once: bool = False) -> Batches:
     """Read what the Python API accepts as `data=`.
 
-    data: a tensor `(N, *)`, cut into batches of `batch_size`; a Dataset of samples, likewise; a DataLoader or another
-    iterable of batches, which keep their size; an `ImageData` or a folder's path, read with the default `Preprocess`.
+    data: a tensor `(N, *)`, cut into batches of `batch_size`; a Dataset of samples, likewise (with boxes, as from
+    `open_coco`: batches are lists of images); a DataLoader or another iterable of batches, which keep their size; an
+    `ImageData` or a folder's path, read with the default `Preprocess`.
     A batch is a tensor, `(x, y)`, a dict (the values of the first known keys, such as "pixel_values" and "labels"),
     or a list of images `(C, H, W)` with 1, 3 or 4 channels, as torchvision's detectors take; x may be any of these,
     or a tuple of tensors for a forward with several arguments.
@@ -88,12 +89,26 @@ def as_batches(data: Any, batch_size: int = 64, *, once: bool = False) -> Batche
         return Batches((data,))
     classes = _classes_of(data)
     if isinstance(data, Dataset) and not isinstance(data, DataLoader):
-        data = DataLoader(data, batch_size=batch_size)
+        data = DataLoader(data, batch_size=batch_size, collate_fn=collated)
     if not isinstance(data, Iterable):
         raise DataError(f"data is {_described(data)}", hint=_ACCEPTED)
     if isinstance(data, Iterator) and not once:
         data = list(data)
     return Batches(data, classes)
+
+
+def collated(items: Sequence[Any]) -> Any:
+    """A batch of a Dataset's samples: as torch stacks them; images that come with boxes, as lists of both.
+
+    Such images differ in size and in how many boxes they have, and torchvision's detectors take lists.
+    """
+    if all(isinstance(i, (tuple, list)) and len(i) == 2 and _has_boxes(i[1]) for i in items):
+        return [list(column) for column in zip(*items, strict=True)]
+    return default_collate(list(items))
+
+
+def _has_boxes(target: Any) -> bool:
+    return isinstance(target, Mapping) and "boxes" in target
 
 
 def images_in(args: Sequence[Any]) -> int:

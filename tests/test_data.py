@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from normswap.data import as_batches, images_in, open_images, placed
+from normswap.data import as_batches, images_in, open_images, placed, shapes
 from normswap.errors import DataError, OptionError
 
 X = torch.randn(10, 3, 5, 5)
@@ -44,6 +44,13 @@ def test_a_dataset_is_cut_into_batches_with_its_labels() -> None:
     batches = list(as_batches(TensorDataset(X, Y), batch_size=4))
     assert [len(args[0]) for args, _ in batches] == [4, 4, 2]
     assert torch.cat([y for _, y in batches if y is not None]).tolist() == Y.tolist()
+
+
+def test_a_dataset_of_images_with_boxes_gives_lists_of_images() -> None:
+    batches = list(as_batches(shapes(5, size=32), batch_size=2))
+    assert [len(args[0]) for args, _ in batches] == [2, 2, 1]
+    assert all(isinstance(args[0], list) and labels is None for args, labels in batches)
+    assert torch.equal(batches[1][0][0][1], shapes(5, size=32)[3][0])
 
 
 def test_a_loader_keeps_its_batches() -> None:
