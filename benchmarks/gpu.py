@@ -1,6 +1,6 @@
 """A training step of ResNet-50 on a GPU: BN, frozen BN and GroupNorm, in several settings. Time and peak memory.
 
-    python benchmarks/gpu.py [--batch 2 8 32] [--precision bf16] [--settings eager channels_last compiled graphs] [--json]
+    python benchmarks/gpu.py [--batch 2 8 32] [--precision bf16] [--settings eager graphs] [--json]
 
 Random weights and images of 224 x 224: neither changes the time. A step is forward, backward, clipping and SGD with
 momentum; the median of `--steps` steps after a warm-up, timed by CUDA events, each combination in a process of its own,

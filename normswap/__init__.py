@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .optimizers import remap_optimizer as remap_optimizer
     from .planning import Plan as Plan
     from .planning import plan as plan
+    from .stabilizing import stabilized as stabilized
     from .training.distillation import distil as distil
     from .undo import revert as revert
     from .verification import verify as verify
@@ -49,6 +50,7 @@ _HOME = {
     "remap_optimizer": "optimizers",
     "revert": "undo",
     "save": "checkpoint",
+    "stabilized": "stabilizing",
     "unfreeze": "freezing",
     "verify": "verification",
 }

@@ -23,6 +23,7 @@ from .planning import Plan
 from .recognise import source_of
 from .selfcheck import Check
 from .sources import Source, build_empty, build_full
+from .stabilizing import at_own_size
 from .surgery import get, replace
 from .transfer import apply, inner_norm
 from .undo import LayerUndo, Undo
@@ -48,10 +49,11 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
         )
     path = Path(path)
     check_writable(path, overwrite=overwrite)
-    tensors, ties = _untied(model)
-    manifest = _manifest(model, record, ties)
-    tensors |= _undo_tensors(record.undo)
-    write_safetensors(path, tensors, {"format": "pt", KEY: json.dumps(manifest)})
+    with at_own_size(model):
+        tensors, ties = _untied(model)
+        manifest = _manifest(model, record, ties)
+        tensors |= _undo_tensors(record.undo)
+        write_safetensors(path, tensors, {"format": "pt", KEY: json.dumps(manifest)})
     return path
 
 

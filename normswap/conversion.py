@@ -28,7 +28,8 @@ class Record:
 
     source: how to rebuild the original architecture (see `sources.Source.to_dict`), None when only its caller can.
     previous: of the conversion before this one, when a converted network was converted again. head: the last layer,
-    where it was replaced since for another number of classes.
+    where it was replaced since for another number of classes. factors: by which layers are larger for the time of a
+    training (see `stabilizing`).
     """
 
     plan: Plan
@@ -38,6 +39,7 @@ class Record:
     history: list[dict[str, Any]] = field(default_factory=list)
     previous: Record | None = None
     head: Head | None = None
+    factors: dict[str, float] = field(default_factory=dict)
 
     @property
     def calibrated(self) -> bool:

@@ -196,6 +196,8 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
     if record is None:
         raise RevertError("this model was not made by normswap.convert or normswap.load; there is nothing to revert")
     undo: Undo = record.undo
+    if record.factors:
+        raise RevertError("the network is stabilized for training", hint="Revert it after `with stabilized(...)`.")
     if not undo.complete:
         raise RevertError(
             "the conversion kept nothing to undo it with (undo=False or --no-undo)",

@@ -19,7 +19,7 @@ from normswap.demo.network import pretrained
 from normswap.errors import CheckpointError, DataError, OptionError, OutputError, TrainingError
 from normswap.finetuning.optimizing import default_rate
 from normswap.finetuning.report import Stopped
-from normswap.finetuning.rescaling import factors_of
+from normswap.stabilizing import factors_of
 
 SMALL = {"batch_size": 2, "steps": 10, "device": "cpu"}
 

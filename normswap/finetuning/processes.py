@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import NormswapError, OptionError
-from .rescaling import centralize
 from .settings import PRECISIONS
 
 
@@ -54,8 +53,7 @@ def _check_device(device: str, precision: str) -> None:
 class Optimization:
     """Gradients and updates of some parameters, the same for one process and for many.
 
-    centred: weights whose gradients are centralized (see `rescaling`). model: what to call in training: the network
-    itself, or the wrapper that sums gradients over the processes.
+    model: what to call in training: the network itself, or the wrapper that sums gradients over the processes.
     """
 
     def __init__(
@@ -64,11 +62,9 @@ class Optimization:
         network: nn.Module,
         optimizer: Optimizer,
         clip: float | None,
-        centred: Collection[nn.Parameter] = (),
     ) -> None:
         self.accelerator, self.optimizer, self._clip = accelerator, optimizer, clip
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._centred = [p for p in self._parameters if p in set(centred)]
         self.scaler = accelerator.scaler
         self.model: Any = accelerator.prepare_model(network) if accelerator.num_processes > 1 else network
 
@@ -94,9 +90,6 @@ class Optimization:
             group["lr"] = rate * group.get("share", 1.0)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        for p in self._centred:
-            if p.grad is not None:
-                centralize(p.grad)
         if self._clip is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
         if self.scaler is not None:

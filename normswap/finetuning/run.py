@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ..errors import DataError, OptionError
 from ..heads import Head, find_head, resize_head
 from ..preprocess import Preprocess
 from ..registry import identify
+from ..stabilizing import stabilized
 from ..surgery import device_and_dtype
 from ..training.teacher import original_of
 from .classification import Classification
@@ -26,7 +28,6 @@ from .labelled import Pictures, Sets, collate, open_sets
 from .optimizing import default_rate, trained
 from .processes import processes
 from .report import FinetuneReport, Progress, Stopped
-from .rescaling import rescaled
 from .scope import frozen, only_training
 from .settings import Place, Settings, whole
 from .state import prepare_folder
@@ -90,7 +91,7 @@ def finetune(
     optimizer: "adamw" or "sgd" (Nesterov momentum 0.9). weight_decay: of weights; gamma, beta and biases do not decay.
     clip_grad: limit of the gradient's norm, None for none.
     stabilize: train folded layers at the size that their weights had before the fold, with centralized gradients; then
-    a converted network takes the learning rates of its original (see `rescaling`; False is for comparison).
+    a converted network takes the learning rates of its original (see `stabilized`; False is for comparison).
     train: "all", "norm" (gamma and beta), "head", or a pattern of parameter names; norms outside of it keep their
     running statistics. freeze_stats, freeze_affine: freeze running statistics, or gamma and beta, of all norms.
     distill: share of the loss that follows the scores of the original network, `reference`, by default rebuilt.
@@ -139,9 +140,9 @@ def finetune(
         accelerator.wait_for_everyone()
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
         scope = frozen(model, parameters, stats=freeze_stats, affine=freeze_affine)
-        with scope as notes, only_training(model, parameters), rescaled(model, wanted=stabilize) as factors:
+        with scope as notes, only_training(model, parameters), stabilized(model) if stabilize else nullcontext():
             job = Job(task, settings, place, sets)
-            trainer = Trainer(model, job, parameters, flags, factors, accelerator, progress)
+            trainer = Trainer(model, job, parameters, flags, accelerator, progress)
             report = trainer.run(resume=resume)
     small = None if freeze_stats else small_batch_note(model, batch_size, settings.processes)
     report = replace(report, notes=(*report.notes, *notes, *([small] if small else [])))

@@ -24,7 +24,7 @@ class Settings:
     steps: optimizer steps of the whole run. batch_size: samples of one forward pass of one process. accumulate:
     forward passes of a step. lr: the largest. warmup: share of the steps in which it rises. train: "all", "norm",
     "head" or a pattern of parameter names. distill: share of the loss that follows the teacher, 0 to 1. ema: decay
-    of the averaged weights, 0 for none. stabilize: see `rescaling`. samples: of the training set. network: a digest
+    of the averaged weights, 0 for none. stabilize: see `stabilizing`. samples: of the training set. network: a digest
     of the converted network.
     """
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..checkpoint import save
 from ..conversion import record_of
 from ..errors import DataError, NormswapError, TrainingError
+from ..stabilizing import factors_in, rescale
 from ..surgery import evaluating
 from ..training.stream import seed_step
 from .journal import CURVES, Journal
@@ -23,7 +24,6 @@ from .optimizing import averaged, build_optimizer, rate_at
 from .order import Order, Turns
 from .processes import Optimization
 from .report import FinetuneReport, Progress
-from .rescaling import folded_weights, rescale
 from .samples import Bad, Loaded, Loader, Samples
 from .settings import Place, Settings
 from .signals import Signals
@@ -53,8 +53,7 @@ class Job:
 class Trainer:
     """One run. `run` does the steps that are left and leaves the network trained.
 
-    parameters: those that train. flags: `requires_grad` of all, as the files are to have it. factors: by which folded
-    layers are larger during the training (see `rescaling`).
+    parameters: those that train. flags: `requires_grad` of all, as the files are to have it.
     """
 
     def __init__(
@@ -63,23 +62,20 @@ class Trainer:
         job: Job,
         parameters: Mapping[str, nn.Parameter],
         flags: Mapping[str, bool],
-        factors: dict[str, float],
         accelerator: Any,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.model, self.task, self.settings, self.place = model, job.task, job.settings, job.place
         self.accelerator, self.progress = accelerator, progress
-        self._flags, self._factors = flags, factors
+        self._flags = flags
         settings, place, task = self.settings, self.place, self.task
         self.main: bool = accelerator.is_main_process
         self.folder: Path | None = place.output
         self.device: torch.device = accelerator.device
         self.channels_last = bool(place.channels_last)
         self.average = averaged(model, settings.ema) if settings.ema else None
-        self.optimization = Optimization(
-            accelerator, model, build_optimizer(model, parameters, settings), settings.clip_grad,
-            folded_weights(model) if settings.stabilize else (),
-        )  # fmt: skip
+        optimizer = build_optimizer(model, parameters, settings)
+        self.optimization = Optimization(accelerator, model, optimizer, settings.clip_grad)
         self.forward = torch.compile(self.optimization.model) if place.compile else self.optimization.model
         self._orders(job.sets.train, job.sets.validation)
         self.step = self.resumed_at = 0
@@ -256,7 +252,7 @@ class Trainer:
             self._copy = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         if self.folder is None or not self.main:
             return
-        standing = {name: getattr(self, name) for name in _STANDING} | {"factors": dict(self._factors)}
+        standing = {name: getattr(self, name) for name in _STANDING} | {"factors": dict(factors_in(self.model))}
         save_run(
             self.folder / STATE, asdict(self.settings), self.step, self.model, self.optimization.optimizer,
             self.average, self.optimization.scaler, standing,
@@ -273,11 +269,9 @@ class Trainer:
         self._remember(network)
         training = {n: p.requires_grad for n, p in network.named_parameters()}
         _set_flags(network, self._flags)
-        rescale(network, self._factors, back=True)
         try:
             save(network, self.folder / name)
         finally:
-            rescale(network, self._factors)
             _set_flags(network, training)
 
     def _remember(self, network: nn.Module) -> None:
@@ -300,10 +294,8 @@ class Trainer:
         for name in _STANDING:
             setattr(self, name, standing[name])
         for network in (self.model, *([] if self.average is None else [self.average.module])):
-            rescale(network, self._factors, back=True, values=False)
+            rescale(network, dict(factors_in(network)), back=True, values=False)
             rescale(network, standing["factors"], values=False)
-        self._factors.clear()
-        self._factors.update(standing["factors"])
         self._saved = self.step
 
     # --- trouble ------------------------------------------------------------------------------------------------

@@ -1,9 +1,13 @@
-"""Folded layers at the size that their weights had before, for the time of a training.
+"""Train a converted network at the learning rates of its original: weights at their old size, centralized gradients.
 
 Folding divides a layer's weights by the deviation of each channel. The network computes the same, but gradients grow
 by the factor by which weights shrink, so that a learning rate is worth its square: rates that suited the original
 wreck the converted network. A norm that follows its sample does not notice `(W, b)` times c if its `eps` is taken
 times c^2. With c a power of two, both are exact in floating point, back and forth.
+
+Inputs that are positive, as behind a ReLU, let every step shift the mean of whole channels. In training a BN takes
+this shift out again; a norm over groups of channels does not, nor does a frozen BN. A gradient without its mean over
+each output channel's weights hardly has it (Yong et al. 2020, "Gradient Centralization").
 """
 
 from __future__ import annotations
@@ -16,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion import record_of
-from ..planning import Step
-from ..surgery import get
-from ..transfer import inner_norm
-from ..undo import by_output_channel
+from .conversion import record_of
+from .planning import Step
+from .surgery import get
+from .transfer import inner_norm
+from .undo import by_output_channel
 
 _LIMIT = 2.0**10
 _TINY = 1e-30
@@ -73,17 +77,50 @@ def rescale(model: nn.Module, factors: Mapping[str, float], *, back: bool = Fals
             layer.bias.mul_(factor)
         norm: Any = inner_norm(get(model, step.path))
         norm.eps = norm.eps * factor**2
+        total = record.factors.pop(step.path, 1.0) * factor
+        if total != 1:
+            record.factors[step.path] = total
 
 
 @contextmanager
-def rescaled(model: nn.Module, *, wanted: bool) -> Iterator[dict[str, float]]:
-    """With the factors of `factors_of` applied, and taken back at the end. Yields them; none where not wanted."""
-    factors = factors_of(model) if wanted else {}
+def stabilized(model: nn.Module) -> Iterator[nn.Module]:
+    """Within it, the network trains at the learning rates that its original takes; for a training loop of your own.
+
+        with normswap.stabilized(gn_model):
+            train(gn_model)
+
+    Folded layers in front of `gn`, `ln`, `ln-channel` and `in` have their weights at about the size that they had
+    before the fold (times a power of two, with `eps` to match, so that outputs stay as they are), and the gradients
+    of these weights have no mean over each output channel. Build the optimizer before or within, all the same. At
+    the end weights and `eps` go back; `normswap.save` within it saves the network as it is outside. Networks without
+    such layers, and those converted with undo=False, train as they are. `finetune` does this by itself.
+    """
+    factors = factors_of(model)
     rescale(model, factors)
+    hooks = [weight.register_post_accumulate_grad_hook(centralize) for weight in folded_weights(model)]
     try:
-        yield factors
+        yield model
     finally:
-        rescale(model, factors, back=True)
+        for hook in hooks:
+            hook.remove()
+        rescale(model, dict(factors_in(model)), back=True)
+
+
+@contextmanager
+def at_own_size(model: nn.Module) -> Iterator[None]:
+    """Undo what `stabilized` does to the values, for a moment."""
+    factors = dict(factors_in(model))
+    rescale(model, factors, back=True)
+    try:
+        yield
+    finally:
+        rescale(model, factors)
+
+
+def factors_in(model: nn.Module) -> Mapping[str, float]:
+    """The factors that are in effect now."""
+    record = record_of(model)
+    return {} if record is None else record.factors
 
 
 def folded_weights(model: nn.Module) -> list[nn.Parameter]:
@@ -94,13 +131,10 @@ def folded_weights(model: nn.Module) -> list[nn.Parameter]:
     return [layer.weight for layer in layers if layer.weight.dim() > 1 and layer.weight[0].numel() > 1]
 
 
-def centralize(gradient: Tensor) -> None:
-    """Take the mean over each output channel's weights out of the gradient `(C, ...)`, in place.
-
-    Inputs that are positive, as behind a ReLU, let every step shift the mean of whole channels. A BN takes this shift
-    out again; a norm over groups of channels does not. Source: Yong et al. 2020, "Gradient Centralization".
-    """
-    gradient.sub_(gradient.mean(dim=tuple(range(1, gradient.dim())), keepdim=True))
+def centralize(weight: Tensor) -> None:
+    """Take the mean over each output channel's weights `(C, ...)` out of the gradient, in place."""
+    if weight.grad is not None:
+        weight.grad.sub_(weight.grad.mean(dim=tuple(range(1, weight.dim())), keepdim=True))
 
 
 def _applies(model: nn.Module, step: Step) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 import normswap
 from normswap.demo.digits import split
 from normswap.demo.network import pretrained
-from normswap.finetuning.rescaling import centralize, factors_of, folded_weights, rescale
+from normswap.errors import RevertError
+from normswap.stabilizing import centralize, factors_of, folded_weights, rescale
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +75,51 @@ def test_batch_norms_and_networks_without_undo_are_left_alone() -> None:
 
 
 def test_centralized_gradients_have_no_mean() -> None:
-    gradient = torch.randn(5, 3, 3, 3)
-    expected = torch.stack([channel - channel.sum() / channel.numel() for channel in gradient])
-    centralize(gradient)
-    torch.testing.assert_close(gradient, expected)
+    weight = torch.zeros(5, 3, 3, 3)
+    weight.grad = torch.randn(5, 3, 3, 3)
+    expected = torch.stack([channel - channel.sum() / channel.numel() for channel in weight.grad])
+    centralize(weight)
+    torch.testing.assert_close(weight.grad, expected)
+
+
+def test_within_the_block_a_loop_of_ones_own_trains_stabilized(x: Tensor) -> None:
+    model = normswap.convert(pretrained(), "gn", groups=4)
+    before = model.conv.weight.detach().clone()
+    factor = factors_of(model)["bn"]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with normswap.stabilized(model):
+        assert torch.equal(model.conv.weight, before * factor)
+        model(x).square().mean().backward()
+        gradient = model.conv.weight.grad
+        assert float(gradient.mean((1, 2, 3)).abs().max()) < 1e-6 * float(gradient.abs().max())
+        optimizer.step()
+    expected = before - 1e-3 * gradient / factor
+    torch.testing.assert_close(model.conv.weight.detach(), expected)
+    assert model.bn.eps == 1e-5
+    model.zero_grad()
+    model(x).square().mean().backward()  # outside of it gradients are as they come
+    assert float(model.conv.weight.grad.mean((1, 2, 3)).abs().max()) > 1e-3 * float(model.conv.weight.grad.abs().max())
+
+
+def test_a_file_saved_within_the_block_is_the_network_outside(x: Tensor, tmp_path: Path) -> None:
+    model = normswap.convert(pretrained(), "gn", groups=4)
+    with normswap.stabilized(model), torch.no_grad():
+        expected = model(x)
+        normswap.save(model, tmp_path / "within.safetensors")
+        with pytest.raises(RevertError, match="stabilized"):
+            normswap.revert(model)
+    normswap.save(model, tmp_path / "after.safetensors")
+    assert (tmp_path / "within.safetensors").read_bytes() == (tmp_path / "after.safetensors").read_bytes()
+    with torch.no_grad():
+        torch.testing.assert_close(normswap.load(tmp_path / "within.safetensors", model=pretrained())(x), expected)
+
+
+def test_an_error_within_the_block_leaves_the_network_as_it_was() -> None:
+    model = normswap.convert(pretrained(), "gn", groups=4)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(KeyError), normswap.stabilized(model):
+        raise KeyError
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_folded_weights_are_those_of_the_convolutions() -> None:
