@@ -97,7 +97,8 @@ def stabilized(model: nn.Module) -> Iterator[nn.Module]:
     """
     factors = factors_of(model)
     rescale(model, factors)
-    hooks = [weight.register_post_accumulate_grad_hook(centralize) for weight in folded_weights(model)]
+    trained = [weight for weight in folded_weights(model) if weight.requires_grad]
+    hooks = [weight.register_post_accumulate_grad_hook(centralize) for weight in trained]
     try:
         yield model
     finally:
