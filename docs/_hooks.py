@@ -21,7 +21,8 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     if MARKER not in markdown:
         return markdown
     path = PurePosixPath(page.file.src_uri)
-    generated = {"cli": command_reference, "api": api_reference}.get(path.stem) or (lambda: norm_facts(path.stem))
+    references = {"cli": command_reference, "api": api_reference, "recipes": recipe_headers}
+    generated = references.get(path.stem) or (lambda: norm_facts(path.stem))
     return markdown.replace(MARKER, generated())
 
 
@@ -88,6 +89,20 @@ def api_reference() -> str:
 def _documented(name: str, public: Any) -> str:
     place = f"{public.__module__}.{public.__qualname__}"
     return f"::: {place}\n    options:\n      heading: normswap.{name}\n      toc_label: {name}"
+
+
+# --- the recipes --------------------------------------------------------------------------------------------------
+
+
+def recipe_headers() -> str:
+    """What each recipe says of itself."""
+    from normswap.recipes import recipes
+
+    return "\n\n".join(
+        f"## {r.name}\n\n{_escape(r.title)}\n\n```text\n{r.command}\n```\n\n"
+        f"Goal\n:   {_escape(r.goal)}\n\nTime\n:   {_escape(r.time)}\n\nExpected\n:   {_escape(r.expected)}"
+        for r in recipes()
+    )
 
 
 # --- the norms ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,91 @@
+"""Fine-tune a network at batch size 2 with its BatchNorm layers frozen whole: statistics, γ and β.
+
+Goal:      train everything but the norms, as detectors do with their backbone; each is then a fixed scale and shift
+Command:   python recipes/freeze_statistics_and_affine.py [--data FOLDER --network FILE.py:FUNCTION --weights FILE]
+Time:      about 20 s on one CPU core for the digits, 2 minutes for 4,000 images of CIFAR-10
+Expected:  digits turned by a quarter: accuracy 0.730 when norms train, 0.804 when they are frozen; ResNet-20 on 4,000
+           JPEG images of CIFAR-10 (before: 0.803): 0.797 and 0.846
+"""
+
+import argparse
+import copy
+import runpy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+import normswap
+from normswap.demo import digits
+from normswap.demo.network import pretrained
+
+BATCH_SIZE = 2
+LR = 2e-4
+CLIP = 1.0
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of the images that the network learned from
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--data", type=Path, help="folder with train/CLASS/* and val/CLASS/* or test/CLASS/*")
+parser.add_argument("--network", help="FILE.py:FUNCTION that builds the network, for --data")
+parser.add_argument("--weights", type=Path, help="its state dict")
+parser.add_argument("--size", type=int, default=224, help="of the images in --data, in pixels")
+parser.add_argument("--steps", type=int, help="default: one pass over the training images")
+parser.add_argument("--tiny", action="store_true", help="a few steps, to see that it runs")
+options = parser.parse_args()
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
+# The data, as two sets of (image, label), and a BatchNorm network that is trained on something like it.
+if options.data:
+    resize = [v2.Resize(options.size), v2.CenterCrop(options.size)]
+    scale = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    held = next(part for part in (options.data / "val", options.data / "test") if part.is_dir())
+    training = ImageFolder(options.data / "train", v2.Compose([*resize, v2.RandomHorizontalFlip(), *scale]))
+    held_out = ImageFolder(held, v2.Compose([*resize, *scale]))
+    file, function = options.network.rsplit(":", 1)
+    network = runpy.run_path(file)[function]()
+    state = torch.load(options.weights, map_location="cpu", weights_only=True)
+    state = {name.removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
+    network.load_state_dict(state)
+else:  # handwritten digits, turned by a quarter, which the network of the demo has never seen
+    torch.set_num_threads(1)  # images of 8x8 pixels are too small to share
+    training, held_out = (TensorDataset(part.images.rot90(1, (2, 3)), part.labels) for part in digits.split())
+    network = pretrained()
+if options.tiny:
+    held_out = torch.utils.data.Subset(held_out, range(0, len(held_out), max(1, len(held_out) // 20)))
+network = network.to(device)
+steps = 3 if options.tiny else options.steps or len(training) // BATCH_SIZE
+
+
+@torch.no_grad()
+def accuracy(network):
+    network.eval()
+    right = [(network(x.to(device)).argmax(1).cpu() == y).float() for x, y in DataLoader(held_out, 100)]
+    return torch.cat(right).mean().item()
+
+
+print(f"{len(training)} training images, {len(held_out)} held out; before: accuracy {accuracy(network):.4f}")
+for name in ("norms train", "norms frozen"):
+    model = copy.deepcopy(network)
+    if name == "norms frozen":
+        normswap.freeze(model)  # model.train() below does not undo this, and the optimizer passes over γ and β
+
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    # As many images as there are steps to take, in one random order after another.
+    loader = DataLoader(training, BATCH_SIZE, sampler=RandomSampler(training, num_samples=steps * BATCH_SIZE))
+    for images, labels in loader:
+        model.train()
+        loss = F.cross_entropy(model(images.to(device)), labels.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        schedule.step()
+
+    print(f"{name}: accuracy {accuracy(model):.4f} after {steps} steps at batch {BATCH_SIZE}")
+
+print(normswap.frozen_drift(model))

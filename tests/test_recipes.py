@@ -1,0 +1,115 @@
+"""Every recipe runs, tiny, prints its figures, and says at its top what it is for."""
+
+from __future__ import annotations
+
+import ast
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(FOLDER.glob("*.py"), key=lambda file: file.stem)
+FIGURES = {
+    "differential_privacy": r"accuracy (0\.\d{4}).* epsilon (\d+\.\d\d)",
+    "ema_policy": r"success (\d\.\d{3})",
+    "federated_averaging": r"accuracy (0\.\d{4})",
+    "freeze_statistics": r"statistics (?:move|frozen): accuracy (0\.\d{4})",
+    "freeze_statistics_and_affine": r"norms (?:train|frozen): accuracy (0\.\d{4})",
+    "gradual_unfreezing": r"(?:all at once|gradually): accuracy (0\.\d{4})",
+    "groupnorm_at_batch_2": r"(?:BatchNorm|GroupNorm) +(0\.\d{4}) +(0\.\d{4})",
+    "train_digits": r"held-out accuracy (0\.\d{4})",
+}
+"""What a run prints, at least once for each thing it compares."""
+RUNS = {"ema_policy": 6, "federated_averaging": 4, "train_digits": 1}
+SLOW = {"differential_privacy"}  # its accounting
+FOLDER_RECIPES = ["freeze_statistics", "freeze_statistics_and_affine", "gradual_unfreezing", "groupnorm_at_batch_2"]
+
+NETWORK = """
+from torch import nn
+
+def network():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(8, 2))
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """`run(name, *arguments)` runs a recipe in this process and an empty folder, and returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def started(name: str, *arguments: object) -> str:
+        monkeypatch.setattr("sys.argv", [f"{name}.py", *map(str, arguments)])
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return started
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_a_header_says_goal_command_time_and_expected_result(file: Path) -> None:
+    header = ast.get_docstring(ast.parse(file.read_text("utf-8"))) or ""
+    title, _, rest = header.partition("\n\n")
+    assert title.endswith(".")
+    assert [key for key, _, text in (line.partition(":") for line in rest.splitlines()) if key.isalpha() and text] == [
+        "Goal", "Command", "Time", "Expected",
+    ]  # fmt: skip
+    assert f"python recipes/{file.name}" in rest
+    assert re.search(r"\d", rest.partition("Time:")[2].partition("Expected:")[0])
+    assert re.search(r"\d", rest.partition("Expected:")[2])
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_only_public_names_are_used(file: Path) -> None:
+    public = {"normswap.demo", "normswap.demo.digits", "normswap.demo.network"}  # beside `normswap` itself
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            assert {a.name for a in node.names if a.name.startswith("normswap")} <= {"normswap"}
+        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("normswap"):
+            assert node.module in public
+            assert not any(a.name.startswith("_") for a in node.names)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(f, marks=pytest.mark.slow) if f.stem in SLOW else f for f in RECIPES],
+    ids=[f.stem for f in RECIPES],
+)
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")  # opacus's, when it is imported
+def test_it_runs_tiny_and_prints_its_figures(file: Path, run) -> None:
+    printed = run(file.stem, "--tiny")
+    found = re.findall(FIGURES[file.stem], printed)
+    assert len(found) == RUNS.get(file.stem, 2), printed
+
+
+@pytest.mark.parametrize("name", FOLDER_RECIPES)
+def test_it_takes_a_folder_of_images_and_a_network(name: str, run, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for label, colour in (("green", (20, 230, 30)), ("red", (250, 20, 10))):
+            (tmp_path / "photos" / part / label).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (16, 16), tuple(c // (i + 1) for c in colour)).save(
+                    tmp_path / "photos" / part / label / f"{i}.png"
+                )
+    (tmp_path / "mine.py").write_text(NETWORK)
+    network = runpy.run_path(str(tmp_path / "mine.py"))["network"]()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "mine.pt")
+    arguments = ["--data", "photos", "--network", "mine.py:network", "--weights", "mine.pt", "--steps", 2]
+    if name != "groupnorm_at_batch_2":
+        arguments += ["--size", 16]
+    assert len(re.findall(FIGURES[name], run(name, *arguments))) == 2
+
+
+@pytest.mark.parametrize("name", FOLDER_RECIPES[:3])
+def test_what_was_frozen_did_not_move(name: str, run) -> None:
+    assert run(name, "--tiny").rstrip().endswith("12 frozen layers: nothing moved")
+
+
+def test_the_index_has_a_row_for_every_recipe() -> None:
+    index = (FOLDER / "README.md").read_text("utf-8")
+    for file in RECIPES:
+        assert f"[{file.name}]({file.name})" in index
