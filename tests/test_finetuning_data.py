@@ -223,7 +223,7 @@ def test_unreadable_pictures_are_skipped_and_named(tmp_path: Path) -> None:
     (tmp_path / "val" / "blue" / "1.png").write_bytes(b"no picture")
     report = train(tmp_path)
     assert len(report.bad) == 2
-    assert any(bad.startswith("red/0.png: ") for bad in report.bad)
+    assert any(bad.startswith("train/red/0.png: ") for bad in report.bad)
     assert report.steps == 18  # batches kept their size
 
 

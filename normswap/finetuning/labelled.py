@@ -67,7 +67,7 @@ class Pictures:
         try:
             image = decode(file)
         except UnreadableImage as error:
-            raise Unreadable(str(file.relative_to(self.folder)), str(error)) from error
+            raise Unreadable(str(file.relative_to(self.folder.parent)), str(error)) from error
         return (image if self.transform is None else self.transform(image)), self.labels[index]
 
     @classmethod

@@ -228,7 +228,7 @@ def test_unreadable_images_are_named(cli: Cli) -> None:
     Path("photos/red/0.png").write_bytes(b"no picture")
     ran = cli(*TINY, "--epochs", "3", "--calibrate", "0")
     assert ran.code == 0, ran.err
-    assert "skipped: red/0.png" in ran.out
+    assert "skipped: photos/red/0.png" in ran.out
     ran = cli(*TINY, "--epochs", "3", "--max-bad", "0", "--force")
     assert ran.code == 1
     assert "red/0.png" in ran.err
