@@ -232,7 +232,7 @@ def test_too_many_unreadable_pictures_are_an_error(tmp_path: Path) -> None:
     paint(tmp_path / "val", 1)
     for i in range(4):
         (tmp_path / "train" / "red" / f"{i}.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match="red/3.png") as error:
+    with pytest.raises(DataError, match=r"red/3\.png") as error:
         train(tmp_path, max_bad=3, epochs=5)
     assert "4 images cannot be read" in str(error.value)
     assert "--max-bad" in str(error.value)

@@ -18,7 +18,8 @@ from typer.core import TyperGroup
 
 from ..errors import NormswapError
 from .options import UsageError
-from .output import VERBOSE, is_terminal, printable
+from .output import VERBOSE
+from .terminal import is_terminal, printable
 
 ARGS = "normswap.args"
 WRITTEN = "normswap.written"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 import typer
 
 from .options import usage
+from .terminal import is_terminal, printable
 
 if TYPE_CHECKING:
     from .render import Page
@@ -127,13 +128,3 @@ def reporting(ctx: typer.Context, *, as_json: bool, quiet: bool, verbose: bool) 
 
 
 VERBOSE = "normswap.verbose"
-
-
-def is_terminal(stream: TextIO) -> bool:
-    """Whether the stream is a terminal that can move its cursor."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
-
-
-def printable(text: str) -> str:
-    """The text with control characters escaped: names come from files and from strangers."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

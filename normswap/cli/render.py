@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from .output import is_terminal, printable
+from .terminal import is_terminal, printable
 
 T = TypeVar("T")
 Cell = str | tuple[str, str]
