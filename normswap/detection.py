@@ -36,6 +36,7 @@ DETECTORS = {
     "fcos": zoo.FCOS,
 }
 PAPER_GROUPS = 32
+WIDTH = 256
 _TWO_STAGES = ("fasterrcnn", "maskrcnn", "keypointrcnn")
 _POOLED = "pool"  # torchvision's name of the map that only the region proposals see
 _STAGES = 5
@@ -74,6 +75,7 @@ def detector(
     groups: int | str | None = None,
     trainable_layers: int | None = None,
     anchor_sizes: Sequence[int] | None = None,
+    width: int = WIDTH,
     **options: Any,
 ) -> nn.Module:
     """A torchvision detector on a backbone of your own, with a norm in its feature pyramid and its heads.
@@ -88,8 +90,9 @@ def detector(
     the mask and keypoint heads, and the heads of one-stage detectors, as in Wu and He 2018, "Group Normalization",
     section 4.2; not in the region proposals. None: no norm there. groups: for `gn`, 32 by default, as there.
     trainable_layers: see `freeze_stages`. anchor_sizes: the side of the anchors of each level in pixels, by default
-    8 times the stride (`retinanet`: 4 times, each with two steps to the next). options: those of the torchvision
-    class, such as min_size, max_size, box_detections_per_img, num_keypoints.
+    8 times the stride (`retinanet`: 4 times, each with two steps to the next). width: channels of the pyramid, if
+    it is made here, and of the box head. options: those of the torchvision class,
+    such as min_size, max_size, box_detections_per_img, num_keypoints.
 
     Raises OptionError for a kind, norm, number or backbone that does not fit.
     """
@@ -98,11 +101,13 @@ def detector(
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
         raise OptionError(f"num_classes counts the background, so it is at least 2, not {num_classes!r}")
     _check_options(kind, options)
-    norm_layer = _norm_layer(norm, groups)
-    whole = backbone if is_complete(backbone) else _with_pyramid(kind, backbone, norm_layer)
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise OptionError(f"width must be a positive integer, got {width!r}")
+    norm_layer = _norm_layer(norm, groups, width)
+    whole = backbone if is_complete(backbone) else _with_pyramid(kind, backbone, norm_layer, width)
     levels = levels_of(whole)
     parts = _two_stage_parts if kind in _TWO_STAGES else _one_stage_parts
-    given = parts(kind, levels, num_classes, norm_layer, anchor_sizes) | options
+    given = parts(kind, levels, num_classes, norm_layer, anchor_sizes, width) | options
     try:
         model: nn.Module = DETECTORS[kind](whole, num_classes, **given)
     except (TypeError, ValueError) as error:
@@ -160,16 +165,17 @@ def _check_options(kind: str, options: Mapping[str, Any]) -> None:
 # --- building -----------------------------------------------------------------------------------------------------
 
 
-def _with_pyramid(kind: str, backbone: nn.Module, norm_layer: NormLayer | None) -> PyramidBackbone:
+def _with_pyramid(kind: str, backbone: nn.Module, norm_layer: NormLayer | None, width: int) -> PyramidBackbone:
     two_stages = kind in _TWO_STAGES
     body, levels = body_of(backbone, finest=4 if two_stages else 8)
-    extra = LastLevelMaxPool() if two_stages else LastLevelP6P7(256, 256)
-    return PyramidBackbone(body, levels, norm_layer, extra)
+    extra = LastLevelMaxPool() if two_stages else LastLevelP6P7(width, width)
+    return PyramidBackbone(body, levels, norm_layer, extra, width)
 
 
 def _two_stage_parts(
-    kind: str, levels: Sequence[Level], num_classes: int, norm_layer: NormLayer | None, sizes: Sequence[int] | None
-) -> dict[str, Any]:
+    kind: str, levels: Sequence[Level], num_classes: int, norm_layer: NormLayer | None, sizes: Sequence[int] | None,
+    width: int,
+) -> dict[str, Any]:  # fmt: skip
     anchors = [(size,) for size in _sizes(levels, sizes, 8)]
     maps = [level.name for level in levels if level.name != _POOLED]
     channels = levels[0].channels
@@ -179,7 +185,7 @@ def _two_stage_parts(
         "box_roi_pool": pool(output_size=7),
     }
     if norm_layer is not None:
-        parts["box_head"] = FastRCNNConvFCHead((channels, 7, 7), [256] * 4, [1024], norm_layer=norm_layer)
+        parts["box_head"] = FastRCNNConvFCHead((channels, 7, 7), [width] * 4, [1024], norm_layer=norm_layer)
     if kind == "maskrcnn":
         parts["mask_roi_pool"] = pool(output_size=14)
         parts["mask_head"] = MaskRCNNHeads(channels, [256] * 4, 1, norm_layer=norm_layer)
@@ -190,8 +196,9 @@ def _two_stage_parts(
 
 
 def _one_stage_parts(
-    kind: str, levels: Sequence[Level], num_classes: int, norm_layer: NormLayer | None, sizes: Sequence[int] | None
-) -> dict[str, Any]:
+    kind: str, levels: Sequence[Level], num_classes: int, norm_layer: NormLayer | None, sizes: Sequence[int] | None,
+    width: int,
+) -> dict[str, Any]:  # fmt: skip
     channels = levels[0].channels
     if kind == "fcos":
         if sizes is not None:
@@ -223,8 +230,8 @@ def _no_norm(channels: int) -> nn.Module:
     return nn.Identity()
 
 
-def _norm_layer(norm: str | None, groups: int | str | None) -> NormLayer | None:
-    """What makes a fresh norm for a number of channels; known to work for 256 and 512, those of pyramid and heads."""
+def _norm_layer(norm: str | None, groups: int | str | None, width: int) -> NormLayer | None:
+    """What makes a fresh norm for a number of channels; known to work for `width`, that of pyramid and heads."""
     if norm is None or norm == "none":
         if groups is not None:
             raise OptionError("groups apply to gn only")
@@ -249,5 +256,5 @@ def _norm_layer(norm: str | None, groups: int | str | None) -> NormLayer | None:
         except Misfit as misfit:
             raise OptionError(f"norm={norm!r} does not fit the detector's own layers: {misfit}") from misfit
 
-    layer(256)
+    layer(width)
     return layer
