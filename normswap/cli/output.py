@@ -17,7 +17,7 @@ from .options import usage
 from .terminal import is_terminal, printable
 
 if TYPE_CHECKING:
-    from .render import Page
+    from .render import Bar, Page
 
 T = TypeVar("T")
 _EVERY = 5.0  # seconds between lines of progress where there is no terminal
@@ -31,6 +31,7 @@ class Output:
         self._json, self._quiet = as_json, quiet
         self.live = not quiet and is_terminal(stderr)
         self._line = False
+        self._bar: Bar | None = None
         self._said = 0.0
 
     def step(self, what: str) -> None:
@@ -44,9 +45,13 @@ class Output:
 
     def note(self, text: str) -> None:
         """Something the user should know that is no error."""
-        if not self._quiet:
-            self._clear()
-            self._stderr.write(f"note: {printable(text)}\n")
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.above(f"note: {text}")
+            return
+        self._clear()
+        self._stderr.write(f"note: {printable(text)}\n")
 
     def status(self, what: str) -> None:
         """Where a long work stands: a line that keeps changing on a terminal, a line now and then elsewhere."""
@@ -76,8 +81,11 @@ class Output:
         if self.live:
             from . import render
 
-            with render.bar(what, self._stderr) as update:
-                yield update
+            with render.bar(what, self._stderr) as self._bar:
+                try:
+                    yield self._bar
+                finally:
+                    self._bar = None
             return
         yield lambda done, total, text: self.status(f"{what}: step {done} of {total}, {text}")
 

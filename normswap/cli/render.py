@@ -5,7 +5,7 @@ All text goes through `rich.text.Text`, never through markup, so a layer may be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO, TypeVar
 
@@ -122,18 +122,31 @@ def progress(items: Iterable[T], total: int, what: str, stream: TextIO) -> Itera
             bar.advance(task)
 
 
+class Bar:
+    """A progress bar that is told how far the work is, with a text behind, and lines above it."""
+
+    def __init__(self, progress: Progress, what: str) -> None:
+        self._progress, self._task = progress, progress.add_task(what, total=None, count="", text="")
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        self._progress.update(self._task, completed=done, total=total, count=f"{done}/{total}", text=printable(text))
+
+    def above(self, text: str) -> None:
+        """A line that stays."""
+        self._progress.console.print(Text(printable(text)))
+
+
 @contextmanager
-def bar(what: str, stream: TextIO) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar that is told how far the work is, with a text behind; removed at the end."""
+def bar(what: str, stream: TextIO) -> Iterator[Bar]:
+    """A `Bar`, removed at the end."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[count]}", style="progress.download"),
         TextColumn("{task.fields[text]}", markup=False),
     )
-    with Progress(*columns, console=Console(file=stream), transient=True) as shown:
-        task = shown.add_task(what, total=None, text="")
-        yield lambda done, total, text: shown.update(task, completed=done, total=total, text=printable(text))
+    with Progress(*columns, console=Console(file=stream), transient=True) as progress:
+        yield Bar(progress, what)
 
 
 def size(count: int) -> str:
