@@ -38,13 +38,7 @@ def calibrate(
             metavar="SOURCE", help="The original network; by default it is rebuilt from FILE.", show_default=False
         ),
     ] = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            metavar="balance|refit|moments",
-            help="refit also fits the layers in front of the norms: closer, above all for small groups, and slower.",
-        ),
-    ] = "balance",
+    method: options.Method = "balance",
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -69,7 +63,7 @@ def calibrate(
     normswap calibrate resnet50-gn.safetensors --data photos/
     """
     asked = Asked.of(ctx, size, mean, std)
-    options.choice(ctx, "--method", method, ("balance", "refit", "moments"))
+    options.choice(ctx, "--method", method, options.METHODS)
     if reference is None and (weights or arg):
         raise options.usage(ctx, "--weights and --arg go with --reference")
     wanted = Wanted(file, trust_code=trust_code, allow_nonfinite=allow_nonfinite, seed=seed)

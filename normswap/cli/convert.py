@@ -34,6 +34,7 @@ class Calibration:
     data: Path
     images: int
     asked: Asked
+    method: str
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def convert(
         typer.Option(metavar="FOLDER", help="Calibrate on these unlabelled images too.", show_default=False),
     ] = None,
     images: options.Images = None,
+    method: options.Method = "balance",
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -171,8 +173,9 @@ def convert(
         "missing_statistics": "error" if calibrate is None else "later",
     }
     asked = Asked.of(ctx, size, mean, std)
-    if calibrate is None and (images is not None or asked.given()):
-        raise options.usage(ctx, "--images, --size, --mean and --std go with --calibrate")
+    options.choice(ctx, "--method", method, options.METHODS)
+    if calibrate is None and (images is not None or method != "balance" or asked.given()):
+        raise options.usage(ctx, "--images, --method, --size, --mean and --std go with --calibrate")
     job = Job(
         to,
         options.rules(ctx, rule),
@@ -184,7 +187,7 @@ def convert(
         dry_run=dry_run,
         output=output,
         force=force,
-        calibration=None if calibrate is None else Calibration(calibrate, images or IMAGES, asked),
+        calibration=None if calibrate is None else Calibration(calibrate, images or IMAGES, asked, method),
     )
     _check_combination(ctx, job)
     wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed)
@@ -237,7 +240,7 @@ def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> chang
     record = _record(model)
     report = None
     if (wish := job.calibration) is not None:
-        report = run_calibration(model, reference, origin, wish.data, wish.images, 32, wish.asked, out)
+        report = run_calibration(model, reference, origin, wish.data, wish.images, 32, wish.asked, out, wish.method)
     record.source = None if origin.source is None else origin.source.to_dict()
     from ..checkpoint import save
 

@@ -64,6 +64,14 @@ Seed = Annotated[int, typer.Option(help="Seed of random weights and inputs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show warnings of libraries, and where an error happened.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        metavar="balance|refit|moments",
+        help="How to calibrate; refit also fits the layers before the norms: closer, above all for small groups, slower.",
+    ),
+]
+METHODS = ("balance", "refit", "moments")
 Data = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="Images, alone or in one subfolder for each class.", show_default=False),

@@ -114,3 +114,15 @@ def test_refitting_changes_weights_and_is_undone_from_the_file(cli: Cli, images:
     back, original = (normswap.revert(model).state_dict() for model in (refitted, plain))
     assert all(torch.equal(tensor, original[name]) for name, tensor in back.items())
     assert cli(*arguments, "magic", "--force").code == 2
+
+
+def test_converting_and_refitting_in_one_go_equals_two_commands(cli: Cli, images: Path) -> None:
+    fixed = ("convert", "nets.py:tiny", "--to", "gn", "--groups", "4")
+    assert cli(*fixed, "--calibrate", "photos", "--method", "refit", "--output", "one.safetensors").code == 0
+    assert cli(*fixed, "--output", "two.safetensors").code == 0
+    assert cli("calibrate", "two.safetensors", "--data", "photos", "--method", "refit", "--trust-code").code == 0
+    one, two = (normswap.load(f, trust_code=True) for f in ("one.safetensors", "two-calibrated.safetensors"))
+    assert all(torch.equal(tensor, two.state_dict()[name]) for name, tensor in one.state_dict().items())
+    alone = cli(*fixed, "--method", "refit", "--output", "three.safetensors")
+    assert alone.code == 2
+    assert "--calibrate" in alone.err
