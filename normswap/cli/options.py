@@ -68,7 +68,7 @@ Method = Annotated[
     str,
     typer.Option(
         metavar="balance|refit|moments",
-        help="How to calibrate; refit also fits the layers before the norms: closer, above all for small groups, slower.",
+        help="How to calibrate; refit also fits the layers before the norms: closer with small groups, but slower.",
     ),
 ]
 METHODS = ("balance", "refit", "moments")

@@ -11,9 +11,9 @@ import typer
 
 from normswap.cli.boundary import _as_flags
 from normswap.cli.output import Output
-from normswap.cli.terminal import printable
 from normswap.cli.render import Page, number_range, plural, size
 from normswap.cli.retry import changed, command
+from normswap.cli.terminal import printable
 
 
 class Terminal(io.StringIO):
