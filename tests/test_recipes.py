@@ -15,6 +15,7 @@ FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.py"), key=lambda file: file.stem)
 FIGURES = {
     "differential_privacy": r"accuracy (0\.\d{4}).* epsilon (\d+\.\d\d)",
+    "ema_policy": r"success (\d\.\d{3})",
     "federated_averaging": r"accuracy (0\.\d{4})",
     "freeze_statistics": r"statistics (?:move|frozen): accuracy (0\.\d{4})",
     "freeze_statistics_and_affine": r"norms (?:train|frozen): accuracy (0\.\d{4})",
@@ -23,7 +24,7 @@ FIGURES = {
     "train_digits": r"held-out accuracy (0\.\d{4})",
 }
 """What a run prints, at least once for each thing it compares."""
-RUNS = {"federated_averaging": 4, "train_digits": 1}
+RUNS = {"ema_policy": 7, "federated_averaging": 4, "train_digits": 1}
 SLOW = {"differential_privacy"}  # its accounting
 FOLDER_RECIPES = ["freeze_statistics", "freeze_statistics_and_affine", "gradual_unfreezing", "groupnorm_at_batch_2"]
 
