@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import __version__
 from .checks import check_fit
 from .conversion import Record
 from .errors import CheckpointError, NormswapError, PlanError, WeightsError
 from .heads import Head, resize_head
+from .manifest import KEY, make_manifest, read_file
+from .manifest import is_ours as is_ours
+from .manifest import read_manifest as read_manifest
 from .planning import Plan
-from .recognise import source_of
 from .selfcheck import Check
 from .sources import Source, build_empty, build_full
 from .stabilizing import at_own_size
+from .stored_undo import PREFIX, check_undo, fill_undo, undo_tensors
 from .surgery import get, replace
 from .transfer import apply, inner_norm
-from .undo import LayerUndo, Undo
+from .undo import Undo
 from .weights import check_finite, has_empty_parameters, load_state
 from .writing import check_writable, write_safetensors
-
-FORMAT = 1
-KEY = "normswap"
-_UNDO = "normswap.undo."
 
 
 def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
@@ -51,8 +46,9 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
     check_writable(path, overwrite=overwrite)
     with at_own_size(model):
         tensors, ties = _untied(model)
-        manifest = _manifest(model, record, ties)
-        tensors |= _undo_tensors(record.undo)
+        channels_last = [name for name, tensor in model.state_dict().items() if _channels_last(tensor)]
+        manifest = make_manifest(model, record, ties, channels_last)
+        tensors |= undo_tensors(record.undo)
         write_safetensors(path, tensors, {"format": "pt", KEY: json.dumps(manifest)})
     return path
 
@@ -81,11 +77,11 @@ def load(
     Raises CheckpointError for a file that is missing, damaged, not normswap's, of a newer version, or edited;
     SourceError or WeightsError when its architecture cannot be rebuilt or does not fit.
     """
-    manifest, tensors = _read(Path(path))
+    manifest, tensors = read_file(Path(path))
     plan = Plan.from_dict(manifest["plan"])
-    undo_tensors = {k: tensors.pop(k) for k in list(tensors) if k.startswith(_UNDO)}
+    stored = {k: tensors.pop(k) for k in list(tensors) if k.startswith(PREFIX)}
     with _intact(path):
-        _check_undo(undo_tensors, manifest["undo"])
+        check_undo(stored, manifest["undo"])
         check = Check(**manifest["check"])
         tensors = _as_saved(tensors, manifest)
     if not allow_nonfinite:
@@ -99,7 +95,7 @@ def load(
         model = _headed(model, manifest)
         root, undo = _swapped(model, plan, tensors, path)
     _retie(root, manifest["ties"])
-    _fill_undo(undo, undo_tensors, manifest["undo"])
+    fill_undo(undo, stored, manifest["undo"])
     for name, parameter in root.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(parameter.is_floating_point() and name not in manifest["no_grad"])
     head = Head(**manifest["head"]) if manifest.get("head") else None
@@ -107,100 +103,11 @@ def load(
     return root.eval()
 
 
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of a file that normswap wrote, checked. Raises CheckpointError."""
-    return _read_manifest(Path(path))
-
-
-def is_ours(path: str | Path) -> bool:
-    """Whether the file is safetensors with a normswap manifest, sound or not."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return KEY in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
-
-
-# --- manifest ---------------------------------------------------------------------------------------------------
-
-
-def _manifest(model: nn.Module, record: Record, ties: Mapping[str, str]) -> dict[str, Any]:
-    source = record.source or source_of(model, record.plan, record.undo)
-    manifest = {
-        "format": FORMAT,
-        "versions": {"normswap": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "source": source,
-        "plan": record.plan.to_dict(),
-        "check": asdict(record.check),
-        "history": record.history,
-        "head": None if record.head is None else record.head.to_dict(),
-        "ties": dict(ties),
-        "no_grad": [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad],
-        "channels_last": [name for name, tensor in model.state_dict().items() if _channels_last(tensor)],
-        "undo": _undo_index(record.undo),
-    }
-    manifest = json.loads(json.dumps(manifest))  # keys that are numbers become texts, as they will be when read
-    return {**manifest, "sha256": _digest(manifest)}
-
-
 def _headed(model: nn.Module, manifest: Mapping[str, Any]) -> nn.Module:
     """The architecture with the last layer that fine-tuning has given it."""
     if manifest.get("head"):
         resize_head(model, Head(**manifest["head"]))
     return model
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    """Tells an edited manifest; no protection against one made to deceive."""
-    body = {k: v for k, v in manifest.items() if k != "sha256"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder, not a file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
-    if text is None:
-        raise CheckpointError(
-            f"{path} was not written by normswap (it has no manifest)",
-            hint=f"A plain checkpoint goes with its architecture: normswap convert SOURCE --weights {path}",
-        )
-    try:
-        manifest = json.loads(text)
-        version = manifest["format"]
-        if isinstance(version, int) and version > FORMAT:
-            raise CheckpointError(
-                f"{path} has format {version}, this normswap {__version__} reads up to {FORMAT}",
-                hint="pip install --upgrade normswap",
-            )
-        if manifest["sha256"] != _digest(manifest):
-            raise CheckpointError(f"the manifest of {path} was edited after normswap wrote it; it is not used")
-        for name in ("source", "plan", "check", "history", "ties", "no_grad", "channels_last", "undo"):
-            manifest[name]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the manifest of {path} is damaged: {type(error).__name__}: {error}") from error
-    return manifest
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    manifest = _read_manifest(path)
-    try:
-        return manifest, load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
 
 
 def _trusted_source(manifest: Mapping[str, Any], path: str | Path, trust_code: bool) -> Source:
@@ -334,57 +241,3 @@ def _of_dtype(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     if len(dtypes) == 1 and any(t.dtype not in dtypes for t in model.buffers() if t.is_floating_point()):
         model.to(dtypes.pop())
     return model
-
-
-def _undo_index(undo: Undo) -> dict[str, Any] | None:
-    """What the undo tensors belong to; None when nothing was kept."""
-    if not undo.complete:
-        return None
-    return {
-        "norms": [list(n.paths) for n in undo.norms],
-        "layers": [layer.path for layer in undo.layers],
-        "no_grad": [
-            [k for k, p in n.module._parameters.items() if p is not None and not p.requires_grad] for n in undo.norms
-        ],
-    }
-
-
-def _undo_tensors(undo: Undo) -> dict[str, Tensor]:
-    if not undo.complete:
-        return {}
-    found: dict[str, Tensor] = {}
-    for i, norm in enumerate(undo.norms):
-        found |= {f"{_UNDO}norm.{i}.{name}": t for name, t in norm.tensors.items()}
-        changed = {n: t for n, t in norm.given.items() if norm.tensors.get(n) is not t}
-        found |= {f"{_UNDO}given.{i}.{name}": t for name, t in changed.items()}
-    for i, layer in enumerate(undo.layers):
-        parts = {n: getattr(layer, n) for n in ("scale", "shift", "bias", "correction", "weight", "given")}
-        found |= {f"{_UNDO}layer.{i}.{name}": t for name, t in parts.items() if t is not None}
-    return {name: tensor.clone() if tensor.numel() else tensor for name, tensor in found.items()}
-
-
-def _fill_undo(undo: Undo, tensors: Mapping[str, Tensor], index: Mapping[str, Any] | None) -> None:
-    if index is None:
-        undo.norms, undo.layers, undo.complete = [], [], False
-        return
-    for i, norm in enumerate(undo.norms):
-        norm.tensors = _under(tensors, f"norm.{i}.")
-        norm.given = {n: norm.tensors[n] for n in norm.given if n in norm.tensors} | _under(tensors, f"given.{i}.")
-        for name, parameter in norm.module._parameters.items():
-            if parameter is not None:
-                parameter.requires_grad_(name not in index["no_grad"][i])
-    undo.layers = [LayerUndo(path, **_layer_tensors(tensors, i)) for i, path in enumerate(index["layers"])]
-
-
-def _check_undo(tensors: Mapping[str, Tensor], index: Mapping[str, Any] | None) -> None:
-    """Raise what `_intact` tells when something to undo the conversion with is missing."""
-    for i, path in enumerate(() if index is None else index["layers"]):
-        LayerUndo(path, **_layer_tensors(tensors, i))
-
-
-def _layer_tensors(tensors: Mapping[str, Tensor], i: int) -> dict[str, Any]:
-    return {"bias": None, **_under(tensors, f"layer.{i}.")}
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k[len(_UNDO + prefix) :]: v for k, v in tensors.items() if k.startswith(_UNDO + prefix)}

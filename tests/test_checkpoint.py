@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torchvision.models import DenseNet, get_model
 
 import normswap
-from normswap import checkpoint, writing
+from normswap import writing
 from normswap.checkpoint import is_ours, load, read_manifest, save, save_state
 from normswap.conversion import record_of
 from normswap.errors import CheckpointError, NormswapError, OutputError, RevertError, WeightsError
+from normswap.manifest import digest
 from normswap.undo import revert
 
 IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -83,7 +84,7 @@ def rewrite(file: Path, change: Callable[[dict[str, Any]], Any], *, seal: bool =
     changed = change(manifest)
     manifest = manifest if changed is None else changed
     if seal:
-        manifest["sha256"] = checkpoint._digest(manifest)
+        manifest["sha256"] = digest(manifest)
     save_file(load_file(file), file, metadata={"normswap": json.dumps(manifest)})
     return file
 
