@@ -75,11 +75,15 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Any]]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         """Raises DataError, naming up to 10 of them, for images that cannot be read or are of another size."""
-        picture = self.pictures[index]
         try:
-            image = _read(self.folder, picture)
+            return self.read(index)
         except Unreadable:
             raise self._unreadable(index % len(self)) from None
+
+    def read(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        """The same, but raises `images.Unreadable`, and looks at no other image."""
+        picture = self.pictures[index]
+        image = _read(self.folder, picture)
         target: dict[str, Any] = {
             "boxes": torch.tensor(picture.boxes, dtype=torch.float32).reshape(-1, 4),
             "labels": torch.tensor(picture.labels, dtype=torch.int64),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import OptionError
+from .predictors import resize_predictor
 from .surgery import evaluating, get, replace, undisturbed
 
 Layer = nn.Linear | nn.Conv2d
@@ -16,7 +17,11 @@ Layer = nn.Linear | nn.Conv2d
 
 @dataclass(frozen=True)
 class Head:
-    """Where the scores come from. path: a linear layer or 1x1 convolution with as many outputs as there are classes."""
+    """Where the scores come from.
+
+    path: a linear layer or 1x1 convolution with as many outputs as there are classes; for detectors and segmentation
+    networks, what `find_predictor` finds.
+    """
 
     path: str
     classes: int
@@ -77,6 +82,8 @@ def resize_head(model: nn.Module, head: Head) -> None:
             device=old.weight.device,
             dtype=old.weight.dtype,
         )
+    elif resize_predictor(old, head.classes):
+        return
     else:
         raise OptionError(f"{head.path} is a {type(old).__name__}, not a linear layer or a convolution")
     new.train(old.training)

@@ -44,9 +44,13 @@ class MaskData(Dataset[tuple[Tensor, Tensor]]):
         """Raises DataError for a file that cannot be read."""
         file, mask = self.files[index], self.masks[index]
         try:
-            return Preprocess.raw()(decode(file)), _mask(mask)
+            return self.read(index)
         except Unreadable as error:
             raise DataError(f"{file} or its mask {mask} cannot be read: {error}", hint="Replace them.") from None
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """The same, but raises `images.Unreadable`."""
+        return Preprocess.raw()(decode(self.files[index])), _mask(self.masks[index])
 
     def count_classes(self) -> int:
         """One more than the highest class in any mask. Reads all of them; raises DataError, naming those it cannot."""

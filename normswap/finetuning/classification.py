@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import DataError
-from ..heads import scores_of
+from ..errors import DataError, OptionError
+from ..heads import Head, find_head, scores_of
+from ..preprocess import Preprocess
+from ..surgery import device_and_dtype, matches
 from ..training.losses import divergence
-from .labelled import collate
-from .task import Outcome, Reduce
+from .fitting import fitted
+from .labelled import Pictures, Sets, collate, open_sets, some_inputs
+from .task import Outcome, Panel, Reduce, on_device
+from .transforms import Plain, settled, training_transform
 
 AUXILIARY = 0.3
 """The weight of auxiliary classifiers' losses (Szegedy et al. 2014, section 5)."""
@@ -35,7 +40,52 @@ class Classification:
 
     name: ClassVar[str] = "classification"
     best: ClassVar[str] = "val_accuracy"
-    shares: ClassVar[Mapping[str, str]] = {"correct": "accuracy"}
+    at_once: ClassVar[int] = 32
+    panels: ClassVar[tuple[Panel, ...]] = (
+        Panel("training loss", ("loss",)),
+        Panel("validation loss", ("val_loss",)),
+        Panel("training accuracy", ("accuracy",)),
+        Panel("validation accuracy", ("val_accuracy",)),
+    )
+
+    def open(self, model: nn.Module, data: Any, eval_data: Any, *, seed: int) -> Sets:
+        """See `open_sets`."""
+        return open_sets(data, eval_data, seed=seed)
+
+    def prepared(self, sets: Sets, preprocess: Callable[[Any], Tensor] | None, augment: str) -> Sets:
+        """With random crops and mirroring in training, as `augment` says, for pictures in files."""
+        prepare = preprocess or Preprocess()
+        train = training_transform(prepare, augment)  # its check of the word, also for data without pictures
+        if isinstance(sets.train, Pictures):
+            prepare = settled(prepare, sets.train.files)
+            train = training_transform(prepare, augment)
+        return sets.transformed(train, Plain(prepare))
+
+    def inputs(self, sets: Sets, preprocess: Callable[[Any], Tensor] | None, count: int) -> Iterator[Tensor]:
+        """Batches `(N, C, H, W)`."""
+        return some_inputs(sets, preprocess or Preprocess(), count, self.at_once)
+
+    def fit(self, model: nn.Module, sets: Sets, num_classes: int | None, seed: int) -> Head | None:
+        """The last layer; None for a network whose scores no layer is seen to make. Raises OptionError."""
+        inputs, _ = self.collate([sets.train[0]])
+        try:
+            found = find_head(model, (on_device(inputs, *device_and_dtype(model)[:1]),))
+        except OptionError:
+            if num_classes is not None:
+                raise
+            return None
+        wanted = num_classes if num_classes is not None else sets.count
+        if self.distill and wanted is not None and wanted != found.classes:
+            raise OptionError(
+                f"the original network gives {found.classes} scores and the new head {wanted}: there is nothing to "
+                "distil",
+                hint="Leave --distill (distill=) out.",
+            )
+        return fitted(model, found, sets.count, num_classes, seed)
+
+    def head_parameters(self, model: nn.Module, head: Head | None) -> Collection[str] | None:
+        """Those of the last layer."""
+        return None if head is None else [n for n, _ in model.named_parameters() if matches(head.path, n)]
 
     def collate(self, items: Sequence[Any]) -> Any:
         """`(N, *)` and int64 `(N,)`."""
@@ -54,11 +104,15 @@ class Classification:
             with torch.no_grad():
                 wanted = scores_of(self.teacher(inputs))
             loss = (1 - self.distill) * loss + self.distill * divergence(wanted.to(scores), scores, TEMPERATURE)
-        return Outcome(loss, {"correct": (scores.detach().argmax(1) == labels).sum()})
+        return Outcome(loss, {"accuracy": (scores.detach().argmax(1) == labels).sum()})
 
     def meter(self) -> Accuracy:
         """Loss and accuracy over a validation set."""
         return Accuracy()
+
+    def draw(self, network: nn.Module, content: Any, path: Path) -> bool:
+        """No page of examples."""
+        return False
 
 
 class Accuracy:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from ..writing import atomic
+from .pages import canvas_of, save_canvas
+from .task import Panel
 
-METRICS, CURVES = "metrics.jsonl", "curves.png"
+METRICS, CURVES, EXAMPLES = "metrics.jsonl", "curves.png", "examples.png"
 
 
 class Journal:
@@ -49,41 +53,39 @@ class Journal:
         if self._board is not None:
             self._board.close()
 
-    def draw(self, figure: str, title: str) -> bool:
-        """Write curves.png: loss and `figure`, in training and in validation. False without matplotlib or a folder."""
+    def draw(self, panels: Sequence[Panel], title: str) -> bool:
+        """Write curves.png, two panels a row. False without matplotlib or a folder."""
         if self._path is None or not self.lines:
             return False
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError:
+        canvas = canvas_of(10, 6.4)
+        if canvas is None:
             return False
-        canvas = Figure(figsize=(10, 6.4), layout="constrained")
-        FigureCanvasAgg(canvas)
         canvas.suptitle(title)
-        panels = canvas.subplots(2, 2, sharex=True)
-        for row, name in enumerate(("loss", figure)):
-            for column, prefix in enumerate(("", "val_")):
-                _panel(panels[row][column], self.lines, prefix + name, name, "validation" if column else "training")
-        for panel in panels[1]:
-            panel.set_xlabel("epoch")
-        with atomic(self._path.with_name(CURVES)) as temporary:
-            canvas.savefig(temporary, format="png", dpi=110)
+        axes = canvas.subplots(len(panels) // 2, 2, sharex=True)
+        for place, panel in zip(axes.flat, panels, strict=True):
+            _plot(place, self.lines, panel)
+        for place in axes[-1]:
+            place.set_xlabel("epoch")
+        save_canvas(canvas, self._path.with_name(CURVES))
         return True
 
 
-def _panel(panel: Any, lines: list[dict[str, Any]], key: str, name: str, where: str) -> None:
-    points = [(line["epoch"], line[key]) for line in lines if key in line]
-    panel.set_title(f"{where} {name.replace('_', ' ')}", fontsize=10)
-    panel.grid(alpha=0.3)
-    if not points:
-        panel.text(0.5, 0.5, "none", ha="center", va="center", transform=panel.transAxes, color="grey")
-        return
-    x, y = zip(*points, strict=True)
-    validation = where == "validation"
-    panel.plot(x, y, color="tab:orange" if validation else "tab:blue", marker="o" if validation else None, lw=1.5)
-    if len(points) < 30:
-        panel.annotate(f"{y[-1]:.3g}", (x[-1], y[-1]), textcoords="offset points", xytext=(4, 4), fontsize=8)
+def _plot(axes: Any, lines: list[dict[str, Any]], panel: Panel) -> None:
+    names = dict.fromkeys(name for line in lines for name in line if any(fnmatchcase(name, n) for n in panel.names))
+    axes.set_title(panel.title, fontsize=10)
+    axes.grid(alpha=0.3)
+    if not names:
+        axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes, color="grey")
+    for name in names:
+        points = [(line["epoch"], line[name]) for line in lines if name in line]
+        x, y = zip(*points, strict=True)
+        colour = None if len(names) > 1 else "tab:orange" if name.startswith("val_") else "tab:blue"
+        label = name.removeprefix("loss_").replace("_", " ")
+        axes.plot(x, y, color=colour, marker="o" if name.startswith("val_") else None, lw=1.5, label=label)
+        if len(points) < 30 and len(names) == 1:
+            axes.annotate(f"{y[-1]:.3g}", (x[-1], y[-1]), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    if len(names) > 1:
+        axes.legend(fontsize=8)
 
 
 def _text(line: dict[str, Any]) -> str:

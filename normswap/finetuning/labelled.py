@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import DataError, OptionError
 from ..images import ImageData, decode, open_images
 from ..images import Unreadable as UnreadableImage
-from .samples import Tensors, Unreadable
+from .samples import Tensors, Unreadable, spread
 from .transforms import Plain, settled
 
 TRAIN = ("train", "training")
@@ -101,13 +101,9 @@ def some_inputs(sets: Sets, prepare: Transform, count: int, batch_size: int) -> 
         prepare = settled(prepare, source.files)
     if isinstance(source, (Pictures, Named)):
         source = replace(source, transform=Plain(prepare))
-    stride = max(1, len(source) // count)
     found: list[Tensor] = []
-    for index in range(0, stride * min(count, len(source)), stride):
-        try:
-            found.append(torch.as_tensor(source[index][0]))
-        except Unreadable:
-            continue
+    for item in spread(source, count):
+        found.append(torch.as_tensor(item[0]))
         if len(found) == batch_size:
             yield torch.stack(found)
             found = []
@@ -132,9 +128,9 @@ def _held(members: int) -> int:
 
 
 def _folders(folder: Path, evaluation: Path | None, seed: int) -> Sets:
-    train = _part(folder, TRAIN)
+    train = part_of(folder, TRAIN)
     if evaluation is None and train is not None:
-        evaluation = _part(folder, VALIDATION)
+        evaluation = part_of(folder, VALIDATION)
     first = _classed(train or folder)
     names = first.classes or ()
     if len(names) < 2:
@@ -159,7 +155,8 @@ def _folders(folder: Path, evaluation: Path | None, seed: int) -> Sets:
     return Sets(pictures.chosen(kept), pictures.chosen(held), names, note)
 
 
-def _part(folder: Path, names: Sequence[str]) -> Path | None:
+def part_of(folder: Path, names: Sequence[str]) -> Path | None:
+    """The subfolder with the first of these names that is there."""
     return next((folder / name for name in names if (folder / name).is_dir()), None)
 
 
@@ -181,10 +178,16 @@ def _set(name: str, data: Any) -> Any:
         if len(inputs) == 0:
             raise DataError(f"{name} holds no sample")
         return Tensors(inputs, labels.long())
+    return sized(
+        name, data, "Give a folder, a pair of tensors (inputs, labels), or a Dataset with __len__ and __getitem__."
+    )
+
+
+def sized(name: str, data: Any, hint: str) -> Any:
+    """A map-style set with something in it. Raises DataError."""
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")) or isinstance(data, (str, dict)):
         raise DataError(
-            f"{name} is of type {type(data).__name__}, which has no order of its own to go on from",
-            hint="Give a folder, a pair of tensors (inputs, labels), or a Dataset with __len__ and __getitem__.",
+            f"{name} is of type {type(data).__name__}, which has no order of its own to go on from", hint=hint
         )
     if len(data) == 0:
         raise DataError(f"{name} holds no sample")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,13 @@ def rate_at(step: int, settings: Settings) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, settings.steps - warm)))
 
 
-def trained(model: nn.Module, train: str, head: str | None, *, affine: bool = True) -> dict[str, nn.Parameter]:
+def trained(
+    model: nn.Module, train: str, head: Collection[str] | None, *, affine: bool = True
+) -> dict[str, nn.Parameter]:
     """What `train` stands for, among the parameters that require a gradient.
 
-    train: "all", "norm" (gamma and beta), "head" (the layer at the path `head`), or a pattern of names, such as
-    "layer4.*". affine=False leaves gamma and beta of all norms out. Raises OptionError when nothing is left.
+    train: "all", "norm" (gamma and beta), "head" (the names in `head`), or a pattern of names, such as "layer4.*".
+    affine=False leaves gamma and beta of all norms out. Raises OptionError when nothing is left.
     """
     norms = norm_parameters(model)
     if train == "head" and head is None:
@@ -48,7 +50,7 @@ def trained(model: nn.Module, train: str, head: str | None, *, affine: bool = Tr
     def wanted(name: str, parameter: nn.Parameter) -> bool:
         if train == "norm":
             return parameter in norms
-        return train == "all" or matches(str(head) if train == "head" else train, name)
+        return train == "all" or (name in (head or ()) if train == "head" else matches(train, name))
 
     found = {n: p for n, p in model.named_parameters() if wanted(n, p)}
     if not found:

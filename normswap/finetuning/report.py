@@ -31,8 +31,8 @@ class FinetuneReport:
     """The result of `finetune`.
 
     steps: how many were done, of `planned`; processes: how many trained together. figures: the last of training and
-    validation; best: the best validation figure, `best_at`: the step it was reached at. last, best_file, state, curves:
-    the files written, None where there is no output folder. bad: samples that could not be read.
+    validation; best: the best validation figure, `best_at`: the step it was reached at. last_file, best_file, state,
+    curves, examples: the files written, None where there is no output folder. bad: samples that could not be read.
     """
 
     steps: int
@@ -52,6 +52,7 @@ class FinetuneReport:
     best_file: Path | None = None
     state: Path | None = None
     curves: Path | None = None
+    examples: Path | None = None
     interrupted: bool = False
     resumed_at: int = 0
     bad: tuple[str, ...] = ()

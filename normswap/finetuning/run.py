@@ -17,25 +17,24 @@ from torch import nn
 
 from ..conversion import convert, record_of
 from ..errors import DataError, OptionError
-from ..heads import Head, find_head, resize_head
-from ..preprocess import Preprocess
 from ..registry import identify
 from ..stabilizing import stabilized
-from ..surgery import device_and_dtype
 from ..training.teacher import original_of
 from .classification import Classification
-from .labelled import Pictures, Sets, collate, open_sets
+from .detection import Detection
+from .labelled import Sets
 from .optimizing import default_rate, trained
 from .processes import processes
 from .report import FinetuneReport, Progress, Stopped
 from .scope import frozen, only_training
-from .settings import Place, Settings, whole
+from .segmentation import Segmentation
+from .settings import Place, Settings, one_of, whole
 from .state import prepare_folder
-from .task import Task, on_device
+from .task import Task
 from .trainer import Job, Trainer
-from .transforms import Plain, settled, training_transform
 
 EPOCHS = 10
+TASKS = ("classification", "detection", "segmentation")
 
 
 def finetune(
@@ -43,6 +42,7 @@ def finetune(
     data: Any,
     eval_data: Any = None,
     *,
+    task: str = "classification",
     output: str | Path | None = None,
     batch_size: int = 2,
     epochs: int | None = None,
@@ -76,11 +76,17 @@ def finetune(
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> FinetuneReport:
-    """Train a network on labelled images, at batches of any size. In place; made for what `convert` returns.
+    """Train a network on labelled images, boxes or masks, at batches of any size. In place.
 
-    data: a folder with one subfolder of images for each class, or with `train` and `val` folders of such; a pair of
-    tensors, inputs `(N, *)` and int64 labels `(N,)`; or a map-style Dataset of (input, label). eval_data: likewise;
-    without it, and without a `val` folder, a tenth of a folder's images is held back.
+    data: a folder with `train` and `val` folders, or without, when a tenth of its images is held back for validation;
+    or a map-style Dataset. eval_data: likewise. task says what is in them:
+    "classification": one subfolder of images for each class; samples are (input, label). Also a pair of tensors,
+    inputs `(N, *)` and int64 labels `(N,)`.
+    "detection", for networks in torchvision's convention, `model(images, targets)` -> a dict of losses: what
+    `normswap.data.open_coco` reads; in a folder, `annotations.json` with the images beside it or in `images/`, or
+    COCO's own layout. Samples are (image, target); see `CocoData`.
+    "segmentation", for networks that give scores `(N, K, H, W)`, or a dict with them as `out`: what
+    `normswap.data.open_masks` reads. Samples are (image, mask); see `MaskData`.
     output: a folder for metrics.jsonl, curves.png, last.safetensors, best.safetensors and the state of the run, which
     is written at the start, after every epoch and when the run is stopped. None writes nothing. resume: go on from
     the state in `output`, on a CPU bit for bit as if there had been no interruption. overwrite: replace an older run.
@@ -96,9 +102,11 @@ def finetune(
     running statistics. freeze_stats, freeze_affine: freeze running statistics, or gamma and beta, of all norms.
     distill: share of the loss that follows the scores of the original network, `reference`, by default rebuilt.
     ema: decay of an average of the weights, such as 0.999; the average is then what is validated, saved and returned.
-    num_classes: a new last layer for another number of classes; by default where the data has another number.
-    augment: "auto" (random crop, mirroring), "flip" or "none", for pictures in files; preprocess: PIL image -> tensor
-    `(C, H, W)`, by default `Preprocess()`. precision: "fp32", "bf16" or "fp16". device: "auto", "cpu", "cuda", "mps".
+    num_classes: a new head for another number of classes (detection: with the background, as in torchvision); by
+    default where the data has another number.
+    augment: "auto" (random crop, mirroring; detection: mirroring), "flip" or "none", for pictures in files; your own
+    Dataset stays as it is. preprocess: PIL image -> tensor `(C, H, W)`, by default `Preprocess()`; detectors do that.
+    precision: "fp32", "bf16" or "fp16". device: "auto", "cpu", "cuda", "mps".
     max_bad: so many unreadable images are skipped. progress: told of the run several times a second.
 
     Under torchrun or accelerate launch each process takes its share of every step, and the figures count each sample
@@ -117,10 +125,11 @@ def finetune(
         steps=1, batch_size=batch_size, accumulate=accumulate, processes=1, samples=1, optimizer=optimizer,
         lr=1.0 if lr is None else lr, weight_decay=weight_decay, warmup=warmup, clip_grad=clip_grad, train=train,
         distill=distill, ema=ema, label_smoothing=label_smoothing, precision=precision, stabilize=stabilize, seed=seed,
-        network="",
+        network="", task=task,
     )  # fmt: skip
-    sets = data if isinstance(data, Sets) else open_sets(data, eval_data, seed=seed)
-    sets = _transformed(sets, preprocess, augment)
+    doing = task_of(task, label_smoothing=label_smoothing, distill=distill)
+    sets = data if isinstance(data, Sets) else doing.open(model, data, eval_data, seed=seed)
+    sets = doing.prepared(sets, preprocess, augment)
     with processes(device, precision) as accelerator:
         settings = replace(settings, processes=accelerator.num_processes, samples=len(sets.train))
         settings = replace(settings, steps=_steps(settings, epochs, steps))
@@ -130,19 +139,18 @@ def finetune(
         if folder is not None and record_of(model) is None:
             model = convert(model, rules={"*": "keep"}, inplace=True, check=False)  # so that it can be saved
         model.to(accelerator.device)
-        teacher = original_of(model, reference).to(accelerator.device).eval() if distill else None
-        head = fitted_head(model, sets, num_classes, seed, teacher is not None)
-        parameters = trained(model, train, head.path if head else None, affine=not freeze_affine)
+        if distill and isinstance(doing, Classification):
+            doing.teacher = original_of(model, reference).to(accelerator.device).eval()
+        head = doing.fit(model, sets, num_classes, seed)
+        parameters = trained(model, train, doing.head_parameters(model, head), affine=not freeze_affine)
         settings = replace(settings, network=digest(model))
-        task: Task = Classification(label_smoothing, teacher, distill)
         if folder is not None and accelerator.is_main_process:
             prepare_folder(folder, resume=resume, force=overwrite)
         accelerator.wait_for_everyone()
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
         scope = frozen(model, parameters, stats=freeze_stats, affine=freeze_affine)
         with scope as notes, only_training(model, parameters), stabilized(model) if stabilize else nullcontext():
-            job = Job(task, settings, place, sets)
-            trainer = Trainer(model, job, parameters, flags, accelerator, progress)
+            trainer = Trainer(model, Job(doing, settings, place, sets), parameters, flags, accelerator, progress)
             report = trainer.run(resume=resume)
     small = None if freeze_stats else small_batch_note(model, batch_size, settings.processes)
     report = replace(report, notes=(*report.notes, *notes, *([small] if small else [])))
@@ -153,34 +161,23 @@ def finetune(
     return report
 
 
-def fitted_head(model: nn.Module, sets: Sets, num_classes: int | None, seed: int, distilling: bool) -> Head | None:
-    """Find the last layer; give it another number of outputs where that is asked for, or the data needs it."""
-    if num_classes is not None:
-        whole("num_classes", num_classes, least=2)
-    inputs, _ = collate([sets.train[0]])
-    try:
-        found = find_head(model, (on_device(inputs, *device_and_dtype(model)[:1]),))
-    except OptionError:
-        if num_classes is not None:
-            raise
-        return None
-    wanted = num_classes if num_classes is not None else sets.count
-    if wanted is None or wanted == found.classes:
-        return found
-    if sets.count is not None and wanted < sets.count:
-        raise OptionError(f"the data has {sets.count} classes, more than num_classes={wanted} (--num-classes)")
-    if distilling:
+def task_of(name: str, *, label_smoothing: float = 0.0, distill: float = 0.0) -> Task:
+    """A task by its name. Raises OptionError for an unknown one, or an option that does not go with it."""
+    one_of("task", name, TASKS)
+    if name != "classification" and distill:
         raise OptionError(
-            f"the original network gives {found.classes} scores and the new head {wanted}: there is nothing to distil",
-            hint="Leave --distill (distill=) out.",
+            f"distill (--distill) goes with classification, not with {name}",
+            hint="normswap distil trains a detector or segmentation network after its original, without labels.",
         )
-    head = replace(found, classes=wanted)
-    torch.manual_seed(seed)
-    resize_head(model, head)
-    record = record_of(model)
-    if record is not None:
-        record.head = head
-    return head
+    if name == "classification":
+        return Classification(label_smoothing, distill=distill)
+    if name == "segmentation":
+        return Segmentation(label_smoothing)
+    if label_smoothing:
+        raise OptionError(
+            "label_smoothing (--label-smoothing) does not go with detection, whose losses are the network's"
+        )
+    return Detection()
 
 
 def digest(model: nn.Module) -> str:
@@ -202,15 +199,6 @@ def small_batch_note(model: nn.Module, batch_size: int, processes: int = 1) -> s
         f"{count} BatchNorm layers will see batches of {batch_size}, whose statistics are poor. Better: --to gn, "
         f"--to renorm, or --freeze-stats{shared}"
     )
-
-
-def _transformed(sets: Sets, preprocess: Callable[[Any], torch.Tensor] | None, augment: str) -> Sets:
-    prepare = preprocess or Preprocess()
-    train = training_transform(prepare, augment)  # its check of the word, also for data without pictures
-    if isinstance(sets.train, Pictures):
-        prepare = settled(prepare, sets.train.files)
-        train = training_transform(prepare, augment)
-    return sets.transformed(train, Plain(prepare))
 
 
 def _steps(settings: Settings, epochs: int | None, steps: int | None) -> int:

@@ -107,6 +107,16 @@ class Tensors:
         return self.inputs[chosen], self.labels[chosen]
 
 
+def spread(source: Any, count: int) -> Iterator[Any]:
+    """Up to `count` samples from all over a set; those that cannot be read are left out."""
+    stride = max(1, len(source) // count)
+    for index in range(0, stride * min(count, len(source)), stride):
+        try:
+            yield source[index]
+        except Unreadable:
+            continue
+
+
 class Loader:
     """Batches of one process. Worker processes, if any, stay for the whole run."""
 

@@ -25,7 +25,7 @@ class Settings:
     forward passes of a step. lr: the largest. warmup: share of the steps in which it rises. train: "all", "norm",
     "head" or a pattern of parameter names. distill: share of the loss that follows the teacher, 0 to 1. ema: decay
     of the averaged weights, 0 for none. stabilize: see `stabilizing`. samples: of the training set. network: a digest
-    of the converted network.
+    of the converted network. task: what is learnt.
     """
 
     steps: int
@@ -46,6 +46,7 @@ class Settings:
     stabilize: bool
     seed: int
     network: str
+    task: str = "classification"
 
     def __post_init__(self) -> None:
         for name in _COUNTS:

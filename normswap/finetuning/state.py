@@ -15,7 +15,7 @@ from ..errors import CheckpointError, OutputError
 from ..training.state import load_state, save_state
 
 STATE, LAST, BEST = "state.pt", "last.safetensors", "best.safetensors"
-_OURS = (STATE, LAST, BEST, "metrics.jsonl", "curves.png", "tensorboard", "run.json")
+_OURS = (STATE, LAST, BEST, "metrics.jsonl", "curves.png", "examples.png", "tensorboard", "run.json")
 
 
 def prepare_folder(folder: Path, *, resume: bool, force: bool) -> None:
@@ -37,7 +37,7 @@ def prepare_folder(folder: Path, *, resume: bool, force: bool) -> None:
         for left in folder.glob(".*.part"):  # of a run that was killed while it wrote
             left.unlink(missing_ok=True)
         if force and not resume:
-            for name in (STATE, LAST, BEST, "metrics.jsonl", "curves.png"):
+            for name in (STATE, LAST, BEST, "metrics.jsonl", "curves.png", "examples.png"):
                 (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{folder} cannot be used: {error.strerror or error}") from error

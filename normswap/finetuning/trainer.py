@@ -16,15 +16,15 @@ from ..checkpoint import save
 from ..conversion import record_of
 from ..errors import DataError, NormswapError, TrainingError
 from ..stabilizing import factors_in, rescale
-from ..surgery import evaluating
+from ..surgery import evaluating, undisturbed
 from ..training.stream import seed_step
-from .journal import CURVES, Journal
+from .journal import CURVES, EXAMPLES, Journal
 from .labelled import Sets
 from .optimizing import averaged, build_optimizer, rate_at
 from .order import Order, Turns
 from .processes import Optimization
 from .report import FinetuneReport, Progress
-from .samples import Bad, Loaded, Loader, Samples
+from .samples import Bad, Loaded, Loader, Samples, spread
 from .settings import Place, Settings
 from .signals import Signals
 from .state import BEST, LAST, STATE, restore_run, save_run
@@ -33,7 +33,7 @@ from .watch import BETWEEN, Clock, NonFinite, Window, memory
 
 LOOKS = 20
 """After so many steps the loop looks at what it has summed up: on a GPU, looking means waiting for it."""
-_AT_ONCE = 32  # samples of a validation batch, if training batches are smaller
+_SHOWN = 6  # pictures of the validation set in examples.png
 _BETWEEN_CURVES = 20.0  # seconds: drawing takes about one
 _STANDING = ("best", "best_at", "before", "figures", "_pending", "_entry")
 
@@ -68,7 +68,7 @@ class Trainer:
         self.model, self.task, self.settings, self.place = model, job.task, job.settings, job.place
         self.accelerator, self.progress = accelerator, progress
         self._flags = flags
-        settings, place, task = self.settings, self.place, self.task
+        settings, place = self.settings, self.place
         self.main: bool = accelerator.is_main_process
         self.folder: Path | None = place.output
         self.device: torch.device = accelerator.device
@@ -77,6 +77,7 @@ class Trainer:
         optimizer = build_optimizer(model, parameters, settings)
         self.optimization = Optimization(accelerator, model, optimizer, settings.clip_grad)
         self.forward = torch.compile(self.optimization.model) if place.compile else self.optimization.model
+        self._sets = job.sets
         self._orders(job.sets.train, job.sets.validation)
         self.step = self.resumed_at = 0
         self.best: float | None = None
@@ -90,7 +91,7 @@ class Trainer:
         self._pending = False
         self._entry: dict[str, Any] | None = None
         self._clock = Clock()
-        self._window = Window(tuple(task.shares))
+        self._window = Window()
 
     def _orders(self, train: Any, validation: Any) -> None:
         settings, place, accelerator = self.settings, self.place, self.accelerator
@@ -101,7 +102,7 @@ class Trainer:
         self._train = Loader(Samples(train, collate, seed=settings.seed, replace=True), self.order, workers, pin=pin)
         self._validation: Loader | None = None
         if validation is not None:
-            turns = Turns(len(validation), max(settings.batch_size, _AT_ONCE), **shared)
+            turns = Turns(len(validation), max(settings.batch_size, self.task.at_once), **shared)
             samples = Samples(validation, collate, seed=settings.seed, replace=False)
             self._validation = Loader(samples, turns, workers, pin=pin)
 
@@ -190,13 +191,13 @@ class Trainer:
         if not window.steps:
             return
         window.check()
-        figures = window.figures(self._total, self.task.shares)
+        figures = window.figures(self._total)
         self.figures = {**self.figures, **figures}
         rate = rate_at(self.step - 1, self.settings)
         speed = self._clock.lap(window.samples * self.accelerator.num_processes)
         if self.main:
             self.journal.write({**self._at(), **figures, "lr": rate, "samples_per_second": round(speed, 2)})
-        self._window = Window(tuple(self.task.shares))
+        self._window = Window()
 
     def validate(self) -> dict[str, float] | None:
         """Figures of the validation set, of the averaged network where there is one; None when it was cut short."""
@@ -259,8 +260,21 @@ class Trainer:
         )  # fmt: skip
         self._save_network(LAST)
         if self.step == self.settings.steps or self.signals.received or self._clock.since_drawn() > _BETWEEN_CURVES:
-            self.journal.draw(self.task.best.removeprefix("val_"), self.folder.name)
+            self.journal.draw(self.task.panels, self.folder.name)
+            self._draw_examples(self.folder / EXAMPLES)
             self._clock.drawn()
+
+    def _draw_examples(self, path: Path) -> None:
+        """A page of validation pictures, spread over the whole set, and what the network makes of them."""
+        source = self._sets.validation
+        if source is None:
+            return
+        network = self.model if self.average is None else self.average.module
+        items = list(spread(source, _SHOWN))
+        if items:
+            content = on_device(self.task.collate(items), self.device, channels_last=self.channels_last)
+            with torch.no_grad(), undisturbed(network), evaluating(network), self.accelerator.autocast():
+                self.task.draw(network, content, path)
 
     def _save_network(self, name: str) -> None:
         if self.folder is None or not self.main:
@@ -380,7 +394,7 @@ class Trainer:
 
     def _tell(self) -> None:
         if self.progress is not None and self.main and self._clock.since_told() > BETWEEN:
-            self.progress(self._progress(self._window.now(self.task.shares) or self.figures))
+            self.progress(self._progress(self._window.now() or self.figures))
 
     def _progress(self, figures: dict[str, float], *, validation: bool = False) -> Progress:
         left = self._clock.left(self.step - self.resumed_at, self.settings.steps - self.step)
@@ -394,7 +408,13 @@ class Trainer:
         """What the run came to."""
         written = {
             name: path if self.folder is not None and (path := self.folder / file).is_file() else None
-            for name, file in (("last_file", LAST), ("best_file", BEST), ("state", STATE), ("curves", CURVES))
+            for name, file in (
+                ("last_file", LAST),
+                ("best_file", BEST),
+                ("state", STATE),
+                ("curves", CURVES),
+                ("examples", EXAMPLES),
+            )
         }
         seconds = self._clock.total()
         settings = self.settings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,10 +24,9 @@ class NonFinite(Exception):
 class Window:
     """Figures of the steps since the last look; on a GPU they stay there until they are asked for."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __init__(self) -> None:
         self.losses: list[Tensor] = []
         self.sums: dict[str, Tensor] = {}
-        self.names = names
         self.steps = self.samples = self.last = 0
 
     def add(self, step: int, loss: Tensor, sums: list[dict[str, Tensor]], samples: int) -> None:
@@ -42,19 +41,19 @@ class Window:
             if not math.isfinite(value):
                 raise NonFinite(self.last - len(self.losses) + 1 + i, value)
 
-    def figures(self, total: Callable[[Tensor], Tensor], shares: Mapping[str, str]) -> dict[str, float]:
+    def figures(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The mean loss of the steps, and the mean over the samples of everything that was summed up."""
         parts = [torch.stack(self.losses).double().sum().cpu(), torch.tensor(float(self.steps)).double()]
         parts += [torch.tensor(float(self.samples)).double()]
-        names = [name for name in self.names if name in self.sums]
-        parts += [self.sums[name].double().cpu() for name in names]
+        parts += [value.double().cpu() for value in self.sums.values()]
         loss, steps, samples, *sums = total(torch.stack(parts)).tolist()
-        return {"loss": loss / steps, **{shares[n]: v / max(samples, 1) for n, v in zip(names, sums, strict=True)}}
+        return {"loss": loss / steps, **{n: v / max(samples, 1) for n, v in zip(self.sums, sums, strict=True)}}
 
-    def now(self, shares: Mapping[str, str]) -> dict[str, float]:
+    def now(self) -> dict[str, float]:
         """This process's figures, where reading them costs nothing."""
         if not self.losses or self.losses[-1].device.type != "cpu":
             return {}
-        return self.figures(lambda value: value, shares)
+        return self.figures(lambda value: value)
 
 
 class Clock:
