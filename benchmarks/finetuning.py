@@ -6,13 +6,17 @@
 `--data` is a folder with `resnet20-cifar10.th` (akamaster/pytorch_resnet_cifar10) and `cifar10/{train,test}/<class>/*`.
 Each network sees the training images `--epochs` times; GN is folded and calibrated on 256 of them. Prints the top-1
 accuracy on the test images at the end of training, mean over the seeds, and draws it into `--output`. `gn, plain` is GN
-without what `finetune` does for converted networks (stabilize=False).
+without what `finetune` does for converted networks (stabilize=False). `--keep FILE` holds what has been measured, one
+line each, so that an interrupted sweep goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +57,24 @@ def trained(
     return accuracy(model.eval(), *test)
 
 
+class Kept:
+    """Accuracies by what they were measured with, in a file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path is not None and path.exists() else []
+        self.found = {json.dumps(line[0], sort_keys=True): line[1] for line in map(json.loads, lines)}
+
+    def get(self, what: dict[str, Any], measure: Callable[[], float]) -> float:
+        key = json.dumps(what, sort_keys=True)
+        if key not in self.found:
+            self.found[key] = measure()
+            if self.path is not None:
+                with self.path.open("a") as file:
+                    file.write(json.dumps([what, self.found[key]]) + "\n")
+        return self.found[key]
+
+
 def draw(found: dict[tuple[str, int], float], norms: list[str], batches: list[int], before: float, to: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -81,6 +103,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, nargs="+", default=[None], help="default: finetune's own, by the batch")
     parser.add_argument("--no-clip", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--keep", type=Path, help="a JSONL file")
     parser.add_argument("--output", type=Path, help="a PNG with the accuracies over the batch size")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -92,6 +115,7 @@ def main() -> None:
     print(f"BatchNorm before: {before:.3f}, on {len(test[1]):,} images.\n")
     print("| batch | learning rate | " + " | ".join(options.norms) + " |\n" + "|---:" * (2 + len(options.norms)) + "|")
     found: dict[tuple[str, int], float] = {}
+    kept = Kept(options.keep)
     for batch in options.batch:
         for lr in options.lr:
             for norm in options.norms:
@@ -99,7 +123,8 @@ def main() -> None:
                 for seed in options.seeds:
                     settings = {"batch_size": batch, "epochs": options.epochs, "optimizer": options.optimizer, "lr": lr}
                     settings |= {"seed": seed} | ({"clip_grad": None} if options.no_clip else {})
-                    scores.append(trained(original, norm, options.groups, train, test, settings))
+                    run = partial(trained, original, norm, options.groups, train, test, settings)
+                    scores.append(kept.get({"norm": norm, "groups": options.groups, **settings}, run))
                 found[norm, batch] = sum(scores) / len(scores)
             rate = "default" if lr is None else f"{lr:g}"
             row = " | ".join(f"{found[norm, batch]:.3f}" for norm in options.norms)
