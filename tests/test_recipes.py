@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+
+import normswap
+from normswap.demo.network import pretrained
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.py"), key=lambda file: file.stem)
@@ -21,11 +27,14 @@ FIGURES = {
     "freeze_statistics_and_affine": r"norms (?:train|frozen): accuracy (0\.\d{4})",
     "gradual_unfreezing": r"(?:all at once|gradually): accuracy (0\.\d{4})",
     "groupnorm_at_batch_2": r"(?:BatchNorm|GroupNorm) +(0\.\d{4}) +(0\.\d{4})",
+    "large_model_fsdp": r"accuracy (0\.\d{4})",
     "train_digits": r"held-out accuracy (0\.\d{4})",
 }
 """What a run prints, at least once for each thing it compares."""
 RUNS = {"ema_policy": 7, "federated_averaging": 4, "train_digits": 1}
+TOGETHER = {"large_model_fsdp"}  # for several processes
 SLOW = {"differential_privacy"}  # its accounting
+ALONE = [file for file in RECIPES if file.stem not in TOGETHER]
 FOLDER_RECIPES = ["freeze_statistics", "freeze_statistics_and_affine", "gradual_unfreezing", "groupnorm_at_batch_2"]
 
 NETWORK = """
@@ -58,7 +67,7 @@ def test_a_header_says_goal_command_time_and_expected_result(file: Path) -> None
     assert [key for key, _, text in (line.partition(":") for line in rest.splitlines()) if key.isalpha() and text] == [
         "Goal", "Command", "Time", "Expected",
     ]  # fmt: skip
-    assert f"python recipes/{file.name}" in rest
+    assert f"{'torchrun --nproc-per-node=2' if file.stem in TOGETHER else 'python'} recipes/{file.name}" in rest
     assert re.search(r"\d", rest.partition("Time:")[2].partition("Expected:")[0])
     assert re.search(r"\d", rest.partition("Expected:")[2])
 
@@ -76,8 +85,8 @@ def test_only_public_names_are_used(file: Path) -> None:
 
 @pytest.mark.parametrize(
     "file",
-    [pytest.param(f, marks=pytest.mark.slow) if f.stem in SLOW else f for f in RECIPES],
-    ids=[f.stem for f in RECIPES],
+    [pytest.param(f, marks=pytest.mark.slow) if f.stem in SLOW else f for f in ALONE],
+    ids=[f.stem for f in ALONE],
 )
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")  # opacus's, when it is imported
 def test_it_runs_tiny_and_prints_its_figures(file: Path, run) -> None:
@@ -107,6 +116,25 @@ def test_it_takes_a_folder_of_images_and_a_network(name: str, run, tmp_path: Pat
 @pytest.mark.parametrize("name", FOLDER_RECIPES[:3])
 def test_what_was_frozen_did_not_move(name: str, run) -> None:
     assert run(name, "--tiny").rstrip().endswith("12 frozen layers: nothing moved")
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_network_out_and_save_it_whole(tmp_path: Path) -> None:
+    own = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ran = subprocess.run(
+        [*launcher, str(FOLDER / "large_model_fsdp.py"), "--tiny"],
+        cwd=tmp_path, env=own | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    count, here = map(int, re.findall(r"(\d+) parameters, (\d+) of them", ran.stdout)[0])
+    assert count / 2 <= here < 0.6 * count
+    _, sharded, whole = re.findall(FIGURES["large_model_fsdp"], ran.stdout)
+    assert sharded == whole
+    folder = tmp_path / "runs" / "large_model_fsdp"
+    start, end = (normswap.load(folder / f"{name}.safetensors", pretrained()) for name in ("start", "trained"))
+    assert sum(p.numel() for p in end.parameters()) == count
+    assert all(not torch.equal(p, q) for p, q in zip(start.parameters(), end.parameters(), strict=True))
 
 
 def test_the_index_has_a_row_for_every_recipe() -> None:
