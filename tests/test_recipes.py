@@ -20,6 +20,7 @@ from normswap.demo.network import pretrained
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.py"), key=lambda file: file.stem)
 FIGURES = {
+    "batch_size_sweep": r"(?:frozen )?(?:BatchNorm|GroupNorm) +(0\.\d{4}) +(0\.\d{4})",
     "differential_privacy": r"accuracy (0\.\d{4}).* epsilon (\d+\.\d\d)",
     "ema_policy": r"success (\d\.\d{3})",
     "federated_averaging": r"accuracy (0\.\d{4})",
@@ -31,11 +32,17 @@ FIGURES = {
     "train_digits": r"held-out accuracy (0\.\d{4})",
 }
 """What a run prints, at least once for each thing it compares."""
-RUNS = {"ema_policy": 7, "federated_averaging": 4, "train_digits": 1}
+RUNS = {"batch_size_sweep": 3, "ema_policy": 7, "federated_averaging": 4, "train_digits": 1}
 TOGETHER = {"large_model_fsdp"}  # for several processes
 SLOW = {"differential_privacy"}  # its accounting
 ALONE = [file for file in RECIPES if file.stem not in TOGETHER]
-FOLDER_RECIPES = ["freeze_statistics", "freeze_statistics_and_affine", "gradual_unfreezing", "groupnorm_at_batch_2"]
+FOLDER_RECIPES = [
+    "freeze_statistics",
+    "freeze_statistics_and_affine",
+    "gradual_unfreezing",
+    "groupnorm_at_batch_2",
+    "batch_size_sweep",
+]
 
 NETWORK = """
 from torch import nn
@@ -107,10 +114,11 @@ def test_it_takes_a_folder_of_images_and_a_network(name: str, run, tmp_path: Pat
     (tmp_path / "mine.py").write_text(NETWORK)
     network = runpy.run_path(str(tmp_path / "mine.py"))["network"]()
     torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "mine.pt")
-    arguments = ["--data", "photos", "--network", "mine.py:network", "--weights", "mine.pt", "--steps", 2]
-    if name != "groupnorm_at_batch_2":
+    arguments = ["--data", "photos", "--network", "mine.py:network", "--weights", "mine.pt"]
+    arguments += ["--images", 4, "--batch", 1, 2] if name == "batch_size_sweep" else ["--steps", 2]
+    if name in FOLDER_RECIPES[:3]:
         arguments += ["--size", 16]
-    assert len(re.findall(FIGURES[name], run(name, *arguments))) == 2
+    assert len(re.findall(FIGURES[name], run(name, *arguments))) == RUNS.get(name, 2)
 
 
 @pytest.mark.parametrize("name", FOLDER_RECIPES[:3])
@@ -135,6 +143,12 @@ def test_two_processes_share_a_network_out_and_save_it_whole(tmp_path: Path) -> 
     start, end = (normswap.load(folder / f"{name}.safetensors", pretrained()) for name in ("start", "trained"))
     assert sum(p.numel() for p in end.parameters()) == count
     assert all(not torch.equal(p, q) for p, q in zip(start.parameters(), end.parameters(), strict=True))
+
+
+def test_the_sweep_draws_its_table(run, tmp_path: Path) -> None:
+    run("batch_size_sweep", "--tiny")
+    with Image.open(tmp_path / "batch_size_sweep.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
 
 
 def test_the_index_has_a_row_for_every_recipe() -> None:
