@@ -29,10 +29,17 @@ FIGURES = {
     "gradual_unfreezing": r"(?:all at once|gradually): accuracy (0\.\d{4})",
     "groupnorm_at_batch_2": r"(?:BatchNorm|GroupNorm) +(0\.\d{4}) +(0\.\d{4})",
     "large_model_fsdp": r"accuracy (0\.\d{4})",
+    "segmentation_groupnorm": r"(?:BatchNorm|GroupNorm), batch [12]: mean IoU (0\.\d{4})",
     "train_digits": r"held-out accuracy (0\.\d{4})",
 }
 """What a run prints, at least once for each thing it compares."""
-RUNS = {"batch_size_sweep": 3, "ema_policy": 7, "federated_averaging": 4, "train_digits": 1}
+RUNS = {
+    "batch_size_sweep": 3,
+    "ema_policy": 7,
+    "federated_averaging": 4,
+    "segmentation_groupnorm": 4,
+    "train_digits": 1,
+}
 TOGETHER = {"large_model_fsdp"}  # for several processes
 SLOW = {"differential_privacy"}  # its accounting
 ALONE = [file for file in RECIPES if file.stem not in TOGETHER]
@@ -81,7 +88,8 @@ def test_a_header_says_goal_command_time_and_expected_result(file: Path) -> None
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_only_public_names_are_used(file: Path) -> None:
-    public = {"normswap.demo", "normswap.demo.digits", "normswap.demo.network"}  # beside `normswap` itself
+    # Beside `normswap` itself.
+    public = {"normswap.data", "normswap.demo", "normswap.demo.digits", "normswap.demo.network"}
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             assert {a.name for a in node.names if a.name.startswith("normswap")} <= {"normswap"}
