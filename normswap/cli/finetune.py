@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ import typer
 from ..errors import OptionError
 from . import options
 from .boundary import WRITTEN
+from .datasets import DataPlace
 from .images import Asked, Preparation, prepare
 from .networks import Origin, Wanted, locate, open_network
 from .output import Output, reporting
@@ -20,12 +22,9 @@ from .retry import with_commands
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..finetuning.labelled import Sets
     from ..finetuning.report import FinetuneReport, Progress
+    from ..finetuning.task import Task
     from .render import Page
-
-TORCHVISION = "torchvision:"
-_AT_ONCE = 32
 
 
 def finetune(
@@ -35,10 +34,29 @@ def finetune(
         str,
         typer.Option(
             metavar="FOLDER|torchvision:NAME",
-            help="One subfolder for each class, or train and val folders of such; or a data set of torchvision.",
+            help="What --task trains on, or train and val folders of such; or a data set of torchvision.",
             show_default=False,
         ),
     ],
+    task: Annotated[
+        str,
+        typer.Option(
+            metavar="classification|detection|segmentation",
+            help="One subfolder for each class; COCO boxes and masks; or a mask beside each image.",
+        ),
+    ] = "classification",
+    eval_data: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="What to validate on.", show_default="val/ in --data, or a tenth of it"),
+    ] = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="COCO's JSON file, where --data is its images.", show_default=False),
+    ] = None,
+    eval_annotations: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The same for --eval-data, or more of --data.", show_default=False),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images in a batch of each process.")] = 2,
     epochs: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Passes over the images.", show_default="10")
@@ -66,9 +84,14 @@ def finetune(
         typer.Option(metavar="PATTERN=NORM", help="The norm for layers whose path matches.", show_default=False),
     ] = None,
     calibrate: Annotated[
-        int,
-        typer.Option(min=0, metavar="N", help="After --to or --rule, calibrate on so many images; 0 leaves it out."),
-    ] = 256,
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="After --to or --rule, calibrate on so many images; 0 leaves it out.",
+            show_default="256, or 32 with boxes or masks",
+        ),
+    ] = None,
     lr: Annotated[
         float | None,
         typer.Option(metavar="RATE", help="Largest learning rate.", show_default="scaled by the global batch"),
@@ -98,7 +121,12 @@ def finetune(
     label_smoothing: Annotated[float, typer.Option(min=0, metavar="SHARE", help="Label smoothing.")] = 0.0,
     num_classes: Annotated[
         int | None,
-        typer.Option(min=2, metavar="N", help="A new last layer for so many classes.", show_default="as the data has"),
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="A new head for so many classes; detection counts the background.",
+            show_default="as the data has",
+        ),
     ] = None,
     augment: Annotated[
         str, typer.Option(metavar="auto|flip|none", help="Random changes: crop and mirror, mirror only, or none.")
@@ -137,8 +165,10 @@ def finetune(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Train a network on labelled images, at small batches. With --to, convert and calibrate it first.
+    """Train a network on labelled images, boxes or masks, at small batches. With --to, convert and calibrate it first.
 
+    --task detection reads FOLDER/annotations.json with FOLDER/images, train and val folders of such, COCO's own
+    layout, or --annotations FILE. --task segmentation reads images/ and masks/, or NAME_mask.png beside each image.
     Writes to the folder runs/<SOURCE>, or --output: best.safetensors and last.safetensors, metrics.jsonl and
     curves.png, and after every epoch the state from which --resume goes on. Ctrl-C saves it too. For many GPUs:
     torchrun --nproc-per-node=N -m normswap finetune ...
@@ -146,7 +176,9 @@ def finetune(
     \b
     normswap finetune resnet50 --to gn --data photos/ --batch-size 2
     normswap finetune resnet50-gn.safetensors --data torchvision:CIFAR10 --download --epochs 5
+    normswap finetune fasterrcnn_resnet50_fpn_v2 --task detection --data coco/ --rule 'role:head=gn' --batch-size 1
     """
+    options.choice(ctx, "--task", task, ("classification", "detection", "segmentation"))
     options.choice(ctx, "--optimizer", optimizer, ("adamw", "sgd"))
     options.choice(ctx, "--precision", precision, ("fp32", "bf16", "fp16"))
     options.choice(ctx, "--device", device, ("auto", "cpu", "cuda", "mps"))
@@ -157,39 +189,51 @@ def finetune(
         "groups": options.groups(ctx, groups),
         "indivisible": options.choice(ctx, "--indivisible", indivisible, ("error", "nearest")),
     }
-    swap = Swap(to, options.rules(ctx, rule), planning, calibrate)
+    count = calibrate if calibrate is not None else 256 if task == "classification" else 32
+    swap = Swap(to, options.rules(ctx, rule), planning, count)
+    place = DataPlace(task, data, eval_data, annotations, eval_annotations, data_root, download)
+    place.check(ctx)
     if not swap.wanted and groups is not None:
         raise options.usage(ctx, "--groups goes with --to or --rule")
     asked = Asked.of(ctx, size, mean, std)
+    if task == "detection" and asked.given():
+        raise options.usage(
+            ctx, "detectors resize and normalise their images themselves: leave --size, --mean and --std out"
+        )
     wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed)
     helper = os.environ.get("RANK", "0") != "0"  # one of torchrun's processes, whose first one does the talking
     with reporting(ctx, as_json=json and not helper, quiet=quiet or helper, verbose=verbose and not helper) as out:
         out.step("loading PyTorch")
         from ..finetuning.report import Stopped
         from ..finetuning.run import finetune as train_model
+        from ..finetuning.run import task_of
         from ..finetuning.state import STATE, prepare_folder
 
         origin = locate(ctx, wanted)
         folder = output or Path("runs", _stem(origin, swap))
         if not helper:
             prepare_folder(folder, resume=resume, force=force)
-        sets = _sets(data, data_root, download, seed)
+        doing = task_of(task, label_smoothing=label_smoothing, distill=distill)
+        model, origin, preparation = _network(wanted, origin, swap, asked, out, folder if resume else None)
+        sets = place.open(doing, model, seed)
         if sets.note:
             out.note(sets.note)
-        model, origin, preparation = _network(ctx, wanted, origin, swap, sets, asked, out, folder if resume else None)
+        if origin.file is None:
+            inputs = doing.inputs(sets, _transform(doing, preparation), swap.images)
+            model = _converted(ctx, model, origin, swap, inputs, out)
         _warn(model, batch_size, freeze_stats, out)
         ctx.meta[WRITTEN] = None
         with out.bar("training") as bar:
             try:
                 report = train_model(
-                    model, sets, output=folder, batch_size=batch_size, epochs=epochs, steps=steps,
+                    model, sets, task=task, output=folder, batch_size=batch_size, epochs=epochs, steps=steps,
                     accumulate=accumulate, lr=lr, optimizer=optimizer, weight_decay=weight_decay, warmup=warmup,
                     clip_grad=clip_grad or None,
                     stabilize=not no_stabilize, train=train, freeze_stats=freeze_stats, freeze_affine=freeze_affine,
                     distill=distill, ema=ema_decay if ema else 0.0, label_smoothing=label_smoothing,
-                    num_classes=num_classes, augment=augment, preprocess=preparation.transform, precision=precision,
-                    device=device, channels_last=channels_last, compile=compile, workers=workers, seed=seed,
-                    max_bad=max_bad, tensorboard=tensorboard, resume=resume, overwrite=True,
+                    num_classes=num_classes, augment=augment, preprocess=_transform(doing, preparation),
+                    precision=precision, device=device, channels_last=channels_last, compile=compile,
+                    workers=workers, seed=seed, max_bad=max_bad, tensorboard=tensorboard, resume=resume, overwrite=True,
                     progress=lambda p: _tell(p, bar, out),
                 )  # fmt: skip
             except Stopped as stop:
@@ -223,23 +267,19 @@ class Swap:
         return self.to is not None or bool(self.rules)
 
 
+def _transform(task: Task, preparation: Preparation) -> Any:
+    """Detectors prepare their images themselves."""
+    return None if task.name == "detection" else preparation.transform
+
+
 def _stem(origin: Origin, swap: Swap) -> str:
     return f"{origin.stem}-{swap.to or 'mixed'}" if swap.wanted else origin.file.stem if origin.file else origin.stem
 
 
-def _sets(data: str, root: Path, download: bool, seed: int) -> Sets:
-    from ..finetuning.labelled import from_torchvision, open_sets
-
-    if data.startswith(TORCHVISION):
-        return from_torchvision(data[len(TORCHVISION) :], root, download=download, seed=seed)
-    return open_sets(data, seed=seed)
-
-
 def _network(
-    ctx: typer.Context, wanted: Wanted, origin: Origin, swap: Swap, sets: Sets, asked: Asked, out: Output,
-    resumed: Path | None,
-) -> tuple[nn.Module, Origin, Preparation]:  # fmt: skip
-    """The network to train, converted and calibrated; that of the run to go on with, where there is one."""
+    wanted: Wanted, origin: Origin, swap: Swap, asked: Asked, out: Output, resumed: Path | None
+) -> tuple[nn.Module, Origin, Preparation]:
+    """The network to train, not converted yet; that of the run to go on with, where there is one."""
     if resumed is not None:
         from ..finetuning.state import LAST
 
@@ -252,15 +292,13 @@ def _network(
             hint=f"Leave --to out, or convert its source: {origin.source or 'the original network'}.",
         )
     model, origin = open_network(origin, wanted, out)
-    preparation = prepare(model, origin, asked)
-    if origin.file is None:
-        model = _converted(ctx, model, origin, swap, sets, preparation, out)
-    return model, origin, preparation
+    return model, origin, prepare(model, origin, asked)
 
 
 def _converted(
-    ctx: typer.Context, model: nn.Module, origin: Origin, swap: Swap, sets: Sets, preparation: Preparation, out: Output
+    ctx: typer.Context, model: nn.Module, origin: Origin, swap: Swap, inputs: Iterator[Any], out: Output
 ) -> nn.Module:
+    """inputs: batches to calibrate on."""
     from ..calibration import calibrate
     from ..conversion import convert, record_of
 
@@ -272,15 +310,17 @@ def _converted(
     if record is not None:
         record.source = None if origin.source is None else origin.source.to_dict()
     if swap.wanted and swap.images:
-        from ..finetuning.labelled import some_inputs
-
-        batches = some_inputs(sets, preparation.transform, swap.images, _AT_ONCE)
-        report = calibrate(model, None, list(out.track(batches, -(-swap.images // _AT_ONCE), "calibrating")))
-        if report.layers and report.drift_after is not None:
-            out.note(
-                f"calibrated on {report.images} training images: relative error of the output "
-                f"{report.drift_before:.3g}, after {report.drift_after:.3g}"
+        out.step("calibrating")
+        report = calibrate(model, None, list(inputs))
+        if report.layers:
+            note, before, after = (
+                f"calibrated on {report.images} training images",
+                report.drift_before,
+                report.drift_after,
             )
+            if before is not None and after is not None:  # outputs of detectors differ in number, so there is none
+                note += f": relative error of the output {before:.3g}, after {after:.3g}"
+            out.note(note)
     return model
 
 
@@ -324,7 +364,7 @@ def _page(page: Page, report: FinetuneReport, folder: Path) -> None:
         page.line(("note: ", "dim"), note)
     for bad in report.bad:
         page.line(("skipped: ", "bad"), bad)
-    files = (report.best_file, report.last_file, report.curves)
+    files = (report.best_file, report.last_file, report.curves, report.examples)
     page.line(("Written: ", "strong"), (str(folder), "path"), ": ", ", ".join(f.name for f in files if f is not None))
     if report.interrupted:
         page.line(("Next: ", "strong"), "the same command with --resume goes on from there")

@@ -81,7 +81,8 @@ def _plot(axes: Any, lines: list[dict[str, Any]], panel: Panel) -> None:
         x, y = zip(*points, strict=True)
         colour = None if len(names) > 1 else "tab:orange" if name.startswith("val_") else "tab:blue"
         label = name.removeprefix("loss_").replace("_", " ")
-        axes.plot(x, y, color=colour, marker="o" if name.startswith("val_") else None, lw=1.5, label=label)
+        marker = "o" if name.startswith("val_") or len(points) == 1 else None
+        axes.plot(x, y, color=colour, marker=marker, lw=1.5, label=label)
         if len(points) < 30 and len(names) == 1:
             axes.annotate(f"{y[-1]:.3g}", (x[-1], y[-1]), textcoords="offset points", xytext=(4, 4), fontsize=8)
     if len(names) > 1:
