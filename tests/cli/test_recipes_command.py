@@ -31,7 +31,8 @@ def test_json_holds_all_that_a_header_says(cli: Cli) -> None:
     for recipe in found:
         assert Path(recipe["file"]) == FOLDER / f"{recipe['name']}.py"
         assert recipe["title"].endswith(".")
-        assert recipe["command"].startswith(f"python recipes/{recipe['name']}.py")
+        starts = ("python", "torchrun --nproc-per-node=2")  # the second for those of several processes
+        assert recipe["command"].startswith(tuple(f"{start} recipes/{recipe['name']}.py" for start in starts))
         assert all(recipe[key] for key in ("goal", "time", "expected"))
 
 
