@@ -82,6 +82,9 @@ def convert(
     dtype, device, training flags, `requires_grad`, hooks, attributes, ties and aliases stay as they are; gamma and
     beta stay the same Parameter objects. Raises OptionError, PlanError or SelfCheckError, and then nothing changed.
     """
+    before = record_of(model)
+    if before is not None and before.factors:
+        raise OptionError("the network is stabilized for training", hint="Convert it after `with stabilized(...)`.")
     if using is None:
         using = plan(
             model,

@@ -88,6 +88,10 @@ def resize_head(model: nn.Module, head: Head) -> None:
         raise OptionError(f"{head.path} is a {type(old).__name__}, not a linear layer or a convolution")
     new.train(old.training)
     replace(model, [head.path], new)
+    for holder in (model, getattr(model, "config", None)):  # where timm and transformers note the number
+        for name in ("num_classes", "num_labels"):
+            if getattr(holder, name, None) == _outputs(old):
+                setattr(holder, name, head.classes)
 
 
 def scores_of(output: Any) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -34,10 +34,11 @@ _TINY = 1e-30
 def factors_of(model: nn.Module) -> dict[str, float]:
     """For each converted norm by its path, the power of two that brings the layers before it nearest to their old norm.
 
-    Norms with running statistics, and all norms of a network that keeps no undo record, are left out.
+    Norms with running statistics, and all norms of a network that keeps no undo record, are left out; so are all of
+    one that is stabilized already.
     """
     record = record_of(model)
-    if record is None or not record.undo.complete:
+    if record is None or not record.undo.complete or record.factors:
         return {}
     scales = {layer.path: layer.scale for layer in record.undo.layers}
     found = {}
@@ -94,17 +95,29 @@ def stabilized(model: nn.Module) -> Iterator[nn.Module]:
     of these weights have no mean over each output channel. Build the optimizer before or within, all the same. At
     the end weights and `eps` go back; `normswap.save` within it saves the network as it is outside. Networks without
     such layers, and those converted with undo=False, train as they are. `finetune` does this by itself.
+
+    model: a converted network, or any module that holds one, such as DistributedDataParallel or a compiled network.
+    A state dict taken within it belongs to a network within it: `eps` is in no state dict.
     """
-    factors = factors_of(model)
-    rescale(model, factors)
-    trained = [weight for weight in folded_weights(model) if weight.requires_grad]
+    with ExitStack() as stack:
+        for root in [m for m in model.modules() if record_of(m) is not None]:
+            stack.enter_context(_stabilized(root))
+        yield model
+
+
+@contextmanager
+def _stabilized(root: nn.Module) -> Iterator[None]:
+    nested = bool(factors_in(root))
+    rescale(root, factors_of(root))
+    trained = [] if nested else [weight for weight in folded_weights(root) if weight.requires_grad]
     hooks = [weight.register_post_accumulate_grad_hook(centralize) for weight in trained]
     try:
-        yield model
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-        rescale(model, dict(factors_in(model)), back=True)
+        if not nested:
+            rescale(root, dict(factors_in(root)), back=True)
 
 
 @contextmanager

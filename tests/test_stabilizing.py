@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import normswap
 from normswap.demo.digits import split
 from normswap.demo.network import pretrained
-from normswap.errors import RevertError
+from normswap.errors import OptionError, RevertError
 from normswap.stabilizing import centralize, factors_of, folded_weights, rescale
 
 
@@ -129,3 +129,23 @@ def test_folded_weights_are_those_of_the_convolutions() -> None:
     model = normswap.convert(pretrained(), "gn", groups=4)
     assert set(folded_weights(model)) == {m.weight for m in model.modules() if isinstance(m, nn.Conv2d)}
     assert folded_weights(normswap.convert(pretrained(), "frozen")) == []
+
+
+def test_a_wrapper_is_stabilized_by_what_it_holds() -> None:
+    model = normswap.convert(pretrained(), "gn", groups=4)
+    for wrapper in (nn.DataParallel(model), nn.Sequential(model), torch.compile(model, backend="eager")):
+        with normswap.stabilized(wrapper):
+            assert model.bn.eps != 1e-5
+        assert model.bn.eps == 1e-5
+
+
+def test_blocks_can_be_nested() -> None:
+    model = normswap.convert(pretrained(), "gn", groups=4)
+    with normswap.stabilized(model):
+        outer = model.bn.eps
+        with normswap.stabilized(model):
+            assert model.bn.eps == outer
+        assert model.bn.eps == outer
+        with pytest.raises(OptionError, match="stabilized"):
+            normswap.convert(model, "ln")
+    assert model.bn.eps == 1e-5

@@ -18,6 +18,7 @@ from ..surgery import device_and_dtype, matches
 from ..training.losses import divergence
 from .fitting import fitted
 from .labelled import Pictures, Sets, collate, open_sets, some_inputs
+from .samples import Tensors, spread
 from .task import Outcome, Panel, Reduce, on_device
 from .transforms import Plain, settled, training_transform
 
@@ -67,9 +68,15 @@ class Classification:
 
     def fit(self, model: nn.Module, sets: Sets, num_classes: int | None, seed: int) -> Head | None:
         """The last layer; None for a network whose scores no layer is seen to make. Raises OptionError."""
-        inputs, _ = self.collate([sets.train[0]])
+        first = list(spread(sets.train, 1)) or list(spread(sets.train, 64))
+        if not first:
+            raise DataError("none of the training images that were tried can be read")
+        inputs, _ = self.collate(first[:1])
+        device, dtype = device_and_dtype(model)
+        if inputs.is_floating_point() and inputs.dtype != dtype:
+            raise DataError(f"the network is {dtype}, its inputs are {inputs.dtype}", hint="model.float() trains best.")
         try:
-            found = find_head(model, (on_device(inputs, *device_and_dtype(model)[:1]),))
+            found = find_head(model, (on_device(inputs, device),))
         except OptionError:
             if num_classes is not None:
                 raise
@@ -80,6 +87,12 @@ class Classification:
                 f"the original network gives {found.classes} scores and the new head {wanted}: there is nothing to "
                 "distil",
                 hint="Leave --distill (distill=) out.",
+            )
+        if isinstance(sets.train, Tensors) and int(sets.train.labels.max()) >= (wanted or found.classes):
+            raise DataError(
+                f"there is a label {int(sets.train.labels.max())}, and {wanted or found.classes} scores, for labels "
+                "from 0",
+                hint="num_classes= (--num-classes) gives the network a new head.",
             )
         return fitted(model, found, sets.count, num_classes, seed)
 
@@ -99,6 +112,8 @@ class Classification:
         _check(labels, scores)
         loss = F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing)
         for more in _auxiliary(output):
+            if more.shape[1] != scores.shape[1]:
+                continue  # of the classes that the network had before it got a new head
             loss = loss + AUXILIARY * F.cross_entropy(more.float(), labels, label_smoothing=self.label_smoothing)
         if self.teacher is not None and self.distill:
             with torch.no_grad():
@@ -149,9 +164,9 @@ def _auxiliary(output: Any) -> list[Tensor]:
 def _check(labels: Tensor, scores: Tensor) -> None:
     if labels.device.type != "cpu":
         return  # asking would make the device wait; `check_labels` has looked at what could be known before
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= scores.shape[1]:
+    high = int(labels.max())
+    if high >= scores.shape[1]:
         raise DataError(
-            f"the labels go from {low} to {high}, but the network gives {scores.shape[1]} scores",
+            f"there is a label {high}, but the network gives {scores.shape[1]} scores, for labels from 0",
             hint=f"--num-classes {high + 1} (num_classes={high + 1}) gives it a new head.",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,16 @@ class Sets:
         new = (replace(s, transform=t) if isinstance(s, (Pictures, Named)) else s for s, t in pairs)
         first, second = new
         return replace(self, train=first, validation=second)
+
+    @property
+    def digest(self) -> str:
+        """Tells other data: of names, numbers and labels, not of the pictures themselves."""
+        what = []
+        for data in (self.train, self.validation):
+            names = getattr(data, "files", None)
+            listed = None if names is None else [str(f.relative_to(data.folder)) for f in names]
+            what.append([None if data is None else len(data), listed, getattr(data, "labels", None)])
+        return hashlib.sha256(repr((self.classes, what)).encode()).hexdigest()[:16]
 
     @property
     def count(self) -> int | None:
@@ -90,6 +101,10 @@ def open_sets(data: Any, eval_data: Any = None, *, seed: int = 0) -> Sets:
     Raises DataError, saying what was found, for data that cannot be used.
     """
     if isinstance(data, (str, os.PathLike)):
+        if eval_data is not None and not isinstance(eval_data, (str, os.PathLike)):
+            raise DataError(
+                f"data is a folder and eval_data of type {type(eval_data).__name__}", hint="Give folders for both."
+            )
         return _folders(Path(data), None if eval_data is None else Path(eval_data), seed)
     return Sets(_set("data", data), None if eval_data is None else _set("eval_data", eval_data), _classes(data))
 
@@ -151,6 +166,9 @@ def _folders(folder: Path, evaluation: Path | None, seed: int) -> Sets:
         note = "" if evaluation.name in VALIDATION[:3] else f"{evaluation} is what training is validated on"
         return Sets(pictures, Pictures.of(second, numbers), names, note)
     kept, held = split(len(pictures), pictures.labels, seed)
+    if not held:
+        note = "no class has two images, so that none is held back, and there is no validation"
+        return Sets(pictures, None, names, note)
     note = f"no validation images: {len(held)} of the {len(pictures)} images are held back for it (seed {seed})"
     return Sets(pictures.chosen(kept), pictures.chosen(held), names, note)
 
@@ -171,12 +189,15 @@ def _classed(folder: Path) -> ImageData:
 
 def _set(name: str, data: Any) -> Any:
     """A map-style set of (input, label)."""
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
-        inputs, labels = data
+    if isinstance(data, (tuple, list)) and len(data) == 2 and all(hasattr(t, "shape") for t in data):
+        inputs, labels = (torch.as_tensor(t) for t in data)
         if len(inputs) != len(labels) or labels.dim() != 1:
             raise DataError(f"{name} has {len(inputs)} inputs and labels of shape {tuple(labels.shape)}")
         if len(inputs) == 0:
             raise DataError(f"{name} holds no sample")
+        if labels.is_floating_point() or int(labels.min()) < 0:
+            raise DataError(f"the labels of {name} are not whole numbers from 0", hint="y.long()")
+        _check_input(inputs)
         return Tensors(inputs, labels.long())
     return sized(
         name, data, "Give a folder, a pair of tensors (inputs, labels), or a Dataset with __len__ and __getitem__."
@@ -272,15 +293,44 @@ class Named:
 
 def collate(items: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
     """`(N, *)` and int64 `(N,)`. Raises DataError for inputs of different sizes or labels that are no numbers."""
-    inputs = [torch.as_tensor(x) for x, _ in items]
+    for item in items:
+        if not (isinstance(item, (tuple, list)) and len(item) == 2):
+            raise DataError(f"a sample is of type {type(item).__name__}", hint="A sample is a pair (input, label).")
+    inputs = [_tensor(x) for x, _ in items]
     for x in inputs:
         if x.shape != inputs[0].shape:
             raise DataError(
                 f"images of different sizes cannot form a batch: {tuple(inputs[0].shape)} and {tuple(x.shape)}",
                 hint="Give a size for all: --size 224.",
             )
+    return torch.stack(inputs), torch.tensor([_label(y) for _, y in items])
+
+
+def _tensor(x: Any) -> Tensor:
     try:
-        labels = torch.tensor([int(y) for _, y in items])
+        x = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(
+            f"an input is of type {type(x).__name__}, not a tensor",
+            hint="Let the Dataset turn it into a float tensor (C, H, W), normalised as the network was trained.",
+        ) from None
+    _check_input(x)
+    return x
+
+
+def _check_input(x: Tensor) -> None:
+    if x.dtype == torch.uint8:
+        raise DataError(
+            "the images are uint8; a network takes floating values",
+            hint="Normalise them as the network was trained, for example (images / 255 - mean) / std.",
+        )
+
+
+def _label(y: Any) -> int:
+    try:
+        number = int(y)
+        if number == y and number >= 0:
+            return number
     except (TypeError, ValueError):
-        raise DataError(f"a label is {items[0][1]!r}; a classifier's labels are whole numbers from 0") from None
-    return torch.stack(inputs), labels
+        pass
+    raise DataError(f"a label is {y!r}; a classifier's labels are whole numbers from 0")

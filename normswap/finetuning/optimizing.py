@@ -43,6 +43,8 @@ def trained(
     train: "all", "norm" (gamma and beta), "head" (the names in `head`), or a pattern of names, such as "layer4.*".
     affine=False leaves gamma and beta of all norms out. Raises OptionError when nothing is left.
     """
+    if not isinstance(train, str):
+        raise OptionError(f"train must be a word or a pattern, got {train!r}")
     norms = norm_parameters(model)
     if train == "head" and head is None:
         raise OptionError("the head of this network is not known", hint="Name its parameters: --train 'fc.*'")

@@ -76,6 +76,8 @@ class Optimization:
         self.accelerator, self.optimizer, self._clip = accelerator, optimizer, clip
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.scaler = accelerator.scaler
+        self.updating = False
+        """Whether an update was cut short, so that the parameters no longer belong together."""
         self.model: Any = accelerator.prepare_model(network) if accelerator.num_processes > 1 else network
 
     def step(self, losses: Sequence[Callable[[], Tensor]], rate: float) -> Tensor:
@@ -102,11 +104,13 @@ class Optimization:
             self.scaler.unscale_(self.optimizer)
         if self._clip is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        self.updating = True
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             self.optimizer.step()
+        self.updating = False
         self.optimizer.zero_grad(set_to_none=True)
 
     @contextmanager

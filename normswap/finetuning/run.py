@@ -17,6 +17,7 @@ from torch import nn
 
 from ..conversion import convert, record_of
 from ..errors import DataError, OptionError
+from ..pinned import Pinned
 from ..registry import identify
 from ..stabilizing import stabilized
 from ..training.teacher import original_of
@@ -37,6 +38,7 @@ EPOCHS = 10
 TASKS = ("classification", "detection", "segmentation")
 
 
+@torch.enable_grad()
 def finetune(
     model: nn.Module,
     data: Any,
@@ -120,15 +122,19 @@ def finetune(
     folder = None if output is None else Path(output)
     if resume and folder is None:
         raise OptionError("resume needs the output folder of the run to go on with")
+    _check_model(model, folder, freeze_stats)
     place = Place(folder, device, workers, channels_last, compile, max_bad, tensorboard=tensorboard)
     settings = Settings(
         steps=1, batch_size=batch_size, accumulate=accumulate, processes=1, samples=1, optimizer=optimizer,
         lr=1.0 if lr is None else lr, weight_decay=weight_decay, warmup=warmup, clip_grad=clip_grad, train=train,
         distill=distill, ema=ema, label_smoothing=label_smoothing, precision=precision, stabilize=stabilize, seed=seed,
-        network="", task=task,
+        network="", task=task, augment=augment, prepare=str(preprocess or ""),
+        frozen=" ".join(name for name, on in (("statistics", freeze_stats), ("affine", freeze_affine)) if on),
     )  # fmt: skip
     doing = task_of(task, label_smoothing=label_smoothing, distill=distill)
     sets = data if isinstance(data, Sets) else doing.open(model, data, eval_data, seed=seed)
+    _check_apart(folder, sets)
+    settings = replace(settings, data=sets.digest)
     sets = doing.prepared(sets, preprocess, augment)
     with processes(device, precision) as accelerator:
         settings = replace(settings, processes=accelerator.num_processes, samples=len(sets.train))
@@ -190,7 +196,8 @@ def digest(model: nn.Module) -> str:
 
 def small_batch_note(model: nn.Module, batch_size: int, processes: int = 1) -> str | None:
     """What to say to someone who trains BatchNorm layers on batches of 1 to 4 samples."""
-    names = [spec.name for module in model.modules() if (spec := identify(module)) is not None]
+    moving = [module for module in model.modules() if not isinstance(module, Pinned)]
+    names = [spec.name for module in moving if (spec := identify(module)) is not None]
     count = names.count("bn") + (names.count("sync") if processes == 1 else 0)
     if not count or batch_size > 4:
         return None
@@ -199,6 +206,29 @@ def small_batch_note(model: nn.Module, batch_size: int, processes: int = 1) -> s
         f"{count} BatchNorm layers will see batches of {batch_size}, whose statistics are poor. Better: --to gn, "
         f"--to renorm, or --freeze-stats{shared}"
     )
+
+
+def _check_model(model: nn.Module, folder: Path | None, freeze_stats: bool) -> None:
+    """What is wrong about the network whatever the data is."""
+    if freeze_stats and not any(m._buffers.get("running_mean") is not None for m in model.modules()):
+        raise OptionError(
+            "no norm of the network has running statistics, so there is nothing for freeze_stats (--freeze-stats)",
+            hint="freeze_affine (--freeze-affine) freezes gamma and beta.",
+        )
+    within = [n for n, m in model.named_modules() if n and record_of(m) is not None]
+    if folder is not None and record_of(model) is None and within:
+        raise OptionError(
+            f"the converted network is a part of the model, {within[0]!r}, and only a whole network can be saved",
+            hint="Give that network itself, or leave output out and save it with normswap.save.",
+        )
+
+
+def _check_apart(folder: Path | None, sets: Sets) -> None:
+    """What a run writes must not become data."""
+    for data in (sets.train, sets.validation):
+        place = getattr(data, "folder", None)
+        if folder is not None and isinstance(place, Path) and folder.resolve().is_relative_to(place.resolve()):
+            raise OptionError(f"the output folder {folder} is within the data, {place}", hint="Name another --output.")
 
 
 def _steps(settings: Settings, epochs: int | None, steps: int | None) -> int:

@@ -50,8 +50,9 @@ def frozen(
     try:
         yield notes
     finally:
-        if new:
+        if new or before:
             notes.append(str(frozen_drift(model)))
+        if new:
             unfreeze(model, new)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ class Settings:
     forward passes of a step. lr: the largest. warmup: share of the steps in which it rises. train: "all", "norm",
     "head" or a pattern of parameter names. distill: share of the loss that follows the teacher, 0 to 1. ema: decay
     of the averaged weights, 0 for none. stabilize: see `stabilizing`. samples: of the training set. network: a digest
-    of the converted network. task: what is learnt.
+    of the converted network. task: what is learnt. frozen: which parts of all norms. augment, prepare: how pictures
+    are changed and prepared. data: a digest of what is trained on.
     """
 
     steps: int
@@ -47,6 +49,10 @@ class Settings:
     seed: int
     network: str
     task: str = "classification"
+    frozen: str = ""
+    augment: str = "auto"
+    prepare: str = ""
+    data: str = ""
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -100,7 +106,7 @@ class Place:
 
 def whole(name: str, value: Any, *, least: int) -> None:
     """Raise OptionError for anything but an integer of at least that."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
         kind = "a positive integer" if least == 1 else f"an integer from {least}"
         raise OptionError(f"{name} must be {kind}, got {value!r}")
 

@@ -36,11 +36,14 @@ def prepare_folder(folder: Path, *, resume: bool, force: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".*.part"):  # of a run that was killed while it wrote
             left.unlink(missing_ok=True)
-        if force and not resume:
-            for name in (STATE, LAST, BEST, "metrics.jsonl", "curves.png", "examples.png"):
-                (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{folder} cannot be used: {error.strerror or error}") from error
+
+
+def clear(folder: Path) -> None:
+    """Remove the files of an older run, now that a new one is about to write its own."""
+    for name in (STATE, LAST, BEST, "metrics.jsonl", "curves.png", "examples.png"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def save_run(

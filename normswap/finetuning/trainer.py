@@ -27,7 +27,7 @@ from .report import FinetuneReport, Progress
 from .samples import Bad, Loaded, Loader, Samples, spread
 from .settings import Place, Settings
 from .signals import Signals
-from .state import BEST, LAST, STATE, restore_run, save_run
+from .state import BEST, LAST, STATE, clear, restore_run, save_run
 from .task import Task, on_device
 from .watch import BETWEEN, Clock, NonFinite, Window, memory
 
@@ -73,6 +73,8 @@ class Trainer:
         self.folder: Path | None = place.output
         self.device: torch.device = accelerator.device
         self.channels_last = bool(place.channels_last)
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)
         self.average = averaged(model, settings.ema) if settings.ema else None
         optimizer = build_optimizer(model, parameters, settings)
         self.optimization = Optimization(accelerator, model, optimizer, settings.clip_grad)
@@ -113,6 +115,8 @@ class Trainer:
         settings = self.settings
         if resume and self.folder is not None:
             self._restore(self.folder / STATE)
+        elif self.folder is not None and self.main:
+            clear(self.folder)
         self.resumed_at = self.step
         self.journal = Journal(
             self.folder if self.main else None, step=self.step, tensorboard=self.place.tensorboard and self.main
@@ -120,7 +124,7 @@ class Trainer:
         self._clock.start()
         try:
             with Signals() as self.signals:
-                if not resume:
+                if not resume or (self._pending and self.step == 0):
                     self.before = self.validate() or {}
                     self.figures = dict(self.before)
                     self._compare(self.before)
@@ -322,8 +326,13 @@ class Trainer:
             raise TrainingError(
                 f"the loss is {error.value} at step {error.step}; {self._safe()}", hint=SMALLER
             ) from None
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
+        except DataError as error:
+            self._rescue()
+            raise DataError(f"{error.message}; {self._safe()}", hint=error.hint) from error
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_memory(error):
+                raise
+            self._rescue()
             raise TrainingError(
                 f"step {self.step + 1} does not fit into the memory of {self.device}; {self._safe()}",
                 hint="Try a smaller --batch-size (batch_size=) with a larger --accumulate (accumulate=), "
@@ -339,8 +348,19 @@ class Trainer:
                 hint="A larger --batch-size, frozen statistics (--freeze-stats), or another norm (--to gn).",
             ) from error
 
+    def _rescue(self) -> None:
+        """Save what there is, if it belongs together: the step that failed has changed nothing."""
+        self.optimization.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not self.optimization.updating and self._saved is not None and self.step > self._saved:
+            self._look()
+            self._keep()
+
     def _safe(self) -> str:
-        if self.folder is None or self._saved is None:
+        if self._saved is None:
+            return "nothing has changed yet"
+        if self.folder is None:
             return (
                 "the network is as it was before" if self._saved == 0 else f"the network is that of step {self._saved}"
             )
@@ -360,7 +380,7 @@ class Trainer:
         if len(self.bad) > self.place.max_bad:
             names = "\n".join(f"  {bad}" for bad in list(self.bad.values())[:20])
             raise DataError(
-                f"{len(self.bad)} images cannot be read; {self._safe()}:\n{names}",
+                f"{len(self.bad)} image{'s' * (len(self.bad) != 1)} cannot be read:\n{names}\n",
                 hint=f"Remove or replace them, or allow more than --max-bad {self.place.max_bad} (max_bad=).",
             )
         return batch
@@ -430,3 +450,9 @@ class Trainer:
 def _set_flags(model: nn.Module, flags: Mapping[str, bool]) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags[name])
+
+
+def _is_memory(error: BaseException) -> bool:
+    """Whether memory ran out; on a CPU torch says so in a RuntimeError."""
+    text = str(error)
+    return not isinstance(error, RuntimeError) or "out of memory" in text or "can't allocate memory" in text

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, OptionError
+from ..errors import CheckpointError, OptionError, OutputError
+from ..inventory import first_line
 from ..writing import atomic, check_writable
 
 FORMAT = 1
@@ -20,7 +21,10 @@ def save_state(path: Path, settings: Mapping[str, Any], state: Mapping[str, Any]
     """Write what a run has reached, whole or not at all, in place of an older file. Raises OutputError."""
     check_writable(path, overwrite=True)
     with atomic(path) as temporary:
-        torch.save({"format": FORMAT, "settings": dict(settings), **state}, temporary)
+        try:
+            torch.save({"format": FORMAT, "settings": dict(settings), **state}, temporary)
+        except RuntimeError as error:  # of its zip writer, when the disk is full
+            raise OutputError(f"{path} cannot be written: is the disk full? ({first_line(error)})") from error
 
 
 def load_state(path: Path, settings: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -34,7 +38,9 @@ def load_state(path: Path, settings: Mapping[str, Any], parameters: Mapping[str,
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} is not a complete training state: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(
+            f"{path} is not a complete training state", hint="Begin anew, from the network that was saved last."
+        ) from error
     if not isinstance(found, dict) or found.get("format") != FORMAT or "settings" not in found:
         raise CheckpointError(
             f"{path} is no training state of this version",
