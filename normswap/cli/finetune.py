@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import OptionError
-from . import options
+from ..errors import CheckpointError, OptionError
+from . import options, training
 from .boundary import WRITTEN
 from .datasets import DataPlace
 from .images import Asked, Preparation, prepare
@@ -22,9 +22,7 @@ from .retry import with_commands
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..finetuning.report import FinetuneReport, Progress
     from ..finetuning.task import Task
-    from .render import Page
 
 
 def finetune(
@@ -75,6 +73,10 @@ def finetune(
     ] = None,
     groups: Annotated[
         str | None, typer.Option(metavar="N|auto", help="Groups of each gn layer.", show_default="auto")
+    ] = None,
+    channels_per_group: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Channels of each group, in place of --groups.", show_default=False),
     ] = None,
     indivisible: Annotated[
         str, typer.Option(metavar="error|nearest", help="What to do where the channels do not divide.")
@@ -187,14 +189,19 @@ def finetune(
         raise options.usage(ctx, "--epochs and --steps exclude each other")
     planning = {
         "groups": options.groups(ctx, groups),
+        "channels_per_group": channels_per_group,
         "indivisible": options.choice(ctx, "--indivisible", indivisible, ("error", "nearest")),
     }
     count = calibrate if calibrate is not None else 256 if task == "classification" else 32
     swap = Swap(to, options.rules(ctx, rule), planning, count)
     place = DataPlace(task, data, eval_data, annotations, eval_annotations, data_root, download)
     place.check(ctx)
-    if not swap.wanted and groups is not None:
-        raise options.usage(ctx, "--groups goes with --to or --rule")
+    if not swap.wanted and (groups is not None or channels_per_group is not None):
+        raise options.usage(ctx, "--groups and --channels-per-group go with --to or --rule")
+    if groups is not None and channels_per_group is not None:
+        raise options.usage(ctx, "--groups and --channels-per-group exclude each other")
+    if resume and force:
+        raise options.usage(ctx, "--resume and --force exclude each other")
     asked = Asked.of(ctx, size, mean, std)
     if task == "detection" and asked.given():
         raise options.usage(
@@ -212,8 +219,11 @@ def finetune(
         origin = locate(ctx, wanted)
         folder = output or Path("runs", _stem(origin, swap))
         if not helper:
-            prepare_folder(folder, resume=resume, force=force)
+            prepare_folder(folder, resume=resume, force=force, make=False)
         doing = task_of(task, label_smoothing=label_smoothing, distill=distill)
+        command = swap.described(origin, asked)
+        if resume:
+            training.keep_command(folder, command, resume=True)
         model, origin, preparation = _network(wanted, origin, swap, asked, out, folder if resume else None)
         sets = place.open(doing, model, seed)
         if sets.note:
@@ -234,21 +244,25 @@ def finetune(
                     num_classes=num_classes, augment=augment, preprocess=_transform(doing, preparation),
                     precision=precision, device=device, channels_last=channels_last, compile=compile,
                     workers=workers, seed=seed, max_bad=max_bad, tensorboard=tensorboard, resume=resume, overwrite=True,
-                    progress=lambda p: _tell(p, bar, out),
+                    progress=lambda p: training.tell(p, bar, out),
                 )  # fmt: skip
             except Stopped as stop:
                 report = stop.report
-                ctx.meta[WRITTEN] = folder / STATE
             except Exception:
                 raise
-            except BaseException:  # SIGTERM, after which nobody may wait for a page
-                out.note(f"stopped; {folder / STATE} is complete, and the same command with --resume goes on")
+            except BaseException:  # SIGTERM or a second Ctrl-C, after which nobody may wait for a page
+                if (folder / STATE).exists():
+                    ctx.meta[WRITTEN] = folder / STATE
+                    out.note(f"{folder / STATE} is complete, and the same command with --resume goes on from there")
                 raise
+            if not (resume or helper):
+                training.keep_command(folder, command, resume=False)
         out.show(
             lambda: {"network": origin.to_dict(), "output": str(folder), **report.to_dict()},
-            lambda page: _page(page, report, folder),
+            lambda page: training.show(page, report, folder),
         )
         if report.interrupted:
+            ctx.meta[WRITTEN] = folder / STATE
             raise KeyboardInterrupt
 
 
@@ -260,6 +274,12 @@ class Swap:
     rules: list[tuple[str, str]]
     planning: dict[str, Any]
     images: int
+
+    def described(self, origin: Origin, asked: Asked) -> dict[str, Any]:
+        """JSON values."""
+        source = None if origin.source is None else origin.source.to_dict()
+        swap = {"to": self.to, "rules": self.rules, **self.planning, "calibrate": self.images}
+        return {"source": source, "file": None if origin.file is None else str(origin.file), **swap, **asked.given()}
 
     @property
     def wanted(self) -> bool:
@@ -283,8 +303,13 @@ def _network(
     if resumed is not None:
         from ..finetuning.state import LAST
 
-        origin_of_run = Origin(origin.source, resumed / LAST)
-        model, origin = open_network(origin_of_run, wanted, out)
+        if not (resumed / LAST).exists():
+            raise CheckpointError(
+                f"there is no {resumed / LAST} to go on with", hint="Leave --resume out to begin anew."
+            )
+        if origin.file is None:  # the command names the code itself, and `keep_command` has seen that it is the same
+            wanted = replace(wanted, trust_code=True)
+        model, origin = open_network(Origin(origin.source, resumed / LAST), wanted, out)
         return model, origin, prepare(model, origin, asked)
     if origin.file is not None and swap.wanted:
         raise OptionError(
@@ -330,41 +355,3 @@ def _warn(model: nn.Module, batch_size: int, freeze_stats: bool, out: Output) ->
     note = None if freeze_stats else small_batch_note(model, batch_size, int(os.environ.get("WORLD_SIZE", "1")))
     if note is not None:
         out.note(note)
-
-
-def _tell(progress: Progress, bar: Any, out: Output) -> None:
-    figures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in progress.figures.items())
-    if progress.validation:
-        out.note(f"epoch {progress.epoch:.3g}: {figures}")
-        return
-    left = "" if progress.seconds_left is None else f", {_duration(progress.seconds_left)} left"
-    text = f"{figures}, {progress.samples_per_second:.3g} images/s, {progress.memory / 2**30:.2f} GiB{left}"
-    bar(progress.step, progress.steps, text)
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
-
-
-def _page(page: Page, report: FinetuneReport, folder: Path) -> None:
-    cut = f" of {report.planned}, interrupted" if report.interrupted else ""
-    facts = [
-        ("trained", f"{report.steps} steps{cut}, {report.epochs:.3g} epochs, global batch {report.global_batch}"),
-        ("speed", f"{report.samples_per_second:.3g} images/s, {_duration(report.seconds)} in all"),
-    ]
-    for name, value in report.figures.items():
-        before = f" (before {report.before[name]:.4f})" if name in report.before else ""
-        facts.append((name.replace("_", " "), f"{value:.4f}{before}"))
-    if report.best is not None:
-        facts.append(("best", f"{report.best_name.replace('_', ' ')} {report.best:.4f} at step {report.best_at}"))
-    page.facts(*facts, indent=0)
-    for note in report.notes:
-        page.line(("note: ", "dim"), note)
-    for bad in report.bad:
-        page.line(("skipped: ", "bad"), bad)
-    files = (report.best_file, report.last_file, report.curves, report.examples)
-    page.line(("Written: ", "strong"), (str(folder), "path"), ": ", ", ".join(f.name for f in files if f is not None))
-    if report.interrupted:
-        page.line(("Next: ", "strong"), "the same command with --resume goes on from there")

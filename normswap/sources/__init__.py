@@ -110,11 +110,9 @@ def build_empty(source: Source) -> nn.Module:
     try:
         with empty_parameters():
             return _built(source)
-    except NormswapError:
-        raise
     except SystemExit as error:
         raise build_error(source, error) from error
-    except Exception:  # perhaps the builder computes with its parameters' values
+    except Exception:  # perhaps the builder computes with its parameters' values, as `detection.detector` does
         return build_full(source)
 
 
