@@ -244,7 +244,7 @@ def finetune(
                     num_classes=num_classes, augment=augment, preprocess=_transform(doing, preparation),
                     precision=precision, device=device, channels_last=channels_last, compile=compile,
                     workers=workers, seed=seed, max_bad=max_bad, tensorboard=tensorboard, resume=resume, overwrite=True,
-                    progress=lambda p: training.tell(p, bar, out),
+                    progress=training.Teller(bar, out, folder, None if resume else command),
                 )  # fmt: skip
             except Stopped as stop:
                 report = stop.report
@@ -255,8 +255,6 @@ def finetune(
                     ctx.meta[WRITTEN] = folder / STATE
                     out.note(f"{folder / STATE} is complete, and the same command with --resume goes on from there")
                 raise
-            if not (resume or helper):
-                training.keep_command(folder, command, resume=False)
         out.show(
             lambda: {"network": origin.to_dict(), "output": str(folder), **report.to_dict()},
             lambda page: training.show(page, report, folder),

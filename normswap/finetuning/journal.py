@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from ..errors import OutputError
 from ..writing import atomic
 from .pages import canvas_of, save_canvas
 from .task import Panel
@@ -41,8 +42,11 @@ class Journal:
         line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
         self.lines.append(line)
         if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(_text(line))
+            try:
+                with self._path.open("a") as file:
+                    file.write(_text(line))
+            except OSError as error:
+                raise OutputError(f"{self._path} cannot be written: {error.strerror or error}") from error
         if self._board is not None:
             for name, value in line.items():
                 if name not in ("step", "epoch"):
@@ -98,7 +102,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
     found = []
     for text in path.read_text().splitlines():
         try:
-            found.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+            line["step"] + 0
+        except (ValueError, KeyError, TypeError):
             break
+        found.append(line)
     return found

@@ -147,6 +147,7 @@ def finetune(
         model.to(accelerator.device)
         if distill and isinstance(doing, Classification):
             doing.teacher = original_of(model, reference).to(accelerator.device).eval()
+        fitted_before = getattr(record_of(model), "head", None)
         head = doing.fit(model, sets, num_classes, seed)
         parameters = trained(model, train, doing.head_parameters(model, head), affine=not freeze_affine)
         settings = replace(settings, network=digest(model))
@@ -158,6 +159,10 @@ def finetune(
         with scope as notes, only_training(model, parameters), stabilized(model) if stabilize else nullcontext():
             trainer = Trainer(model, Job(doing, settings, place, sets), parameters, flags, accelerator, progress)
             report = trainer.run(resume=resume)
+    if head is not None and getattr(record_of(model), "head", None) != fitted_before:
+        notes.insert(0, f"the network got a new head for {head.classes} classes, {head.path}")
+    if report.best_at == 0 and report.steps == settings.steps:
+        notes.append("validation found no network better than the one that training began with; best is that one")
     small = None if freeze_stats else small_batch_note(model, batch_size, settings.processes)
     report = replace(report, notes=(*report.notes, *notes, *([small] if small else [])))
     if trainer.stopped_by == signal.SIGINT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ STATE, LAST, BEST = "state.pt", "last.safetensors", "best.safetensors"
 _OURS = (STATE, LAST, BEST, "metrics.jsonl", "curves.png", "examples.png", "tensorboard", "run.json")
 
 
-def prepare_folder(folder: Path, *, resume: bool, force: bool) -> None:
-    """Make the folder of a run. Raises OutputError for one that holds another run, or cannot be written."""
+def prepare_folder(folder: Path, *, resume: bool, force: bool, make: bool = True) -> None:
+    """Make the folder of a run. Raises OutputError for one that holds another run, or cannot be written.
+
+    make=False only looks.
+    """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file", hint="--output takes the folder of a run.")
     if resume:
@@ -32,6 +36,11 @@ def prepare_folder(folder: Path, *, resume: bool, force: bool) -> None:
             f"{folder} holds a run already",
             hint="--resume goes on with it, --force replaces it, --output names another folder.",
         )
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not os.access(there, os.W_OK):
+        raise OutputError(f"the folder {there} is not writable")
+    if not make:
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".*.part"):  # of a run that was killed while it wrote

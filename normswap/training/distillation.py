@@ -175,6 +175,9 @@ def _report(work: Run, before: tuple[OutputTally, int], after: tuple[OutputTally
             values["accuracy_original"] = tally.correct[0] / tally.labelled
             values[f"accuracy_{which}"] = tally.correct[1] / tally.labelled
     notes = (*work.notes, *before[0].notes)
+    drift, now = (values.get(f"drift_{which}") for which in ("before", "after"))
+    if drift is not None and now is not None and now > drift:
+        notes += ("the network is further from its original than it was: take more steps, or a smaller learning rate",)
     first, last = work.losses
     return DistillationReport(
         work.loop.step, work.settings.steps, work.stream.images, first, last,

@@ -38,7 +38,8 @@ def test_one_command_converts_calibrates_and_trains(cli: Cli) -> None:
     assert "calibrated on 8 training images" in ran.err
     assert "4 of the 12 images are held back" in ran.err
     names = {p.name for p in Path("runs/tiny-gn").iterdir()}
-    assert names == {"best.safetensors", "last.safetensors", "state.pt", "metrics.jsonl", "curves.png"}
+    files = {"best.safetensors", "last.safetensors", "state.pt", "metrics.jsonl", "curves.png", "run.json"}
+    assert names == files
     history = normswap.load("runs/tiny-gn/last.safetensors", trust_code=True)._normswap.history
     assert [entry["action"] for entry in history] == ["calibrate", "finetune"]
 
@@ -48,7 +49,8 @@ def test_the_page_names_figures_and_files(cli: Cli) -> None:
     ran = finetune(cli, "--to", "gn", "--groups", "4")
     assert ran.code == 0, ran.err
     assert "3 steps" in ran.out
-    assert "val accuracy" in ran.out
+    assert "validation accuracy" in ran.out
+    assert "training loss" in ran.out
     assert "(before " in ran.out
     assert "best.safetensors, last.safetensors, curves.png" in ran.out
 
@@ -190,6 +192,10 @@ def test_a_torchvision_data_set_is_taken_by_name(cli: Cli, folder: Path) -> None
         (("--device", "tpu"), 2, "--device"),
         (("--augment", "mixup"), 2, "--augment"),
         (("--groups", "4"), 2, "--to"),
+        (("--resume", "--force"), 2, "--force"),
+        (("--to", "gn", "--groups", "4", "--channels-per-group", "2"), 2, "exclude"),
+        (("--freeze-stats", "--to", "gn", "--groups", "4"), 1, "--freeze-affine"),
+        (("--output", "photos/run"), 1, "within the data"),
         (("--size", "big"), 2, "--size"),
         (("--resume",), 1, "to resume from"),
         (("--data", "nowhere"), 1, "nowhere"),
@@ -251,3 +257,37 @@ def test_a_stopped_command_saves_and_goes_on(folder: Path, number: int, code: in
     assert (folder / "run" / "state.pt").is_file()
     step = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert 0 < step < 2000
+
+
+@pytest.mark.usefixtures("images")
+def test_going_on_needs_the_command_it_began_with(cli: Cli) -> None:
+    more = ("--to", "gn", "--groups", "4", "--output", "run")
+    assert finetune(cli, *more).code == 0
+    for other, words in (
+        (("--groups", "2"), "groups 4 (now 2)"),
+        (("--size", "10"), "size None (now [10, 10])"),
+        (("--augment", "none"), "augment"),
+        (("--freeze-affine",), "frozen"),
+    ):
+        ran = finetune(cli, *more, "--resume", *other)
+        assert ran.code == 1, ran.err
+        assert words in ran.err
+    again = finetune(cli, *more, "--resume")
+    assert again.code == 0, again.err
+    assert "the run was complete" in again.out
+
+
+@pytest.mark.usefixtures("images")
+def test_a_run_can_replace_the_one_it_starts_from(cli: Cli) -> None:
+    assert finetune(cli, "--to", "gn", "--groups", "4", "--output", "run").code == 0
+    before = weights("run")
+    more = ("--data", "photos", "--trust-code", "--steps", "2", "--output", "run", "--force")
+    ran = cli("finetune", "run/last.safetensors", *more)
+    assert ran.code == 0, ran.err
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights("run").items())
+
+
+@pytest.mark.usefixtures("images")
+def test_a_failed_start_leaves_no_folder(cli: Cli) -> None:
+    assert finetune(cli, "--to", "gn", "--groups", "3", "--output", "run").code == 1
+    assert not Path("run").exists()
