@@ -23,6 +23,7 @@ FIGURES = {
     "batch_size_sweep": r"(?:frozen )?(?:BatchNorm|GroupNorm) +(0\.\d{4}) +(0\.\d{4})",
     "differential_privacy": r"accuracy (0\.\d{4}).* epsilon (\d+\.\d\d)",
     "ema_policy": r"success (\d\.\d{3})",
+    "faster_rcnn_gn_batch_1": r"(?:frozen|BatchNorm|GroupNorm) +\d +(0\.\d{4}) +(0\.\d{4})",
     "federated_averaging": r"accuracy (0\.\d{4})",
     "freeze_statistics": r"statistics (?:move|frozen): accuracy (0\.\d{4})",
     "freeze_statistics_and_affine": r"norms (?:train|frozen): accuracy (0\.\d{4})",
@@ -36,6 +37,7 @@ FIGURES = {
 RUNS = {
     "batch_size_sweep": 3,
     "ema_policy": 7,
+    "faster_rcnn_gn_batch_1": 6,
     "federated_averaging": 4,
     "segmentation_groupnorm": 4,
     "train_digits": 1,
@@ -89,7 +91,7 @@ def test_a_header_says_goal_command_time_and_expected_result(file: Path) -> None
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_only_public_names_are_used(file: Path) -> None:
     # Beside `normswap` itself.
-    public = {"normswap.data", "normswap.demo", "normswap.demo.digits", "normswap.demo.network"}
+    public = {"normswap.data", "normswap.demo", "normswap.demo.digits", "normswap.demo.network", "normswap.detection"}
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             assert {a.name for a in node.names if a.name.startswith("normswap")} <= {"normswap"}
