@@ -48,7 +48,7 @@ def factors_of(model: nn.Module) -> dict[str, float]:
         now = before = 0.0
         for path in step.producers:
             layer: Any = get(model, path)
-            weight = layer.weight.double()
+            weight = _whole(layer.weight.detach()).double()
             scale = by_output_channel(layer, scales[path].to(weight)).abs().clamp_min(_TINY)
             now += float(weight.square().sum())
             before += float((weight / scale).square().sum())
@@ -149,6 +149,11 @@ def centralize(weight: Tensor) -> None:
     """Take the mean over each output channel's weights `(C, ...)` out of the gradient, in place."""
     if weight.grad is not None:
         weight.grad.sub_(weight.grad.mean(dim=tuple(range(1, weight.dim())), keepdim=True))
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """Put together from all processes, where it is sharded."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def _applies(model: nn.Module, step: Step) -> bool:
