@@ -37,6 +37,21 @@ class Boxed:
     def __len__(self) -> int:
         return len(self.data)
 
+    @property
+    def folder(self) -> Path:
+        """Of the images, if they are files; otherwise an AttributeError, as for anything without files."""
+        return self.data.folder  # type: ignore[union-attr]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The images, if they are files."""
+        return tuple(self.folder / picture.name for picture in self.data.pictures)  # type: ignore[union-attr]
+
+    @property
+    def labels(self) -> tuple[Any, ...]:
+        """Of each image, with its boxes."""
+        return tuple((p.labels, p.boxes) for p in self.data.pictures)  # type: ignore[union-attr]
+
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         """Raises `Unreadable` for an image that is broken, or has a mask that is."""
         if isinstance(self.data, Shapes):

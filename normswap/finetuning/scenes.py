@@ -44,6 +44,16 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.data)
 
+    @property
+    def folder(self) -> Path:
+        """Of the images and masks."""
+        return self.data.folder
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The images."""
+        return self.data.files
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Raises `Unreadable` for an image or a mask that is broken."""
         try:
