@@ -1,6 +1,6 @@
 """mAP of a small Faster R-CNN trained from scratch on coloured shapes, on one CPU core.
 
-    python benchmarks/detection.py [--norm gn] [--batch-size 2] [--steps 500] [--output FOLDER]
+    python benchmarks/detection.py [--norm gn] [--batch-size 2] [--steps 1000] [--output FOLDER]
 
 Prints mAP and mAP at IoU 0.5 on 100 held-out images, and the seconds it took. The detector is that of
 small_detector.py, for images of 128 x 128 pixels; 1,000 of them to train on. --output keeps the run, with curves.png
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--norm", choices=["gn", "bn"], default="gn")
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
