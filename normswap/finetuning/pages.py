@@ -52,9 +52,10 @@ def boxes_page(
     for i, image in enumerate(images):
         sure = found[i]["scores"] > SURE
         kept = {k: v[sure] for k, v in found[i].items() if k in ("boxes", "labels", "scores", "masks")}
+        masked = "masks" in kept  # true masks are of no interest where none are predicted
         for place, title, target in ((axes[2 * i], "true", truths[i]), (axes[2 * i + 1], "predicted", kept)):
             place.set_title(title, fontsize=9)
-            place.imshow(_picture(image, target.get("masks"), target["labels"]))
+            place.imshow(_picture(image, target.get("masks") if masked else None, target["labels"]))
             _draw_boxes(place, target, names)
     save_canvas(canvas, path)
     return True
