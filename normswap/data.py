@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .coco import CocoData as CocoData
 from .coco import open_coco as open_coco
-from .errors import DataError, NormswapError, OptionError
+from .errors import DataError, NormswapError
 from .images import ImageBatches as ImageBatches
 from .images import ImageData as ImageData
 from .images import open_images as open_images
@@ -25,6 +25,7 @@ from .surgery import device_and_dtype
 from .synthetic import Shapes as Shapes
 from .synthetic import shapes as shapes
 from .synthetic import write_shapes as write_shapes
+from .values import whole
 
 Batch = tuple[tuple[Any, ...], Tensor | None]
 
@@ -73,8 +74,7 @@ def as_batches(data: Any, batch_size: int = 64, *, once: bool = False) -> Batche
 
     Raises OptionError for a batch size below 1, and DataError, saying what is accepted, for anything else.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise OptionError(f"batch_size must be a positive integer, got {batch_size!r}")
+    whole("batch_size", batch_size)
     if isinstance(data, Batches):
         return data
     if isinstance(data, (str, os.PathLike)):

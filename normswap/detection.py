@@ -27,6 +27,7 @@ from .freezing import freeze
 from .planning import Rules
 from .registry import build, get, identify
 from .spec import Misfit, NormState, Request
+from .values import whole as check_whole
 
 DETECTORS = {
     "fasterrcnn": zoo.FasterRCNN,
@@ -101,8 +102,7 @@ def detector(
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
         raise OptionError(f"num_classes counts the background, so it is at least 2, not {num_classes!r}")
     _check_options(kind, options)
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise OptionError(f"width must be a positive integer, got {width!r}")
+    check_whole("width", width)
     norm_layer = _norm_layer(norm, groups, width)
     whole = backbone if is_complete(backbone) else _with_pyramid(kind, backbone, norm_layer, width)
     levels = levels_of(whole)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import DataError, OptionError, listed
+from .errors import DataError, listed
 from .preprocess import Preprocess, canonical, eight_bit
+from .values import whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,8 +59,7 @@ class ImageData:
         While iterating, raises DataError for images that cannot be read, named and counted, for images of different
         sizes with stack=True, and for a transform that fails.
         """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise OptionError(f"batch_size must be a positive integer, got {batch_size!r}")
+        whole("batch_size", batch_size)
         return ImageBatches(self, transform or Preprocess(), batch_size, stack)
 
 
@@ -127,8 +127,8 @@ def open_images(folder: str | os.PathLike[str], *, limit: int | None = None, see
     Raises DataError, saying what was found instead, when the folder does not hold images in one of the two ways, and
     OptionError for a limit below 1.
     """
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise OptionError(f"the number of images must be a positive integer, got {limit!r}")
+    if limit is not None:
+        whole("the number of images", limit)
     folder = Path(folder)
     here, below = _listed(folder)
     filled = {name: files for name, files in below.items() if files}

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from .errors import OptionError, OutputError
 from .masks import rle_of
+from .values import whole
 from .writing import atomic
 
 NAMES = ("circle", "square", "triangle")
@@ -40,9 +41,7 @@ class Shapes(Dataset[tuple[Tensor, dict[str, Any]]]):
 
     def __post_init__(self) -> None:
         for name, least in (("count", 1), ("size", 16), ("classes", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
+            whole(name, getattr(self, name), least=least)
         if self.classes > len(NAMES):
             raise OptionError(f"there are {len(NAMES)} classes of shapes ({', '.join(NAMES)}), not {self.classes}")
 

@@ -16,6 +16,7 @@ from ..data import as_batches, images_in
 from ..errors import DataError, OptionError, RevertError
 from ..surgery import copied, evaluating, undisturbed
 from ..undo import revert
+from ..values import whole
 from .matching import Args, Matching, Original, forward, free_memory
 from .preparation import Preparation
 from .report import CalibrationReport as CalibrationReport
@@ -152,8 +153,8 @@ def _quiet(model: nn.Module, reference: nn.Module | None) -> Iterator[None]:
 
 def _collected(data: Any, images: int | None, batch_size: int) -> tuple[list[Args], list[Tensor | None]]:
     """The batches to use, the last one cut to what was asked for, in memory: both networks see the same ones."""
-    if images is not None and (isinstance(images, bool) or not isinstance(images, int) or images < 1):
-        raise OptionError(f"images must be a positive integer, got {images!r}")
+    if images is not None:
+        whole("images", images)
     if data is None:
         raise OptionError("calibrate needs images", hint="data=images, a tensor (N, C, H, W) or batches of them")
     most = images or (len(data) if isinstance(data, Tensor) else 256)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from ..errors import DataError, NormswapError, OptionError
 from ..heads import Head
 from ..predictors import find_predictor
+from ..values import one_of
 from .boxed import Boxed, check_sample, open_boxes
 from .fitting import fitted
 from .labelled import Sets
 from .pages import boxes_page
 from .processes import gathered
 from .samples import spread
-from .settings import one_of
 from .task import Outcome, Panel, Reduce, parameters_of_head
 from .transforms import AUGMENT
 

@@ -10,7 +10,7 @@ from torch import nn
 from ..conversion import record_of
 from ..errors import OptionError
 from ..heads import Head, resize_head
-from .settings import whole
+from ..values import whole
 
 
 def fitted(model: nn.Module, found: Head, in_data: int | None, asked: int | None, seed: int) -> Head:

@@ -99,7 +99,7 @@ class Optimization:
 
     def _update(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("share", 1.0)
+            group["lr"] = rate
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self._clip is not None:

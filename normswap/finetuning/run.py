@@ -21,6 +21,7 @@ from ..pinned import Pinned
 from ..registry import identify
 from ..stabilizing import stabilized
 from ..training.teacher import original_of
+from ..values import one_of, whole
 from .classification import Classification
 from .detection import Detection
 from .labelled import Sets
@@ -29,7 +30,7 @@ from .processes import processes
 from .report import FinetuneReport, Progress, Stopped
 from .scope import frozen, only_training
 from .segmentation import Segmentation
-from .settings import Place, Settings, one_of, whole
+from .settings import Place, Settings
 from .state import prepare_folder
 from .task import Task
 from .trainer import Job, Trainer
@@ -245,9 +246,9 @@ def _steps(settings: Settings, epochs: int | None, steps: int | None) -> int:
             hint="Lower --batch-size (batch_size=) or --accumulate (accumulate=).",
         )
     if steps is not None:
-        whole("steps", steps, least=1)
+        whole("steps", steps)
         return steps
-    whole("epochs", EPOCHS if epochs is None else epochs, least=1)
+    whole("epochs", EPOCHS if epochs is None else epochs)
     return (EPOCHS if epochs is None else epochs) * settings.epoch
 
 

@@ -16,9 +16,9 @@ from ..errors import DataError, OptionError
 from ..images import Unreadable as UnreadableImage
 from ..preprocess import Preprocess
 from ..semantic import IGNORED, MaskData, open_masks
+from ..values import one_of
 from .labelled import SHARE, TRAIN, VALIDATION, Sets, part_of, sized
 from .samples import Unreadable
-from .settings import one_of
 from .transforms import AUGMENT
 
 _SCALES = (0.5, 2.0)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
-from typing import Any
 
 from ..errors import OptionError
+from ..values import number, one_of, whole
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 OPTIMIZERS = ("adamw", "sgd")
@@ -56,7 +54,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
-            whole(name, getattr(self, name), least=1)
+            whole(name, getattr(self, name))
         whole("seed", self.seed, least=0)
         for name in (*_POSITIVE, *_FROM_ZERO, "clip_grad"):
             value = getattr(self, name)
@@ -84,7 +82,7 @@ class Settings:
 class Place:
     """Where and how a run is carried out; none of it should change the result by more than rounding.
 
-    output: the folder for its files, None to write none. every: epochs between two validations and checkpoints.
+    output: the folder for its files, None to write none.
     """
 
     output: Path | None = None
@@ -93,32 +91,10 @@ class Place:
     channels_last: bool | None = None
     compile: bool = False
     max_bad: int = 10
-    every: int = 1
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
         one_of("device", self.device, DEVICES)
-        whole("every", self.every, least=1)
         whole("max_bad", self.max_bad, least=0)
         if self.workers is not None:
             whole("workers", self.workers, least=0)
-
-
-def whole(name: str, value: Any, *, least: int) -> None:
-    """Raise OptionError for anything but an integer of at least that."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-        kind = "a positive integer" if least == 1 else f"an integer from {least}"
-        raise OptionError(f"{name} must be {kind}, got {value!r}")
-
-
-def number(name: str, value: Any, *, zero: bool = False) -> None:
-    """Raise OptionError for anything but a finite number above zero, or from zero."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value < 0 or (value == 0 and not zero):
-        raise OptionError(f"{name} must be {'a number from 0' if zero else 'a positive number'}, got {value!r}")
-
-
-def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    """Raise OptionError for a word that is none of these."""
-    if value not in known:
-        raise OptionError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}")

@@ -158,7 +158,7 @@ class Trainer:
                 if self._stopping() is not None:
                     self._look()
                     break
-            ended = self.step == settings.steps or (self.step % length == 0 and (epoch + 1) % self.place.every == 0)
+            ended = self.step == settings.steps or self.step % length == 0
             if ended:
                 self._look()
                 self._guarded(self._evaluate)

@@ -16,6 +16,7 @@ from ..agreement import OutputTally
 from ..conversion import record_of
 from ..data import Batch, as_batches, images_in
 from ..errors import OptionError
+from ..values import whole
 from ..writing import check_writable
 from .optimizer import trained_parameters, training_only
 from .outputs import run
@@ -23,7 +24,7 @@ from .report import DistillationReport as DistillationReport
 from .report import Interrupted as Interrupted
 from .report import Progress as Progress
 from .run import Run
-from .settings import Settings, positive_integer
+from .settings import Settings
 from .state import load_state
 from .stream import Stream, seed_step, stream_of
 from .teacher import original_of, side_by_side
@@ -106,7 +107,7 @@ def distil(
         steps, batch_size, LR if lr is None else lr, temperature, train, weight_decay, seed, precision,
         max_grad_norm, augment, loss, _network(model), features,
     )  # fmt: skip
-    positive_integer("checkpoint_every", checkpoint_every)
+    whole("checkpoint_every", checkpoint_every)
     if checkpoint is not None:
         check_writable(Path(checkpoint), overwrite=True)
     parameters = trained_parameters(model, train)
