@@ -7,6 +7,7 @@ try. The command line prints exactly these messages and exits with 1; anything e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 MOST_NAMED = 10
 
@@ -59,6 +60,17 @@ class SelfCheckError(NormswapError):
 
 class TrainingError(NormswapError):
     """Training that cannot go on; the network is in its last good state."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during training: the network holds what it has reached; `report` says what that is, and what was saved.
+
+    A KeyboardInterrupt, so that a script stops as it would anywhere else.
+    """
+
+    def __init__(self, report: Any) -> None:
+        self.report = report
+        super().__init__(str(report))
 
 
 class RevertError(NormswapError):

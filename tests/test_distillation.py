@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import normswap
-from normswap.errors import CheckpointError, DataError, OptionError, RevertError, TrainingError
+from normswap.errors import CheckpointError, DataError, Interrupted, OptionError, RevertError, TrainingError
 from normswap.training.augmentation import mirrored, shifted
-from normswap.training.distillation import Interrupted, Progress
+from normswap.training.distillation import Progress
 from normswap.training.losses import distance, divergence
 from normswap.training.optimizer import one_cycle
 

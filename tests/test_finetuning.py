@@ -16,9 +16,8 @@ from torch.nn import functional as F
 import normswap
 from normswap.demo.digits import split
 from normswap.demo.network import pretrained
-from normswap.errors import CheckpointError, DataError, OptionError, OutputError, TrainingError
+from normswap.errors import CheckpointError, DataError, Interrupted, OptionError, OutputError, TrainingError
 from normswap.finetuning.optimizing import default_rate
-from normswap.finetuning.report import Stopped
 from normswap.stabilizing import factors_of
 
 SMALL = {"batch_size": 2, "steps": 10, "device": "cpu"}
@@ -327,7 +326,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(data: Any, tmp_path: Path, optimizer:
     whole, cut = (_with_dropout() for _ in range(2))
     normswap.finetune(whole, *data, **settings, output=tmp_path / "whole")
     for step in (3, 14):  # within the first epoch, and within the second
-        with pytest.raises(Stopped) as stopped:
+        with pytest.raises(Interrupted) as stopped:
             normswap.finetune(cut, *data, **settings, output=tmp_path / "cut", progress=stop_at(step), resume=step > 3)
         assert stopped.value.report.steps in (step, step + 1)
         cut = _with_dropout()

@@ -17,7 +17,7 @@ import normswap
 from normswap.errors import DataError, OptionError
 from normswap.finetuning.labelled import from_torchvision, open_sets, some_inputs, split
 from normswap.finetuning.order import Order, Turns
-from normswap.finetuning.samples import Loader, Samples
+from normswap.finetuning.samples import Loader, Samples, Skipped
 from normswap.finetuning.transforms import Augmented, training_transform
 from normswap.preprocess import Preprocess
 
@@ -98,7 +98,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(tmp_path: Path, workers:
     def read(seed: int, epoch: int) -> dict[int, Tensor]:
         order = Order(len(sets.train), 3, 0)
         order.start(epoch)
-        loader = Loader(Samples(sets.train, list, seed=seed, replace=True), order, workers, pin=False)
+        loader = Loader(Samples(sets.train, list, seed=seed, replace=True), order, workers, Skipped(0), pin=False)
         torch.manual_seed(random.randrange(1000))
         keys = [index for batch in order for _, index in batch]
         return dict(zip(keys, [image for batch in loader for image, _ in batch.content], strict=True))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import OptionError, OutputError
+from ..errors import Interrupted, OptionError, OutputError
 from . import options
 from .boundary import WRITTEN
 from .images import Asked, prepare
@@ -97,7 +97,6 @@ def distil(
         from ..checkpoint import save
         from ..images import open_images
         from ..training.distillation import distil as train_model
-        from ..training.report import Interrupted
         from ..writing import check_writable
 
         check_writable(target, overwrite=force or resume)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import CheckpointError, OptionError
+from ..errors import CheckpointError, Interrupted, OptionError
 from . import options, training
 from .boundary import WRITTEN
 from .datasets import DataPlace
@@ -211,10 +211,9 @@ def finetune(
     helper = os.environ.get("RANK", "0") != "0"  # one of torchrun's processes, whose first one does the talking
     with reporting(ctx, as_json=json and not helper, quiet=quiet or helper, verbose=verbose and not helper) as out:
         out.step("loading PyTorch")
-        from ..finetuning.report import Stopped
+        from ..finetuning.folder import STATE, prepare_folder
         from ..finetuning.run import finetune as train_model
         from ..finetuning.run import task_of
-        from ..finetuning.state import STATE, prepare_folder
 
         origin = locate(ctx, wanted)
         folder = output or Path("runs", _stem(origin, swap))
@@ -246,7 +245,7 @@ def finetune(
                     workers=workers, seed=seed, max_bad=max_bad, tensorboard=tensorboard, resume=resume, overwrite=True,
                     progress=training.Teller(bar, out, folder, None if resume else command),
                 )  # fmt: skip
-            except Stopped as stop:
+            except Interrupted as stop:
                 report = stop.report
             except Exception:
                 raise
@@ -299,7 +298,7 @@ def _network(
 ) -> tuple[nn.Module, Origin, Preparation]:
     """The network to train, not converted yet; that of the run to go on with, where there is one."""
     if resumed is not None:
-        from ..finetuning.state import LAST
+        from ..finetuning.folder import LAST
 
         if not (resumed / LAST).exists():
             raise CheckpointError(

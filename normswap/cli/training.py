@@ -14,14 +14,13 @@ if TYPE_CHECKING:
     from ..finetuning.report import FinetuneReport, Progress
     from .render import Page
 
-COMMAND = "run.json"
-
 
 def keep_command(folder: Path, asked: Mapping[str, Any], *, resume: bool) -> None:
     """Note what made the network and prepares its images; a run that goes on must be asked for the same.
 
     The other settings are in the state of the run. Raises OptionError.
     """
+    from ..finetuning.folder import COMMAND
     from ..writing import atomic
 
     path = folder / COMMAND

@@ -10,10 +10,9 @@ from typing import Any
 
 from ..errors import OutputError
 from ..writing import atomic
+from .folder import BOARD, CURVES, METRICS
 from .pages import canvas_of, save_canvas
 from .task import Panel
-
-METRICS, CURVES, EXAMPLES = "metrics.jsonl", "curves.png", "examples.png"
 
 
 class Journal:
@@ -35,7 +34,7 @@ class Journal:
         if tensorboard and folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+            self._board = SummaryWriter(str(folder / BOARD), purge_step=step + 1 if step else None)
 
     def write(self, line: dict[str, Any]) -> None:
         """Add figures, rounded to what they mean."""

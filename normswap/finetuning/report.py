@@ -70,11 +70,3 @@ class FinetuneReport:
         if self.best is not None:
             lines.append(f"best {self.best_name}: {self.best:.4f} at step {self.best_at}")
         return "\n".join([*lines, *self.notes])
-
-
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C during training: the state is saved, `report` says where. A KeyboardInterrupt, so that scripts stop."""
-
-    def __init__(self, report: FinetuneReport) -> None:
-        self.report = report
-        super().__init__(str(report))

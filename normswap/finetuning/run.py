@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import signal
 from collections.abc import Callable
@@ -16,22 +14,24 @@ import torch
 from torch import nn
 
 from ..conversion import convert, record_of
-from ..errors import DataError, OptionError
+from ..errors import DataError, Interrupted, OptionError
 from ..pinned import Pinned
 from ..registry import identify
 from ..stabilizing import stabilized
+from ..training.optimizer import training_only
+from ..training.state import digest
 from ..training.teacher import original_of
 from ..values import one_of, whole
 from .classification import Classification
 from .detection import Detection
+from .folder import prepare_folder
 from .labelled import Sets
 from .optimizing import default_rate, trained
 from .processes import processes
-from .report import FinetuneReport, Progress, Stopped
-from .scope import frozen, only_training
+from .report import FinetuneReport, Progress
+from .scope import frozen, modes_kept
 from .segmentation import Segmentation
 from .settings import Place, Settings
-from .state import prepare_folder
 from .task import Task
 from .trainer import Job, Trainer
 
@@ -117,7 +117,7 @@ def finetune(
 
     Raises OptionError, DataError, OutputError, CheckpointError before anything has changed; TrainingError for a loss
     that is not finite or too little memory: the network is then that of the last checkpoint. Ctrl-C and SIGTERM end
-    the step and save the state; then Ctrl-C raises `Stopped`, a KeyboardInterrupt with a report, and SIGTERM does
+    the step and save the state; then Ctrl-C raises `Interrupted`, a KeyboardInterrupt with a report, and SIGTERM does
     what it did before.
     """
     folder = None if output is None else Path(output)
@@ -157,7 +157,8 @@ def finetune(
         accelerator.wait_for_everyone()
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
         scope = frozen(model, parameters, stats=freeze_stats, affine=freeze_affine)
-        with scope as notes, only_training(model, parameters), stabilized(model) if stabilize else nullcontext():
+        sized = stabilized(model) if stabilize else nullcontext()
+        with scope as notes, modes_kept(model), training_only(model, parameters), sized:
             trainer = Trainer(model, Job(doing, settings, place, sets), parameters, flags, accelerator, progress)
             report = trainer.run(resume=resume)
     if head is not None and getattr(record_of(model), "head", None) != fitted_before:
@@ -167,7 +168,7 @@ def finetune(
     small = None if freeze_stats else small_batch_note(model, batch_size, settings.processes)
     report = replace(report, notes=(*report.notes, *notes, *([small] if small else [])))
     if trainer.stopped_by == signal.SIGINT:
-        raise Stopped(report)
+        raise Interrupted(report)
     if trainer.stopped_by is not None:
         signal.raise_signal(trainer.stopped_by)
     return report
@@ -190,14 +191,6 @@ def task_of(name: str, *, label_smoothing: float = 0.0, distill: float = 0.0) ->
             "label_smoothing (--label-smoothing) does not go with detection, whose losses are the network's"
         )
     return Detection()
-
-
-def digest(model: nn.Module) -> str:
-    """Tells whether the state of a run belongs to this network: a hash of its plan and of its tensors' shapes."""
-    record = record_of(model)
-    shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
-    what = [None if record is None else record.plan.to_dict(), shapes]
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def small_batch_note(model: nn.Module, batch_size: int, processes: int = 1) -> str | None:

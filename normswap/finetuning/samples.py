@@ -117,11 +117,31 @@ def spread(source: Any, count: int) -> Iterator[Any]:
             continue
 
 
-class Loader:
-    """Batches of one process. Worker processes, if any, stay for the whole run."""
+class Skipped:
+    """The samples of a run that could not be read, by name; more than `most` of them end it."""
 
-    def __init__(self, samples: Samples, turns: Order | Turns, workers: int, *, pin: bool) -> None:
-        self._samples, self._turns = samples, turns
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.found: dict[str, Bad] = {}
+
+    def add(self, several: Iterable[Bad]) -> None:
+        """Raises DataError, naming them, once there are too many."""
+        for bad in several:
+            self.found.setdefault(bad.name, bad)
+        count = len(self.found)
+        if count > self._most:
+            names = "\n".join(f"  {bad}" for bad in list(self.found.values())[:20])
+            raise DataError(
+                f"{count} image{'s' * (count != 1)} cannot be read:\n{names}\n",
+                hint=f"Remove or replace them, or allow more than --max-bad {self._most} (max_bad=).",
+            )
+
+
+class Loader:
+    """Batches of one process; what could not be read goes to `skipped`. Worker processes, if any, stay for the run."""
+
+    def __init__(self, samples: Samples, turns: Order | Turns, workers: int, skipped: Skipped, *, pin: bool) -> None:
+        self._samples, self._turns, self._skipped = samples, turns, skipped
         self._loader: Iterable[Loaded] | None = None
         if workers:
             self._loader = DataLoader(
@@ -131,10 +151,9 @@ class Loader:
 
     def __iter__(self) -> Iterator[Loaded]:
         try:
-            if self._loader is None:
-                yield from map(self._samples.__getitems__, self._turns)
-            else:
-                yield from self._loader
+            for batch in self._loader or map(self._samples.__getitems__, self._turns):
+                self._skipped.add(batch.bad)
+                yield batch
         except RuntimeError as error:
             if "worker" not in str(error):
                 raise

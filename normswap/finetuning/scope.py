@@ -13,19 +13,12 @@ from ..registry import identify
 
 
 @contextmanager
-def only_training(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Let only these parameters require a gradient; flags, modes and gradients come back as they were."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Put every module back into train or eval mode, as it was."""
     modes = [(m, m.training) for m in model.modules()]
-    wanted = set(parameters.values())
     try:
-        for p, _ in flags:
-            p.requires_grad_(p in wanted)
         yield
     finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-            p.grad = None
         for module, mode in modes:
             module.train(mode) if isinstance(module, Pinned) else setattr(module, "training", mode)
 

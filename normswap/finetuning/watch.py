@@ -9,16 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .trouble import NonFinite
+
 BETWEEN = 0.1
 """Seconds between two reports of progress."""
-
-
-class NonFinite(Exception):
-    """A loss that is NaN or infinite, and the step it came from."""
-
-    def __init__(self, step: int, value: float) -> None:
-        super().__init__(step, value)
-        self.step, self.value = step, value
 
 
 class Window:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,17 +13,16 @@ from torch import nn
 from ..agreement import OutputTally
 from ..conversion import record_of
 from ..data import Batch, as_batches, images_in
-from ..errors import OptionError
+from ..errors import Interrupted, OptionError
 from ..values import whole
 from ..writing import check_writable
 from .optimizer import trained_parameters, training_only
 from .outputs import run
 from .report import DistillationReport as DistillationReport
-from .report import Interrupted as Interrupted
 from .report import Progress as Progress
 from .run import Run
 from .settings import Settings
-from .state import load_state
+from .state import digest, load_state
 from .stream import Stream, seed_step, stream_of
 from .teacher import original_of, side_by_side
 
@@ -105,7 +102,7 @@ def distil(
         raise OptionError("distil needs images", hint="data=images, a tensor (N, C, H, W) or batches of them")
     settings = Settings(
         steps, batch_size, LR if lr is None else lr, temperature, train, weight_decay, seed, precision,
-        max_grad_norm, augment, loss, _network(model), features,
+        max_grad_norm, augment, loss, digest(model), features,
     )  # fmt: skip
     whole("checkpoint_every", checkpoint_every)
     if checkpoint is not None:
@@ -130,14 +127,6 @@ def distil(
         finally:
             _remember(model, work)
         return _report(work, before, after)
-
-
-def _network(model: nn.Module) -> str:
-    """A digest of how the network was converted, to tell whether a training state belongs to it."""
-    record = record_of(model)
-    shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
-    what = [None if record is None else record.plan.to_dict(), shapes]
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _compared(stream: Stream, settings: Settings) -> list[Batch]:

@@ -60,14 +60,3 @@ class DistillationReport:
         if self.loss_first is not None and self.loss_last is not None:
             lines.append(f"loss: {self.loss_first:.3g} -> {self.loss_last:.3g}")
         return "\n".join([*lines, *comparison_lines(self), *self.notes])
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during training: the network holds what it has reached, `report` says what that is.
-
-    A KeyboardInterrupt, so that a script stops as it would anywhere else.
-    """
-
-    def __init__(self, report: DistillationReport) -> None:
-        self.report = report
-        super().__init__(str(report))

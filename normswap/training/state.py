@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..conversion import record_of
 from ..errors import CheckpointError, OptionError, OutputError
 from ..inventory import first_line
 from ..writing import atomic, check_writable
 
 FORMAT = 1
+
+
+def digest(model: nn.Module) -> str:
+    """Tells whether the state of a run belongs to this network: a hash of its plan and of its tensors' shapes."""
+    record = record_of(model)
+    shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
+    what = [None if record is None else record.plan.to_dict(), shapes]
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def save_state(path: Path, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
