@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,11 @@ class MaskData(Dataset[tuple[Tensor, Tensor]]):
             return self.read(index)
         except Unreadable as error:
             raise DataError(f"{file} or its mask {mask} cannot be read: {error}", hint="Replace them.") from None
+
+    def chosen(self, indices: Sequence[int]) -> MaskData:
+        """A part of them."""
+        files, masks = (tuple(column[i] for i in indices) for column in (self.files, self.masks))
+        return replace(self, files=files, masks=masks)
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """The same, but raises `images.Unreadable`."""

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.errors import DataError, OptionError
-from normswap.finetuning.labelled import from_torchvision, open_sets, some_inputs, split
+from normswap.finetuning.labelled import open_sets, some_inputs, transformed
+from normswap.finetuning.named import from_torchvision
 from normswap.finetuning.order import Order, Turns
 from normswap.finetuning.samples import Loader, Samples, Skipped
+from normswap.finetuning.sets import split
 from normswap.finetuning.transforms import Augmented, training_transform
 from normswap.preprocess import Preprocess
 
@@ -81,11 +83,11 @@ def test_validation_counts_every_sample_once(samples: int, processes: int) -> No
 
 def test_a_split_takes_a_tenth_of_every_class_and_is_always_the_same() -> None:
     labels = [0] * 40 + [1] * 20 + [2] * 3 + [3]
-    kept, held = split(len(labels), labels, seed=1)
+    kept, held = split(len(labels), seed=1, labels=labels)
     assert Counter(labels[i] for i in held) == {0: 4, 1: 2, 2: 1}
     assert sorted(kept + held) == list(range(len(labels)))
-    assert split(len(labels), labels, seed=1) == (kept, held)
-    assert split(len(labels), labels, seed=2) != (kept, held)
+    assert split(len(labels), seed=1, labels=labels) == (kept, held)
+    assert split(len(labels), seed=2, labels=labels) != (kept, held)
 
 
 # --- random changes -------------------------------------------------------------------------------------------------
@@ -93,7 +95,7 @@ def test_a_split_takes_a_tenth_of_every_class_and_is_always_the_same() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_sample_is_a_function_of_seed_epoch_and_index(tmp_path: Path, workers: int) -> None:
-    sets = open_sets(paint(tmp_path)).transformed(Augmented(Preprocess()), Preprocess())
+    sets = transformed(open_sets(paint(tmp_path)), Augmented(Preprocess()), Preprocess())
 
     def read(seed: int, epoch: int) -> dict[int, Tensor]:
         order = Order(len(sets.train), 3, 0)
@@ -109,7 +111,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(tmp_path: Path, workers:
 
 
 def test_drawing_leaves_the_callers_random_state(tmp_path: Path) -> None:
-    sets = open_sets(paint(tmp_path)).transformed(Augmented(Preprocess()), Preprocess())
+    sets = transformed(open_sets(paint(tmp_path)), Augmented(Preprocess()), Preprocess())
     before = torch.get_rng_state()
     Samples(sets.train, list, seed=0, replace=True).__getitems__([(0, 1)])
     assert torch.equal(before, torch.get_rng_state())
@@ -297,7 +299,7 @@ def test_a_torchvision_set_with_parts_is_taken_by_name(tmp_path: Path) -> None:
     assert (len(sets.train), len(sets.validation)) == (20, 6)
     assert sets.count == 10
     assert sets.train[3][1] == 3
-    sets = sets.transformed(Augmented(Preprocess()), Preprocess())
+    sets = transformed(sets, Augmented(Preprocess()), Preprocess())
     assert sets.train[0][0].shape == (3, 28, 28)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,10 @@ from normswap.finetuning.segmentation import Overlap, Segmentation
 from normswap.heads import Head, resize_head
 from normswap.predictors import find_predictor
 
+NETS = '''
+import torch
+from torch import Tensor, nn
+
 
 class Pixels(nn.Module):
     """Scores at half the size, as `out` and `aux`."""
@@ -41,6 +48,9 @@ class Pixels(nn.Module):
 def pixels(classes: int = 4) -> Pixels:
     torch.manual_seed(0)
     return Pixels(classes).eval()
+'''
+exec(NETS)  # the same for tests in this process and for those that start others
+pixels: Any = globals()["pixels"]
 
 
 @pytest.fixture(autouse=True)
@@ -224,3 +234,22 @@ def test_what_gives_no_scores_for_pixels_is_refused(folder: Path) -> None:
         train(model, folder)
     with pytest.raises(OptionError, match="distil"):
         train(pixels(), folder, distill=0.5)
+
+
+def test_two_processes_do_the_steps_of_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three validation images, so one process has two of them and the other one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(NETS)
+    own = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    for name, processes, batch in (("two", 2, 1), ("one", 1, 2)):
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        start += ["-m", "normswap", "finetune", "nets.py:pixels", "--weights", "none", "--trust-code", "--data"]
+        start += [str(folder), "--task", "segmentation", "--device", "cpu", "--batch-size", str(batch), "--epochs", "2"]
+        start += ["--augment", "none", "--quiet", "--output", name]
+        ran = subprocess.run(start, capture_output=True, text=True, env=own | {"OMP_NUM_THREADS": "1"}, timeout=240)
+        assert ran.returncode == 0, ran.stderr
+    files = (tmp_path / name / "metrics.jsonl" for name in ("one", "two"))
+    one, two = ([json.loads(text) for text in file.read_text().splitlines()] for file in files)
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for a, b in zip(one, two, strict=True):
+        assert {**a, "samples_per_second": 0} == pytest.approx({**b, "samples_per_second": 0}, rel=2e-3, abs=1e-4)

@@ -13,7 +13,7 @@ from . import options
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..finetuning.labelled import Sets
+    from ..finetuning.sets import Sets
     from ..finetuning.task import Task
 
 TORCHVISION = "torchvision:"
@@ -43,7 +43,7 @@ class DataPlace:
     def open(self, task: Task, model: nn.Module, seed: int) -> Sets:
         """The data sets. Raises DataError for what cannot be used."""
         if self.data.startswith(TORCHVISION):
-            from ..finetuning.labelled import from_torchvision
+            from ..finetuning.named import from_torchvision
 
             return from_torchvision(self.data[len(TORCHVISION) :], self.root, download=self.download, seed=seed)
         if self.annotations is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +15,8 @@ from ..coco import CocoData, open_coco
 from ..errors import DataError
 from ..images import Unreadable as UnreadableImage
 from ..synthetic import Shapes
-from .labelled import SHARE, TRAIN, VALIDATION, Sets, part_of, sized
 from .samples import Unreadable
+from .sets import TRAIN, VALIDATION, Sets, held_note, part_of, sized, split
 
 ANNOTATIONS = ("annotations.json", "_annotations.coco.json")
 _LAYOUT = (
@@ -183,13 +182,9 @@ def _split(data: CocoData, seed: int) -> tuple[CocoData, CocoData | None, str]:
     count = len(data)
     if count < 2:
         return data, None, "a single image, so there is nothing to validate on"
-    order = list(range(count))
-    random.Random(f"{seed} boxes").shuffle(order)
-    held = sorted(order[: max(1, round(SHARE * count))])
-    kept = sorted(set(order) - set(held))
+    kept, held = split(count, seed)
     parts = [replace(data, pictures=tuple(data.pictures[i] for i in part)) for part in (kept, held)]
-    said = f"no validation images: {len(held)} of the {count} images are held back for it (seed {seed})"
-    return parts[0], parts[1], said
+    return parts[0], parts[1], held_note(len(held), count, seed)
 
 
 def _aligned(train: CocoData, validation: CocoData) -> CocoData:

@@ -16,9 +16,11 @@ from ..heads import Head, find_head, scores_of
 from ..preprocess import Preprocess
 from ..surgery import device_and_dtype, matches
 from ..training.losses import divergence
+from .collating import collate
 from .fitting import fitted
-from .labelled import Pictures, Sets, collate, open_sets, some_inputs
+from .labelled import Pictures, open_sets, some_inputs, transformed
 from .samples import Tensors, spread
+from .sets import Sets
 from .task import Outcome, Panel, Reduce, on_device
 from .transforms import Plain, settled, training_transform
 
@@ -60,7 +62,7 @@ class Classification:
         if isinstance(sets.train, Pictures):
             prepare = settled(prepare, sets.train.files)
             train = training_transform(prepare, augment)
-        return sets.transformed(train, Plain(prepare))
+        return transformed(sets, train, Plain(prepare))
 
     def inputs(self, sets: Sets, preprocess: Callable[[Any], Tensor] | None, count: int) -> Iterator[Tensor]:
         """Batches `(N, C, H, W)`."""

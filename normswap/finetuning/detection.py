@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from ..errors import DataError, NormswapError, OptionError
 from ..heads import Head
-from ..predictors import find_predictor
 from ..values import one_of
 from .boxed import Boxed, check_sample, open_boxes
-from .fitting import fitted
-from .labelled import Sets
+from .fitting import fitted_predictor
 from .pages import boxes_page
 from .processes import gathered
 from .samples import spread
+from .sets import Sets
 from .task import Outcome, Panel, Reduce, parameters_of_head
 from .transforms import AUGMENT
 
@@ -74,16 +73,8 @@ class Detection:
         """The class scores of torchvision's detectors; None for other networks that follow their convention."""
         self.names = sets.classes or ()
         in_data = None if sets.classes is None else len(sets.classes) + 1
-        found = find_predictor(model)
-        if found is None or not found[0]:
-            if num_classes is not None:
-                raise OptionError(
-                    f"where {type(model).__name__} has its class scores is not known, so it gets no new head",
-                    hint="Build it with the right number of classes, and leave num_classes (--num-classes) out.",
-                )
-            return None
-        head = fitted(model, Head(*found), in_data, num_classes, seed)
-        self.classes = head.classes
+        head = fitted_predictor(model, in_data, num_classes, seed, whole_network=False)
+        self.classes = None if head is None else head.classes
         return head
 
     def head_parameters(self, model: nn.Module, head: Head | None) -> Collection[str] | None:

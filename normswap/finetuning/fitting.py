@@ -10,7 +10,26 @@ from torch import nn
 from ..conversion import record_of
 from ..errors import OptionError
 from ..heads import Head, resize_head
+from ..predictors import find_predictor
 from ..values import whole
+
+
+def fitted_predictor(
+    model: nn.Module, in_data: int | None, asked: int | None, seed: int, *, whole_network: bool
+) -> Head | None:
+    """`fitted` for the class scores of torchvision's detectors or, whole_network, segmentation networks.
+
+    None for networks that are none of these. Raises OptionError if they are asked for a new head.
+    """
+    found = find_predictor(model)
+    if found is not None and (found[0] == "") == whole_network:
+        return fitted(model, Head(*found), in_data, asked, seed)
+    if asked is not None:
+        raise OptionError(
+            f"where {type(model).__name__} has its class scores is not known, so it gets no new head",
+            hint="Build it with the right number of classes, and leave num_classes (--num-classes) out.",
+        )
+    return None
 
 
 def fitted(model: nn.Module, found: Head, in_data: int | None, asked: int | None, seed: int) -> Head:

@@ -25,12 +25,12 @@ from ..values import one_of, whole
 from .classification import Classification
 from .detection import Detection
 from .folder import prepare_folder
-from .labelled import Sets
 from .optimizing import default_rate, trained
 from .processes import processes
 from .report import FinetuneReport, Progress
 from .scope import frozen, modes_kept
 from .segmentation import Segmentation
+from .sets import Sets
 from .settings import Place, Settings
 from .task import Task
 from .trainer import Job, Trainer

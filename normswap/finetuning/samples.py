@@ -47,6 +47,8 @@ class Loaded:
 
 
 Collate = Callable[[Sequence[Any]], Any]
+Transform = Callable[[Any], Tensor]
+"""Of a PIL image, to a float tensor `(C, H, W)`."""
 
 
 class Samples(Dataset[Any]):

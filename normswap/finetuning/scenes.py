@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from ..images import Unreadable as UnreadableImage
 from ..preprocess import Preprocess
 from ..semantic import IGNORED, MaskData, open_masks
 from ..values import one_of
-from .labelled import SHARE, TRAIN, VALIDATION, Sets, part_of, sized
 from .samples import Unreadable
+from .sets import TRAIN, VALIDATION, Sets, held_note, part_of, sized, split
 from .transforms import AUGMENT
 
 _SCALES = (0.5, 2.0)
@@ -119,8 +118,9 @@ def open_scenes(data: Any, eval_data: Any = None, *, seed: int = 0) -> Sets:
         names = tuple(f"class {i}" for i in range(max(highest)))
         if validation is None and len(train) > 1:
             count = len(train)
-            train, validation = _split(train, seed)
-            note = f"no validation images: {len(validation)} of the {count} images are held back (seed {seed})"
+            kept, held = split(count, seed)
+            train, validation = train.chosen(kept), train.chosen(held)
+            note = held_note(len(held), count, seed)
     sets = [None if part is None else _set(name, part) for name, part in (("data", train), ("eval_data", validation))]
     return Sets(sets[0], sets[1], names, note)
 
@@ -181,19 +181,6 @@ def _resized(image: Tensor, size: tuple[int, int], *, nearest: bool = False) -> 
     mode = InterpolationMode.NEAREST if nearest else InterpolationMode.BILINEAR
     found: Tensor = functional.resize(image, list(size), interpolation=mode, antialias=not nearest)
     return found
-
-
-def _split(data: MaskData, seed: int) -> tuple[MaskData, MaskData]:
-    order = list(range(len(data)))
-    random.Random(f"{seed} masks").shuffle(order)
-    held = sorted(order[: max(1, round(SHARE * len(data)))])
-    kept = sorted(set(order) - set(held))
-
-    def part(indices: Sequence[int]) -> MaskData:
-        files, masks = (tuple(column[i] for i in indices) for column in (data.files, data.masks))
-        return replace(data, files=files, masks=masks)
-
-    return part(kept), part(held)
 
 
 def _set(name: str, data: Any) -> Any:

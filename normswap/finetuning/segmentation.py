@@ -14,13 +14,12 @@ from torch.nn import functional as F
 
 from ..errors import DataError, OptionError
 from ..heads import Head
-from ..predictors import find_predictor
 from ..semantic import IGNORED
-from .fitting import fitted
-from .labelled import Sets
+from .fitting import fitted_predictor
 from .pages import masks_page
 from .samples import spread
 from .scenes import open_scenes, plain, prepared_scenes
+from .sets import Sets
 from .task import Outcome, Panel, Reduce, parameters_of_head
 
 AUXILIARY = 0.5
@@ -65,16 +64,8 @@ class Segmentation:
     def fit(self, model: nn.Module, sets: Sets, num_classes: int | None, seed: int) -> Head | None:
         """The last convolutions of torchvision's networks; None for others."""
         self.names = sets.classes or ()
-        found = find_predictor(model)
-        if found is None or found[0]:
-            if num_classes is not None:
-                raise OptionError(
-                    f"where {type(model).__name__} has its class scores is not known, so it gets no new head",
-                    hint="Build it with the right number of classes, and leave num_classes (--num-classes) out.",
-                )
-            return None
-        head = fitted(model, Head(*found), sets.count, num_classes, seed)
-        self.classes = head.classes
+        head = fitted_predictor(model, sets.count, num_classes, seed, whole_network=True)
+        self.classes = None if head is None else head.classes
         return head
 
     def head_parameters(self, model: nn.Module, head: Head | None) -> Collection[str] | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..heads import Head
 from ..roles import roles_of
-from .labelled import Sets
+from .sets import Sets
 
 Reduce = Callable[[Tensor], Tensor]
 """The sum of a tensor over all processes."""

@@ -18,12 +18,12 @@ from ..training.stream import seed_step
 from .folder import BEST, CURVES, EXAMPLES, LAST, STATE, clear
 from .journal import Journal
 from .keeping import Keeper, Standing
-from .labelled import Sets
 from .optimizing import averaged, build_optimizer, rate_at
 from .order import Order, Turns
 from .processes import Optimization
 from .report import FinetuneReport, Progress
 from .samples import Loaded, Loader, Samples, Skipped, spread
+from .sets import Sets
 from .settings import Place, Settings
 from .signals import Signals
 from .task import Task, on_device
