@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops import Conv2dNormActivation
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork
 
 from .errors import OptionError
@@ -63,6 +64,36 @@ class PyramidBackbone(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         maps: dict[str, Tensor] = self.fpn(self.body(x))
+        return maps
+
+
+class ShrinkingBackbone(nn.Module):
+    """`body`, and `extra` blocks that halve its last map again and again (Liu et al. 2016, "SSD", section 2.1).
+
+    Images `(N, 3, H, W)` to a dict of maps of different channels: those of the body, then of `width` channels each,
+    until a map of an image of side `size` is 2 wide.
+    """
+
+    def __init__(
+        self, body: nn.Module, levels: Sequence[Level], norm_layer: NormLayer | None, width: int, size: int
+    ) -> None:
+        super().__init__()
+        self.body = body
+        channels, stride, narrow = levels[-1].channels, levels[-1].stride, max(1, width // 2)
+        self.extra = nn.ModuleList()
+        while -(-size // stride) > 2:
+            self.extra.append(
+                nn.Sequential(
+                    Conv2dNormActivation(channels, narrow, kernel_size=1, norm_layer=norm_layer),
+                    Conv2dNormActivation(narrow, width, kernel_size=3, stride=2, norm_layer=norm_layer),
+                )
+            )
+            channels, stride = width, stride * 2
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps: dict[str, Tensor] = self.body(x)
+        for block in self.extra:
+            maps[str(len(maps))] = block(next(reversed(maps.values())))
         return maps
 
 

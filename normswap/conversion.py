@@ -15,7 +15,8 @@ from .errors import DataError, NormswapError, OptionError, SelfCheckError
 from .example import guess_inputs
 from .heads import Head
 from .inventory import as_inputs, first_line
-from .planning import Plan, Rules, plan
+from .planning import Plan, plan
+from .rules import Rules
 from .selfcheck import TOLERANCE, Check, Observations, applicable, compare, observe, watched_paths
 from .surgery import copied, device_and_dtype
 from .transfer import apply

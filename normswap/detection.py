@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from functools import partial
 from inspect import signature
 from typing import Any
 
-import torch
 from torch import nn
 from torchvision.models import detection as zoo
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
-from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
-from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from .backbones import Level, NormLayer, PyramidBackbone, body_of, is_complete, levels_of, stages_of
+from .backbones import stages_of
 from .conversion import convert as convert_whole
+from .detector_parts import norm_layer_of, parts_of
 from .errors import OptionError
 from .freezing import freeze
-from .planning import Rules
-from .registry import build, get, identify
-from .spec import Misfit, NormState, Request
+from .registry import identify
+from .rules import Rules
 from .values import whole as check_whole
 
 DETECTORS = {
@@ -35,11 +27,9 @@ DETECTORS = {
     "keypointrcnn": zoo.KeypointRCNN,
     "retinanet": zoo.RetinaNet,
     "fcos": zoo.FCOS,
+    "ssd": SSD,
 }
-PAPER_GROUPS = 32
 WIDTH = 256
-_TWO_STAGES = ("fasterrcnn", "maskrcnn", "keypointrcnn")
-_POOLED = "pool"  # torchvision's name of the map that only the region proposals see
 _STAGES = 5
 
 
@@ -81,19 +71,21 @@ def detector(
 ) -> nn.Module:
     """A torchvision detector on a backbone of your own, with a norm in its feature pyramid and its heads.
 
-    kind: `fasterrcnn`, `maskrcnn`, `keypointrcnn`, `retinanet` or `fcos`. num_classes: with the background, as in
-    torchvision. backbone: a classifier, converted or not, with `layer1` ... `layer4` or `features`; a timm network made
-    with features_only=True; or a module that gives feature maps as a dict, list or tuple. The pyramid goes on its maps
-    of stride 4 (one-stage detectors: 8) to 32. A module that gives a dict and has an int `out_channels` is taken as it
-    is. Its modules become part of the detector; they are not copied.
+    kind: `fasterrcnn`, `maskrcnn`, `keypointrcnn`, `retinanet`, `fcos` or `ssd`. num_classes: with the background, as
+    in torchvision. backbone: a classifier, converted or not, with `layer1` ... `layer4` or `features`; a timm network
+    made with features_only=True; or a module that gives feature maps as a dict, list or tuple. The pyramid goes on its
+    maps of stride 4 (one-stage detectors: 8) to 32. A module that gives a dict and has an int `out_channels` is taken
+    as it is. Its modules become part of the detector; they are not copied.
 
     norm: in the pyramid, in the box head (four convolutions and a fully connected layer instead of two of the latter),
     the mask and keypoint heads, and the heads of one-stage detectors, as in Wu and He 2018, "Group Normalization",
-    section 4.2; not in the region proposals. None: no norm there. groups: for `gn`, 32 by default, as there.
+    section 4.2; not in the region proposals. `ssd` has blocks of ever smaller maps in place of a pyramid, with the norm
+    in them, and single convolutions as heads (Liu et al. 2016, "SSD", section 2.1). None: no norm there. groups: for
+    `gn`, 32 by default, as in Wu and He.
     trainable_layers: see `freeze_stages`. anchor_sizes: the side of the anchors of each level in pixels, by default
-    8 times the stride (`retinanet`: 4 times, each with two steps to the next). width: channels of the pyramid, if
-    it is made here, and of the box head. options: those of the torchvision class,
-    such as min_size, max_size, box_detections_per_img, num_keypoints.
+    8 times the stride (`retinanet`: 4 times, each with two steps to the next; `ssd`: 0.15 to 0.9 of the image). width:
+    channels of the pyramid, if it is made here, and of the box head. options: those of the torchvision class, such as
+    min_size, max_size, box_detections_per_img, num_keypoints; for `ssd`, size (default 300).
 
     Raises OptionError for a kind, norm, number or backbone that does not fit.
     """
@@ -103,13 +95,11 @@ def detector(
         raise OptionError(f"num_classes counts the background, so it is at least 2, not {num_classes!r}")
     _check_options(kind, options)
     check_whole("width", width)
-    norm_layer = _norm_layer(norm, groups, width)
-    whole = backbone if is_complete(backbone) else _with_pyramid(kind, backbone, norm_layer, width)
-    levels = levels_of(whole)
-    parts = _two_stage_parts if kind in _TWO_STAGES else _one_stage_parts
-    given = parts(kind, levels, num_classes, norm_layer, anchor_sizes, width) | options
+    norm_layer = norm_layer_of(norm, groups, width)
+    image = _image_size(options)
+    given = parts_of(kind, backbone, num_classes, norm_layer, anchor_sizes, width, image) | options
     try:
-        model: nn.Module = DETECTORS[kind](whole, num_classes, **given)
+        model: nn.Module = DETECTORS[kind](num_classes=num_classes, **given)
     except (TypeError, ValueError) as error:
         raise OptionError(f"torchvision does not build this {kind}: {error}") from error
     return model if trainable_layers is None else freeze_stages(model, trainable_layers)
@@ -153,6 +143,17 @@ def _freeze_whole(module: nn.Module) -> None:
         freeze(module, affine=False, modules=None if moving == [""] else moving)
 
 
+def _image_size(options: dict[str, Any]) -> tuple[int, int]:
+    """SSD's `size`, one number or (height, width), taken out of the options."""
+    size = options.pop("size", 300)
+    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
+    if len(pair) != 2:
+        raise OptionError(f"size must be one number or (height, width), got {size!r}")
+    for side in pair:
+        check_whole("size", side, least=32)
+    return pair[0], pair[1]
+
+
 def _check_options(kind: str, options: Mapping[str, Any]) -> None:
     """Torchvision passes what it does not know on to its transform, which drops it."""
     known = {name for cls in (DETECTORS[kind], GeneralizedRCNNTransform) for name in signature(cls).parameters}
@@ -160,101 +161,3 @@ def _check_options(kind: str, options: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else None
         raise OptionError(f"torchvision's {DETECTORS[kind].__name__} has no option {name!r}", hint=hint)
-
-
-# --- building -----------------------------------------------------------------------------------------------------
-
-
-def _with_pyramid(kind: str, backbone: nn.Module, norm_layer: NormLayer | None, width: int) -> PyramidBackbone:
-    two_stages = kind in _TWO_STAGES
-    body, levels = body_of(backbone, finest=4 if two_stages else 8)
-    extra = LastLevelMaxPool() if two_stages else LastLevelP6P7(width, width)
-    return PyramidBackbone(body, levels, norm_layer, extra, width)
-
-
-def _two_stage_parts(
-    kind: str, levels: Sequence[Level], num_classes: int, norm_layer: NormLayer | None, sizes: Sequence[int] | None,
-    width: int,
-) -> dict[str, Any]:  # fmt: skip
-    anchors = [(size,) for size in _sizes(levels, sizes, 8)]
-    maps = [level.name for level in levels if level.name != _POOLED]
-    channels = levels[0].channels
-    pool = partial(MultiScaleRoIAlign, featmap_names=maps, sampling_ratio=2)
-    parts: dict[str, Any] = {
-        "rpn_anchor_generator": AnchorGenerator(tuple(anchors), ((0.5, 1.0, 2.0),) * len(anchors)),
-        "box_roi_pool": pool(output_size=7),
-    }
-    if norm_layer is not None:
-        parts["box_head"] = FastRCNNConvFCHead((channels, 7, 7), [width] * 4, [1024], norm_layer=norm_layer)
-    if kind == "maskrcnn":
-        parts["mask_roi_pool"] = pool(output_size=14)
-        parts["mask_head"] = MaskRCNNHeads(channels, [256] * 4, 1, norm_layer=norm_layer)
-    if kind == "keypointrcnn":
-        parts["keypoint_roi_pool"] = pool(output_size=14)
-        parts["keypoint_head"] = MaskRCNNHeads(channels, [512] * 8, 1, norm_layer=norm_layer)  # the same, but deeper
-    return parts
-
-
-def _one_stage_parts(
-    kind: str, levels: Sequence[Level], num_classes: int, norm_layer: NormLayer | None, sizes: Sequence[int] | None,
-    width: int,
-) -> dict[str, Any]:  # fmt: skip
-    channels = levels[0].channels
-    if kind == "fcos":
-        if sizes is not None:
-            raise OptionError("fcos has no anchors, so anchor_sizes does not go with it")
-        points = tuple((level.stride,) for level in levels)
-        head = FCOSHead(channels, 1, num_classes)
-        layer = norm_layer or _no_norm
-        head.classification_head = FCOSClassificationHead(channels, 1, num_classes, norm_layer=layer)
-        head.regression_head = FCOSRegressionHead(channels, 1, norm_layer=layer)
-        return {"anchor_generator": AnchorGenerator(points, ((1.0,),) * len(levels)), "head": head}
-    octaves = tuple(tuple(int(s * 2 ** (i / 3)) for i in range(3)) for s in _sizes(levels, sizes, 4))
-    generator = AnchorGenerator(octaves, ((0.5, 1.0, 2.0),) * len(octaves))
-    return {
-        "anchor_generator": generator,
-        "head": RetinaNetHead(channels, generator.num_anchors_per_location()[0], num_classes, norm_layer=norm_layer),
-    }
-
-
-def _sizes(levels: Sequence[Level], given: Sequence[int] | None, strides: int) -> list[int]:
-    if given is None:
-        return [strides * level.stride for level in levels]
-    if len(given) != len(levels) or not all(isinstance(s, int) and s > 0 for s in given):
-        at = ", ".join(str(level.stride) for level in levels)
-        raise OptionError(f"anchor_sizes must be {len(levels)} positive integers, for strides {at}; got {given!r}")
-    return list(given)
-
-
-def _no_norm(channels: int) -> nn.Module:
-    return nn.Identity()
-
-
-def _norm_layer(norm: str | None, groups: int | str | None, width: int) -> NormLayer | None:
-    """What makes a fresh norm for a number of channels; known to work for `width`, that of pyramid and heads."""
-    if norm is None or norm == "none":
-        if groups is not None:
-            raise OptionError("groups apply to gn only")
-        return None
-    spec = get(norm)
-    if norm in ("frozen", "fused"):
-        raise OptionError(
-            f"new layers have no statistics to freeze, so norm={norm!r} makes no sense for them",
-            hint='Give the backbone alone frozen norms, and norm="gn" or None here.',
-        )
-    if groups is not None and norm != "gn":
-        raise OptionError(f"groups apply to gn only, not to {norm}")
-    request = Request(PAPER_GROUPS if norm == "gn" and groups is None else groups)
-
-    def layer(channels: int) -> nn.Module:
-        state = NormState(
-            channels, 1e-5, nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels)),
-            torch.zeros(channels), torch.ones(channels), torch.zeros((), dtype=torch.long), dims=2,
-        )  # fmt: skip
-        try:
-            return build(spec, state, spec.fit(state, request))
-        except Misfit as misfit:
-            raise OptionError(f"norm={norm!r} does not fit the detector's own layers: {misfit}") from misfit
-
-    layer(width)
-    return layer

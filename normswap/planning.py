@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
@@ -16,37 +16,12 @@ from torch import nn
 from .errors import CheckpointError, OptionError, PlanError
 from .inventory import Inventory, Layer, inspect
 from .registry import get, targets
-from .roles import counted, role_in
+from .rules import Rule, Rules, assigned, check_rules, rules_of, selected
 from .spec import Misfit, NormSpec, Options, Request
-from .surgery import matches
 
 TRANSFERS = ("fold", "copy", "reset")
 SOFT = 1.0
 """The eps at which a norm of standardised channels follows half of a sample's own variance; `auto` stands for it."""
-Rules = Mapping[str, str] | Sequence[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """`pattern` -> a norm's name, or `keep`.
-
-    pattern: shell wildcards over paths, or a module and all below it, or a role, as `role:head`.
-    """
-
-    pattern: str
-    target: str
-
-    def __post_init__(self) -> None:
-        if not self.pattern:
-            raise OptionError("a rule needs a pattern, such as 'layer4.*=frozen'")
-        if self.target != "keep":
-            get(self.target)
-        role_in(self.pattern)
-
-    def covers(self, names: Iterable[str], role: str) -> bool:
-        """Whether a layer of these paths, in that part of the network, is meant."""
-        wanted = role_in(self.pattern)
-        return any(matches(self.pattern, name) for name in names) if wanted is None else wanted == role
 
 
 @dataclass(frozen=True)
@@ -173,7 +148,7 @@ def plan(
     """
     soft = eps == "auto"
     request = Request(groups, channels_per_group, indivisible, None if soft else cast(Any, eps))
-    ordered = _rules_of(to, rules)
+    ordered = rules_of(to, rules)
     names = {rule.target for rule in ordered} - {"keep"}
     _check_options(request, names, transfer, missing_statistics, sources)
     needs_feeds = zero_init_residual or bool(names & {"in", "fused", "bn"})
@@ -184,23 +159,7 @@ def plan(
     if not inventory.layers and not inventory.suspects:
         raise PlanError(f"{type(model).__name__} has no norm layer", [])
     planner = _Planner(inventory, ordered, request, transfer, zero_init_residual, missing_statistics, soft)
-    return planner.run(_selected(inventory, sources))
-
-
-def _rules_of(to: str | None, rules: Rules | None) -> list[Rule]:
-    pairs = list(rules.items()) if isinstance(rules, Mapping) else list(rules or ())
-    if any(isinstance(pair, str) for pair in pairs):  # two letters would pass for a pattern and a norm
-        raise OptionError(f"rules must be pattern -> norm, got {rules!r}")
-    try:
-        ordered = [Rule(pattern, target) for pattern, target in pairs]
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"rules must be pattern -> norm, got {rules!r}") from error
-    if to is not None:
-        get(to)
-        ordered.append(Rule("*", to))
-    if not ordered:
-        raise OptionError(f"nothing to convert to: give `to` or `rules`; norms: {', '.join(targets())}")
-    return ordered
+    return planner.run(selected(inventory, sources))
 
 
 def _check_options(
@@ -229,16 +188,6 @@ def _may_be_degenerate(inventory: Inventory, request: Request) -> bool:
     )
 
 
-def _selected(inventory: Inventory, sources: Collection[str] | None) -> set[str]:
-    """Paths of the layers that rules apply to."""
-    if sources is not None:
-        return {x.path for x in inventory.layers if x.spec.name in sources}
-    batch = {x.path for x in inventory.layers if x.spec.batch_type}
-    if batch or inventory.suspects:
-        return batch
-    return {x.path for x in inventory.layers if x.state.channel_dim == 1}
-
-
 @dataclass
 class _Planner:
     inventory: Inventory
@@ -249,19 +198,20 @@ class _Planner:
     missing_statistics: str
     soft: bool
     problems: list[str] = field(default_factory=list)
-    used: Counter[Rule] = field(default_factory=Counter)
     indivisible: bool = False
     degenerate: bool = False
     no_statistics: bool = False
     held: bool = False
 
-    def run(self, selected: set[str]) -> Plan:
+    def run(self, among: set[str]) -> Plan:
+        """among: paths of the layers that rules apply to."""
         steps: list[Step] = []
         kept: list[Kept] = []
+        chosen = assigned(self.inventory, self.rules, among)
         for layer in self.inventory.layers:
-            rule = self._rule_for((layer.path, *layer.aliases), layer.role) if layer.path in selected else None
+            rule = chosen.get(layer.path)
             if rule is None or rule.target == "keep":
-                why = "not among the norms to convert" if layer.path not in selected else "rule" if rule else "no rule"
+                why = "not among the norms to convert" if layer.path not in among else "rule" if rule else "no rule"
                 kept.append(Kept(layer.path, layer.spec.name, why))
             else:
                 try:
@@ -270,20 +220,19 @@ class _Planner:
                     self.indivisible |= misfit.divisibility
                     self.problems.append(f"{_name(layer.path)} ({layer.class_name}): {misfit}")
         for suspect in self.inventory.suspects:
-            rule = self._rule_for((suspect.path,), suspect.role)
+            rule = chosen.get(suspect.path)
             if rule is not None and rule.target == "keep":
                 kept.append(Kept(suspect.path, suspect.class_name, "rule"))
             else:
                 self.problems.append(f"{_name(suspect.path)} ({suspect.class_name}): {suspect.reason}")
-        self._raise_problems(selected)
-        matched = [{"pattern": r.pattern, "target": r.target, "layers": self.used[r]} for r in self.rules]
+        check_rules(self.inventory, self.rules, among)
+        if self.problems:
+            raise _problem_error(self, among)
+        if not among:
+            raise PlanError("no layer to convert", [f"{_name(x.path)}: {x.spec.name}" for x in self.inventory.layers])
+        used = Counter(chosen.values())
+        matched = [{"pattern": r.pattern, "target": r.target, "layers": used[r]} for r in self.rules]
         return Plan(tuple(steps), tuple(kept), self.transfer, {"rules": matched})
-
-    def _rule_for(self, names: Sequence[str], role: str) -> Rule | None:
-        rule = next((rule for rule in self.rules if rule.covers(names, role)), None)
-        if rule is not None:
-            self.used[rule] += 1
-        return rule
 
     def _step(self, layer: Layer, target: NormSpec) -> Step:
         state, feed = layer.state, layer.feed
@@ -347,27 +296,6 @@ class _Planner:
             return "copy", (), ""
         return ("fold", feed.producers, "") if feed.foldable else ("prescale", (), feed.reason)
 
-    def _raise_problems(self, selected: set[str]) -> None:
-        unused = [r for r in self.rules if r not in self.used and not (r.pattern == "*" and not selected)]
-        covered = [r for r in unused if not self._would_match(r, selected)]
-        if covered:
-            patterns = ", ".join(repr(r.pattern) for r in covered)
-            hint = "`normswap inspect` lists the paths; sources=/--from selects norms other than batch norms."
-            if any(role_in(r.pattern) for r in covered):
-                there = counted(x.role for x in self.inventory.layers if x.path in selected)
-                hint = f"The layers to convert are in: {there or 'none of them'}.\n{hint}"
-            raise OptionError(f"rule matches no layer to convert: {patterns}", hint=hint)
-        if self.problems:
-            raise _problem_error(self, selected)
-        if not selected:
-            raise PlanError("no layer to convert", [f"{_name(x.path)}: {x.spec.name}" for x in self.inventory.layers])
-
-    def _would_match(self, rule: Rule, selected: set[str]) -> bool:
-        """Whether an unused rule names real layers that an earlier rule took already."""
-        layers = [((x.path, *x.aliases), x.role) for x in self.inventory.layers if x.path in selected]
-        layers += [((s.path,), s.role) for s in self.inventory.suspects]
-        return any(rule.covers(names, role) for names, role in layers)
-
 
 def _same_groups(layer: Layer, target: NormSpec, options: Options) -> bool:
     """Whether a norm without running statistics and its target normalize over the same values."""
@@ -383,13 +311,13 @@ def _name(path: str) -> str:
     return path or "(root)"
 
 
-def _problem_error(planner: _Planner, selected: set[str]) -> PlanError:
+def _problem_error(planner: _Planner, among: set[str]) -> PlanError:
     total = len(planner.problems)
     summary = f"{total} layer{'s' * (total != 1)} cannot be converted as asked:"
     hints = []
     if planner.indivisible:
         hints.append('indivisible="nearest" takes the largest divisor below what you asked for.')
-        channels = [x.state.channels for x in planner.inventory.layers if x.path in selected]
+        channels = [x.state.channels for x in planner.inventory.layers if x.path in among]
         size = next((s for s in (16, 8, 4) if all(c % s == 0 for c in channels)), None)
         hints += [f"channels_per_group={size} fits every layer."] if size else ['groups="auto" fits every layer.']
     if planner.degenerate:

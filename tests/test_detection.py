@@ -19,6 +19,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import normswap
 from normswap import detection
+from normswap.backbones import levels_of
 from normswap.detection import convert, detector, freeze_stages
 from normswap.errors import OptionError, PlanError
 from normswap.sources import torchvision_models
@@ -229,6 +230,32 @@ def test_a_detector_on_a_converted_backbone_has_gn_where_the_paper_has_it(kind: 
     trains(network)
 
 
+def test_an_ssd_has_gn_in_the_blocks_that_make_its_smaller_maps() -> None:
+    backbone = normswap.convert(worn(models.resnet18()), "gn", groups=8)
+    network = detector("ssd", backbone=backbone, num_classes=4, size=96, trainable_layers=2)
+    assert [level.channels for level in levels_of(network.backbone)] == [128, 256, 512, 256]
+    assert kinds(network) == {"gn": 20 + 2}
+    assert [m.num_groups for m in network.backbone.extra.modules() if isinstance(m, nn.GroupNorm)] == [32, 32]
+    assert (network.transform.min_size, network.transform.fixed_size) == ((96,), (96, 96))
+    assert not network.backbone.body.layer1[0].conv1.weight.requires_grad
+    trains(network)
+
+
+def test_the_anchors_of_an_ssd_have_the_sizes_asked_for_on_images_of_any_form() -> None:
+    sizes = [10, 20, 40]
+    network = detector("ssd", backbone=Trunk(), num_classes=4, norm=None, size=(64, 32), anchor_sizes=sizes, width=64)
+    assert kinds(network) == {"bn": 3}
+    assert [side * 64 for side in network.anchor_generator.scales[:-1]] == sizes
+    trains(network)
+
+
+def test_a_width_of_its_own_goes_into_pyramid_and_box_head() -> None:
+    network = detector("fasterrcnn", backbone=Trunk(), num_classes=4, width=64, groups=8, **few("fasterrcnn"))
+    assert {level.channels for level in levels_of(network.backbone)} == {64}
+    assert [m.out_channels for m in network.roi_heads.box_head.modules() if isinstance(m, nn.Conv2d)] == [64] * 4
+    trains(network)
+
+
 def _heads(network: nn.Module) -> list[nn.Module]:
     return [network.head] if hasattr(network, "head") else [network.roi_heads, network.rpn]
 
@@ -270,7 +297,7 @@ def test_backbones_of_many_kinds_are_taken(name: str) -> None:
     backbone = BACKBONES[name]()
     own = sum(kinds(backbone).values())
     network = detector("fasterrcnn", backbone=backbone, num_classes=4, **few("fasterrcnn"))
-    levels = detection.levels_of(network.backbone)
+    levels = levels_of(network.backbone)
     assert [level.stride for level in levels][:3] == [4, 8, 16]
     assert network.rpn.anchor_generator.sizes == tuple((8 * level.stride,) for level in levels)
     assert kinds(network)["gn"] == (4 if name == "ready" else 4 + 2 * (len(levels) - 1))
@@ -334,6 +361,10 @@ class Last(Trunk):
         ({"groups": 7}, "256 channels do not divide into 7 groups"),
         ({"anchor_sizes": [8, 16]}, r"4 positive integers, for strides 4, 8, 16, 32"),
         ({"kind": "fcos", "anchor_sizes": [8] * 4}, "fcos has no anchors"),
+        ({"kind": "ssd", "size": "large"}, "size must be one number or"),
+        ({"kind": "ssd", "size": 8}, "size must be"),
+        ({"kind": "fcos", "size": 300}, "no option 'size'"),
+        ({"width": 0}, "width must be a positive integer"),
         ({"backbone": Flat()}, "backbone takes a classifier with layer1"),
         ({"backbone": nn.Linear(3, 3)}, "does not run on an image"),
         ({"backbone": Last()}, "channels may be last"),

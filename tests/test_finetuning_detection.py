@@ -52,7 +52,8 @@ def tiny(norm=nn.BatchNorm2d, num_classes=4, kind="fasterrcnn"):
         "rpn_batch_size_per_image": 16, "box_batch_size_per_image": 8, "rpn_pre_nms_top_n_train": 20,
         "rpn_post_nms_top_n_train": 10, "rpn_pre_nms_top_n_test": 20, "rpn_post_nms_top_n_test": 10,
     }
-    return detector(kind, backbone=Stem(norm), num_classes=num_classes, norm=None, min_size=64, max_size=64,
+    size = {"size": 64} if kind == "ssd" else {"min_size": 64, "max_size": 64}
+    return detector(kind, backbone=Stem(norm), num_classes=num_classes, norm=None, **size,
                     anchor_sizes=None if kind == "fcos" else (16,), **(few if "rcnn" in kind else {})).eval()
 
 
@@ -178,7 +179,7 @@ def _first_loss(data: Any) -> float:
     return float(train(grouped(), data, steps=1, augment="none").figures["loss"])
 
 
-@pytest.mark.parametrize("kind", ["maskrcnn", "retinanet", "fcos"])
+@pytest.mark.parametrize("kind", ["maskrcnn", "retinanet", "fcos", "ssd"])
 def test_other_detectors_train_too(kind: str, folder: Path) -> None:
     report = train(tiny(kind=kind), folder, steps=1, batch_size=1)
     assert {name for name in report.figures if name.startswith("loss_")} >= (

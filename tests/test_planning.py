@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.errors import CheckpointError, OptionError, PlanError
-from normswap.planning import Plan, Rule, Step, describe, plan
+from normswap.planning import Plan, Step, describe, plan
+from normswap.rules import Rule
 from normswap.spec import Options
 
 

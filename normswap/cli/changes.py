@@ -164,7 +164,7 @@ def _summary(page: Page, plan: Plan) -> None:
         *([f"; {len(plan.kept)} kept"] if plan.kept else []),
     )
     for rule in plan.meta.get("rules", ()):
-        if rule["pattern"].startswith("role:"):
+        if rule["pattern"] != "*":
             page.line("  ", (rule["pattern"], "path"), f" matched {plural(rule['layers'], 'layer')}: {rule['target']}")
     for how, count in carried.items():
         page.line("  ", (_CARRIED[how][0], _CARRIED[how][1]), f" {count}: {_MEANING[how]}")

@@ -300,13 +300,11 @@ def _check_names(job: Job) -> None:
     """Tell an unknown norm or role before a network is built."""
     from .. import norms as _norms  # noqa: F401  (registers the norm types)
     from ..registry import get
-    from ..roles import role_in
+    from ..rules import rules_of
 
-    for name in (job.to, *(norm for _, norm in job.rules), *(job.planning["sources"] or ())):
-        if name not in (None, "keep"):
-            get(str(name))
-    for pattern, _ in job.rules:
-        role_in(pattern)
+    rules_of(job.to, job.rules)
+    for name in job.planning["sources"] or ():
+        get(name)
 
 
 def _target(job: Job, origin: Origin, suffix: str) -> Path:

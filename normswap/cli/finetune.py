@@ -330,6 +330,9 @@ def _converted(
         model = convert(model, swap.to, rules=rules, inplace=True, check=swap.wanted, **swap.planning)
     record = record_of(model)
     if record is not None:
+        for rule in record.plan.meta["rules"] if swap.wanted else ():
+            if rule["pattern"] != "*":
+                out.note(f"{rule['pattern']} matched {rule['layers']} layers: {rule['target']}")
         record.source = None if origin.source is None else origin.source.to_dict()
     if swap.wanted and swap.images:
         out.step("calibrating")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +16,7 @@ from .output import reporting
 
 if TYPE_CHECKING:
     from ..inventory import Inventory, Layer
+    from ..rules import Rule
     from .render import Page
 
 
@@ -23,6 +26,14 @@ def inspect(
     weights: options.Weights = None,
     arg: options.Arg = None,
     input_shape: options.Input = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=NORM",
+            help="Show which layers this rule of convert matches; repeatable, the first match wins.",
+            show_default=False,
+        ),
+    ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="A row for each layer, and what feeds it by name.")] = False,
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
@@ -39,37 +50,72 @@ def inspect(
     \b
     normswap inspect resnet50
     normswap inspect timm:mobilenetv3_small_100 --input 1,3,224,224
+    normswap inspect fasterrcnn_resnet50_fpn_v2 --rule 'role:backbone=frozen' --rule 'role:head=gn'
     """
+    pairs = options.rules(ctx, rule)
     shapes = options.shapes(ctx, input_shape)
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
         wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed)
         out.step("loading PyTorch")
         from .. import inventory
+        from .. import norms as _norms  # noqa: F401  (registers the norm types)
+        from ..rules import assigned, rules_of, selected
 
+        rules = rules_of(None, pairs) if pairs else []
         origin = locate(ctx, wanted, default_weights="none")
         model, origin = open_network(origin, wanted, out, values=bool(shapes))
         out.step("looking for norms")
         found = inventory.inspect(model, example_inputs(model, shapes))
-        out.show(lambda: _values(origin, found), lambda page: _render(page, origin, found, show_all))
+        matched = Matched(rules, assigned(found, rules, selected(found)))
+        out.show(lambda: _values(origin, found, matched), lambda page: _render(page, origin, found, matched, show_all))
 
 
-def _values(origin: Origin, found: Inventory) -> dict[str, Any]:
-    return {"network": origin.to_dict(), "recorded": found.recorded, **found.to_dict()}
+@dataclass(frozen=True)
+class Matched:
+    """The rules that were given, and the one that decides about each layer, by path."""
+
+    rules: Sequence[Rule]
+    chosen: Mapping[str, Rule]
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """JSON values."""
+        layers: dict[Rule, list[str]] = {rule: [] for rule in self.rules}
+        for path, rule in self.chosen.items():
+            layers[rule].append(path)
+        return [{"pattern": rule.pattern, "target": rule.target, "layers": layers[rule]} for rule in self.rules]
 
 
-def _render(page: Page, origin: Origin, found: Inventory, show_all: bool) -> None:
+def _values(origin: Origin, found: Inventory, matched: Matched) -> dict[str, Any]:
+    rules = {"rules": matched.to_dict()} if matched.rules else {}
+    return {"network": origin.to_dict(), "recorded": found.recorded, **rules, **found.to_dict()}
+
+
+def _render(page: Page, origin: Origin, found: Inventory, matched: Matched, show_all: bool) -> None:
+    from .render import plural
+
     if found.layers:
-        runs = collapse(found.layers, lambda x: x.path, _key, _loose_key, together=not show_all)
+        rule = {x.path: matched.chosen[x.path].target if x.path in matched.chosen else "" for x in found.layers}
+        keys = [lambda x, key=key: (rule[x.path], *key(x)) for key in (_key, _loose_key)]
+        runs = collapse(found.layers, lambda x: x.path, *keys, together=not show_all)
         roles = len({layer.role for layer in found.layers}) > 1
-        columns = ("layer", *(["role"] if roles else []), *([] if show_all else [">layers"]), "type", ">channels",
-                   ">eps", "affine", "mode", "fed by", "foldable")  # fmt: skip
-        page.table(columns, (_row(run, show_all, roles) for run in runs))
+        given = bool(matched.rules)
+        columns = ("layer", *(["role"] if roles else []), *(["rule"] if given else []),
+                   *([] if show_all else [">layers"]), "type", ">channels", ">eps", "affine", "mode", "fed by",
+                   "foldable")  # fmt: skip
+        rows = (_row(run, show_all, roles, [rule[run.items[0].path]] if given else []) for run in runs)
+        page.table(columns, rows)
     if found.suspects:
         page.gap()
         page.line(("Not known, so convert fails unless a rule keeps them:", "bad"))
         page.table(("module", "type", "why"), ((s.path or "(root)", s.class_name, s.reason) for s in found.suspects))
     page.gap()
     _summary(page, origin, found)
+    for each in matched.to_dict():
+        count = len(each["layers"])
+        told = (
+            f" matches {plural(count, 'layer')}" if count else (" matches no layer, so convert would refuse it", "bad")
+        )
+        page.line("  ", (f"{each['pattern']}={each['target']}", "path"), told)
 
 
 def _key(layer: Layer) -> tuple[Any, ...]:
@@ -84,7 +130,7 @@ def _loose_key(layer: Layer) -> tuple[Any, ...]:
     return (*fixed, layer.feed.kind, layer.feed.foldable, local_names(layer.feed.reason, layer.path))
 
 
-def _row(run: Run[Layer], show_all: bool, roles: bool) -> list[str | tuple[str, str]]:
+def _row(run: Run[Layer], show_all: bool, roles: bool, rule: Sequence[str]) -> list[str | tuple[str, str]]:
     from . import render
 
     first = run.items[0]
@@ -98,6 +144,7 @@ def _row(run: Run[Layer], show_all: bool, roles: bool) -> list[str | tuple[str, 
     return [
         ((run.name or "(root)") + also, "path"),
         *([first.role] if roles else []),
+        *rule,
         *([] if show_all else [str(len(run.items))]),
         first.class_name + _groups(first),
         render.number_range(x.state.channels for x in run.items),

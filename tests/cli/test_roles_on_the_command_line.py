@@ -44,6 +44,25 @@ def test_convert_takes_roles_and_says_what_each_matched(cli: Cli) -> None:
     assert "1 bn to frozen, 1 bn to gn; 1 kept" in ran.out
 
 
+def test_inspect_shows_what_rules_match_before_anything_is_converted(cli: Cli) -> None:
+    rules = ["--rule", "role:backbone=frozen", "--rule", "head=keep", "--rule", "role:head=gn"]
+    ran = cli("inspect", "parts.py:build", *rules)
+    assert ran.code == 0
+    rows = {line.split()[0]: line.split()[1:3] for line in ran.out.splitlines() if ".1 " in line}
+    assert rows == {"backbone.1": ["backbone", "frozen"], "neck.1": ["fpn", "1"], "head.1": ["head", "keep"]}
+    assert "role:backbone=frozen matches 1 layer" in ran.out
+    assert "role:head=gn matches no layer" in ran.out  # an earlier rule has it
+    found = cli("inspect", "parts.py:build", *rules, "--json").json["rules"]
+    assert [rule["layers"] for rule in found] == [["backbone.1"], ["head.1"], []]
+
+
+@pytest.mark.parametrize("rule", ["role:neck=gn", "*=foo"])
+def test_inspect_refuses_rules_that_convert_would(cli: Cli, rule: str) -> None:
+    ran = cli("inspect", "parts.py:build", "--rule", rule)
+    assert (ran.code, ran.out) == (1, "")
+    assert "unknown" in ran.err
+
+
 @pytest.mark.parametrize(
     ("source", "role", "words"),
     [
