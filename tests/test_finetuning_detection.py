@@ -210,6 +210,15 @@ def test_images_of_different_sizes_and_worker_processes(folder: Path) -> None:
     assert "val_map" in report.figures
 
 
+@pytest.mark.slow
+def test_compile_takes_the_backbone_for_the_time_of_the_run(folder: Path) -> None:
+    model = tiny()
+    plain = train(tiny(), folder, augment="none").figures
+    compiled = train(model, folder, augment="none", compile=True).figures
+    assert compiled == pytest.approx(plain, rel=1e-2, abs=1e-3)
+    assert model.backbone._compiled_call_impl is None
+
+
 def test_bf16_and_frozen_norms_run(folder: Path) -> None:
     model = tiny()
     before = {k: v.clone() for k, v in model.state_dict().items() if "running" in k}

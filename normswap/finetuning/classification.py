@@ -44,6 +44,7 @@ class Classification:
     name: ClassVar[str] = "classification"
     best: ClassVar[str] = "val_accuracy"
     at_once: ClassVar[int] = 32
+    compiled_part: ClassVar[str | None] = None
     panels: ClassVar[tuple[Panel, ...]] = (
         Panel("training loss", ("loss",)),
         Panel("validation loss", ("val_loss",)),

@@ -40,6 +40,7 @@ class Detection:
     name: ClassVar[str] = "detection"
     best: ClassVar[str] = "val_map"
     at_once: ClassVar[int] = 1
+    compiled_part: ClassVar[str | None] = "backbone"
     panels: ClassVar[tuple[Panel, ...]] = (
         Panel("training loss", ("loss",)),
         Panel("its parts", ("loss_*",)),

@@ -41,6 +41,7 @@ class Segmentation:
     name: ClassVar[str] = "segmentation"
     best: ClassVar[str] = "val_miou"
     at_once: ClassVar[int] = 1
+    compiled_part: ClassVar[str | None] = None
     panels: ClassVar[tuple[Panel, ...]] = (
         Panel("training loss", ("loss",)),
         Panel("validation loss", ("val_loss",)),

@@ -58,6 +58,8 @@ class Task(Protocol):
     """What curves.png shows, row by row."""
     at_once: ClassVar[int]
     """Samples of a validation batch, if training batches are smaller."""
+    compiled_part: ClassVar[str | None]
+    """What --compile compiles, where the rest is Python over lists; None for the whole network."""
 
     def open(self, model: nn.Module, data: Any, eval_data: Any, *, seed: int) -> Sets:
         """What the caller gave as data -> a training and a validation set."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,7 +73,7 @@ class Trainer:
         self.average = averaged(model, settings.ema) if settings.ema else None
         optimizer = build_optimizer(model, parameters, settings)
         self.optimization = Optimization(accelerator, model, optimizer, settings.clip_grad)
-        self.forward = torch.compile(self.optimization.model) if place.compile else self.optimization.model
+        self.forward = self.optimization.model
         self.keeper = Keeper(
             place.output, settings, model, self.average, self.optimization, flags, main=self.main
         )  # fmt: skip
@@ -113,7 +114,7 @@ class Trainer:
         )
         self._clock.start()
         try:
-            with Signals() as self.signals:
+            with self._compiled(), Signals() as self.signals:
                 if not resume or (self.standing.pending and self.step == 0):
                     self._guarded(self._begin, "validation")
                 elif self.standing.pending:
@@ -260,6 +261,23 @@ class Trainer:
             content = on_device(self.task.collate(items), self.device, channels_last=self.channels_last)
             with torch.no_grad(), undisturbed(network), evaluating(network), self.accelerator.autocast():
                 self.task.draw(network, content, path)
+
+    @contextmanager
+    def _compiled(self) -> Iterator[None]:
+        """If asked for, compile what the task says of the network, for the time of the run."""
+        if not self.place.compile:
+            yield
+            return
+        part = None if self.task.compiled_part is None else getattr(self.model, self.task.compiled_part, None)
+        if not isinstance(part, nn.Module):
+            self.forward = torch.compile(self.forward)
+            yield
+            return
+        part.compile()
+        try:
+            yield
+        finally:
+            part._compiled_call_impl = None
 
     # --- trouble ------------------------------------------------------------------------------------------------
 
