@@ -22,6 +22,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--images", type=int, default=600, help="how many each detector sees in training")
 parser.add_argument("--pretraining", type=int, default=200, help="steps of the backbone, of 16 images each")
 parser.add_argument("--lr", type=float, default=5e-4, help="largest learning rate at batch size 2")
+parser.add_argument("--seed", type=int, default=0, help="of the first weights, the order and the training pictures")
 parser.add_argument("--tiny", action="store_true", help="a few steps, to see that it runs")
 options = parser.parse_args()
 if options.tiny:
@@ -30,13 +31,13 @@ torch.set_num_threads(1)  # maps of this size are too small to share
 
 # Pictures of circles, squares and triangles with their boxes, drawn on demand; others to validate on.
 size = 64 if options.tiny else 128
-training = shapes(options.images, size, seed=0)
+training = shapes(options.images, size, seed=3 * options.seed)
 held_out = shapes(2 if options.tiny else 100, size, seed=1)
 
 # A backbone with BatchNorm that learns, from batches that suit it, which shapes a picture holds.
-torch.manual_seed(0)
+torch.manual_seed(options.seed)
 backbone = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3)
-pictures = shapes(16 * options.pretraining, 64, seed=2)
+pictures = shapes(16 * options.pretraining, 64, seed=3 * options.seed + 2)
 optimizer = torch.optim.AdamW(backbone.parameters(), lr=1e-3)
 for step in range(options.pretraining):
     batch = [pictures[16 * step + i] for i in range(16)]
@@ -61,7 +62,7 @@ few = {"rpn_batch_size_per_image": 64, "box_batch_size_per_image": 32, "rpn_pre_
 print("norm        batch  mAP     mAP@0.5  ms a step")
 for batch_size in (1, 2):
     for name, (start, norm, more) in starts.items():
-        torch.manual_seed(0)
+        torch.manual_seed(options.seed)
         model = detector(
             "fasterrcnn", backbone=copy.deepcopy(start), num_classes=4, norm=norm, width=64, min_size=size,
             max_size=size, anchor_sizes=(16, 32, 64, 96, 128), **more, **few,
@@ -69,6 +70,7 @@ for batch_size in (1, 2):
         report = normswap.finetune(
             model, training, held_out, task="detection", epochs=1, batch_size=batch_size,
             lr=options.lr * (batch_size / 2) ** 0.5, device="cpu",
+            seed=options.seed,
         )  # fmt: skip
         found = report.figures
         pace = 1000 * batch_size / report.samples_per_second

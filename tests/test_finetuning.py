@@ -60,7 +60,7 @@ def stop_at(step: int, number: int = signal.SIGINT) -> Any:
 @pytest.fixture
 def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let progress be told of every step, however fast they are."""
-    monkeypatch.setattr("normswap.finetuning.trainer.BETWEEN", -1.0)
+    monkeypatch.setattr("normswap.finetuning.telling.BETWEEN", -1.0)
 
 
 def test_training_lowers_the_loss_on_a_new_task(data: Any) -> None:

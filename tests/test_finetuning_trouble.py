@@ -104,7 +104,7 @@ def test_memory_that_runs_out_in_the_first_validation_is_told_too(task: str, fol
 def test_a_signal_saves_the_state_and_the_run_goes_on(
     task: str, number: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("normswap.finetuning.trainer.BETWEEN", -1.0)
+    monkeypatch.setattr("normswap.finetuning.telling.BETWEEN", -1.0)
     heard: list[int] = []
 
     def tell(progress: Progress) -> None:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import CheckpointError, Interrupted, OptionError
+from ..errors import Interrupted
 from . import options, training
 from .boundary import WRITTEN
 from .datasets import DataPlace
-from .images import Asked, Preparation, prepare
-from .networks import Origin, Wanted, locate, open_network
+from .images import Asked
+from .networks import Wanted, locate
 from .output import Output, reporting
-from .retry import with_commands
+from .starting import Swap, converted, network_of, stem_of, transform_of
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from ..finetuning.task import Task
 
 
 def finetune(
@@ -119,7 +115,9 @@ def finetune(
         float, typer.Option(min=0, max=1, metavar="WEIGHT", help="Share of the loss that follows the original network.")
     ] = 0.0,
     ema: Annotated[bool, typer.Option("--ema", help="Average the weights, and keep the average.")] = False,
-    ema_decay: Annotated[float, typer.Option(metavar="DECAY", help="Decay of that average.")] = 0.999,
+    ema_decay: Annotated[
+        float | None, typer.Option(metavar="DECAY", help="Decay of that average.", show_default="0.999")
+    ] = None,
     label_smoothing: Annotated[float, typer.Option(min=0, metavar="SHARE", help="Label smoothing.")] = 0.0,
     num_classes: Annotated[
         int | None,
@@ -200,6 +198,8 @@ def finetune(
         raise options.usage(ctx, "--groups and --channels-per-group go with --to or --rule")
     if groups is not None and channels_per_group is not None:
         raise options.usage(ctx, "--groups and --channels-per-group exclude each other")
+    if ema_decay is not None and not ema:
+        raise options.usage(ctx, "--ema-decay goes with --ema")
     if resume and force:
         raise options.usage(ctx, "--resume and --force exclude each other")
     asked = Asked.of(ctx, size, mean, std)
@@ -216,20 +216,20 @@ def finetune(
         from ..finetuning.run import task_of
 
         origin = locate(ctx, wanted)
-        folder = output or Path("runs", _stem(origin, swap))
+        folder = output or Path("runs", stem_of(origin, swap))
         if not helper:
             prepare_folder(folder, resume=resume, force=force, make=False)
         doing = task_of(task, label_smoothing=label_smoothing, distill=distill)
         command = swap.described(origin, asked)
         if resume:
             training.keep_command(folder, command, resume=True)
-        model, origin, preparation = _network(wanted, origin, swap, asked, out, folder if resume else None)
+        model, origin, preparation = network_of(wanted, origin, swap, asked, out, folder if resume else None)
         sets = place.open(doing, model, seed)
         if sets.note:
             out.note(sets.note)
         if origin.file is None:
-            inputs = doing.inputs(sets, _transform(doing, preparation), swap.images)
-            model = _converted(ctx, model, origin, swap, inputs, out)
+            inputs = doing.inputs(sets, transform_of(doing, preparation), swap.images)
+            model = converted(ctx, model, origin, swap, inputs, out)
         _warn(model, batch_size, freeze_stats, out)
         ctx.meta[WRITTEN] = None
         with out.bar("training") as bar:
@@ -239,8 +239,8 @@ def finetune(
                     accumulate=accumulate, lr=lr, optimizer=optimizer, weight_decay=weight_decay, warmup=warmup,
                     clip_grad=clip_grad or None,
                     stabilize=not no_stabilize, train=train, freeze_stats=freeze_stats, freeze_affine=freeze_affine,
-                    distill=distill, ema=ema_decay if ema else 0.0, label_smoothing=label_smoothing,
-                    num_classes=num_classes, augment=augment, preprocess=_transform(doing, preparation),
+                    distill=distill, ema=(0.999 if ema_decay is None else ema_decay) if ema else 0.0, label_smoothing=label_smoothing,
+                    num_classes=num_classes, augment=augment, preprocess=transform_of(doing, preparation),
                     precision=precision, device=device, channels_last=channels_last, compile=compile,
                     workers=workers, seed=seed, max_bad=max_bad, tensorboard=tensorboard, resume=resume, overwrite=True,
                     progress=training.Teller(bar, out, folder, None if resume else command),
@@ -261,92 +261,6 @@ def finetune(
         if report.interrupted:
             ctx.meta[WRITTEN] = folder / STATE
             raise KeyboardInterrupt
-
-
-@dataclass(frozen=True)
-class Swap:
-    """What --to and the options that go with it ask for. images: how many to calibrate on."""
-
-    to: str | None
-    rules: list[tuple[str, str]]
-    planning: dict[str, Any]
-    images: int
-
-    def described(self, origin: Origin, asked: Asked) -> dict[str, Any]:
-        """JSON values."""
-        source = None if origin.source is None else origin.source.to_dict()
-        swap = {"to": self.to, "rules": self.rules, **self.planning, "calibrate": self.images}
-        return {"source": source, "file": None if origin.file is None else str(origin.file), **swap, **asked.given()}
-
-    @property
-    def wanted(self) -> bool:
-        """Whether the network is to be converted."""
-        return self.to is not None or bool(self.rules)
-
-
-def _transform(task: Task, preparation: Preparation) -> Any:
-    """Detectors prepare their images themselves."""
-    return None if task.name == "detection" else preparation.transform
-
-
-def _stem(origin: Origin, swap: Swap) -> str:
-    return f"{origin.stem}-{swap.to or 'mixed'}" if swap.wanted else origin.file.stem if origin.file else origin.stem
-
-
-def _network(
-    wanted: Wanted, origin: Origin, swap: Swap, asked: Asked, out: Output, resumed: Path | None
-) -> tuple[nn.Module, Origin, Preparation]:
-    """The network to train, not converted yet; that of the run to go on with, where there is one."""
-    if resumed is not None:
-        from ..finetuning.folder import LAST
-
-        if not (resumed / LAST).exists():
-            raise CheckpointError(
-                f"there is no {resumed / LAST} to go on with", hint="Leave --resume out to begin anew."
-            )
-        if origin.file is None:  # the command names the code itself, and `keep_command` has seen that it is the same
-            wanted = replace(wanted, trust_code=True)
-        model, origin = open_network(Origin(origin.source, resumed / LAST), wanted, out)
-        return model, origin, prepare(model, origin, asked)
-    if origin.file is not None and swap.wanted:
-        raise OptionError(
-            f"{origin.file} is converted already",
-            hint=f"Leave --to out, or convert its source: {origin.source or 'the original network'}.",
-        )
-    model, origin = open_network(origin, wanted, out)
-    return model, origin, prepare(model, origin, asked)
-
-
-def _converted(
-    ctx: typer.Context, model: nn.Module, origin: Origin, swap: Swap, inputs: Iterator[Any], out: Output
-) -> nn.Module:
-    """inputs: batches to calibrate on."""
-    from ..calibration import calibrate
-    from ..conversion import convert, record_of
-
-    out.step("converting" if swap.wanted else "preparing")
-    rules = swap.rules if swap.wanted else [("*", "keep")]
-    with with_commands(ctx):
-        model = convert(model, swap.to, rules=rules, inplace=True, check=swap.wanted, **swap.planning)
-    record = record_of(model)
-    if record is not None:
-        for rule in record.plan.meta["rules"] if swap.wanted else ():
-            if rule["pattern"] != "*":
-                out.note(f"{rule['pattern']} matched {rule['layers']} layers: {rule['target']}")
-        record.source = None if origin.source is None else origin.source.to_dict()
-    if swap.wanted and swap.images:
-        out.step("calibrating")
-        report = calibrate(model, None, list(inputs))
-        if report.layers:
-            note, before, after = (
-                f"calibrated on {report.images} training images",
-                report.drift_before,
-                report.drift_after,
-            )
-            if before is not None and after is not None:  # outputs of detectors differ in number, so there is none
-                note += f": relative error of the output {before:.3g}, after {after:.3g}"
-            out.note(note)
-    return model
 
 
 def _warn(model: nn.Module, batch_size: int, freeze_stats: bool, out: Output) -> None:

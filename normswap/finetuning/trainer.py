@@ -17,7 +17,6 @@ from ..errors import DataError
 from ..surgery import evaluating, undisturbed
 from ..training.stream import seed_step
 from .folder import BEST, CURVES, EXAMPLES, LAST, STATE, clear
-from .journal import Journal
 from .keeping import Keeper, Standing
 from .optimizing import averaged, build_optimizer, rate_at
 from .order import Order, Turns
@@ -28,13 +27,12 @@ from .sets import Sets
 from .settings import Place, Settings
 from .signals import Signals
 from .task import Task, on_device
+from .telling import Telling
 from .trouble import NonFinite, explained, is_memory
-from .watch import BETWEEN, Clock, Window, memory
 
 LOOKS = 20
 """After so many steps the loop looks at what it has summed up: on a GPU, looking means waiting for it."""
 _SHOWN = 6  # pictures of the validation set in examples.png
-_BETWEEN_CURVES = 20.0  # seconds: drawing takes about one
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Trainer:
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.model, self.task, self.settings, self.place = model, job.task, job.settings, job.place
-        self.accelerator, self.progress = accelerator, progress
+        self.accelerator = accelerator
         settings, place = self.settings, self.place
         self.main: bool = accelerator.is_main_process
         self.device: torch.device = accelerator.device
@@ -81,9 +79,7 @@ class Trainer:
         self.skipped = Skipped(place.max_bad)
         self._orders(job.sets.train, job.sets.validation)
         self.standing = Standing()
-        self.resumed_at = 0
-        self._clock = Clock()
-        self._window = Window()
+        self.telling = Telling(settings, place, self.device, main=self.main, tell=progress)
 
     def _orders(self, train: Any, validation: Any) -> None:
         settings, place, accelerator = self.settings, self.place, self.accelerator
@@ -108,11 +104,7 @@ class Trainer:
             self.standing = self.keeper.restore() or self.standing
         elif folder is not None and self.main:
             clear(folder)
-        self.resumed_at = self.step
-        self.journal = Journal(
-            folder if self.main else None, step=self.step, tensorboard=self.place.tensorboard and self.main
-        )
-        self._clock.start()
+        self.telling.begin(self.step)
         try:
             with self._compiled(), Signals() as self.signals:
                 if not resume or (self.standing.pending and self.step == 0):
@@ -122,7 +114,7 @@ class Trainer:
                     self._keep()
                 self._steps()
         finally:
-            self.journal.close()
+            self.telling.end()
         if self.step == self.settings.steps and self.average is not None:
             self.model.load_state_dict(self.average.module.state_dict())
         return self.report()
@@ -183,24 +175,14 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.standing.step += 1
-        self._window.add(self.step, loss, sums, sum(batch.count for batch in loaded))
+        self.telling.step(self.step, loss, sums, sum(batch.count for batch in loaded))
         if self.step % LOOKS == 0 or self.step == settings.steps:
             self._look()
-        self._tell()
+        self.telling.progress(self.step, self.standing.figures)
 
     def _look(self) -> None:
-        """Read what was summed up since the last look, over all processes; write it down."""
-        window = self._window
-        if not window.steps:
-            return
-        window.check()
-        figures = window.figures(self._total)
-        self.standing.figures |= figures
-        rate = rate_at(self.step - 1, self.settings)
-        speed = self._clock.lap(window.samples * self.accelerator.num_processes)
-        if self.main:
-            self.journal.write({**self._at(), **figures, "lr": rate, "samples_per_second": round(speed, 2)})
-        self._window = Window()
+        """Read what was summed up since the last look, over all processes."""
+        self.standing.figures |= self.telling.look(self.step, rate_at(self.step - 1, self.settings), self._total)
 
     def validate(self) -> dict[str, float] | None:
         """Figures of the validation set, of the averaged network where there is one; None when it was cut short."""
@@ -208,7 +190,7 @@ class Trainer:
             return {}
         network = self.keeper.network
         meter = self.task.meter()
-        self._clock.pause()
+        self.telling.clock.pause()
         with torch.no_grad(), evaluating(network):
             for batch in self._validation:
                 if batch.count:
@@ -217,12 +199,9 @@ class Trainer:
                         meter.add(network, content)
                 if self.signals.received is not None and not self._together:
                     return None
-        self._clock.resume()
+        self.telling.clock.resume()
         figures = meter.result(self._total)
-        if self.main:
-            self.journal.write({**self._at(), **figures})
-        if self.progress is not None and self.main:
-            self.progress(self._progress(figures, validation=True))
+        self.telling.validated(self.step, figures)
         return figures
 
     def _evaluate(self) -> None:
@@ -242,15 +221,14 @@ class Trainer:
 
     def _keep(self) -> None:
         """Write the state of the run, the network as it is, and now and then the pages."""
-        self._clock.pause()
+        self.telling.clock.pause()
         self.keeper.keep(self.standing)
         folder = self.place.output if self.main else None
-        due = self.step == self.settings.steps or self.signals.received or self._clock.since_drawn() > _BETWEEN_CURVES
-        if folder is not None and due:
-            self.journal.draw(self.task.panels, folder.name)
+        ends = self.step == self.settings.steps or self.signals.received is not None
+        if folder is not None and (ends or self.telling.pages_due()):
+            self.telling.draw(folder, self.task.panels)
             self._draw_examples(folder / EXAMPLES)
-            self._clock.drawn()
-        self._clock.resume()
+        self.telling.clock.resume()
 
     def _draw_examples(self, path: Path) -> None:
         """A page of validation pictures, spread over the whole set, and what the network makes of them."""
@@ -305,7 +283,7 @@ class Trainer:
             return
         try:
             if self._together:  # the others know nothing of this, and do not join in summing up
-                self._window.check()
+                self.telling.check()
             else:
                 self._look()
         except NonFinite:
@@ -318,7 +296,7 @@ class Trainer:
         if self.keeper.saved is not None:
             self.standing = self.keeper.restore() or self.standing
 
-    # --- many processes, progress ---------------------------------------------------------------------------------
+    # --- many processes ---------------------------------------------------------------------------------
 
     @property
     def _together(self) -> bool:
@@ -343,21 +321,6 @@ class Trainer:
         found: Tensor = self.accelerator.reduce(value, "sum")
         return found.cpu()
 
-    def _at(self) -> dict[str, Any]:
-        return {"step": self.step, "epoch": round(self.step / self.settings.epoch, 4)}
-
-    def _tell(self) -> None:
-        if self.progress is not None and self.main and self._clock.since_told() > BETWEEN:
-            self.progress(self._progress(self._window.now() or self.standing.figures))
-
-    def _progress(self, figures: dict[str, float], *, validation: bool = False) -> Progress:
-        left = self._clock.left(self.step - self.resumed_at, self.settings.steps - self.step)
-        speed = self._clock.speed(self.settings.global_batch, self.step - self.resumed_at)
-        return Progress(
-            self.step, self.settings.steps, self.step / self.settings.epoch, figures, speed, memory(self.device), left,
-            validation,
-        )  # fmt: skip
-
     def report(self) -> FinetuneReport:
         """What the run came to."""
         folder, settings, standing = self.place.output, self.settings, self.standing
@@ -366,8 +329,8 @@ class Trainer:
         files: dict[str, Any] = {k: place for k, place in places.items() if place.is_file()}
         return FinetuneReport(
             self.step, settings.steps, self.step / settings.epoch, settings.processes, settings.global_batch,
-            settings.lr, self._clock.total(), self._clock.speed(settings.global_batch, self.step - self.resumed_at),
+            settings.lr, self.telling.clock.total(), self.telling.speed(self.step),
             standing.figures, standing.before, self.task.best, standing.best, standing.best_at, **files,
-            interrupted=self.step < settings.steps, resumed_at=self.resumed_at,
+            interrupted=self.step < settings.steps, resumed_at=self.telling.began,
             bad=tuple(str(bad) for bad in self.skipped.found.values()),
         )  # fmt: skip

@@ -192,6 +192,7 @@ def test_a_torchvision_data_set_is_taken_by_name(cli: Cli, folder: Path) -> None
         (("--device", "tpu"), 2, "--device"),
         (("--augment", "mixup"), 2, "--augment"),
         (("--groups", "4"), 2, "--to"),
+        (("--ema-decay", "0.9"), 2, "goes with --ema"),
         (("--resume", "--force"), 2, "--force"),
         (("--to", "gn", "--groups", "4", "--channels-per-group", "2"), 2, "exclude"),
         (("--freeze-stats", "--to", "gn", "--groups", "4"), 1, "--freeze-affine"),
