@@ -14,8 +14,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import Conv2dNormActivation
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork
 
-from .errors import OptionError
-from .inventory import first_line
+from .errors import OptionError, first_line
 from .surgery import device_and_dtype, evaluating, undisturbed
 
 NormLayer = Callable[[int], nn.Module]

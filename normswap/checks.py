@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .calls import out_channels, producer_kind
 from .errors import PlanError
-from .feeds import out_channels, producer_kind
 from .norms.fused import scale_and_shift
 from .planning import Plan, Step
 from .registry import get, identify

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from .checks import check_fit, check_values
-from .errors import DataError, NormswapError, OptionError, SelfCheckError
+from .errors import DataError, NormswapError, OptionError, SelfCheckError, first_line
 from .example import guess_inputs
 from .heads import Head
-from .inventory import as_inputs, first_line
+from .inventory import as_inputs
 from .planning import Plan, plan
 from .rules import Rules
 from .selfcheck import TOLERANCE, Check, Observations, applicable, compare, observe, watched_paths

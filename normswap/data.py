@@ -13,11 +13,10 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .coco import CocoData as CocoData
 from .coco import open_coco as open_coco
-from .errors import DataError, NormswapError
+from .errors import DataError, NormswapError, first_line
 from .images import ImageBatches as ImageBatches
 from .images import ImageData as ImageData
 from .images import open_images as open_images
-from .inventory import first_line
 from .preprocess import Preprocess as Preprocess
 from .semantic import MaskData as MaskData
 from .semantic import open_masks as open_masks

@@ -18,6 +18,11 @@ def listed(summary: str, problems: Sequence[str]) -> str:
     return "\n  ".join([summary, *problems[:MOST_NAMED], *rest])
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for quoting it in a sentence."""
+    return (str(error).strip() or "no message").splitlines()[0][:300]
+
+
 class NormswapError(Exception):
     """Base of all errors that the caller can mend.
 

@@ -5,28 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from .branches import PASSTHROUGH_CLASSES, ends_branch
+from .calls import Run, dims_of, out_channels, producer_kind
 from .graph import Region, is_below
-
-# Convolutions of other libraries whose forward differs from torch's only in how it pads its input.
-_CONV_CLASS_NAMES = {
-    "timm.layers.conv2d_same.Conv2dSame",
-    "timm.layers.conv2d_same.Conv2dSameExport",
-    "timm.layers.padding.Conv2dSame",
-}
-_SUMS = {"add", "add_", "iadd", "__iadd__", "sub", "sum"}
-_CONCATS = {"cat", "concat", "concatenate", "stack"}
-_ELEMENTWISE = {
-    *_SUMS, "relu", "relu_", "hardtanh", "hardtanh_", "clamp", "silu", "silu_", "sigmoid", "gelu", "leaky_relu",
-    "leaky_relu_", "mul", "mul_", "imul", "hardswish", "hardswish_", "dropout", "contiguous", "clone", "detach",
-    "upsample_bilinear2d", "upsample_nearest2d", "interpolate", "max_pool2d", "avg_pool2d", "cat", "concat", "pad",
-}  # fmt: skip
-_PASSTHROUGH_CLASSES = {"Identity", "DropPath", "StochasticDepth", "DropBlock2d", "DropBlock2D", "DropBlock3d"}
-_PASSTHROUGH_FUNCTIONS = {"dropout", "stochastic_depth", "mul", "mul_", "detach", "clone", "alias"}
 
 
 @dataclass(frozen=True)
@@ -51,107 +35,6 @@ class Feed:
 UNKNOWN = Feed("unknown", reason="no run of the network showed what feeds it")
 
 
-def producer_kind(module: nn.Module) -> str | None:
-    """`conv`, `conv_transpose` or `linear` for a layer linear in its `weight`, output channel by output channel."""
-    cls: Any = type(module)
-    if "forward" in module.__dict__:
-        return None
-    if isinstance(module, _ConvNd):
-        standard = any(cls.forward is c.forward and cls._conv_forward is c._conv_forward for c in _CONVS)
-        if standard or f"{cls.__module__}.{cls.__qualname__}" in _CONV_CLASS_NAMES:
-            return "conv"
-        if any(cls.forward is c.forward for c in _TRANSPOSED) and isinstance(module, _ConvTransposeNd):
-            return "conv_transpose"
-    elif isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward:
-        return "linear"
-    return None
-
-
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-def out_channels(module: Any) -> int:
-    """Output channels of a layer that `producer_kind` knows."""
-    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
-
-
-class _Run:
-    """One region with the lookups an analysis needs."""
-
-    def __init__(self, region: Region, canonical: Mapping[str, str], modules: Mapping[str, nn.Module]) -> None:
-        self.calls = region.calls
-        self.modules = modules
-        self.names = [canonical.get(c.target, c.target) if c.kind == "module" else c.target for c in self.calls]
-        self.users: list[list[int]] = [[] for _ in self.calls]
-        for index, call in enumerate(self.calls):
-            for source in call.inputs:
-                self.users[source].append(index)
-
-    def module(self, index: int) -> nn.Module | None:
-        return self.modules.get(self.names[index]) if self.calls[index].kind == "module" else None
-
-    def norm(self, index: int, norms: Mapping[str, int]) -> str | None:
-        """The path of the norm that a call is a call of; None for any other."""
-        name = self.names[index]
-        return name if self.calls[index].kind == "module" and name in norms else None
-
-    def kind(self, index: int, norms: Mapping[str, int]) -> str:
-        """What a call is, seen by the norm that it feeds."""
-        call, name = self.calls[index], self.names[index]
-        if call.kind == "module":
-            if name in norms:
-                return "norm"
-            module = self.module(index)
-            return (producer_kind(module) if module is not None else None) or "other"
-        if call.kind == "input":
-            return "input"
-        return "sum" if name in _SUMS else "concat" if name in _CONCATS else "other"
-
-    def dims(self, index: int) -> int | None:
-        """Spatial dimensions of a call's output, looking back to the next layer that fixes them."""
-        for _ in range(64):
-            call, module = self.calls[index], self.module(index)
-            if call.shape is not None:
-                return max(1, len(call.shape) - 2)
-            if module is not None and (fixed := _dims_of(module)) is not None:
-                return fixed
-            keeps = module is not None or (call.kind == "function" and self.names[index] in _ELEMENTWISE)
-            if self.names[index] == "flatten" or isinstance(module, nn.Flatten):
-                return 1
-            if not keeps or not call.inputs:
-                return None
-            index = call.inputs[0]
-        return None
-
-    def pooled(self, index: int) -> bool:
-        """Whether a call's output is known to be a single position: a global pool, then layers that keep its size."""
-        for _ in range(16):
-            call, module = self.calls[index], self.module(index)
-            if isinstance(module, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)):
-                size = module.output_size
-                return all(s == 1 for s in (size if isinstance(size, tuple) else (size,)))
-            if isinstance(module, _ConvNd) and (set(module.kernel_size) != {1} or any(p for p in module.padding)):
-                return False
-            if module is None or not call.inputs or isinstance(module, (nn.Upsample, nn.Unflatten)):
-                return False
-            index = call.inputs[0]
-        return False
-
-
-def _dims_of(module: nn.Module) -> int | None:
-    if isinstance(module, (nn.Linear, nn.Flatten)):
-        return 1
-    name = type(module).__name__
-    if (
-        isinstance(module, _ConvNd)
-        or "Pool" in name
-        or name.startswith(("BatchNorm", "InstanceNorm", "FrozenBatchNorm"))
-    ):
-        return next((d for d in (1, 2, 3) if f"{d}d" in name.lower()), None)
-    return None
-
-
 def analyse(
     paths: Mapping[nn.Module, list[str]],
     regions: Iterable[Region],
@@ -166,8 +49,8 @@ def analyse(
     canonical = {alias: names[0] for names in paths.values() for alias in names}
     modules = {names[0]: module for module, names in paths.items()}
     owners = _owners(paths)
-    runs = [_Run(region, canonical, modules) for region in regions]
-    norm_calls: dict[str, list[tuple[_Run, int]]] = defaultdict(list)
+    runs = [Run(region, canonical, modules) for region in regions]
+    norm_calls: dict[str, list[tuple[Run, int]]] = defaultdict(list)
     layer_users: dict[str, set[str | None]] = defaultdict(set)
     for run in runs:
         for index, name in enumerate(run.names):
@@ -201,7 +84,7 @@ def _owners(paths: Mapping[nn.Module, list[str]]) -> dict[int, int]:
 def _feed_of(
     path: str,
     norms: Mapping[str, int],
-    calls: list[tuple[_Run, int]],
+    calls: list[tuple[Run, int]],
     layer_users: Mapping[str, set[str | None]],
     modules: Mapping[str, nn.Module],
     owners: Mapping[int, int],
@@ -211,7 +94,7 @@ def _feed_of(
     kinds = {"other" if s is None else run.kind(s, norms) for run, s in sources}
     kind = kinds.pop() if len(kinds) == 1 else "other"
     positions, dims = _extent(calls, sources, kind)
-    last = all(_ends_branch(run, i) for run, i in calls)
+    last = all(ends_branch(run, i) for run, i in calls)
     producers = tuple(dict.fromkeys(run.names[s] for run, s in sources if s is not None))
     reason = ""
     if kind not in ("conv", "conv_transpose", "linear"):
@@ -224,7 +107,7 @@ def _feed_of(
             reason = reason or _hooked_between(producer, path, modules)
         if any(is_below(p, d) for p in (path, *producers) for d in doubts):
             reason = reason or "its owner's forward does not trace, and may use the layer elsewhere"
-    vectors = _dims_of(modules[path]) in (None, 1)
+    vectors = dims_of(modules[path]) in (None, 1)
     if kind == "linear" and (not vectors or any((run.calls[i].input_shape or (0, 0))[2:] for run, i in calls)):
         reason = reason or "a linear layer's channels are its last dimension, the norm's its second"
     foldable = not reason
@@ -249,7 +132,7 @@ def _why_not(
 ) -> str:
     layer = modules[producer]
     weight = layer._parameters.get("weight")
-    sizes = {_dims_of(layer), _dims_of(modules[path])} - {None}
+    sizes = {dims_of(layer), dims_of(modules[path])} - {None}
     if len(sizes) > 1:
         return f"the norm reads the output of {producer} in other dimensions than it was made"
     if weight is None:
@@ -280,7 +163,7 @@ def _hooked_between(producer: str, path: str, modules: Mapping[str, nn.Module]) 
 
 
 def _extent(
-    calls: list[tuple[_Run, int]], sources: list[tuple[_Run, int | None]], kind: str
+    calls: list[tuple[Run, int]], sources: list[tuple[Run, int | None]], kind: str
 ) -> tuple[int | None, int | None]:
     shapes = [run.calls[i].input_shape for run, i in calls]
     if all(shape is not None for shape in shapes):
@@ -300,59 +183,6 @@ def _product(sizes: Iterable[int]) -> int:
     return result
 
 
-def _ends_branch(run: _Run, index: int) -> bool:
-    """Whether a norm's output goes straight into a sum whose other side is the branch's own starting point.
-
-    The starting point is an ancestor of the norm, itself or through at most one projection (a pool, a convolution, a
-    norm): the projection shortcut ends in a norm too, but what it joins is deeper than itself.
-    """
-    while True:
-        users = run.users[index]
-        if len(users) != 1:
-            return False
-        user = users[0]
-        if run.calls[user].kind == "function" and run.names[user] in _SUMS:
-            break
-        module = run.module(user)
-        dropout = isinstance(module, nn.modules.dropout._DropoutNd)
-        by_class = module is not None and (dropout or type(module).__name__ in _PASSTHROUGH_CLASSES)
-        if not (by_class or (run.calls[user].kind == "function" and run.names[user] in _PASSTHROUGH_FUNCTIONS)):
-            return False
-        index = user
-    others = [source for source in run.calls[user].inputs if source != index]
-    return len(others) == 1 and _is_shortcut(run, others[0], index)
-
-
-def _is_shortcut(run: _Run, other: int, branch: int) -> bool:
-    depth = _layers_between(run, other, branch)
-    if depth is not None:
-        return depth > 0
-    start, layers = other, 0
-    for _ in range(8):
-        module, sources = run.module(start), set(run.calls[start].inputs)
-        if len(sources) != 1:
-            break
-        layers += module is not None and producer_kind(module) is not None
-        start = sources.pop()
-        depth = _layers_between(run, start, branch)
-        if depth is not None:
-            return depth > layers
-    return False
-
-
-def _layers_between(run: _Run, start: int, end: int) -> int | None:
-    """Most convolutions or linear layers on a way from call `start` to call `end`; None if there is no way."""
-    best: dict[int, int | None] = {start: 0}
-
-    for index in range(start + 1, end + 1):
-        ways = [best.get(source) for source in run.calls[index].inputs]
-        known = [w for w in ways if w is not None]
-        module = run.module(index)
-        step = int(module is not None and producer_kind(module) is not None)
-        best[index] = max(known) + step if known else None
-    return best.get(end)
-
-
 def watched_modules(paths: Mapping[nn.Module, list[str]], norms: Iterable[str]) -> dict[nn.Module, str]:
     """The modules a recorded run takes whole: the norms, the layers that can be folded, and dropouts."""
     names = set(norms)
@@ -362,6 +192,6 @@ def watched_modules(paths: Mapping[nn.Module, list[str]], norms: Iterable[str]) 
         if aliases_[0] in names
         or producer_kind(module) is not None
         or isinstance(module, nn.modules.dropout._DropoutNd)
-        or type(module).__name__ in _PASSTHROUGH_CLASSES
+        or type(module).__name__ in PASSTHROUGH_CLASSES
         or isinstance(module, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d))
     }

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .agreement import Deviation, floating
 from .conversion import record_of
 from .data import Batch, images_in, placed
-from .errors import DataError
-from .inventory import first_line, inspect
+from .errors import DataError, first_line
+from .inventory import inspect
 from .surgery import aliases, device_and_dtype, get
 
 MEMORY = 2**30

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from .agreement import OutputTally
 from .data import Batches, as_batches, images_in
-from .errors import DataError, OptionError
+from .errors import DataError, OptionError, first_line
 from .example import guess_inputs, random_tensor, runs
-from .inventory import first_line
 from .layerwise import Difference, LayerTally, comparable_paths, images_at_once, parts
 from .surgery import device_and_dtype, evaluating, undisturbed
 

@@ -200,6 +200,7 @@ def finetune(
         raise options.usage(ctx, "--groups and --channels-per-group exclude each other")
     if ema_decay is not None and not ema:
         raise options.usage(ctx, "--ema-decay goes with --ema")
+    decay = 0.999 if ema_decay is None else ema_decay
     if resume and force:
         raise options.usage(ctx, "--resume and --force exclude each other")
     asked = Asked.of(ctx, size, mean, std)
@@ -239,7 +240,7 @@ def finetune(
                     accumulate=accumulate, lr=lr, optimizer=optimizer, weight_decay=weight_decay, warmup=warmup,
                     clip_grad=clip_grad or None,
                     stabilize=not no_stabilize, train=train, freeze_stats=freeze_stats, freeze_affine=freeze_affine,
-                    distill=distill, ema=(0.999 if ema_decay is None else ema_decay) if ema else 0.0, label_smoothing=label_smoothing,
+                    distill=distill, ema=decay if ema else 0.0, label_smoothing=label_smoothing,
                     num_classes=num_classes, augment=augment, preprocess=transform_of(doing, preparation),
                     precision=precision, device=device, channels_last=channels_last, compile=compile,
                     workers=workers, seed=seed, max_bad=max_bad, tensorboard=tensorboard, resume=resume, overwrite=True,

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import DataError
-from ..inventory import first_line
+from ..errors import DataError, first_line
 from .order import Key, Order, Turns
 
 _TRIES = 100

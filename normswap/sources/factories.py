@@ -12,8 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import SourceError
-from ..inventory import first_line
+from ..errors import SourceError, first_line
 from .source import Source
 
 

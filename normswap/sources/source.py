@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import CheckpointError, SourceError, WeightsError
-from ..inventory import first_line
+from ..errors import CheckpointError, SourceError, WeightsError, first_line
 
 KINDS = ("torchvision", "timm", "hf", "factory", "file")
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import SourceError, WeightsError
-from ..inventory import first_line
+from ..errors import SourceError, WeightsError, first_line
 from .hub import stop_retries
 from .source import Source, offline_error
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conversion import record_of
-from ..errors import CheckpointError, OptionError, OutputError
-from ..inventory import first_line
+from ..errors import CheckpointError, OptionError, OutputError, first_line
 from ..writing import atomic, check_writable
 
 FORMAT = 1
