@@ -14,7 +14,9 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import Conv2dNormActivation
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork
 
+from .conversion import record_of
 from .errors import OptionError, first_line
+from .lifting import moved_out
 from .surgery import device_and_dtype, evaluating, undisturbed
 
 NormLayer = Callable[[int], nn.Module]
@@ -135,10 +137,21 @@ def body_of(backbone: nn.Module, finest: int) -> tuple[nn.Module, tuple[Level, .
         names = list(stages)
         places = _deepest(list(stages.values()), finest)
         chosen = {names[place]: str(i) for i, place in enumerate(places)}
-        body = IntermediateLayerGetter(_sequence_in(backbone), return_layers=chosen) if places else backbone
+        body = _up_to(backbone, chosen) if places else backbone
     if not places:
         raise OptionError(f"{type(backbone).__name__} gives no map of stride {finest} to {_COARSEST}", hint=_ACCEPTED)
     return body, levels_of(body)
+
+
+def _up_to(backbone: nn.Module, chosen: dict[str, str]) -> nn.Module:
+    """The children of its sequence that the chosen maps need, and what a conversion of them has on record."""
+    sequence = _sequence_in(backbone)
+    body = IntermediateLayerGetter(sequence, return_layers=chosen)
+    record = record_of(backbone)
+    if record is not None:
+        prefix = next(f"{name}." if name else "" for name, m in backbone.named_modules() if m is sequence)
+        body.__dict__["_normswap"] = moved_out(record, prefix, {name for name, _ in body.named_modules()})
+    return body
 
 
 def stages_of(body: nn.Module) -> dict[nn.Module, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_fit
-from .conversion import Record
+from .conversion import Record, record_of
 from .errors import CheckpointError, NormswapError, PlanError, WeightsError
 from .heads import Head, resize_head
+from .lifting import lifted
 from .manifest import KEY, make_manifest, read_file
 from .manifest import is_ours as is_ours
 from .manifest import read_manifest as read_manifest
@@ -31,13 +33,13 @@ from .writing import check_writable, write_safetensors
 
 
 def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
-    """Write a converted network and its manifest to `path`, a safetensors file. Returns the path.
+    """Write a converted network, or one with converted parts, and its manifest to `path`, a safetensors file.
 
-    The file appears whole or not at all: it is written beside its place, synced, and renamed. Tied tensors are
-    written once. Raises NormswapError for a model that normswap did not convert, OutputError when `path` cannot be
-    written, or exists and overwrite is False.
+    Returns the path. The file appears whole or not at all: it is written beside its place, synced, and renamed. Tied
+    tensors are written once. Raises NormswapError for a model that normswap did not convert, OutputError when `path`
+    cannot be written, or exists and overwrite is False.
     """
-    record: Record | None = model.__dict__.get("_normswap")
+    record = lifted(model)
     if record is None:
         raise NormswapError(
             "only a network from normswap.convert or normswap.load can be saved", hint="Convert it first."
@@ -71,7 +73,8 @@ def load(
 ) -> nn.Module:
     """Rebuild a network that `save` wrote: its architecture, the swap, and the weights. Returned in eval mode.
 
-    model: the original architecture, for one that only its caller can build; it is converted in place and returned.
+    model: the original architecture, for one that only its caller can build; it is converted in place and returned. One
+    that is converted in the same way already only gets the values.
     trust_code: run the factory that the manifest names, which is code of whoever wrote the file.
 
     Raises CheckpointError for a file that is missing, damaged, not normswap's, of a newer version, or edited;
@@ -198,6 +201,12 @@ def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _swapped(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Undo]:
     """The original architecture with the swap done and the values loaded. On an error, the model is as it was."""
+    record = record_of(model)
+    if record is not None and not record.factors and _swaps(record.plan) == _swaps(plan):
+        _add_affine(model, plan, tensors)
+        load_state(model, tensors, str(path), cast=False)
+        norms = [replace_fields(norm, tensors={}) for norm in record.undo.norms]
+        return model, Undo(norms, complete=record.undo.complete)
     try:
         check_fit(model, plan)
     except PlanError as error:
@@ -220,6 +229,11 @@ def _swapped(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path: 
             layer._parameters["bias"] = None
         raise
     return root, undo
+
+
+def _swaps(plan: Plan) -> list[tuple[Any, ...]]:
+    """What a conversion makes of the modules."""
+    return [(s.path, s.aliases, s.source, s.target, s.options, s.transfer, s.producers) for s in plan.steps]
 
 
 def _add_affine(root: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:

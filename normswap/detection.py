@@ -17,6 +17,7 @@ from .conversion import convert as convert_whole
 from .detector_parts import norm_layer_of, parts_of
 from .errors import OptionError
 from .freezing import freeze
+from .lifting import lift
 from .registry import identify
 from .rules import Rules
 from .values import whole as check_whole
@@ -75,7 +76,8 @@ def detector(
     in torchvision. backbone: a classifier, converted or not, with `layer1` ... `layer4` or `features`; a timm network
     made with features_only=True; or a module that gives feature maps as a dict, list or tuple. The pyramid goes on its
     maps of stride 4 (one-stage detectors: 8) to 32. A module that gives a dict and has an int `out_channels` is taken
-    as it is. Its modules become part of the detector; they are not copied.
+    as it is. Its modules become part of the detector; they are not copied. What a conversion of it has on record
+    becomes that of the detector, so that this can be trained, saved and reverted like a converted network.
 
     norm: in the pyramid, in the box head (four convolutions and a fully connected layer instead of two of the latter),
     the mask and keypoint heads, and the heads of one-stage detectors, as in Wu and He 2018, "Group Normalization",
@@ -102,6 +104,7 @@ def detector(
         model: nn.Module = DETECTORS[kind](num_classes=num_classes, **given)
     except (TypeError, ValueError) as error:
         raise OptionError(f"torchvision does not build this {kind}: {error}") from error
+    lift(model)
     return model if trainable_layers is None else freeze_stages(model, trainable_layers)
 
 

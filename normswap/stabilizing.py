@@ -123,12 +123,14 @@ def _stabilized(root: nn.Module) -> Iterator[None]:
 @contextmanager
 def at_own_size(model: nn.Module) -> Iterator[None]:
     """Undo what `stabilized` does to the values, for a moment."""
-    factors = dict(factors_in(model))
-    rescale(model, factors, back=True)
+    roots = [(m, dict(factors_in(m))) for m in model.modules() if record_of(m) is not None]
+    for root, factors in roots:
+        rescale(root, factors, back=True)
     try:
         yield
     finally:
-        rescale(model, factors)
+        for root, factors in roots:
+            rescale(root, factors)
 
 
 def factors_in(model: nn.Module) -> Mapping[str, float]:

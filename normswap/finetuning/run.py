@@ -15,6 +15,7 @@ from torch import nn
 
 from ..conversion import convert, record_of
 from ..errors import DataError, Interrupted, OptionError
+from ..lifting import lift
 from ..pinned import Pinned
 from ..registry import identify
 from ..stabilizing import stabilized
@@ -123,7 +124,7 @@ def finetune(
     folder = None if output is None else Path(output)
     if resume and folder is None:
         raise OptionError("resume needs the output folder of the run to go on with")
-    _check_model(model, folder, freeze_stats)
+    _check_model(model, freeze_stats)
     place = Place(folder, device, workers, channels_last, compile, max_bad, tensorboard=tensorboard)
     settings = Settings(
         steps=1, batch_size=batch_size, accumulate=accumulate, processes=1, samples=1, optimizer=optimizer,
@@ -143,7 +144,7 @@ def finetune(
         if lr is None:
             settings = replace(settings, lr=default_rate(optimizer, settings.global_batch))
         place = replace(place, workers=_workers(place, accelerator))
-        if folder is not None and record_of(model) is None:
+        if folder is not None and lift(model) is None:
             model = convert(model, rules={"*": "keep"}, inplace=True, check=False)  # so that it can be saved
         model.to(accelerator.device)
         if distill and isinstance(doing, Classification):
@@ -207,18 +208,12 @@ def small_batch_note(model: nn.Module, batch_size: int, processes: int = 1) -> s
     )
 
 
-def _check_model(model: nn.Module, folder: Path | None, freeze_stats: bool) -> None:
+def _check_model(model: nn.Module, freeze_stats: bool) -> None:
     """What is wrong about the network whatever the data is."""
     if freeze_stats and not any(m._buffers.get("running_mean") is not None for m in model.modules()):
         raise OptionError(
             "no norm of the network has running statistics, so there is nothing for freeze_stats (--freeze-stats)",
             hint="freeze_affine (--freeze-affine) freezes gamma and beta.",
-        )
-    within = [n for n, m in model.named_modules() if n and record_of(m) is not None]
-    if folder is not None and record_of(model) is None and within:
-        raise OptionError(
-            f"the converted network is a part of the model, {within[0]!r}, and only a whole network can be saved",
-            hint="Give that network itself, or leave output out and save it with normswap.save.",
         )
 
 
