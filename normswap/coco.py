@@ -7,11 +7,12 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -21,6 +22,7 @@ from .images import Unreadable, decode
 from .masks import is_number, mask_of
 from .preprocess import Preprocess
 
+_LARGEST = 2**20  # pixels of a side
 _LOOK_AHEAD = 2000  # how many images more are tried once one is unreadable, so as to report them together
 _TABLES = {
     "images": ("id", "file_name", "width", "height"),
@@ -35,6 +37,7 @@ class Picture:
     """One image: its COCO id, its name below the folder, its size, and what it shows.
 
     boxes: x1, y1, x2, y2 in pixels; labels from 1; segmentations as COCO has them, empty unless masks are wanted.
+    crowds: regions with many objects that are not told apart, likewise.
     """
 
     id: int
@@ -44,6 +47,14 @@ class Picture:
     boxes: tuple[tuple[float, float, float, float], ...] = ()
     labels: tuple[int, ...] = ()
     segmentations: tuple[Any, ...] = ()
+    crowds: Picture | None = None
+
+    def with_crowds(self) -> Picture:
+        """With the crowds behind the objects."""
+        if self.crowds is None:
+            return self
+        boxes, labels = self.boxes + self.crowds.boxes, self.labels + self.crowds.labels
+        return replace(self, boxes=boxes, labels=labels, segmentations=self.segmentations + self.crowds.segmentations)
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,8 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Any]]]):
     image_id: COCO's; masks, where they were asked for: uint8 `(n, H, W)`.
 
     categories: the name of label 1, 2, ...; category_ids: COCO's number for each of them. notes: what was left out or
-    changed on reading, a sentence each.
+    changed on reading, a sentence each. crowds: whether targets have them too, behind the objects, and iscrowd, int64
+    `(n,)`, 1 for a crowd: a detector is not trained on them, and mAP does not count what it finds there.
     """
 
     annotations: Path
@@ -65,6 +77,7 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Any]]]):
     category_ids: tuple[int, ...]
     masks: bool = False
     notes: tuple[str, ...] = ()
+    crowds: bool = False
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -84,11 +97,15 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Any]]]):
         """The same, but raises `images.Unreadable`, and looks at no other image."""
         picture = self.pictures[index]
         image = _read(self.folder, picture)
+        objects = len(picture.boxes)
+        picture = picture.with_crowds() if self.crowds else picture
         target: dict[str, Any] = {
             "boxes": torch.tensor(picture.boxes, dtype=torch.float32).reshape(-1, 4),
             "labels": torch.tensor(picture.labels, dtype=torch.int64),
             "image_id": picture.id,
         }
+        if self.crowds:
+            target["iscrowd"] = (torch.arange(len(picture.boxes)) >= objects).long()
         if self.masks:
             target["masks"] = self._masks(picture)
         return image, target
@@ -129,9 +146,17 @@ def open_coco(annotations: str | os.PathLike[str], folder: str | os.PathLike[str
     categories = sorted((entry["id"], str(entry["name"])) for entry in tables["categories"])
     labels = {category: label for label, (category, _) in enumerate(categories, start=1)}
     _check_links(file, tables["annotations"], images, labels)
-    kept, notes = _kept(file, tables["annotations"], images, masks)
+    single = [a for a in tables["annotations"] if not a.get("iscrowd")]
+    crowded = [a for a in tables["annotations"] if a.get("iscrowd")]
+    kept, notes = _kept(file, single, images, masks)
+    crowds, _ = _kept(file, crowded, images, masks)
+    notes += [f"{len(crowded)} crowds are left out of training"] * bool(crowded)
     _check_files(folder, [entry["file_name"] for entry in tables["images"]])
     pictures = tuple(_picture(entry, kept[entry["id"]], labels, masks) for entry in tables["images"])
+    pictures = tuple(
+        replace(p, crowds=_picture(entry, crowds[p.id], labels, masks)) if crowds[p.id] else p
+        for p, entry in zip(pictures, tables["images"], strict=True)
+    )
     empty = sum(not picture.boxes for picture in pictures)
     notes += [f"{empty} of {len(pictures)} images have no object"] * bool(empty)
     ids, names = tuple(i for i, _ in categories), tuple(name for _, name in categories)
@@ -177,7 +202,7 @@ def _lacks(keys: Sequence[str], entry: Any) -> str:
     missing = [key for key in keys if key not in entry]
     if missing:
         return f"no {_or(missing)}"
-    wrong = [k for k in keys if (k == "id" or k.endswith("_id")) and type(entry[k]) is not int]
+    wrong = [k for k in ("id", *keys) if k in entry and (k == "id" or k.endswith("_id")) and type(entry[k]) is not int]
     return f"its {wrong[0]} is {entry[wrong[0]]!r}, not a whole number" if wrong else ""
 
 
@@ -185,7 +210,7 @@ def _bad_image(entry: dict[str, Any]) -> str:
     if not isinstance(entry["file_name"], str) or not entry["file_name"]:
         return f"its file_name is {entry['file_name']!r}"
     sizes = [entry["width"], entry["height"]]
-    return "" if all(type(s) is int and s > 0 for s in sizes) else f"its width and height are {sizes}"
+    return "" if all(type(s) is int and 0 < s < _LARGEST for s in sizes) else f"its width and height are {sizes}"
 
 
 def _check_links(file: Path, annotations: list[dict[str, Any]], images: dict[int, Any], labels: dict[int, int]) -> None:
@@ -202,12 +227,10 @@ def _kept(
     file: Path, annotations: list[dict[str, Any]], images: dict[int, Any], masks: bool
 ) -> tuple[dict[int, list[dict[str, Any]]], list[str]]:
     """The annotations of each image with their boxes clipped, and notes on what became of the others."""
-    crowds = [a for a in annotations if a.get("iscrowd")]
-    single = [a for a in annotations if not a.get("iscrowd")]
-    _refuse(file, single, _bad_box, "annotations have no usable box")
+    _refuse(file, annotations, _bad_box, "annotations have no usable box")
     kept: dict[int, list[dict[str, Any]]] = defaultdict(list)
     clipped = dropped = 0
-    for annotation in single:
+    for annotation in annotations:
         image = images[annotation["image_id"]]
         whole = _corners(annotation["bbox"])
         box = _clipped(whole, image["width"], image["height"])
@@ -220,7 +243,6 @@ def _kept(
         listed = [a for found in kept.values() for a in found]
         _refuse(file, listed, lambda a: "" if a.get("segmentation") else "no segmentation", "annotations have no mask")
     counts = {
-        "crowds are left out": len(crowds),
         "boxes of zero size inside their image are left out": dropped,
         "boxes reached outside their image and are clipped": clipped,
     }
@@ -239,7 +261,8 @@ def _corners(box: list[float]) -> tuple[float, float, float, float]:
 
 
 def _clipped(box: tuple[float, float, float, float], width: int, height: int) -> tuple[float, float, float, float]:
-    x1, y1, x2, y2 = box
+    """As float32 has it, which is what tensors hold."""
+    x1, y1, x2, y2 = (float(np.float32(value)) for value in box)
     return max(0.0, x1), max(0.0, y1), min(float(width), x2), min(float(height), y2)
 
 

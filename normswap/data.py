@@ -156,7 +156,8 @@ def _args(x: Any) -> tuple[Any, ...]:
         if x.dtype == torch.uint8:
             raise DataError(
                 "the images are uint8; a network takes floating values",
-                hint="Normalise them as the network was trained, for example (images / 255 - mean) / std.",
+                hint="images / 255 for detectors, which normalise by themselves; else as the network was trained, for "
+                "example (images / 255 - mean) / std.",
             )
         return (x,)
     if _are_images(x):
@@ -202,6 +203,12 @@ def _described(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
+CHECK_IMAGES = (
+    "Check the size and channels of the images. Each element of data is a batch: one tensor (N, C, H, W), or, for "
+    "torchvision's detectors, a list of images, so that a single batch is data=[images]."
+)
+
+
 def run_on(call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], *, fewer: str) -> Any:
     """`call` on one batch of forward's arguments, placed where `model` is and in its dtype.
 
@@ -216,5 +223,5 @@ def run_on(call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], *,
     except Exception as error:  # whatever a stranger's forward raises
         raise DataError(
             f"{type(model).__name__} cannot run on the data ({type(error).__name__}: {first_line(error)})",
-            hint="Check the size and channels of the images; torchvision's detectors take lists of images.",
+            hint=CHECK_IMAGES,
         ) from error

@@ -160,7 +160,9 @@ def _image_size(options: dict[str, Any]) -> tuple[int, int]:
 def _check_options(kind: str, options: Mapping[str, Any]) -> None:
     """Torchvision passes what it does not know on to its transform, which drops it."""
     known = {name for cls in (DETECTORS[kind], GeneralizedRCNNTransform) for name in signature(cls).parameters}
+    if kind == "ssd":
+        known -= {"min_size", "max_size", "fixed_size", "size_divisible"}
     for name in options.keys() - known:
-        near = difflib.get_close_matches(name, known, n=1)
+        near = ["size"] if kind == "ssd" and "size" in name else difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else None
         raise OptionError(f"torchvision's {DETECTORS[kind].__name__} has no option {name!r}", hint=hint)

@@ -113,7 +113,7 @@ def _one_stage_parts(
         if sizes is not None:
             raise OptionError("fcos has no anchors, so anchor_sizes does not go with it")
         points = tuple((level.stride,) for level in levels)
-        head = FCOSHead(channels, 1, num_classes)
+        head = FCOSHead(PAPER_GROUPS, 1, num_classes)  # its own layers, replaced at once, need channels in 32 groups
         layer = norm_layer or _no_norm
         head.classification_head = FCOSClassificationHead(channels, 1, num_classes, norm_layer=layer)
         head.regression_head = FCOSRegressionHead(channels, 1, norm_layer=layer)
@@ -148,4 +148,4 @@ def _ssd_parts(
     scales = None if sizes is None else [side / max(image) for side in _sizes(levels, sizes, 0)] + [1.0]
     generator = DefaultBoxGenerator(ratios, scales=scales)
     head = SSDHead([level.channels for level in levels], generator.num_anchors_per_location(), num_classes)
-    return {"anchor_generator": generator, "head": head, "size": image}
+    return {"anchor_generator": generator, "head": head, "size": image[::-1]}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .agreement import Deviation, floating
 from .conversion import record_of
-from .data import Batch, images_in, placed
+from .data import CHECK_IMAGES, Batch, images_in, placed
 from .errors import DataError, first_line
 from .inventory import inspect
 from .surgery import aliases, device_and_dtype, get
@@ -123,7 +123,7 @@ def _run(
             raise DataError(
                 f"the {which} network ({type(model).__name__}) cannot run on the data "
                 f"({type(error).__name__}: {first_line(error)})",
-                hint="Check the size and channels of the images; torchvision's detectors take lists of images.",
+                hint=CHECK_IMAGES,
             ) from error
 
 

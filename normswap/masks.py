@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _FINER = 8
+_FARTHEST = 1e7
 
 
 def mask_of(segmentation: Any, height: int, width: int) -> Tensor:
@@ -99,5 +100,5 @@ def _is_polygon(values: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """A finite number, which JSON's `true` and `NaN` are not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that a pixel may have, which JSON's `true` and `NaN` are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_FARTHEST <= value <= _FARTHEST

@@ -42,11 +42,19 @@ def targets() -> tuple[str, ...]:
     return tuple(spec.name for spec in _BY_NAME.values() if spec.build is not None)
 
 
+_USUAL = {
+    "batchnorm": "bn", "groupnorm": "gn", "layernorm": "ln", "instancenorm": "in", "syncbn": "sync",
+    "syncbatchnorm": "sync", "frozenbn": "frozen", "frozenbatchnorm": "frozen", "batchrenorm": "renorm",
+}  # fmt: skip
+"""What people call the norms."""
+
+
 def get(name: str) -> NormSpec:
     """The norm type of that name. Raises OptionError, with near matches, for an unknown one."""
     spec = _BY_NAME.get(name)
     if spec is None or spec.build is None:
-        near = difflib.get_close_matches(name, targets(), n=1, cutoff=0.5)
+        usual = _USUAL.get(name.lower().replace("_", "").replace("-", ""))
+        near = [usual] if usual else difflib.get_close_matches(name, targets(), n=1, cutoff=0.5)
         raise OptionError(
             f"unknown norm {name!r}; known: {', '.join(targets())}",
             hint=f"Did you mean {near[0]!r}?" if near else None,

@@ -28,7 +28,8 @@ def roles_of(paths: Iterable[str]) -> dict[str, str]:
     """The role of each module of a network: `backbone`, `fpn` or `head`.
 
     paths: the dotted paths of all modules; whether one of them is called a backbone decides about the others.
-    The outermost name that is known decides, except that a pyramid inside a backbone is the pyramid. Where no name is
+    The outermost name that is known decides, except that a pyramid inside a backbone is the pyramid, and so are the
+    `extra` layers of an SSD's backbone. Where no name is
     known, a module is part of the head if the network has something called a backbone, else it is the backbone.
     """
     paths = list(paths)
@@ -48,7 +49,7 @@ def _role(path: str, otherwise: str) -> str:
         if _FPN.fullmatch(part):
             return "fpn"
         if _BACKBONE.fullmatch(part):
-            return "fpn" if any(map(_FPN.fullmatch, parts[place:])) else "backbone"
+            return "fpn" if any(map(_FPN.fullmatch, parts[place:])) or "extra" in parts[place:] else "backbone"
         if _HEAD.fullmatch(part):
             return "head"
     return otherwise if path else "backbone"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -122,6 +122,26 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for buffer, version, value in values:
                 if buffer._version != version:
                     buffer.data.copy_(value)
+
+
+@contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Put the modules back as they were, with their attributes, if the block fails. Yields what calls that off."""
+    containers = list(_containers(model))
+    before = [dict(c) if isinstance(c, dict) else list(c) for c in containers]
+    wanted = True
+
+    def keep() -> None:
+        nonlocal wanted
+        wanted = False
+
+    try:
+        yield keep
+    except BaseException:
+        if wanted:
+            for container, members in zip(containers, before, strict=True):
+                _restore(container, members)
+        raise
 
 
 Container = list[Any] | dict[Any, Any] | set[Any]

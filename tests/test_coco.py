@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,33 @@ def test_boxes_are_clipped_dropped_and_crowds_left_out_with_a_note_each(
     data = opened(content, tmp_path)
     assert data[1][1]["boxes"].tolist() == [[0, 4, 4, 8]]
     assert data.notes == (
-        "1 crowds are left out",
         "3 boxes of zero size inside their image are left out",
         "1 boxes reached outside their image and are clipped",
+        "1 crowds are left out of training",
     )
+    target = replace(data, crowds=True)[1][1]
+    assert target["boxes"].tolist() == [[0, 4, 4, 8], [1, 1, 4, 4]]
+    assert target["iscrowd"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"bbox": [1, 1, 10**400, 3]}, "not four numbers"),
+        ({"id": [1]}, "not a whole number"),
+        ({"bbox": [2.0, 1, 1e-9, 3]}, ""),
+    ],
+)
+def test_numbers_that_are_none_are_refused_and_boxes_too_thin_for_float32_left_out(
+    content: dict[str, Any], tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    content["annotations"] += [{"id": 4, "image_id": 5, "category_id": 3, "bbox": [1, 1, 3, 3], **change}]
+    if words:
+        with pytest.raises(DataError, match=words):
+            opened(content, tmp_path)
+    else:
+        data = opened(content, tmp_path)
+        assert data.notes[0] == "1 boxes of zero size inside their image are left out"
 
 
 # --- masks --------------------------------------------------------------------------------------------------------

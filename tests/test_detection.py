@@ -246,6 +246,15 @@ def test_the_anchors_of_an_ssd_have_the_sizes_asked_for_on_images_of_any_form() 
     network = detector("ssd", backbone=Trunk(), num_classes=4, norm=None, size=(64, 32), anchor_sizes=sizes, width=64)
     assert kinds(network) == {"bn": 3}
     assert [side * 64 for side in network.anchor_generator.scales[:-1]] == sizes
+    assert network.transform([torch.rand(3, 50, 60)])[0].tensors.shape == (1, 3, 64, 32)
+    trains(network)
+
+
+@pytest.mark.parametrize("norm", ["gn", "bn", None])
+def test_an_fcos_takes_any_width(norm: str | None) -> None:
+    groups = {"groups": 4} if norm == "gn" else {}
+    network = detector("fcos", backbone=Trunk(), num_classes=4, width=24, norm=norm, **groups, **few("fcos"))
+    assert {m.out_channels for m in network.head.classification_head.conv if isinstance(m, nn.Conv2d)} == {24}
     trains(network)
 
 
@@ -363,6 +372,8 @@ class Last(Trunk):
         ({"kind": "fcos", "anchor_sizes": [8] * 4}, "fcos has no anchors"),
         ({"kind": "ssd", "size": "large"}, "size must be one number or"),
         ({"kind": "ssd", "size": 8}, "size must be"),
+        ({"kind": "ssd", "min_size": 300}, r"no option 'min_size'\nDid you mean 'size'"),
+        ({"norm": "groupnorm"}, "Did you mean 'gn'"),
         ({"kind": "fcos", "size": 300}, "no option 'size'"),
         ({"width": 0}, "width must be a positive integer"),
         ({"backbone": Flat()}, "backbone takes a classifier with layer1"),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models import detection as zoo
 
 import normswap
-from normswap.data import shapes, write_shapes
+from normswap.data import open_coco, shapes, write_shapes
 from normswap.errors import DataError, NormswapError, OptionError
 from normswap.finetuning.boxed import flipped
 from normswap.finetuning.detection import Detection, MeanPrecision
@@ -317,8 +317,27 @@ def test_cocos_own_layout_is_found(folder: Path, tmp_path: Path) -> None:
 
 def test_a_tenth_is_held_back_where_there_is_no_validation(folder: Path) -> None:
     sets = Detection().open(tiny(), folder / "train", None, seed=0)
-    assert (len(sets.train), len(sets.validation)) == (7, 1)
+    assert len(sets.train) + len(sets.validation) == 8
+    assert any(len(sets.validation[i][1]["boxes"]) for i in range(len(sets.validation)))
     assert "held back" in sets.note
+
+
+def test_crowds_count_neither_for_nor_against_a_detector(tmp_path: Path) -> None:
+    """Compared with a file in which they are not crowds: what is found there would be right."""
+    place = write_shapes(tmp_path / "shapes", 6, size=64, seed=0)
+    file = place / "annotations.json"
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"][::2]:
+        annotation["iscrowd"] = 1
+    everything = open_coco(file, place / "images")
+    file.write_text(json.dumps(content))
+    validation = Detection().open(tiny(), shapes(2, 64), place, seed=0).validation
+    assert sum(int(validation[i][1]["iscrowd"].sum()) for i in range(6)) == len(content["annotations"][::2])
+    meter = MeanPrecision()
+    for i in range(6):
+        found = {**everything[i][1], "scores": torch.ones(len(everything[i][1]["labels"]))}
+        meter.add(Given([found]), ([validation[i][0]], [validation[i][1]]))
+    assert meter.result(lambda value: value)["val_map"] == pytest.approx(1)
 
 
 def test_categories_are_told_by_their_names(folder: Path, tmp_path: Path) -> None:
@@ -382,6 +401,37 @@ def test_what_does_not_go_with_detection_is_refused(folder: Path) -> None:
         train(tiny(kind="keypointrcnn"), folder)
 
 
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_network_that_takes_no_lists_of_images_is_told_of(evaluated: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    with pytest.raises(OptionError, match="does not work as torchvision's detectors do"):
+        train(model, shapes(4, 32), shapes(2, 32, seed=1) if evaluated else None)
+
+
+@pytest.mark.parametrize(
+    "failing", [{"train": "nothing.*"}, {"output": "old"}, {"augment": "none", "device": "cpu", "data": "broken"}]
+)
+def test_a_run_that_does_not_begin_leaves_network_and_folder_alone(
+    folder: Path, tmp_path: Path, failing: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "state.pt").write_text("an older run")
+    model = tiny(num_classes=7)
+    head, before = model.roi_heads.box_predictor, {n: t.clone() for n, t in model.state_dict().items()}
+    data, evaluation = folder, None
+    if failing.pop("data", None):
+        image, target = torch.rand(3, 64, 64), {"boxes": torch.ones(1, 4), "labels": torch.ones(1).long()}
+        data, evaluation = folder / "train", [(image, target)] * 2
+        failing = {**failing, "output": "old", "overwrite": True, "num_classes": 4}
+    with pytest.raises(NormswapError):
+        train(model, data, evaluation, **failing)
+    assert model.roi_heads.box_predictor is head
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert (tmp_path / "old" / "state.pt").read_text() == "an older run"
+    assert [p.name for p in (tmp_path / "old").iterdir()] == ["state.pt"]
+
+
 def test_a_classifier_is_told_what_a_detector_gives() -> None:
     class Classifier(nn.Module):
         def forward(self, images: Any, targets: Any) -> Tensor:
@@ -391,6 +441,15 @@ def test_a_classifier_is_told_what_a_detector_gives() -> None:
     model.weight = nn.Parameter(torch.zeros(1))
     with pytest.raises(OptionError, match="dict of losses"):
         train(model, shapes(2, 32))
+
+
+def test_a_detector_is_distilled_on_a_coco_file(folder: Path) -> None:
+    data = open_coco(folder / "train" / "annotations.json", folder / "train" / "images")
+    original = tiny()
+    model = normswap.convert(original, "gn", groups=2)
+    report = normswap.distil(model, original, data, steps=2, batch_size=3)
+    assert (report.steps, report.images) == (2, 8)
+    assert 0 < report.loss_last < float("inf")
 
 
 # --- many processes, the command line -----------------------------------------------------------------------------

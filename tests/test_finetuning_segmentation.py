@@ -236,15 +236,44 @@ def test_what_gives_no_scores_for_pixels_is_refused(folder: Path) -> None:
         train(pixels(), folder, distill=0.5)
 
 
+@pytest.mark.parametrize("size", [20, 48])
+def test_images_of_another_size_than_their_masks_are_validated(folder: Path, tmp_path: Path, size: int) -> None:
+    report = train(pixels(), folder, preprocess=Preprocess(size=size, resize=size), output=tmp_path / "run")
+    assert report.steps == 2
+    assert 0 <= report.figures["val_miou"] <= 1
+
+
+def test_masks_of_several_sizes_are_validated_together() -> None:
+    images = [torch.randn(3, 16, 16), torch.randn(3, 16, 16)]
+    masks = [torch.zeros(16, 16).long(), torch.zeros(32, 24).long()]
+    meter = Overlap()
+    with torch.no_grad():
+        meter.add(pixels(), (images, masks))
+    assert meter.result(lambda value: value)["val_pixel_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_images_with_any_number_of_channels_are_drawn(tmp_path: Path, channels: int) -> None:
+    model = nn.Sequential(nn.GroupNorm(1, channels), nn.Conv2d(channels, 4, 3, padding=1))
+    data = [(torch.randn(channels, 8, 8), torch.randint(0, 4, (8, 8))) for _ in range(4)]
+    assert train(model, data, data, output=tmp_path / "run").examples.is_file()
+
+
+def test_classes_that_a_network_of_ones_own_does_not_know_are_told_of() -> None:
+    data = [(torch.randn(3, 8, 8), torch.full((8, 8), 5))] * 4
+    with pytest.raises(DataError, match="the network knows 0 to 2"):
+        train(nn.Conv2d(3, 3, 1), data)
+
+
 def test_two_processes_do_the_steps_of_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three validation images, so one process has two of them and the other one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nets.py").write_text(NETS)
     own = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    for name, processes, batch in (("two", 2, 1), ("one", 1, 2)):
+    for name, processes, batch in (("two", 2, 1), ("one", 1, 2)):  # --device auto: there may be no GPU
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         start += ["-m", "normswap", "finetune", "nets.py:pixels", "--weights", "none", "--trust-code", "--data"]
-        start += [str(folder), "--task", "segmentation", "--device", "cpu", "--batch-size", str(batch), "--epochs", "2"]
+        start += [str(folder), "--task", "segmentation", "--batch-size", str(batch), "--epochs", "2"]
         start += ["--augment", "none", "--quiet", "--output", name]
         ran = subprocess.run(start, capture_output=True, text=True, env=own | {"OMP_NUM_THREADS": "1"}, timeout=240)
         assert ran.returncode == 0, ran.stderr

@@ -18,8 +18,8 @@ HEAVY = {"torchvision", "timm", "transformers", "accelerate", "matplotlib", "saf
 
 
 def order() -> list[str]:
-    """Files and folders in the order of the table in docs/architecture.md; `normswap` is the package itself."""
-    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    """Files and folders in the order of the first table in docs/architecture.md; `normswap` is the package itself."""
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8").partition("\n## ")[0]
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     return [name.rstrip("/") for row in rows for name in re.findall(r"`([^`]+)`", row)]
 

@@ -28,7 +28,7 @@ def test_the_parts_of_torchvisions_networks_are_their_own_attributes(name: str) 
         model = models.get_model(name, weights=None, weights_backbone=None)
     roles = roles_of(path for path, _ in model.named_modules())
     parts = {
-        "fpn": [getattr(model.backbone, "fpn", None)],
+        "fpn": [getattr(model.backbone, part, None) for part in ("fpn", "extra")],
         "head": [getattr(model, part, None) for part in ("rpn", "roi_heads", "head", "classifier", "aux_classifier")],
     }
     inside = {m: role for role, roots in parts.items() for root in roots if root is not None for m in root.modules()}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..coco import CocoData, open_coco
+from ..coco import CocoData, Picture, open_coco
 from ..errors import DataError
 from ..images import Unreadable as UnreadableImage
 from ..synthetic import Shapes
@@ -48,8 +48,10 @@ class Boxed:
 
     @property
     def labels(self) -> tuple[Any, ...]:
-        """Of each image, with its boxes."""
-        return tuple((p.labels, p.boxes) for p in self.data.pictures)  # type: ignore[union-attr]
+        """Of each image, with its boxes; for pictures that are drawn, what they are drawn by."""
+        if isinstance(self.data, Shapes):
+            return (repr(self.data),)
+        return tuple((p.labels, p.boxes) for p in self.data.pictures)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         """Raises `Unreadable` for an image that is broken, or has a mask that is."""
@@ -96,14 +98,16 @@ def open_boxes(data: Any, eval_data: Any = None, *, masks: bool = False, seed: i
     note: list[str] = []
     if isinstance(train, CocoData):
         note += train.notes
+        _check_objects(train)
         if validation is None:
             train, validation, said = _split(train, seed)
             note.append(said)
         elif isinstance(validation, CocoData):
             note += [f"{validation.annotations.name}: {text}" for text in validation.notes]
             validation = _aligned(train, validation)
-        _check_objects(train)
+    if isinstance(validation, CocoData):
         _check_objects(validation)
+        validation = replace(validation, crowds=True)
     sets = [None if part is None else _set(name, part) for name, part in (("data", train), ("eval_data", validation))]
     classes = getattr(train, "categories", None)
     return Sets(sets[0], sets[1], tuple(map(str, classes)) if classes else None, "; ".join(note))
@@ -119,12 +123,19 @@ def check_sample(image: Any, target: Any, classes: int) -> None:
         raise DataError(f"a target {'' if isinstance(target, Mapping) else 'is '}{got}; it needs boxes and labels",
                         hint=_CONVENTION)  # fmt: skip
     boxes, labels = target["boxes"], target["labels"]
+    if not isinstance(boxes, Tensor) or not isinstance(labels, Tensor):
+        raise DataError(f"boxes and labels are {type(boxes).__name__} and {type(labels).__name__}, not tensors")
     name = f"image {target['image_id']}" if "image_id" in target else "an image"
     if boxes.shape != (len(labels), 4) or labels.dtype != torch.int64:
         raise DataError(
             f"{name} has boxes {tuple(boxes.shape)} and {labels.dtype} labels {tuple(labels.shape)}; expected (n, 4) "
             "and int64 (n,)",
             hint=_CONVENTION,
+        )
+    masks = target.get("masks")
+    if masks is not None and tuple(masks.shape) != (len(labels), *image.shape[1:]):
+        raise DataError(
+            f"{name} is {tuple(image.shape)} with {len(labels)} objects; its masks are {tuple(masks.shape)}"
         )
     if not len(labels):
         return
@@ -182,7 +193,7 @@ def _split(data: CocoData, seed: int) -> tuple[CocoData, CocoData | None, str]:
     count = len(data)
     if count < 2:
         return data, None, "a single image, so there is nothing to validate on"
-    kept, held = split(count, seed)
+    kept, held = split(count, seed, [bool(picture.boxes) for picture in data.pictures])
     parts = [replace(data, pictures=tuple(data.pictures[i] for i in part)) for part in (kept, held)]
     return parts[0], parts[1], held_note(len(held), count, seed)
 
@@ -198,12 +209,17 @@ def _aligned(train: CocoData, validation: CocoData) -> CocoData:
             hint="Both files need the same list of categories.",
         )
     number = {i + 1: train.categories.index(name) + 1 for i, name in enumerate(validation.categories)}
-    pictures = tuple(replace(p, labels=tuple(number[label] for label in p.labels)) for p in validation.pictures)
+    pictures = tuple(_relabelled(p, number) for p in validation.pictures)
     return replace(validation, pictures=pictures, categories=train.categories, category_ids=train.category_ids)
 
 
-def _check_objects(data: Any) -> None:
-    if isinstance(data, CocoData) and not any(p.boxes for p in data.pictures):
+def _relabelled(picture: Picture, number: Mapping[int, int]) -> Picture:
+    crowds = None if picture.crowds is None else _relabelled(picture.crowds, number)
+    return replace(picture, labels=tuple(number[label] for label in picture.labels), crowds=crowds)
+
+
+def _check_objects(data: CocoData) -> None:
+    if not any(p.boxes for p in data.pictures):
         raise DataError(f"none of the {len(data)} images of {data.annotations} has an object")
 
 

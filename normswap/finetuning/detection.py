@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, NormswapError, OptionError
+from ..errors import DataError, NormswapError, OptionError, first_line
 from ..heads import Head
 from ..values import one_of
 from .boxed import Boxed, check_sample, open_boxes
@@ -36,6 +36,7 @@ class Detection:
 
     classes: int | None = None
     names: tuple[str, ...] = ()
+    masks: bool = False
 
     name: ClassVar[str] = "detection"
     best: ClassVar[str] = "val_map"
@@ -50,12 +51,13 @@ class Detection:
 
     def open(self, model: nn.Module, data: Any, eval_data: Any, *, seed: int) -> Sets:
         """See `open_boxes`; with masks for networks that predict them."""
+        self.masks = predicts_masks(model)
         if getattr(getattr(model, "roi_heads", None), "keypoint_head", None) is not None and _is_ours(data):
             raise DataError(
                 "the network predicts keypoints, which normswap does not read from files",
                 hint="Give a Dataset whose targets have keypoints, in torchvision's convention.",
             )
-        return open_boxes(data, eval_data, masks=predicts_masks(model), seed=seed)
+        return open_boxes(data, eval_data, masks=self.masks, seed=seed)
 
     def prepared(self, sets: Sets, preprocess: Callable[[Any], Tensor] | None, augment: str) -> Sets:
         """With half of the training images mirrored, unless `augment` is "none"; the network itself does the rest."""
@@ -88,12 +90,14 @@ class Detection:
             if not isinstance(item, (tuple, list)) or len(item) != 2:
                 raise DataError(f"a sample is {type(item).__name__}; detection takes (image, target)")
             check_sample(item[0], item[1], 2**62 if self.classes is None else self.classes)
+            if self.masks and "masks" not in item[1]:
+                raise DataError("the network predicts masks, and a target has none")
         return [item[0] for item in items], [dict(item[1]) for item in items]
 
     def outcome(self, forward: Callable[..., Any], content: Any) -> Outcome:
         """The sum of the losses on one batch."""
         images, targets = content
-        losses = forward(images, targets)
+        losses = _called(forward, images, targets)
         if not isinstance(losses, Mapping) or not losses or not all(isinstance(v, Tensor) for v in losses.values()):
             raise OptionError(
                 f"in training the network gives {type(losses).__name__}; a detector in torchvision's convention gives "
@@ -123,7 +127,10 @@ class MeanPrecision:
     def add(self, model: nn.Module, content: Any) -> None:
         """One batch."""
         images, targets = content
-        found, targets = _on_cpu(model(list(images))), _on_cpu(targets)
+        found = _called(model, list(images))
+        if not isinstance(found, list) or not all(isinstance(each, Mapping) and "boxes" in each for each in found):
+            raise _no_detector(f"it gives {type(found).__name__}")
+        found, targets = _on_cpu(found), _on_cpu(targets)
         if self._metric is None:
             self._masks = all("masks" in each for each in (*found, *targets))
             self._metric = _metric(self._masks)
@@ -158,6 +165,22 @@ class MeanPrecision:
         if found["val_map"] < 0:
             raise DataError("no validation image has an object, so there is no mAP", hint="Validate on others.")
         return found
+
+
+def _called(network: Callable[..., Any], *args: Any) -> Any:
+    """Raises OptionError for a network that does not take lists of images, as a classifier does not."""
+    try:
+        return network(*args)
+    except (TypeError, AttributeError) as error:
+        raise _no_detector(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def _no_detector(why: str) -> OptionError:
+    return OptionError(
+        f"the network does not work as torchvision's detectors do ({why})",
+        hint="A detector takes lists of images, and gives a dict of losses in train mode and a list of dicts with "
+        "boxes, labels and scores in eval mode. normswap.detection.detector builds one on any backbone.",
+    )
 
 
 def predicts_masks(model: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import CheckpointError, OutputError
@@ -42,6 +43,12 @@ def prepare_folder(folder: Path, *, resume: bool, force: bool, make: bool = True
             left.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{folder} cannot be used: {error.strerror or error}") from error
+
+
+def drop_empty(folder: Path) -> None:
+    """Remove a folder in which nothing was written."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def clear(folder: Path) -> None:

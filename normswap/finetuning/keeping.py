@@ -70,16 +70,18 @@ class Keeper:
     def keep(self, standing: Standing) -> None:
         """Write the state of the run, and the network as it is. Raises OutputError."""
         self.saved = standing.step
+        self._remember(standing)
         if self.folder is None:
             self._copy = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         elif self.main:
             save_state(self.folder / STATE, asdict(self.settings), self._state(standing))
-            self._save(self.folder / LAST, standing)
+            self._save(self.folder / LAST)
 
     def keep_best(self, standing: Standing) -> None:
         """Write the network as the best so far. Raises OutputError."""
         if self.folder is not None and self.main:
-            self._save(self.folder / BEST, standing)
+            self._remember(standing)
+            self._save(self.folder / BEST)
 
     def restore(self) -> Standing | None:
         """Put everything where the last state has it; None where a run without a folder has only the network.
@@ -122,9 +124,8 @@ class Keeper:
             "standing": {f.name: getattr(standing, f.name) for f in fields(standing) if f.name != "step"},
         }
 
-    def _save(self, path: Path, standing: Standing) -> None:
+    def _save(self, path: Path) -> None:
         network = self.network
-        self._remember(network, standing)
         training = {n: p.requires_grad for n, p in network.named_parameters()}
         _set_flags(network, self._flags)
         try:
@@ -132,17 +133,20 @@ class Keeper:
         finally:
             _set_flags(network, training)
 
-    def _remember(self, network: nn.Module, standing: Standing) -> None:
-        """Note in the network's history what was done so far, in place of what an earlier checkpoint noted."""
-        record, settings = record_of(network), self.settings
-        if record is None or standing.step == 0:
+    def _remember(self, standing: Standing) -> None:
+        """Note in the networks' history what was done so far, in place of what an earlier checkpoint noted."""
+        settings = self.settings
+        if standing.step == 0:
             return
         entry = {"action": "finetune", "steps": standing.step, "planned": settings.steps, "train": settings.train}
         entry |= {"lr": settings.lr, "optimizer": settings.optimizer, "global_batch": settings.global_batch}
         entry |= {"seed": settings.seed, "figures": dict(standing.figures)}
-        if standing.entry is not None and record.history[-1:] == [standing.entry]:
-            record.history.pop()
-        record.history.append(entry)
+        for network in dict.fromkeys((self.model, self.network)):
+            record = record_of(network)
+            if record is not None:
+                if standing.entry is not None and record.history[-1:] == [standing.entry]:
+                    record.history.pop()
+                record.history.append(entry)
         standing.entry = entry
 
 

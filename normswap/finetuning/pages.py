@@ -79,7 +79,7 @@ def masks_page(
         place.axis("off")
     for i, image in enumerate(images):
         low, high = float(image.min()), float(image.max())
-        axes[3 * i].imshow(((image.float() - low) / max(high - low, 1e-6)).permute(1, 2, 0).cpu().numpy())
+        axes[3 * i].imshow(_in_colour((image.float() - low) / max(high - low, 1e-6)).permute(1, 2, 0).numpy())
         for place, title, mask in ((axes[3 * i + 1], "true", truths[i]), (axes[3 * i + 2], "predicted", found[i])):
             colours = _colours(int(mask.max()) + 1)[mask.cpu()]
             colours[mask.cpu() == IGNORED] = 0
@@ -89,6 +89,12 @@ def masks_page(
     _legend(canvas, sorted(shown), names)
     save_canvas(canvas, path)
     return True
+
+
+def _in_colour(image: Tensor) -> Tensor:
+    """`(3, H, W)` from any number of channels, on the CPU: their mean as grey, unless there are three."""
+    image = image.float().cpu()
+    return image if len(image) == 3 else image.mean(0, keepdim=True).expand(3, -1, -1)
 
 
 def _legend(canvas: Any, classes: Sequence[int], names: Sequence[str]) -> None:
@@ -101,8 +107,7 @@ def _legend(canvas: Any, classes: Sequence[int], names: Sequence[str]) -> None:
 
 def _picture(image: Tensor, masks: Tensor | None, labels: Tensor) -> Any:
     """`(H, W, 3)` with the masks laid over it by half."""
-    picture = image.float().cpu().clamp(0, 1).permute(1, 2, 0).clone()
-    picture = picture.expand(-1, -1, 3).clone()
+    picture = _in_colour(image).clamp(0, 1).permute(1, 2, 0).clone()
     if masks is not None:
         palette = _colours(int(labels.max()) + 1 if len(labels) else 1)
         for mask, label in zip(masks.cpu(), labels.tolist(), strict=True):

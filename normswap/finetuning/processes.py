@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +32,10 @@ def processes(device: str, precision: str) -> Iterator[Any]:
     _check_device(device, precision)
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
     AcceleratorState._reset_state(reset_partial_state=not together)  # of a run before this one, on another device
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision])
+    accelerator = Accelerator(cpu=_on_cpu(device), mixed_precision=PRECISIONS[precision])
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started and not together:
+        raise NormswapError(f"{started} processes were started, and {accelerator.num_processes} found each other")
     yield accelerator
     if accelerator.num_processes > 1:
         accelerator.wait_for_everyone()
@@ -55,9 +59,14 @@ def _check_device(device: str, precision: str) -> None:
     if not there[device]:
         has = ", ".join(name for name in ("cuda", "mps", "cpu") if there[name])
         raise OptionError(f"there is no {device} device here", hint=f"--device auto takes what there is: {has}.")
-    on_cpu = device == "cpu" or not (there["cuda"] or there["mps"])
-    if precision == "fp16" and on_cpu:
+    if precision == "fp16" and _on_cpu(device):
         raise OptionError("a CPU does not train in fp16", hint="--precision bf16 or fp32")
+
+
+def _on_cpu(device: str) -> bool:
+    """accelerate has to be told: it joins processes on a CPU only if that is where they are meant to be."""
+    there = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return device == "cpu" or (device == "auto" and not there)
 
 
 class Optimization:

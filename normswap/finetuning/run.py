@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,13 +20,14 @@ from ..lifting import lift
 from ..pinned import Pinned
 from ..registry import identify
 from ..stabilizing import stabilized
+from ..surgery import restored_on_error
 from ..training.optimizer import training_only
 from ..training.state import digest
 from ..training.teacher import original_of
 from ..values import one_of, whole
 from .classification import Classification
 from .detection import Detection
-from .folder import prepare_folder
+from .folder import drop_empty, prepare_folder
 from .optimizing import default_rate, trained
 from .processes import processes
 from .report import FinetuneReport, Progress
@@ -130,7 +132,7 @@ def finetune(
         steps=1, batch_size=batch_size, accumulate=accumulate, processes=1, samples=1, optimizer=optimizer,
         lr=1.0 if lr is None else lr, weight_decay=weight_decay, warmup=warmup, clip_grad=clip_grad, train=train,
         distill=distill, ema=ema, label_smoothing=label_smoothing, precision=precision, stabilize=stabilize, seed=seed,
-        network="", task=task, augment=augment, prepare=str(preprocess or ""),
+        network="", task=task, augment=augment, prepare=_name_of(preprocess),
         frozen=" ".join(name for name, on in (("statistics", freeze_stats), ("affine", freeze_affine)) if on),
     )  # fmt: skip
     doing = task_of(task, label_smoothing=label_smoothing, distill=distill)
@@ -138,12 +140,14 @@ def finetune(
     _check_apart(folder, sets)
     settings = replace(settings, data=sets.digest)
     sets = doing.prepared(sets, preprocess, augment)
-    with processes(device, precision) as accelerator:
+    with processes(device, precision) as accelerator, restored_on_error(model) as keep:
         settings = replace(settings, processes=accelerator.num_processes, samples=len(sets.train))
         settings = replace(settings, steps=_steps(settings, epochs, steps))
         if lr is None:
             settings = replace(settings, lr=default_rate(optimizer, settings.global_batch))
         place = replace(place, workers=_workers(place, accelerator))
+        if folder is not None and accelerator.is_main_process:
+            prepare_folder(folder, resume=resume, force=overwrite, make=False)
         if folder is not None and lift(model) is None:
             model = convert(model, rules={"*": "keep"}, inplace=True, check=False)  # so that it can be saved
         model.to(accelerator.device)
@@ -158,12 +162,21 @@ def finetune(
         accelerator.wait_for_everyone()
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
         scope = frozen(model, parameters, stats=freeze_stats, affine=freeze_affine)
+        trainer: Trainer | None = None
         sized = stabilized(model) if stabilize else nullcontext()
-        with scope as notes, modes_kept(model), training_only(model, parameters), sized:
-            trainer = Trainer(model, Job(doing, settings, place, sets), parameters, flags, accelerator, progress)
-            report = trainer.run(resume=resume)
+        try:
+            with scope as notes, modes_kept(model), training_only(model, parameters), sized:
+                trainer = Trainer(model, Job(doing, settings, place, sets), parameters, flags, accelerator, progress)
+                report = trainer.run(resume=resume)
+        finally:
+            if trainer is not None and trainer.keeper.saved is not None:
+                keep()
+            if folder is not None and accelerator.is_main_process:
+                drop_empty(folder)
     if head is not None and getattr(record_of(model), "head", None) != fitted_before:
-        notes.insert(0, f"the network got a new head for {head.classes} classes, {head.path}")
+        notes.insert(
+            0, f"the network got a new head for {head.classes} classes" + (f", {head.path}" if head.path else "")
+        )
     if report.best_at == 0 and report.steps == settings.steps:
         notes.append("validation found no network better than the one that training began with; best is that one")
     small = None if freeze_stats else small_batch_note(model, batch_size, settings.processes)
@@ -215,6 +228,14 @@ def _check_model(model: nn.Module, freeze_stats: bool) -> None:
             "no norm of the network has running statistics, so there is nothing for freeze_stats (--freeze-stats)",
             hint="freeze_affine (--freeze-affine) freezes gamma and beta.",
         )
+
+
+def _name_of(preprocess: Any) -> str:
+    """The same in every run: functions by their names, not by where they lie in memory."""
+    name = getattr(preprocess, "__qualname__", None)
+    if name is not None:
+        return f"{preprocess.__module__}.{name}"
+    return "" if preprocess is None else re.sub(r" at 0x[0-9a-fA-F]+", "", str(preprocess))
 
 
 def _check_apart(folder: Path | None, sets: Sets) -> None:

@@ -82,23 +82,23 @@ class Segmentation:
         return [item[0] for item in items], [item[1] for item in items]
 
     def _check(self, image: Tensor, mask: Tensor) -> None:
-        if image.dim() != 3 or not image.is_floating_point() or mask.shape != image.shape[1:]:
+        if image.dim() != 3 or not image.is_floating_point() or mask.dim() != 2:
             raise DataError(f"an image is {image.dtype} {tuple(image.shape)} and its mask {tuple(mask.shape)}")
         if mask.dtype != torch.int64:
             raise DataError(f"a mask is {mask.dtype}; its pixels are class numbers, int64")
-        known = mask[mask != IGNORED]
-        if len(known) and (int(known.min()) < 0 or (self.classes is not None and int(known.max()) >= self.classes)):
-            raise DataError(
-                f"a mask has classes from {int(known.min())} to {int(known.max())}; the network knows 0 to "
-                f"{(self.classes or 0) - 1}, and {IGNORED} is ignored",
-                hint=f"--num-classes {int(known.max()) + 1} (num_classes=) gives it a new head.",
-            )
+        check_classes(mask, self.classes)
 
     def outcome(self, forward: Callable[..., Any], content: Any) -> Outcome:
         """The mean loss of the pixels of one batch."""
+        for image, mask in zip(*content, strict=True):
+            if mask.shape != image.shape[1:]:
+                raise DataError(f"a training image is {tuple(image.shape)} and its mask {tuple(mask.shape)}")
         images, masks = _padded(content[0], 0), _padded(content[1], IGNORED)
         output = forward(images)
         scores = _at(scores_of(output), masks)
+        if self.classes is None:  # from now on `collate` knows
+            check_classes(masks, scores.shape[1])
+            self.classes = scores.shape[1]
         loss = self._loss(scores, masks)
         aux = output.get("aux") if isinstance(output, Mapping) else None
         if isinstance(aux, Tensor):
@@ -135,11 +135,12 @@ class Overlap:
     def add(self, model: nn.Module, content: Any) -> None:
         """One batch; images of one size run together, none is padded."""
         groups: dict[Any, list[int]] = defaultdict(list)
-        for i, image in enumerate(content[0]):
-            groups[image.shape].append(i)
+        for i, (image, mask) in enumerate(zip(*content, strict=True)):
+            groups[image.shape, mask.shape].append(i)
         for group in groups.values():
             images, masks = (torch.stack([part[i] for i in group]) for part in content)
             scores = _at(scores_of(model(images)), masks)
+            check_classes(masks, scores.shape[1])
             self._loss += float(F.cross_entropy(scores, masks, ignore_index=IGNORED, reduction="sum"))
             counts = confusion(masks, scores.argmax(1), scores.shape[1]).cpu()
             self._counts = counts if self._counts is None else self._counts + counts
@@ -165,6 +166,17 @@ class Overlap:
             "val_miou": float((right[there] / union[there]).mean()),
             "val_pixel_accuracy": float(right.sum()) / pixels,
         }
+
+
+def check_classes(masks: Tensor, classes: int | None) -> None:
+    """Raise DataError for pixels of a class that the network does not know. classes: None where that is not known."""
+    known = masks[masks != IGNORED]
+    if len(known) and (int(known.min()) < 0 or (classes is not None and int(known.max()) >= classes)):
+        raise DataError(
+            f"a mask has classes from {int(known.min())} to {int(known.max())}; the network knows 0 to "
+            f"{(classes or 0) - 1}, and {IGNORED} is ignored",
+            hint=f"--num-classes {int(known.max()) + 1} (num_classes=) gives it a new head.",
+        )
 
 
 def confusion(true: Tensor, found: Tensor, classes: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Sets:
         what = []
         for data in (self.train, self.validation):
             names = getattr(data, "files", None)
-            listed = None if names is None else [str(f.relative_to(data.folder)) for f in names]
+            listed = None if names is None else [os.path.relpath(f, data.folder) for f in names]
             what.append([None if data is None else len(data), listed, getattr(data, "labels", None)])
         return hashlib.sha256(repr((self.classes, what)).encode()).hexdigest()[:16]
 

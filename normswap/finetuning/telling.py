@@ -36,17 +36,22 @@ class Telling:
         self.settings, self.main, self.clock = settings, main, Clock()
         self._place, self._device, self._tell = place, device, tell if main else None
         self._window = Window()
+        self._journal: Journal | None = None
 
     def begin(self, step: int) -> None:
-        """From now on the clock runs, and figures are written down."""
+        """From now on the clock runs."""
         self.began = step
-        folder = self._place.output if self.main else None
-        self._journal = Journal(folder, step=step, tensorboard=self._place.tensorboard and self.main)
         self.clock.start()
+
+    def open(self) -> None:
+        """From now on figures are written down."""
+        folder = self._place.output if self.main else None
+        self._journal = Journal(folder, step=self.began, tensorboard=self._place.tensorboard and self.main)
 
     def end(self) -> None:
         """Close the files."""
-        self._journal.close()
+        if self._journal is not None:
+            self._journal.close()
 
     def step(self, step: int, loss: Tensor, sums: list[dict[str, Tensor]], samples: int) -> None:
         """One step is done; on a GPU its figures stay there until `look`."""
@@ -86,7 +91,8 @@ class Telling:
 
     def draw(self, folder: Path, panels: tuple[Panel, ...]) -> None:
         """Write curves.png."""
-        self._journal.draw(panels, folder.name)
+        if self._journal is not None:
+            self._journal.draw(panels, folder.name)
         self.clock.drawn()
 
     def speed(self, step: int) -> float:
@@ -94,7 +100,7 @@ class Telling:
         return self.clock.speed(self.settings.global_batch, step - self.began)
 
     def _write(self, step: int, figures: dict[str, Any]) -> None:
-        if self.main:
+        if self.main and self._journal is not None:
             self._journal.write({"step": step, "epoch": round(step / self.settings.epoch, 4), **figures})
 
     def _progress(self, step: int, figures: dict[str, float], *, validation: bool = False) -> Progress:

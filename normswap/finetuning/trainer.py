@@ -99,12 +99,11 @@ class Trainer:
 
     def run(self, *, resume: bool) -> FinetuneReport:
         """Do the steps that are left. Raises NormswapError subclasses, after which the last checkpoint is whole."""
-        folder = self.place.output
         if resume:
             self.standing = self.keeper.restore() or self.standing
-        elif folder is not None and self.main:
-            clear(folder)
         self.telling.begin(self.step)
+        if resume:
+            self.telling.open()
         try:
             with self._compiled(), Signals() as self.signals:
                 if not resume or (self.standing.pending and self.step == 0):
@@ -130,8 +129,14 @@ class Trainer:
         return self.signals.received if self.step < self.settings.steps or self.standing.pending else None
 
     def _begin(self) -> None:
-        """Validate and keep what training begins with."""
+        """Validate and keep what training begins with; until that has worked, an older run in the folder stays."""
         figures = self.validate() or {}
+        if self.keeper.saved is None:
+            if self.place.output is not None and self.main:
+                clear(self.place.output)
+            self.telling.open()
+        if figures:
+            self.telling.validated(self.step, figures)
         self.standing.before, self.standing.figures = figures, dict(figures)
         self._compare(figures)
         self.standing.pending = self.signals.received is not None
@@ -200,15 +205,14 @@ class Trainer:
                 if self.signals.received is not None and not self._together:
                     return None
         self.telling.clock.resume()
-        figures = meter.result(self._total)
-        self.telling.validated(self.step, figures)
-        return figures
+        return meter.result(self._total)
 
     def _evaluate(self) -> None:
         """Validate, and keep the network if it is the best so far."""
         figures = self.validate()
         self.standing.pending = figures is None
-        if figures is not None:
+        if figures:
+            self.telling.validated(self.step, figures)
             self.standing.figures |= figures
             self._compare(figures)
 
@@ -251,11 +255,12 @@ class Trainer:
             self.forward = torch.compile(self.forward)
             yield
             return
+        before = part._compiled_call_impl
         part.compile()
         try:
             yield
         finally:
-            part._compiled_call_impl = None
+            part._compiled_call_impl = before
 
     # --- trouble ------------------------------------------------------------------------------------------------
 

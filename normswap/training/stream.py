@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..data import Batches, ImageBatches, ImageData, as_batches, open_images
+from ..data import Batches, ImageBatches, ImageData, as_batches, collated, open_images
 from ..errors import DataError
 
 Args = tuple[Any, ...]
@@ -88,9 +88,7 @@ def stream_of(data: Any, batch_size: int, seed: int) -> Stream:
     if isinstance(data, Dataset) and not isinstance(data, (IterableDataset, DataLoader)) and hasattr(data, "__len__"):
         samples: Dataset[Any] = data
         # No DataLoader: starting one takes a random number, at a step that depends on where a run was resumed.
-        return _indexed(
-            len(data), batch_size, seed, lambda parts: (default_collate([samples[i] for i in p]) for p in parts)
-        )
+        return _indexed(len(data), batch_size, seed, lambda parts: (collated([samples[i] for i in p]) for p in parts))
     batches = as_batches(data, batch_size)
     return Stream(seed, lambda number, first: (args for args, _ in batches))
 
