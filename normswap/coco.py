@@ -191,7 +191,8 @@ def _json(file: Path) -> Any:
     except FileNotFoundError:
         raise DataError(f"there is no annotation file {file}") from None
     except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
+        hint = "The annotation file comes first, the folder of its images second." if file.is_dir() else None
+        raise DataError(f"{file} cannot be read: {error.strerror or error}", hint=hint) from error
     except (ValueError, RecursionError) as error:  # json's own error, or text that is not UTF-8
         raise DataError(f"{file} is not JSON: {error}", hint=_SEE) from error
 

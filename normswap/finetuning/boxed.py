@@ -167,7 +167,8 @@ def _opened(folder: Path, masks: bool) -> tuple[CocoData, CocoData | None]:
 
 def _single(folder: Path, masks: bool) -> CocoData:
     if not folder.is_dir():
-        raise DataError(f"there is no folder {folder}", hint=_LAYOUT)
+        what = "is a file, not a folder" if folder.is_file() else "is not there"
+        raise DataError(f"{folder} {what}", hint=_LAYOUT)
     place = _files_in(folder)
     if place is None:
         raise DataError(f"{folder} holds no {' or '.join(ANNOTATIONS)}", hint=_LAYOUT)
