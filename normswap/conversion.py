@@ -18,7 +18,7 @@ from .inventory import as_inputs
 from .planning import Plan, plan
 from .rules import Rules
 from .selfcheck import TOLERANCE, Check, Observations, applicable, compare, observe, watched_paths
-from .surgery import copied, device_and_dtype
+from .surgery import check_module, copied, device_and_dtype
 from .transfer import apply
 from .undo import Undo, revert
 
@@ -83,6 +83,7 @@ def convert(
     dtype, device, training flags, `requires_grad`, hooks, attributes, ties and aliases stay as they are; gamma and
     beta stay the same Parameter objects. Raises OptionError, PlanError or SelfCheckError, and then nothing changed.
     """
+    check_module(model)
     before = record_of(model)
     if before is not None and before.factors:
         raise OptionError("the network is stabilized for training", hint="Convert it after `with stabilized(...)`.")

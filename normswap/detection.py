@@ -20,6 +20,7 @@ from .freezing import freeze
 from .lifting import lift
 from .registry import identify
 from .rules import Rules
+from .surgery import check_module
 from .values import whole as check_whole
 
 DETECTORS = {
@@ -95,6 +96,7 @@ def detector(
         raise OptionError(f"unknown kind of detector {kind!r}; known: {', '.join(DETECTORS)}")
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
         raise OptionError(f"num_classes counts the background, so it is at least 2, not {num_classes!r}")
+    check_module(backbone)
     _check_options(kind, options)
     check_whole("width", width)
     norm_layer = norm_layer_of(norm, groups, width)

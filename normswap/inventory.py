@@ -12,13 +12,13 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from . import norms as _norms  # noqa: F401  (registers the norm types)
 from .calls import producer_kind
-from .errors import DataError, OptionError, first_line
+from .errors import DataError, first_line
 from .feeds import UNKNOWN, Feed, analyse, watched_modules
 from .graph import Region, record, trace
 from .registry import class_of, identify, why_suspicious
 from .roles import roles_of
 from .spec import NormSpec, NormState
-from .surgery import aliases, hidden_references
+from .surgery import aliases, check_module, hidden_references
 from .suspects import IN_CODE, Suspect, functional_batch_norm, suspicion
 from .uses import branches_on_training
 
@@ -106,8 +106,7 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, feeds: bool = True)
 
     Raises DataError when the network cannot be run on the example inputs.
     """
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     paths = aliases(model)
     roles = roles_of(names[0] for names in paths.values())
     found: list[tuple[nn.Module, NormSpec, NormState]] = []

@@ -13,12 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import NormswapError
+from .errors import NormswapError, OptionError
 
 # What every nn.Module carries; anything else in a module's __dict__ is its own or its user's.
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 _SCALARS = frozenset({bool, int, float, str, type(None)})
 _HOOK_ATTRIBUTES = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks") or "_hooks_" in name)
+
+
+def check_module(model: Any) -> None:
+    """Raise OptionError for what is no network, such as its name."""
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def aliases(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -216,6 +216,7 @@ def finetune(
         from ..finetuning.run import finetune as train_model
         from ..finetuning.run import task_of
 
+        swap.check()
         origin = locate(ctx, wanted)
         folder = output or Path("runs", stem_of(origin, swap))
         if not helper:

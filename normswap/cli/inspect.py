@@ -111,10 +111,8 @@ def _render(page: Page, origin: Origin, found: Inventory, matched: Matched, show
     page.gap()
     _summary(page, origin, found)
     for each in matched.to_dict():
-        count = len(each["layers"])
-        told = (
-            f" matches {plural(count, 'layer')}" if count else (" matches no layer, so convert would refuse it", "bad")
-        )
+        count, left = len(each["layers"]), "" if len(matched.rules) == 1 else " that an earlier rule has left"
+        told = f" matches {plural(count, 'layer')}" if count else (f" matches no layer{left}", "bad")
         page.line("  ", (f"{each['pattern']}={each['target']}", "path"), told)
 
 

@@ -36,6 +36,14 @@ class Swap:
         swap = {"to": self.to, "rules": self.rules, **self.planning, "calibrate": self.images}
         return {"source": source, "file": None if origin.file is None else str(origin.file), **swap, **asked.given()}
 
+    def check(self) -> None:
+        """Tell an unknown norm or role before a network is built."""
+        from .. import norms as _norms  # noqa: F401  (registers the norm types)
+        from ..rules import rules_of
+
+        if self.wanted:
+            rules_of(self.to, self.rules)
+
     @property
     def wanted(self) -> bool:
         """Whether the network is to be converted."""

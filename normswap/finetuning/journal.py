@@ -79,10 +79,12 @@ def _plot(axes: Any, lines: list[dict[str, Any]], panel: Panel) -> None:
     axes.grid(alpha=0.3)
     if not names:
         axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes, color="grey")
+    both = len(names) == 2 and sum(name.startswith("val_") for name in names) == 1
     for name in names:
         points = [(line["epoch"], line[name]) for line in lines if name in line]
         x, y = zip(*points, strict=True)
-        colour = None if len(names) > 1 else "tab:orange" if name.startswith("val_") else "tab:blue"
+        usual = "tab:orange" if name.startswith("val_") else "tab:blue"
+        colour = usual if len(names) == 1 or both else None
         label = name.removeprefix("loss_").replace("_", " ")
         marker = "o" if name.startswith("val_") or len(points) == 1 else None
         axes.plot(x, y, color=colour, marker=marker, lw=1.5, label=label)

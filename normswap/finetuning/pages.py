@@ -53,7 +53,8 @@ def boxes_page(
         sure = found[i]["scores"] > SURE
         kept = {k: v[sure] for k, v in found[i].items() if k in ("boxes", "labels", "scores", "masks")}
         masked = "masks" in kept  # true masks are of no interest where none are predicted
-        for place, title, target in ((axes[2 * i], "true", truths[i]), (axes[2 * i + 1], "predicted", kept)):
+        second = "predicted" if len(kept["labels"]) else f"predicted: none above {SURE:g}"
+        for place, title, target in ((axes[2 * i], "true", truths[i]), (axes[2 * i + 1], second, kept)):
             place.set_title(title, fontsize=9)
             place.imshow(_picture(image, target.get("masks") if masked else None, target["labels"]))
             _draw_boxes(place, target, names)
@@ -126,7 +127,9 @@ def _draw_boxes(axes: Any, target: Any, names: Sequence[str]) -> None:
         axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, lw=1.6, edgecolor=colour))
         text = _name(labels[i], names, first=1) + ("" if scores is None else f" {float(scores[i]):.2f}")
         style = {"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
-        axes.text(x1, y1 - 1.5, text, fontsize=6.5, color="black", va="bottom", bbox=style, clip_on=True)
+        above = y1 > 0.08 * axes.get_ylim()[0]  # else it would lie outside the picture
+        y, side = (y1 - 1.5, "bottom") if above else (y1 + 1, "top")
+        axes.text(x1, y, text, fontsize=6.5, color="black", va=side, bbox=style, clip_on=True)
 
 
 def _name(number: int, names: Sequence[str], *, first: int) -> str:
