@@ -77,6 +77,7 @@ def _plot(axes: Any, lines: list[dict[str, Any]], panel: Panel) -> None:
     names = dict.fromkeys(name for line in lines for name in line if any(fnmatchcase(name, n) for n in panel.names))
     axes.set_title(panel.title, fontsize=10)
     axes.grid(alpha=0.3)
+    axes.margins(y=0.12)  # room for the last value
     if not names:
         axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes, color="grey")
     both = len(names) == 2 and sum(name.startswith("val_") for name in names) == 1
@@ -89,7 +90,9 @@ def _plot(axes: Any, lines: list[dict[str, Any]], panel: Panel) -> None:
         marker = "o" if name.startswith("val_") or len(points) == 1 else None
         axes.plot(x, y, color=colour, marker=marker, lw=1.5, label=label)
         if len(points) < 30 and len(names) == 1:
-            axes.annotate(f"{y[-1]:.3g}", (x[-1], y[-1]), textcoords="offset points", xytext=(4, 4), fontsize=8)
+            axes.annotate(
+                f"{y[-1]:.3g}", (x[-1], y[-1]), textcoords="offset points", xytext=(0, 6), ha="right", fontsize=8
+            )
     if len(names) > 1:
         axes.legend(fontsize=8)
 

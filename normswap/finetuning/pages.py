@@ -71,7 +71,7 @@ def masks_page(
     """
     from ..semantic import IGNORED
 
-    canvas = canvas_of(9, 2.2 * -(-len(images) // 2))
+    canvas = canvas_of(9, 0.5 + 1.75 * -(-len(images) // 2))
     if canvas is None:
         return False
     axes = canvas.subplots(-(-len(images) // 2), 6, squeeze=False).flat
