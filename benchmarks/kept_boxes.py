@@ -1,6 +1,6 @@
 """How many of its boxes a detector keeps when its norms are swapped: calibrated on 8 images, and then distilled.
 
-    python benchmarks/kept_boxes.py [--to gn] [--groups 8] [--calibrate 8] [--steps 300]
+    python benchmarks/kept_boxes.py [--depthwise] [--to gn] [--groups 8] [--calibrate 8] [--steps 300]
 
 A small Faster R-CNN with BatchNorm (small_detector.py) is trained on coloured shapes at batch size 8, then converted.
 Prints the F1 of the converted detector's boxes against the original's on 200 held-out images: boxes with a score above
@@ -55,6 +55,7 @@ def mean_precision(found: Found, data: object) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depthwise", action="store_true", help="a backbone of depthwise convolutions")
     parser.add_argument("--to", default="gn")
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--training", type=int, default=300, help="steps of the original, 8 images each")
@@ -64,7 +65,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    original = small_detector("bn")
+    original = small_detector("bn", depthwise=options.depthwise)
     training, held_out = shapes(1000, SIZE, seed=0), shapes(200, SIZE, seed=1)
     normswap.finetune(
         original, training, task="detection", steps=options.training, batch_size=8, lr=1e-3, device="cpu"

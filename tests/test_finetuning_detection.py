@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.models import detection as zoo
 
 import normswap
+from normswap.conversion import record_of
 from normswap.data import open_coco, shapes, write_shapes
 from normswap.errors import DataError, NormswapError, OptionError
 from normswap.finetuning.boxed import flipped
@@ -417,7 +418,7 @@ def test_a_run_that_does_not_begin_leaves_network_and_folder_alone(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "state.pt").write_text("an older run")
-    model = tiny(num_classes=7)
+    model = normswap.convert(tiny(num_classes=7), rules={"*": "keep"})
     head, before = model.roi_heads.box_predictor, {n: t.clone() for n, t in model.state_dict().items()}
     data, evaluation = folder, None
     if failing.pop("data", None):
@@ -427,6 +428,7 @@ def test_a_run_that_does_not_begin_leaves_network_and_folder_alone(
     with pytest.raises(NormswapError):
         train(model, data, evaluation, **failing)
     assert model.roi_heads.box_predictor is head
+    assert record_of(model).head is None
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert (tmp_path / "old" / "state.pt").read_text() == "an older run"
     assert [p.name for p in (tmp_path / "old").iterdir()] == ["state.pt"]

@@ -49,6 +49,6 @@ def fitted(model: nn.Module, found: Head, in_data: int | None, asked: int | None
     torch.manual_seed(seed)
     resize_head(model, head)
     record = record_of(model)
-    if record is not None:
-        record.head = head
+    if record is not None:  # a new one, so that the caller can put the network back as it was
+        model.__dict__["_normswap"] = replace(record, head=head)
     return head

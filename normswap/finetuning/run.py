@@ -147,7 +147,7 @@ def finetune(
             settings = replace(settings, lr=default_rate(optimizer, settings.global_batch))
         place = replace(place, workers=_workers(place, accelerator))
         if folder is not None and accelerator.is_main_process:
-            prepare_folder(folder, resume=resume, force=overwrite, make=False)
+            prepare_folder(folder, resume=resume, force=overwrite, make=False)  # before anything takes time
         if folder is not None and lift(model) is None:
             model = convert(model, rules={"*": "keep"}, inplace=True, check=False)  # so that it can be saved
         model.to(accelerator.device)
@@ -174,9 +174,8 @@ def finetune(
             if folder is not None and accelerator.is_main_process:
                 drop_empty(folder)
     if head is not None and getattr(record_of(model), "head", None) != fitted_before:
-        notes.insert(
-            0, f"the network got a new head for {head.classes} classes" + (f", {head.path}" if head.path else "")
-        )
+        where = f", {head.path}" if head.path else ""
+        notes.insert(0, f"the network got a new head for {head.classes} classes{where}")
     if report.best_at == 0 and report.steps == settings.steps:
         notes.append("validation found no network better than the one that training began with; best is that one")
     small = None if freeze_stats else small_batch_note(model, batch_size, settings.processes)
