@@ -11,6 +11,8 @@ from torch import nn
 
 from .surgery import device_and_dtype, evaluating, undisturbed
 
+_SIDE = 160
+
 
 def guess_inputs(model: nn.Module) -> tuple[Any, ...] | None:
     """Random inputs that `model(*inputs)` runs on in eval mode, or None when no guess does.
@@ -29,10 +31,26 @@ def runs(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
     """Whether the model's forward takes these inputs. Leaves the model and the random state as they were."""
     try:
         with evaluating(model), undisturbed(model), torch.no_grad():
+            shrink_images(model)
             model(*inputs)
     except Exception:  # a stranger's forward raises whatever it likes on inputs it was not made for
         return False
     return True
+
+
+def shrink_images(model: nn.Module) -> None:
+    """Let a detector of torchvision work on small images, where it would enlarge them to 800 pixels and more.
+
+    For a caller within `undisturbed`, which puts the sizes back.
+    """
+    transform: Any = getattr(model, "transform", None)
+    if _is_detector(model) and not transform.fixed_size:
+        transform.min_size = tuple(min(side, _SIDE) for side in transform.min_size)
+        transform.max_size = min(transform.max_size, 2 * _SIDE)
+
+
+def _is_detector(model: nn.Module) -> bool:
+    return type(getattr(model, "transform", None)).__name__ == "GeneralizedRCNNTransform"
 
 
 def random_tensor(shape: tuple[int, ...], model: nn.Module) -> torch.Tensor:
@@ -57,7 +75,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[Any, ...]]:
         2: [(64, 64), (224, 224), (256, 256), (299, 299), (32, 32)],
     }
     sizes[3] = [(16, 64, 64), (16, 112, 112), (16, 224, 224)]
-    if type(getattr(model, "transform", None)).__name__ == "GeneralizedRCNNTransform":
+    if _is_detector(model):
         yield ([random_tensor((first.in_channels, 128, 160), model).sigmoid()],)
     for size in sizes[spatial]:
         yield (random_tensor((1, first.in_channels, *size), model),) * _required_arguments(model)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .example import shrink_images
 from .modules import per_channel
 from .planning import Plan, Step
 from .surgery import evaluating, get, undisturbed
@@ -66,6 +67,7 @@ def observe(model: nn.Module, inputs: tuple[Any, ...], watched: Iterable[str]) -
         stack.enter_context(evaluating(model))
         stack.enter_context(undisturbed(model))
         stack.enter_context(torch.no_grad())
+        shrink_images(model)
         for path in watched:
             stack.callback(get(model, path).register_forward_hook(hook_for(path)).remove)
         out = model(*inputs)

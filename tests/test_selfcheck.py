@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from detectors import worn
 from helpers import Net, Residual, X, conv_bn, randomized
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import detection as zoo
 
 import normswap
 from normswap.selfcheck import Check, observe
@@ -96,3 +98,15 @@ def test_layers_that_the_input_does_not_reach_are_counted_out() -> None:
 )
 def test_only_a_run_within_tolerance_has_passed(error: float | None, passed: bool) -> None:
     assert Check(error).passed is passed
+
+
+def test_detectors_are_checked_on_small_images_and_keep_their_own_sizes() -> None:
+    model = worn(zoo.fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=None))
+    sides: list[int] = []
+    handle = model.backbone.register_forward_hook(lambda module, args, out: sides.append(max(args[0].shape[2:])))
+    converted = normswap.convert(model, "gn")
+    handle.remove()
+    assert sides
+    assert max(sides) <= 320
+    for each in (model, converted):
+        assert (tuple(each.transform.min_size), each.transform.max_size) == ((800,), 1333)
