@@ -141,10 +141,7 @@ def finetune(
     settings = replace(settings, data=sets.digest)
     sets = doing.prepared(sets, preprocess, augment)
     with processes(device, precision) as accelerator, restored_on_error(model) as keep:
-        settings = replace(settings, processes=accelerator.num_processes, samples=len(sets.train))
-        settings = replace(settings, steps=_steps(settings, epochs, steps))
-        if lr is None:
-            settings = replace(settings, lr=default_rate(optimizer, settings.global_batch))
+        settings = _settled(settings, accelerator, len(sets.train), epochs, steps, lr)
         place = replace(place, workers=_workers(place, accelerator))
         if folder is not None and accelerator.is_main_process:
             prepare_folder(folder, resume=resume, force=overwrite, make=False)  # before anything takes time
@@ -178,8 +175,9 @@ def finetune(
         notes.insert(0, f"the network got a new head for {head.classes} classes{where}")
     if report.best_at == 0 and report.steps == settings.steps:
         notes.append("validation found no network better than the one that training began with; best is that one")
-    small = None if freeze_stats else small_batch_note(model, batch_size, settings.processes)
-    report = replace(report, notes=(*report.notes, *notes, *([small] if small else [])))
+    if not freeze_stats and (small := small_batch_note(model, batch_size, settings.processes)):
+        notes.append(small)
+    report = replace(report, notes=tuple(notes))
     if trainer.stopped_by == signal.SIGINT:
         raise Interrupted(report)
     if trainer.stopped_by is not None:
@@ -243,6 +241,15 @@ def _check_apart(folder: Path | None, sets: Sets) -> None:
         place = getattr(data, "folder", None)
         if folder is not None and isinstance(place, Path) and folder.resolve().is_relative_to(place.resolve()):
             raise OptionError(f"the output folder {folder} is within the data, {place}", hint="Name another --output.")
+
+
+def _settled(
+    settings: Settings, accelerator: Any, samples: int, epochs: int | None, steps: int | None, lr: float | None
+) -> Settings:
+    """With what depends on the data and on how many processes there are."""
+    settings = replace(settings, processes=accelerator.num_processes, samples=samples)
+    settings = replace(settings, steps=_steps(settings, epochs, steps))
+    return settings if lr is not None else replace(settings, lr=default_rate(settings.optimizer, settings.global_batch))
 
 
 def _steps(settings: Settings, epochs: int | None, steps: int | None) -> int:
