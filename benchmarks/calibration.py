@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--cost", action="store_true")
-    parser.add_argument("--job", choices=("plain", "whole", "calibrate"), help=argparse.SUPPRESS)
+    parser.add_argument("--job", choices=("plain", "whole", "calibrate", "refit"), help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=64, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
