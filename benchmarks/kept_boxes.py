@@ -1,6 +1,6 @@
 """How many of its boxes a detector keeps when its norms are swapped: calibrated on 8 images, and then distilled.
 
-    python benchmarks/kept_boxes.py [--depthwise] [--to gn] [--groups 8] [--calibrate 8] [--steps 300]
+    python benchmarks/kept_boxes.py [--depthwise] [--to gn] [--groups 8] [--calibrate 8] [--method refit] [--steps 300]
 
 A small Faster R-CNN with BatchNorm (small_detector.py) is trained on coloured shapes at batch size 8, then converted.
 Prints the F1 of the converted detector's boxes against the original's on 200 held-out images: boxes with a score above
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--training", type=int, default=300, help="steps of the original, 8 images each")
     parser.add_argument("--calibrate", type=int, default=8)
+    parser.add_argument("--method", default="balance", help="of calibrate")
     parser.add_argument("--steps", type=int, default=300, help="of distillation")
     parser.add_argument("--batch-size", type=int, default=4, help="of distillation")
     options = parser.parse_args()
@@ -76,7 +77,7 @@ def main() -> None:
     converted = normswap.convert(original, to=options.to, **({"groups": options.groups} if options.to == "gn" else {}))
     report(converted, "converted", reference, held_out)
     unlabelled = [[training[i][0]] for i in range(len(training))]
-    normswap.calibrate(converted, original, unlabelled[: options.calibrate])
+    normswap.calibrate(converted, original, unlabelled[: options.calibrate], method=options.method)
     report(converted, f"calibrated on {options.calibrate} images", reference, held_out)
     starts = range(0, len(training), options.batch_size)
     batches = [[image for [image] in unlabelled[i : i + options.batch_size]] for i in starts]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import Residual, bits, broadcast, contents, conv_bn, fingerprint, randomized, relative, run
 from torch import Tensor, nn
+from torchvision.models import resnet18
 
 import normswap
 from normswap.calibration import calibrate
@@ -20,6 +21,7 @@ from normswap.calibration.moments import Moments, moments_of
 from normswap.calibration.refit import fitted
 from normswap.calibration.targets import targets_of
 from normswap.conversion import record_of
+from normswap.detection import detector
 from normswap.errors import DataError, NormswapError, OptionError, RevertError
 from normswap.surgery import get
 from normswap.transfer import inner_norm
@@ -826,3 +828,15 @@ def test_lockstep_waits_for_all_that_will_come_and_for_no_other() -> None:
     lockstep.run()
     assert [entry for entry in log if isinstance(entry, tuple)].__len__() == 5
     assert set(log) >= {"a", "b"}
+
+
+def test_layers_on_regions_that_a_detector_proposes_are_not_fitted_anew() -> None:
+    """Each network proposes regions of its own, so what these layers see cannot be compared one by one."""
+    few = {"rpn_post_nms_top_n_test": 10, "rpn_pre_nms_top_n_test": 20, "min_size": 64, "max_size": 64}
+    torch.manual_seed(0)
+    original = detector("fasterrcnn", backbone=resnet18(), num_classes=3, norm="bn", width=32, **few).eval()
+    model = normswap.convert(original, "gn", groups=4)
+    calibrate(model, original, [[torch.rand(3, 64, 64), torch.rand(3, 48, 64)]], method="refit")
+    anew = [layer.path for layer in record_of(model).undo.layers if layer.given is not None]
+    assert any(path.startswith("backbone.fpn") for path in anew)
+    assert not any(path.startswith("roi_heads") for path in anew)

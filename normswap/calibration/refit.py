@@ -27,6 +27,7 @@ RIDGE = 0.1
 """Of the mean power of an input: how strongly a weight is held where it is."""
 ROWS = 64
 """How many positions are used for each number to be fitted, at least, as far as there are so many."""
+_ON_REGIONS = {"roi_heads", "roi_head"}
 _AT_ONCE = 1 << 24  # numbers in the patches that are laid out at a time
 
 
@@ -98,9 +99,12 @@ def refits_of(
     model: nn.Module, targets: Iterable[Target], steps: Mapping[str, Step], records: Mapping[str, LayerUndo]
 ) -> dict[str, Refit]:
     """Of the norms at these paths, those whose layer can be fitted: folded into a single plain convolution or linear
-    layer, which has not been trained since and runs no hooks."""
+    layer, which has not been trained since and runs no hooks. What runs on regions that the network itself proposes is
+    left out: both networks see regions of their own there, which cannot be compared one by one."""
     found = {}
     for target in targets:
+        if not _ON_REGIONS.isdisjoint(target.path.split(".")):
+            continue
         step = steps.get(target.path)
         if step is None or step.transfer != "fold" or len(step.producers) != 1 or target.original is None:
             continue
