@@ -63,12 +63,14 @@ def moved(record: Record, rename: Rename) -> Record:
     norms = [replace(norm, paths=paths) for norm in undo.norms if (paths := _renamed(norm.paths, rename))]
     layers = [replace(layer, path=path) for layer in undo.layers if (path := rename(layer.path)) is not None]
     factors = {path: factor for old, factor in record.factors.items() if (path := rename(old)) is not None}
+    head = None if record.head is None or (at := rename(record.head.path)) is None else replace(record.head, path=at)
     return Record(
         replace(plan, steps=tuple(steps), kept=tuple(kept)),
         Undo(norms, layers, undo.complete),
         record.check,
         history=list(record.history),
         previous=None if record.previous is None else moved(record.previous, rename),
+        head=head,
         factors=factors,
     )
 
@@ -92,7 +94,10 @@ def _renamed(paths: tuple[str, ...], rename: Rename) -> tuple[str, ...]:
 
 
 def _joined(records: list[Record]) -> Record:
-    """One record of several parts; what was converted twice is reverted to the state in between."""
+    """One record of several parts, of which one may have a new head.
+
+    What was converted twice is reverted to the state in between.
+    """
     plans, undos = [r.plan for r in records], [r.undo for r in records]
     steps, kept = (tuple(chain.from_iterable(each)) for each in zip(*((p.steps, p.kept) for p in plans), strict=True))
     layers = sum(r.check.layers for r in records)
@@ -101,4 +106,5 @@ def _joined(records: list[Record]) -> Record:
     undo = Undo([n for u in undos for n in u.norms], [x for u in undos for x in u.layers], complete)
     history = [entry for r in records for entry in r.history]
     factors = {path: factor for r in records for path, factor in r.factors.items()}
-    return Record(Plan(steps, kept, plans[0].transfer), undo, check, history=history, factors=factors)
+    head = next((r.head for r in records if r.head is not None), None)
+    return Record(Plan(steps, kept, plans[0].transfer), undo, check, history=history, head=head, factors=factors)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from normswap.data import shapes
+from normswap.data import shapes, write_shapes
 
 DETECTORS = models.list_models(module=models.detection)
 SEGMENTERS = models.list_models(module=models.segmentation)
@@ -92,3 +93,10 @@ def values(network: nn.Module) -> list[Tensor]:
 
 def _needs_size(network: nn.Module) -> bool:
     return type(network).__name__ == "SSD"
+
+
+def shapes_folder(place: Path, size: int, *, held_out: int = 3) -> Path:
+    """Boxes and masks: `train`, of 8 images, and `val`."""
+    write_shapes(place / "train", 8, size=size, seed=0)
+    write_shapes(place / "val", held_out, size=size, seed=1)
+    return place

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from detectors import shapes_folder
 from torch import Tensor, nn
 from torchvision.models import detection as zoo
 
@@ -66,17 +67,9 @@ tiny: Any = globals()["tiny"]
 grouped: Any = globals()["grouped"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("shapes")
-    write_shapes(place / "train", 8, size=64, seed=0)
-    write_shapes(place / "val", 3, size=64, seed=1)
-    return place
+    return shapes_folder(tmp_path_factory.mktemp("shapes"), 64)
 
 
 def train(model: nn.Module, data: Any, evaluation: Any = None, **more: Any) -> Any:

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detectors import shapes_folder
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import segmentation as zoo
 
 import normswap
-from normswap.data import Preprocess, open_masks, write_shapes
+from normswap.data import Preprocess, open_masks
 from normswap.errors import DataError, OptionError
 from normswap.finetuning.scenes import Scenes
 from normswap.finetuning.segmentation import Overlap, Segmentation
@@ -53,17 +54,9 @@ exec(NETS)  # the same for tests in this process and for those that start others
 pixels: Any = globals()["pixels"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("masks")
-    write_shapes(place / "train", 8, size=32, seed=0)
-    write_shapes(place / "val", 3, size=32, seed=1)
-    return place
+    return shapes_folder(tmp_path_factory.mktemp("shapes"), 32)
 
 
 def train(model: nn.Module, data: Any, evaluation: Any = None, **more: Any) -> Any:

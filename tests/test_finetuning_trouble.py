@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from detectors import shapes_folder
 from test_finetuning_detection import grouped
 from test_finetuning_segmentation import pixels
 from torch import Tensor, nn
 
 import normswap
-from normswap.data import write_shapes
 from normswap.errors import Interrupted, TrainingError
 from normswap.finetuning.report import Progress
 
@@ -24,10 +24,7 @@ TASKS = ("classification", "detection", "segmentation")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("shapes")
-    write_shapes(place / "train", 8, size=64, seed=0)
-    write_shapes(place / "val", 2, size=64, seed=1)
-    return place
+    return shapes_folder(tmp_path_factory.mktemp("shapes"), 64, held_out=2)
 
 
 class Spoilt(nn.Module):

@@ -116,6 +116,19 @@ def test_training_a_whole_leaves_the_part_stabilized_and_a_file_that_loads(x: Te
     torch.testing.assert_close(loaded(x), model.eval()(x))
 
 
+def test_a_new_head_of_a_part_is_in_the_file_of_the_whole(x: Tensor, tmp_path: Path) -> None:
+    def classifier() -> nn.Module:
+        return nn.Sequential(part(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+
+    model = normswap.convert(classifier(), "gn", groups=2)
+    normswap.finetune(model, (x.repeat(4, 1, 1, 1), torch.arange(8) % 5), num_classes=5, steps=1, device="cpu")
+    whole = nn.Sequential(nn.Identity(), model).eval()
+    file = normswap.save(whole, tmp_path / "whole.safetensors")
+    loaded = normswap.load(file, model=nn.Sequential(nn.Identity(), classifier()))
+    assert loaded(x).shape == (2, 5)
+    assert torch.equal(loaded(x), whole(x))
+
+
 def test_a_part_is_saved_at_its_own_size_while_it_is_stabilized(x: Tensor, tmp_path: Path) -> None:
     first = part()
     with torch.no_grad():

@@ -66,23 +66,9 @@ def convert(
             show_default=False,
         ),
     ] = None,
-    groups: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|auto", help="Groups of each gn layer; auto aims at 16 channels a group.", show_default="auto"
-        ),
-    ] = None,
-    channels_per_group: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Channels of each group, in place of --groups.", show_default=False),
-    ] = None,
-    indivisible: Annotated[
-        str,
-        typer.Option(
-            metavar="error|nearest",
-            help="What to do where the channels do not divide: nearest takes the next divisor below.",
-        ),
-    ] = "error",
+    groups: options.Groups = None,
+    channels_per_group: options.ChannelsPerGroup = None,
+    indivisible: options.Indivisible = "error",
     transfer: Annotated[
         str,
         typer.Option(
@@ -104,15 +90,7 @@ def convert(
             "--zero-init-residual", help="γ = 0 in the last norm of each residual branch, to train from there."
         ),
     ] = False,
-    rule: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN=NORM",
-            help="The norm, or keep, for layers whose path or role (role:backbone, role:fpn, role:head) matches; "
-            "repeatable, the first match wins.",
-            show_default=False,
-        ),
-    ] = None,
+    rule: options.Rule = None,
     sources: Annotated[
         list[str] | None,
         typer.Option(

@@ -67,20 +67,10 @@ def finetune(
             show_default=False,
         ),
     ] = None,
-    groups: Annotated[
-        str | None, typer.Option(metavar="N|auto", help="Groups of each gn layer.", show_default="auto")
-    ] = None,
-    channels_per_group: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Channels of each group, in place of --groups.", show_default=False),
-    ] = None,
-    indivisible: Annotated[
-        str, typer.Option(metavar="error|nearest", help="What to do where the channels do not divide.")
-    ] = "error",
-    rule: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN=NORM", help="The norm for layers whose path matches.", show_default=False),
-    ] = None,
+    groups: options.Groups = None,
+    channels_per_group: options.ChannelsPerGroup = None,
+    indivisible: options.Indivisible = "error",
+    rule: options.Rule = None,
     calibrate: Annotated[
         int | None,
         typer.Option(

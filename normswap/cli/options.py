@@ -71,6 +71,32 @@ Method = Annotated[
         help="How to calibrate; refit also fits the layers before the norms: closer with small groups, but slower.",
     ),
 ]
+Groups = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|auto", help="Groups of each gn layer; auto aims at 16 channels a group.", show_default="auto"
+    ),
+]
+ChannelsPerGroup = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Channels of each group, in place of --groups.", show_default=False),
+]
+Indivisible = Annotated[
+    str,
+    typer.Option(
+        metavar="error|nearest",
+        help="What to do where the channels do not divide: nearest takes the next divisor below.",
+    ),
+]
+Rule = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN=NORM",
+        help="The norm, or keep, for layers whose path or role (role:backbone, role:fpn, role:head) matches; "
+        "repeatable, the first match wins.",
+        show_default=False,
+    ),
+]
 METHODS = ("balance", "refit", "moments")
 Data = Annotated[
     Path | None,

@@ -69,13 +69,13 @@ class Keeper:
 
     def keep(self, standing: Standing) -> None:
         """Write the state of the run, and the network as it is. Raises OutputError."""
-        self.saved = standing.step
         self._remember(standing)
         if self.folder is None:
             self._copy = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         elif self.main:
             save_state(self.folder / STATE, asdict(self.settings), self._state(standing))
             self._save(self.folder / LAST)
+        self.saved = standing.step
 
     def keep_best(self, standing: Standing) -> None:
         """Write the network as the best so far. Raises OutputError."""
