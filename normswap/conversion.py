@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -177,10 +178,18 @@ def _prove(
         if original is None:
             revert(root)
         raise SelfCheckError(
-            f"the self-check failed at {result.where}: the converted network differs from the original by a relative "
-            f"{result.error:.2g} (allowed {TOLERANCE:g}); nothing was kept",
+            f"the self-check failed at {result.where}: {_difference(result)}; nothing was kept",
             hint="Give real example inputs (--input), or keep the layer with a rule; please report the network.",
         )
+
+
+def _difference(result: Check) -> str:
+    error = math.nan if result.error is None else result.error
+    if math.isnan(error):
+        return "the original itself gives nothing but NaN and Inf there"
+    if math.isinf(error):
+        return "the converted network gives NaN, Inf or other shapes where the original does not"
+    return f"the converted network differs from the original by a relative {error:.2g} (allowed {TOLERANCE:g})"
 
 
 def _in_float64(root: nn.Module, using: Plan, inputs: tuple[Any, ...], original: nn.Module | None) -> Check | None:

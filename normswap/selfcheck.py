@@ -114,21 +114,27 @@ def compare(
         for step in plan.steps:
             _bare(stack, get(model, step.path), step, originals.get(step.path))
         seen = observe(model, inputs, [path for path in reference if path != "(output)"])
-    error, where = 0.0, ""
-    for path, before in reference.items():
-        worst = _relative_error(before, seen.get(path, []))
-        if not worst <= error:
-            error, where = worst, path
+    errors = {path: _relative_error(before, seen.get(path, [])) for path, before in reference.items()}
+    where = max(errors, key=lambda path: math.inf if math.isnan(errors[path]) else errors[path], default="")
+    error = errors.get(where, 0.0)
     exercised = sum(bool(reference.get(step.path)) or step.path == "" for step in plan.steps)
-    return Check(error, where, exercised, len(plan.steps))
+    return Check(error, where if error else "", exercised, len(plan.steps))
 
 
 def _relative_error(before: list[Tensor], after: list[Tensor]) -> float:
+    """`|a - b| / |a|`. Values that are not finite must be the same in both; NaN where nothing else is left."""
     if [t.shape for t in before] != [t.shape for t in after]:
         return math.inf
     if not before:
         return 0.0
     a, b = torch.cat(before), torch.cat(after)
+    finite = a.isfinite() & b.isfinite()
+    if not bool(finite.all()):  # such as what a mask sets to -inf
+        if not bool((finite | (a == b) | (a.isnan() & b.isnan())).all()):
+            return math.inf
+        if not bool(finite.any()):
+            return math.nan
+        a, b = a[finite], b[finite]
     scale = float(a.norm())
     return float((a - b).norm()) / scale if scale > 0 else float((a - b).norm())
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torchvision.models import detection as zoo
 
 import normswap
-from normswap.selfcheck import Check, observe
+from normswap.errors import SelfCheckError
+from normswap.selfcheck import Check, Observations, compare, observe, watched_paths
 
 
 class Sampling(Net):
@@ -73,6 +74,79 @@ def test_half_precision_is_proven_in_double(dtype: torch.dtype, inplace: bool) -
     converted = normswap.convert(net, to="gn", groups=2, eps=1.0, zero_init_residual=True, inplace=inplace)
     assert converted._normswap.check.error < 1e-10
     assert {p.dtype for p in converted.parameters()} == {dtype}
+
+
+class Branches(nn.Module):
+    """Two branches of a convolution and a norm each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv_bn(4), conv_bn(4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.a(x), self.b(x)
+
+
+def compared(damage: float | None, before: float | None = None, net: nn.Module | None = None) -> Check:
+    """A network of two branches and its conversion, with a value put into a bias of the result and of the original."""
+    net = net or randomized(Branches())
+    if before is not None:
+        net.a[1].bias.data[0] = before
+    made = normswap.plan(net, "ln")
+    reference: Observations = observe(net, (X,), watched_paths(net, made))
+    converted = normswap.convert(net, using=made, check=False)
+    if damage is not None:
+        converted.a[1].bias.data[0] = damage
+    return compare(converted, made, (X,), reference, {})
+
+
+def test_comparing_gives_the_largest_relative_error_and_its_layer() -> None:
+    assert compared(None).error < 1e-6
+    net = randomized(Branches())
+    check = compared(5.0, net=net)
+    expected = net.a[:2](X).detach()
+    wrong = expected.clone()
+    wrong[:, 0] += 5.0 - net.a[1].bias[0].detach()
+    assert check.error == pytest.approx(float((wrong - expected).norm() / expected.norm()), rel=1e-5)
+    assert (check.where, check.layers, check.total) == ("a.1", 2, 2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_fails_whatever_layer_comes_after_it(value: float) -> None:
+    check = compared(value)
+    assert not check.passed
+    assert check.error == float("inf")
+    assert check.where == "a.1"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_the_original_has_that_is_not_finite_is_left_out_where_both_have_it(value: float) -> None:
+    assert compared(None, before=value).passed
+    assert not compared(1.0, before=value).passed
+    if value == value:
+        assert not compared(-value, before=value).passed
+
+
+def test_an_original_of_nothing_but_nan_proves_nothing() -> None:
+    class Undefined(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * float("nan"))
+
+    with pytest.raises(SelfCheckError, match="the original itself gives nothing but NaN and Inf there"):
+        normswap.convert(randomized(Undefined()), to="ln")
+
+
+def test_a_folded_weight_that_is_nan_stops_the_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*args: object, **kwargs: object) -> object:
+        record = scale_layer(*args, **kwargs)
+        if args[1] == "a.0":
+            args[0].weight.data[0] = float("nan")
+        return record
+
+    scale_layer = normswap.transfer.scale_layer
+    monkeypatch.setattr(normswap.transfer, "scale_layer", damaged)
+    with pytest.raises(SelfCheckError, match=r"a\.1: the converted network gives NaN, Inf"):
+        normswap.convert(randomized(Branches()), to="gn", groups=2)
 
 
 def test_observing_takes_the_values_before_what_follows_changes_them() -> None:
