@@ -99,16 +99,14 @@ def fold_exactly(weight: Tensor, factor: Tensor) -> Tensor | None:
     rows = max(1, _BLOCK * len(weight) // max(1, weight.numel()))
     for start in range(0, len(weight), rows):
         part, by = weight[start : start + rows], factor[start : start + rows]
-        difference = part.clone().view(integer)
-        part.copy_(scaled(part, by))
-        guess = _unscaled(part, by).view(integer)
-        difference.sub_(guess).add_(1)
-        low, high = torch.aminmax(difference)
-        if low < 0 or high > 2:
-            part.copy_(difference.sub_(1).add_(guess).view(weight.dtype))
+        folded = scaled(part, by)
+        code = part.view(integer).sub(_unscaled(folded, by).view(integer)).add_(1)
+        low, high = torch.aminmax(code)
+        if low < 0 or high > 2:  # this block is as it was; those before it are exact to undo
             weight[:start] = _corrected(weight[:start], factor[:start], codes[:start])
             return None
-        codes[start : start + rows] = difference
+        part.copy_(folded)
+        codes[start : start + rows] = code
     return _packed(codes)
 
 

@@ -106,22 +106,66 @@ def test_weights_that_are_not_finite_come_back() -> None:
     assert contents(normswap.revert(normswap.convert(net, to="ln", check=False))) == before
 
 
+INTEGERS = {
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float64: torch.int64,
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 5, 3, 3), (1, 1), (7, 3, 5), (300, 40, 3, 3)])
 def test_two_bits_an_element_undo_a_product(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     weight = torch.randn(shape, dtype=torch.float64).to(dtype)
     original = weight.clone()
-    factor = (torch.rand(shape[0]) * 30 + 1e-3).view(-1, *[1] * (len(shape) - 1))
+    factor = (torch.rand(shape[0]) + 0.5).view(-1, *[1] * (len(shape) - 1))
     factor = factor.double() if dtype is torch.float64 else factor
     packed = fold_exactly(weight, factor)
-    expected = (original.to(factor.dtype) * factor).to(dtype)
-    assert bits(weight) == bits(expected)
-    if packed is not None:
-        assert packed.dtype is torch.uint8
-        assert packed.numel() == -(-weight.numel() // 4)
-        assert bits(unfold(packed, weight, factor)) == bits(original)
+    assert packed is not None
+    assert bits(weight) == bits((original.to(factor.dtype) * factor).to(dtype))
+    assert packed.dtype is torch.uint8
+    assert packed.numel() == -(-weight.numel() // 4)
+    assert bits(unfold(packed, weight, factor)) == bits(original)
+
+
+def awkward(shape: tuple[int, ...], dtype: torch.dtype, where: str) -> tuple[Tensor, Tensor]:
+    """Weights, some of them any bits at all, and factors of any size and sign."""
+    weight = torch.randn(shape, dtype=torch.float64).to(dtype)
+    info = torch.iinfo(INTEGERS[dtype])
+    anything = torch.randint(info.min, info.max, shape, dtype=INTEGERS[dtype]).view(dtype)
+    if where == "everywhere":
+        weight = torch.where(torch.rand(shape) < 0.05, anything, weight)
     else:
-        assert bits(weight) == bits(original) or dtype is torch.float16
+        weight[-1] = anything[-1]
+    factor = torch.randn(shape[0]).mul(2 if where == "last" else 20).exp() * torch.randn(shape[0]).sign()
+    return weight, (factor.double() if dtype is torch.float64 else factor).view(-1, *[1] * (len(shape) - 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("where", ["everywhere", "last"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_weight_is_folded_whole_and_comes_back_or_stays_as_it_was(
+    dtype: torch.dtype, where: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("normswap.undo._BLOCK", 32)
+    for shape in [(1, 3, 1, 1), (9, 2, 3, 3), (40, 5, 1, 2)] * 4:
+        weight, factor = awkward(shape, dtype, where)
+        if channels_last:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        original = weight.clone()
+        packed = fold_exactly(weight, factor)
+        assert bits(weight if packed is None else unfold(packed, weight, factor)) == bits(original)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_weight_that_cannot_be_undone_leaves_all_blocks_as_they_were(dtype: torch.dtype) -> None:
+    weight = torch.randn(600, 300, dtype=torch.float64).to(dtype)  # three blocks of some 200 rows
+    weight[599, 299] = 1.4 * torch.finfo(dtype).smallest_normal  # 1e-3 of it has few digits left, or none
+    factor = torch.full((600, 1), 1e-3, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+    original = weight.clone()
+    assert fold_exactly(weight, factor) is None
+    assert bits(weight) == bits(original)
 
 
 def test_undo_takes_little_beside_the_folded_weights() -> None:
