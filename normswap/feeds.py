@@ -11,6 +11,7 @@ from torch import nn
 from .branches import PASSTHROUGH_CLASSES, ends_branch
 from .calls import Run, dims_of, out_channels, producer_kind
 from .graph import Region, is_below
+from .memory import sharers
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def analyse(
     """
     canonical = {alias: names[0] for names in paths.values() for alias in names}
     modules = {names[0]: module for module, names in paths.items()}
-    owners = _owners(paths)
+    owners = sharers(p for module in paths for p in module._parameters.values() if p is not None)
     runs = [Run(region, canonical, modules) for region in regions]
     norm_calls: dict[str, list[tuple[Run, int]]] = defaultdict(list)
     layer_users: dict[str, set[str | None]] = defaultdict(set)
@@ -69,16 +70,6 @@ def analyse(
         else UNKNOWN
         for path in norms
     }
-
-
-def _owners(paths: Mapping[nn.Module, list[str]]) -> dict[int, int]:
-    """How many modules own each parameter."""
-    owners: dict[int, int] = defaultdict(int)
-    for module in paths:
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)] += 1
-    return owners
 
 
 def _feed_of(

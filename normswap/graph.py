@@ -10,6 +10,7 @@ One rule rules: a wrong edge destroys a network, a missing one costs two buffers
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .memory import Span, overlap, span_of, storage_of
 from .surgery import evaluating, leaves_of, own_attributes, undisturbed
 from .uses import ALL, doubtful_below, uses_of
 
@@ -194,16 +196,29 @@ class _Recorder(TorchDispatchMode):
         self.made_by: dict[int, int] = {}
         self.filled_by: dict[int, int] = {}  # the same by memory, for views that no operation announces (`x.data`)
         self.alive: list[Tensor] = []  # ids and memory are unique only while their tensors live
-        self.parameters = {_memory(p): (name, p) for name, p in model.named_parameters()}
+        self.parameters: dict[int, list[tuple[Span, str]]] = defaultdict(list)
+        for name, parameter in model.named_parameters():
+            if (span := span_of(parameter)) is not None:
+                self.parameters[span[0]].append((span, name))
         self.depth = 0
 
     def source_of(self, tensor: Tensor) -> int:
         index = self.made_by.get(id(tensor))
         if index is None:
-            index = self.filled_by.get(_memory(tensor))
-        if index is None and (used := self.parameters.get(_memory(tensor))):
-            index = self.add("parameter", used[0], (), [used[1]])
+            index = self.parameters_in(tensor)
+        if index is None:
+            index = self.filled_by.get(storage_of(tensor))
         return self.add("input", "", (), [tensor]) if index is None else index
+
+    def parameters_in(self, tensor: Tensor) -> int | None:
+        """A use of every parameter that has bytes of the tensor's memory."""
+        span = span_of(tensor)
+        for own, name in self.parameters.get(span[0], ()) if span is not None else ():
+            if overlap(span, own):
+                self.calls.append(Call("parameter", name, (), tuple(tensor.shape)))
+                self.made_by[id(tensor)] = len(self.calls) - 1
+                self.alive.append(tensor)
+        return self.made_by.get(id(tensor))
 
     def add(self, kind: str, target: str, inputs: Iterable[int], outputs: Iterable[Tensor]) -> int:
         outputs = list(outputs)
@@ -211,7 +226,7 @@ class _Recorder(TorchDispatchMode):
         self.calls.append(Call(kind, target, tuple(inputs), shape))
         for tensor in outputs:
             self.made_by[id(tensor)] = len(self.calls) - 1
-            if memory := _memory(tensor):
+            if memory := storage_of(tensor):
                 self.filled_by[memory] = len(self.calls) - 1
             self.alive.append(tensor)
         return len(self.calls) - 1
@@ -222,12 +237,6 @@ class _Recorder(TorchDispatchMode):
             inputs = [self.source_of(t) for t in _tensors((args, kwargs))]
             self.add("function", func.overloadpacket.__name__, inputs, _tensors(out))
         return out
-
-
-def _memory(tensor: Tensor) -> int:
-    """The address of a tensor's storage; 0 where there is none."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-    return tensor.untyped_storage().data_ptr() if plain else 0
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -267,7 +276,7 @@ def record(model: nn.Module, inputs: tuple[Any, ...], watched: Mapping[nn.Module
         stack.enter_context(recorder)
         out = model(*inputs)
         # What is kept on a module may be used later, like an output.
-        kept = [t for t in _attributes(model) if id(t) in recorder.made_by or _memory(t) in recorder.filled_by]
+        kept = [t for t in _attributes(model) if id(t) in recorder.made_by or storage_of(t) in recorder.filled_by]
         recorder.add("output", "", [recorder.source_of(t) for t in (*_tensors(out), *kept)], ())
     return Region("", recorder.calls)
 

@@ -1,0 +1,50 @@
+"""Where tensors lie: two tensors of one storage are two tensors, unless their bytes overlap."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+Span = tuple[int, int, int]
+
+
+def storage_of(tensor: Tensor) -> int:
+    """The address of a tensor's storage; 0 where there is none."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return tensor.untyped_storage().data_ptr() if plain else 0
+
+
+def span_of(tensor: Tensor) -> Span | None:
+    """A tensor's storage, and its first byte in it and the one after its last; None where it has no memory."""
+    storage = storage_of(tensor)
+    if not storage or not tensor.numel():
+        return None
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start, size = tensor.storage_offset(), tensor.element_size()
+    return storage, start * size, (start + last + 1) * size
+
+
+def overlap(a: Span | None, b: Span | None) -> bool:
+    """Whether two spans have bytes in common."""
+    return a is not None and b is not None and a[0] == b[0] and a[1] < b[2] and b[1] < a[2]
+
+
+def sharers(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """By id, how many of the tensors are the same one, or lie in memory that overlaps with its own."""
+    counts: dict[int, int] = defaultdict(int)
+    spans: dict[int, Span | None] = {}
+    by_storage: dict[int, list[int]] = defaultdict(list)
+    for tensor in tensors:
+        counts[id(tensor)] += 1
+        if id(tensor) not in spans:
+            span = spans[id(tensor)] = span_of(tensor)
+            if span is not None:
+                by_storage[span[0]].append(id(tensor))
+    own = dict(counts)
+    for ids in by_storage.values():
+        for one in ids if len(ids) > 1 else ():
+            counts[one] += sum(own[other] for other in ids if other != one and overlap(spans[one], spans[other]))
+    return counts
