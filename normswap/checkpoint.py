@@ -29,6 +29,7 @@ from .surgery import get, replace
 from .transfer import apply, inner_norm
 from .undo import Undo
 from .weights import check_finite, has_empty_parameters, load_state
+from .wrappers import unwrapped
 from .writing import check_writable, write_safetensors
 
 
@@ -39,6 +40,7 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
     tensors are written once. Raises NormswapError for a model that normswap did not convert, OutputError when `path`
     cannot be written, or exists and overwrite is False.
     """
+    model = unwrapped(model)
     record = lifted(model)
     if record is None:
         raise NormswapError(
@@ -63,7 +65,7 @@ def save_state(model: nn.Module, path: str | Path, *, overwrite: bool = True) ->
     """
     path = Path(path)
     check_writable(path, overwrite=overwrite)
-    tensors, ties = _untied(model)
+    tensors, ties = _untied(unwrapped(model))
     write_safetensors(path, tensors | {alias: tensors[name].clone() for alias, name in ties.items()}, {"format": "pt"})
     return path
 
@@ -74,7 +76,8 @@ def load(
     """Rebuild a network that `save` wrote: its architecture, the swap, and the weights. Returned in eval mode.
 
     model: the original architecture, for one that only its caller can build; it is converted in place and returned. One
-    that is converted in the same way already only gets the values.
+    that is converted in the same way already only gets the values. Of a network in DataParallel or torch.compile,
+    what is within is returned.
     trust_code: run the factory that the manifest names, which is code of whoever wrote the file.
 
     Raises CheckpointError for a file that is missing, damaged, not normswap's, of a newer version, or edited;
@@ -95,7 +98,7 @@ def load(
         if has_empty_parameters(root):  # values that no state dict holds
             root, undo = _swapped(_headed(build_full(source), manifest), plan, tensors, path)
     else:
-        model = _headed(model, manifest)
+        model = _headed(unwrapped(model), manifest)
         root, undo = _swapped(model, plan, tensors, path)
     _retie(root, manifest["ties"])
     fill_undo(undo, stored, manifest["undo"])

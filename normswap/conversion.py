@@ -17,11 +17,13 @@ from .example import guess_inputs
 from .heads import Head
 from .inventory import as_inputs
 from .planning import Plan, plan
+from .registry import identify
 from .rules import Rules
 from .selfcheck import TOLERANCE, Check, Observations, applicable, compare, observe, watched_paths
 from .surgery import check_module, copied, device_and_dtype
 from .transfer import apply
 from .undo import Undo, revert
+from .wrappers import check_wrapper, rewrapped, unwrapped
 
 
 @dataclass
@@ -54,6 +56,21 @@ def record_of(model: nn.Module) -> Record | None:
     return model.__dict__.get("_normswap")
 
 
+def check_order(model: nn.Module, reference: nn.Module) -> None:
+    """Raise OptionError where, by its record, the reference was converted from a network such as the model."""
+    record = record_of(reference)
+    if record is None or not record.plan.steps:
+        return
+    modules = dict(model.named_modules(remove_duplicate=False))
+    changed = [step for step in record.plan.steps if step.source != step.target and step.path in modules]
+    now = [(norm.name if (norm := identify(modules[step.path])) else None) for step in changed]
+    if changed and now == [step.source for step in changed]:
+        raise OptionError(
+            "the reference was converted from a network such as the model: the two are swapped",
+            hint="First the converted network, which is changed; then its original, with reference=.",
+        )
+
+
 def convert(
     model: nn.Module,
     to: str | None = None,
@@ -82,9 +99,13 @@ def convert(
     it is undone. undo=False keeps nothing for `revert`.
 
     dtype, device, training flags, `requires_grad`, hooks, attributes, ties and aliases stay as they are; gamma and
-    beta stay the same Parameter objects. Raises OptionError, PlanError or SelfCheckError, and then nothing changed.
+    beta stay the same Parameter objects. A network in DataParallel or torch.compile is converted within, under its
+    own names, and wrapped again. Raises OptionError (for one in DistributedDataParallel too: wrap the result),
+    PlanError or SelfCheckError, and then nothing changed.
     """
     check_module(model)
+    check_wrapper(model)
+    wrapper, model = model, unwrapped(model)
     before = record_of(model)
     if before is not None and before.factors:
         raise OptionError("the network is stabilized for training", hint="Convert it after `with stabilized(...)`.")
@@ -121,7 +142,7 @@ def convert(
         _prove(root, using, inputs, reference, model if not inplace else None)
     if not undo:
         record.undo = Undo(complete=False)
-    return root
+    return rewrapped(wrapper, root, inplace=inplace)
 
 
 def _check_inputs(

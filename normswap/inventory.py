@@ -21,6 +21,7 @@ from .spec import NormSpec, NormState
 from .surgery import aliases, check_module, hidden_references
 from .suspects import IN_CODE, Suspect, functional_batch_norm, suspicion
 from .uses import branches_on_training
+from .wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,11 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, feeds: bool = True)
     mode without gradients, and what that run shows decides. Without them it is traced symbolically.
     feeds=False skips either run; every feed is then unknown.
 
-    Raises DataError when the network cannot be run on the example inputs.
+    Of a network in DataParallel, torch.compile and the like, what is within, under its own names. Raises DataError
+    when the network cannot be run on the example inputs.
     """
     check_module(model)
+    model = unwrapped(model)
     paths = aliases(model)
     roles = roles_of(names[0] for names in paths.values())
     found: list[tuple[nn.Module, NormSpec, NormState]] = []

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .errors import RevertError
 from .surgery import aliases, hand_over_hooks, replace
+from .wrappers import check_wrapper, rewrapped, unwrapped
 
 _INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -190,7 +191,9 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
 
     Raises RevertError, before anything is changed, when the model was not converted, or exactness is lost.
     """
-    record = getattr(model, "_normswap", None)
+    check_wrapper(model)
+    wrapper, model = model, unwrapped(model)
+    record = model.__dict__.get("_normswap")
     if record is None:
         raise RevertError("this model was not made by normswap.convert or normswap.load; there is nothing to revert")
     undo: Undo = record.undo
@@ -230,7 +233,7 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
     model.__dict__.pop("_normswap", None)
     if record.previous is not None:
         model.__dict__["_normswap"] = record.previous
-    return model
+    return rewrapped(wrapper, model, inplace=True)
 
 
 def _paths_of(undo: Undo) -> list[str]:

@@ -17,6 +17,7 @@ from .errors import DataError, OptionError, first_line
 from .example import guess_inputs, random_tensor, runs
 from .layerwise import Difference, LayerTally, comparable_paths, images_at_once, parts
 from .surgery import device_and_dtype, evaluating, undisturbed
+from .wrappers import unwrapped
 
 JUMP = 10.0
 """A layer jumps when its error is so many times the largest error before it."""
@@ -106,6 +107,7 @@ def verify(
     Raises DataError when a network cannot run on the data, no input is known, or the outputs do not compare, and
     OptionError for a device that does not exist.
     """
+    a, b = unwrapped(a), unwrapped(b)
     batches = _random_batches(a) if data is None else as_batches(data, batch_size, once=True)
     tally = OutputTally(None if batches.classes is None else len(batches.classes))
     layers = LayerTally(comparable_paths(a, b))

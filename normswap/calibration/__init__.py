@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..agreement import OutputTally
-from ..conversion import record_of
+from ..conversion import check_order, record_of
 from ..data import as_batches, images_in
 from ..errors import DataError, OptionError, RevertError
 from ..surgery import copied, evaluating, undisturbed
 from ..undo import revert
 from ..values import whole
+from ..wrappers import unwrapped
 from .matching import Args, Matching, Original, forward, free_memory
 from .preparation import Preparation
 from .report import CalibrationReport as CalibrationReport
@@ -77,12 +78,14 @@ def calibrate(
     (`requires_grad=False`). Training flags, hooks, random state and the reference stay as they are; on an exception,
     Ctrl-C included, the model is as before.
 
-    Raises OptionError for a reference that does not fit, RevertError when none is given and it cannot be rebuilt,
-    DataError for data that cannot be used, is empty, or is too short for running statistics.
+    Raises OptionError for a reference that does not fit, or that was itself converted from a network such as the
+    model, RevertError when none is given and it cannot be rebuilt, DataError for data that cannot be used, is empty,
+    or is too short for running statistics.
     """
     batches, labels = _collected(data, images, batch_size)
     count = sum(map(images_in, batches))
-    reference = _reference(model, reference)
+    model = unwrapped(model)
+    reference = _reference(model, None if reference is None else unwrapped(reference))
     targets = targets_of(model, reference)
     _check_enough(targets, count, images)
     if not targets:
@@ -182,6 +185,8 @@ def _reference(model: nn.Module, reference: nn.Module | None) -> nn.Module | Non
     """The original network: the caller's, or rebuilt from what the conversion kept, where it is needed at all."""
     if reference is model:
         raise OptionError("the reference is the model itself; pass the original network")
+    if reference is not None:
+        check_order(model, reference)
     record = record_of(model)
     if reference is not None or record is None:
         return reference

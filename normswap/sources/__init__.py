@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import NormswapError, SourceError
 from ..weights import State, check_finite, empty_parameters, has_empty_parameters, load_state, read_state
+from ..wrappers import unwrapped
 from . import factories, timm_models, torchvision_models, transformers_models
 from .source import KINDS, Source, build_error
 
@@ -137,7 +138,7 @@ def _built(source: Source) -> nn.Module:
     model = builder(source)
     if not isinstance(model, nn.Module):
         raise SourceError(f"{source} returned {type(model).__name__}, not a torch.nn.Module")
-    return model
+    return unwrapped(model)
 
 
 def _completed(model: nn.Module, source: Source, state: State, origin: str) -> nn.Module:

@@ -15,6 +15,7 @@ from ..conversion import record_of
 from ..data import Batch, as_batches, images_in
 from ..errors import Interrupted, OptionError
 from ..values import whole
+from ..wrappers import unwrapped
 from ..writing import check_writable
 from .optimizer import trained_parameters, training_only
 from .outputs import run
@@ -100,6 +101,7 @@ def distil(
     """
     if data is None:
         raise OptionError("distil needs images", hint="data=images, a tensor (N, C, H, W) or batches of them")
+    model = unwrapped(model)
     settings = Settings(
         steps, batch_size, LR if lr is None else lr, temperature, train, weight_decay, seed, precision,
         max_grad_norm, augment, loss, digest(model), features,
@@ -108,7 +110,7 @@ def distil(
     if checkpoint is not None:
         check_writable(Path(checkpoint), overwrite=True)
     parameters = trained_parameters(model, train)
-    reference = original_of(model, reference)
+    reference = original_of(model, None if reference is None else unwrapped(reference))
     data = list(data) if isinstance(data, Iterator) else data
     stream = stream_of(data, batch_size, seed)
     with side_by_side(reference, model), training_only(model, parameters):

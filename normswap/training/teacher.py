@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from ..conversion import record_of
+from ..conversion import check_order, record_of
 from ..errors import OptionError, RevertError
 from ..surgery import copied, evaluating, undisturbed
 from ..undo import revert
@@ -16,8 +16,8 @@ from ..undo import revert
 def original_of(model: nn.Module, reference: nn.Module | None) -> nn.Module:
     """The caller's reference, or the network that `model` was converted from, rebuilt.
 
-    Raises OptionError for a reference that shares parameters with the model, or none for a model that normswap did
-    not convert, and RevertError when the original cannot be rebuilt.
+    Raises OptionError for a reference that shares parameters with the model or was converted from a network such as
+    it, or none for a model that normswap did not convert, and RevertError when the original cannot be rebuilt.
     """
     if reference is not None:
         own = set(model.parameters())
@@ -26,6 +26,7 @@ def original_of(model: nn.Module, reference: nn.Module | None) -> nn.Module:
                 "the reference shares parameters with the model, so training would change it as well",
                 hint="Pass the original network, or leave reference out and it is rebuilt.",
             )
+        check_order(model, reference)
         return reference
     record = record_of(model)
     if record is None:
