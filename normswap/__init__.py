@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .calibration import calibrate as calibrate
+    from .calibration import estimate_statistics as estimate_statistics
     from .checkpoint import load as load
     from .checkpoint import save as save
     from .conversion import convert as convert
@@ -41,6 +42,7 @@ _HOME = {
     "calibrate": "calibration",
     "convert": "conversion",
     "distil": "training.distillation",
+    "estimate_statistics": "calibration",
     "finetune": "finetuning.run",
     "freeze": "freezing",
     "frozen_drift": "freezing",

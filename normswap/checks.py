@@ -99,6 +99,35 @@ def check_statistics(model: nn.Module, plan: Plan) -> None:
         )
 
 
+def never_updated(model: nn.Module) -> int:
+    """How many norms have running statistics, if all of them are as they are before any training; else 0.
+
+    That is mean 0, variance 1 and no batch counted, throughout. So it is in a network that was built just now, but
+    also in one that was trained without updating them, which works in training mode alone.
+    """
+    states = [spec.read(module) for module in model.modules() if (spec := identify(module)) is not None]
+    states = [state for state in states if state.has_statistics and not state.statistics[0].is_meta]
+    for state in states:
+        mean, var = state.statistics
+        counted = state.num_batches_tracked is not None and bool(state.num_batches_tracked)
+        if counted or bool(mean.any()) or not bool((var == 1).all()):
+            return 0
+    return len(states)
+
+
+def affine_moved(model: nn.Module) -> bool:
+    """Whether some norm's gamma differs from channel to channel, or its beta from 0: it was trained."""
+    states = [spec.read(module) for module in model.modules() if (spec := identify(module)) is not None]
+    gammas = [s.weight.detach() for s in states if s.weight is not None and s.weight.numel() and not s.weight.is_meta]
+    betas = [s.bias.detach() for s in states if s.bias is not None and not s.bias.is_meta]
+    return any(bool((g != g[0]).any()) for g in gammas) or any(bool(b.any()) for b in betas)
+
+
+def needs_statistics(plan: Plan) -> bool:
+    """Whether some step standardises a layer's channels by its running statistics."""
+    return any(step.transfer in ("fold", "prescale") for step in plan.steps)
+
+
 def _layers(problems: list[str]) -> str:
     return f"{len(problems)} layer{'s' * (len(problems) != 1)}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checks import check_fit, check_values
+from .checks import affine_moved, check_fit, check_values, needs_statistics, never_updated
 from .errors import DataError, NormswapError, OptionError, SelfCheckError, first_line
 from .example import guess_inputs
 from .heads import Head
@@ -100,8 +101,9 @@ def convert(
 
     dtype, device, training flags, `requires_grad`, hooks, attributes, ties and aliases stay as they are; gamma and
     beta stay the same Parameter objects. A network in DataParallel or torch.compile is converted within, under its
-    own names, and wrapped again. Raises OptionError (for one in DistributedDataParallel too: wrap the result),
-    PlanError or SelfCheckError, and then nothing changed.
+    own names, and wrapped again. Warns of a trained network whose running statistics were never updated. Raises
+    OptionError (for one in DistributedDataParallel too: wrap the result), PlanError or SelfCheckError, and then
+    nothing changed.
     """
     check_module(model)
     check_wrapper(model)
@@ -130,6 +132,7 @@ def convert(
             raise OptionError("give either a plan (using=) or what to plan (to=, rules=, ...), not both")
         check_fit(model, using)
     check_values(model, using)
+    _warn_never_updated(model, using)
     inputs, reason = _check_inputs(model, using, example_inputs, wanted=check)
     reference = _observe(model, inputs, using) if inputs is not None else None
     work = model if inplace else copied(model)
@@ -143,6 +146,16 @@ def convert(
     if not undo:
         record.undo = Undo(complete=False)
     return rewrapped(wrapper, root, inplace=inplace)
+
+
+def _warn_never_updated(model: nn.Module, using: Plan) -> None:
+    if needs_statistics(using) and (count := never_updated(model)) and affine_moved(model):
+        warnings.warn(
+            f"{type(model).__name__} was trained, but the running statistics of its {count} norms never updated (mean "
+            "0, variance 1), so nothing can be carried over. If it works in training mode alone, estimate them before "
+            "converting: normswap.estimate_statistics(model, images)",
+            stacklevel=3,
+        )
 
 
 def _check_inputs(

@@ -14,6 +14,8 @@ from ..agreement import OutputTally
 from ..conversion import check_order, record_of
 from ..data import as_batches, images_in
 from ..errors import DataError, OptionError, RevertError
+from ..pinned import Pinned
+from ..registry import identify
 from ..surgery import copied, evaluating, undisturbed
 from ..undo import revert
 from ..values import whole
@@ -97,6 +99,34 @@ def calibrate(
     return report
 
 
+def estimate_statistics(
+    model: nn.Module, data: Any = None, *, images: int | None = None, batch_size: int = 64
+) -> CalibrationReport:
+    """Estimate the running statistics of a network's batch norms from images without labels, in place.
+
+    For a network whose statistics were never updated, or do not belong to its data, and for one whose weights have
+    changed since. Exactly over all values, each layer on what the layers before it give with their new statistics
+    (Wu and Johnson 2021, "precise BN"). gamma, beta and momentum stay as they are, and so do layers that `freeze`
+    holds.
+
+    data, images, batch_size: as in `calibrate`. Raises OptionError for a network without running statistics, DataError
+    for data that cannot be used; on an exception, Ctrl-C included, the model is as before.
+    """
+    model = unwrapped(model)
+    found = [(path, m, spec) for path, m in model.named_modules() if (spec := identify(m)) is not None]
+    held = [(path, m, spec) for path, m, spec in found if spec.name in _MOVING and not isinstance(m, Pinned)]
+    targets = [Target(path, spec.name, m, None, True, False) for path, m, spec in held if spec.read(m).has_statistics]
+    if not targets:
+        raise OptionError(f"{type(model).__name__} has no running statistics to estimate")
+    batches, labels = _collected(data, images, batch_size)
+    _check_enough(targets, sum(map(images_in, batches)), images)
+    with restoring(target.norm for target in targets):
+        return _run(model, None, Preparation(model, targets, "moments", None), batches, labels)
+
+
+_MOVING = ("bn", "sync", "renorm")
+
+
 def _run(
     model: nn.Module,
     reference: nn.Module | None,
@@ -159,7 +189,7 @@ def _collected(data: Any, images: int | None, batch_size: int) -> tuple[list[Arg
     if images is not None:
         whole("images", images)
     if data is None:
-        raise OptionError("calibrate needs images", hint="data=images, a tensor (N, C, H, W) or batches of them")
+        raise OptionError("images are needed", hint="data=images, a tensor (N, C, H, W) or batches of them")
     most = images or (len(data) if isinstance(data, Tensor) else 256)
     batches, labels, left = [], [], most
     for args, y in as_batches(data, batch_size, once=True):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..calibration import CalibrationReport
+    from ..data import Batches
     from .render import Page
 
 IMAGES = 256
@@ -108,6 +109,24 @@ def run(
 ) -> CalibrationReport:
     """Calibrate `model` in place on a folder of images, prepared as its weights want them."""
     from .. import calibration
+
+    tracked = _batches(model, origin, data, images, batch_size, asked, out, "calibrating")
+    return calibration.calibrate(model, reference, tracked, method=method)
+
+
+def estimate(
+    model: nn.Module, origin: Origin, data: Path, images: int, batch_size: int, asked: Asked, out: Output
+) -> CalibrationReport:
+    """Estimate the running statistics of `model` in place, on a folder of images prepared as its weights want them."""
+    from .. import calibration
+
+    tracked = _batches(model, origin, data, images, batch_size, asked, out, "estimating running statistics")
+    return calibration.estimate_statistics(model, tracked)
+
+
+def _batches(
+    model: nn.Module, origin: Origin, data: Path, images: int, batch_size: int, asked: Asked, out: Output, doing: str
+) -> Batches:
     from ..data import Batches
     from ..images import open_images
 
@@ -116,8 +135,7 @@ def run(
         out.note(f"{data} has {len(folder.files)} images, fewer than the {images} asked for")
     preparation = prepare(model, origin, asked)
     batches = folder.batches(preparation.transform, batch_size, stack=preparation.stack)
-    tracked = Batches(out.track(batches, len(batches), "calibrating"), folder.classes)
-    return calibration.calibrate(model, reference, tracked, method=method)
+    return Batches(out.track(batches, len(batches), doing), folder.classes)
 
 
 def figures(report: CalibrationReport) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ from . import changes, options
 from .boundary import WRITTEN
 from .calibrate import IMAGES
 from .calibrate import run as run_calibration
+from .estimating import Calibration, mend_statistics
 from .images import Asked
 from .networks import Origin, Wanted, converted_file, example_inputs, locate, open_network, original_of
 from .output import Output, reporting
@@ -25,16 +26,6 @@ if TYPE_CHECKING:
 
 ORIGINAL = "original"
 _PICKLES = (".pth", ".pt", ".th", ".ckpt", ".pkl", ".bin")
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What --calibrate and the options that go with it ask for."""
-
-    data: Path
-    images: int
-    asked: Asked
-    method: str
 
 
 @dataclass(frozen=True)
@@ -210,6 +201,7 @@ def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> chang
     inputs = example_inputs(model, job.shapes)
     with with_commands(ctx):
         made = plan(model, job.to, rules=job.rules, example_inputs=inputs, **job.planning)
+    mend_statistics(model, made, origin, job.calibration, out, dry_run=job.dry_run)
     if job.dry_run:
         return changes.Result(origin, made, target, written=False)
     out.step("converting and checking" if job.check else "converting")

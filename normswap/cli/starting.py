@@ -88,9 +88,14 @@ def converted(
     ctx: typer.Context, model: nn.Module, origin: Origin, swap: Swap, inputs: Iterator[Any], out: Output
 ) -> nn.Module:
     """inputs: batches to calibrate on."""
-    from ..calibration import calibrate
+    from ..calibration import calibrate, estimate_statistics
+    from ..checks import affine_moved, never_updated
     from ..conversion import convert, record_of
 
+    batches = list(inputs) if swap.wanted and swap.images else []
+    if batches and never_updated(model) and affine_moved(model):
+        report = estimate_statistics(model, batches)
+        out.note(f"the running statistics were never updated: estimated on {report.images} training images")
     out.step("converting" if swap.wanted else "preparing")
     rules = swap.rules if swap.wanted else [("*", "keep")]
     with with_commands(ctx):
@@ -103,7 +108,7 @@ def converted(
         record.source = None if origin.source is None else origin.source.to_dict()
     if swap.wanted and swap.images:
         out.step("calibrating")
-        report = calibrate(model, None, list(inputs))
+        report = calibrate(model, None, batches)
         if report.layers:
             note, before, after = (
                 f"calibrated on {report.images} training images",
