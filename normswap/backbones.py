@@ -17,6 +17,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyrami
 from .conversion import record_of
 from .errors import OptionError, first_line
 from .lifting import moved_out
+from .records import put_record
 from .surgery import device_and_dtype, evaluating, undisturbed
 
 NormLayer = Callable[[int], nn.Module]
@@ -150,7 +151,7 @@ def _up_to(backbone: nn.Module, chosen: dict[str, str]) -> nn.Module:
     record = record_of(backbone)
     if record is not None:
         prefix = next(f"{name}." if name else "" for name, m in backbone.named_modules() if m is sequence)
-        body.__dict__["_normswap"] = moved_out(record, prefix, {name for name, _ in body.named_modules()})
+        put_record(body, moved_out(record, prefix, {name for name, _ in body.named_modules()}))
     return body
 
 

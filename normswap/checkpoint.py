@@ -21,6 +21,7 @@ from .manifest import KEY, make_manifest, read_file
 from .manifest import is_ours as is_ours
 from .manifest import read_manifest as read_manifest
 from .planning import Plan
+from .records import put_record
 from .selfcheck import Check
 from .sources import Source, build_empty, build_full
 from .stabilizing import at_own_size
@@ -105,7 +106,7 @@ def load(
     for name, parameter in root.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(parameter.is_floating_point() and name not in manifest["no_grad"])
     head = Head(**manifest["head"]) if manifest.get("head") else None
-    root.__dict__["_normswap"] = Record(plan, undo, check, manifest["source"], list(manifest["history"]), head=head)
+    put_record(root, Record(plan, undo, check, manifest["source"], list(manifest["history"]), head=head))
     return root.eval()
 
 

@@ -18,6 +18,7 @@ from .example import guess_inputs
 from .heads import Head
 from .inventory import as_inputs
 from .planning import Plan, plan
+from .records import ATTRIBUTE, put_record
 from .registry import identify
 from .rules import Rules
 from .selfcheck import TOLERANCE, Check, Observations, applicable, compare, observe, watched_paths
@@ -54,7 +55,7 @@ class Record:
 
 def record_of(model: nn.Module) -> Record | None:
     """The record of a converted network, or None."""
-    return model.__dict__.get("_normswap")
+    return model.__dict__.get(ATTRIBUTE)
 
 
 def check_order(model: nn.Module, reference: nn.Module) -> None:
@@ -140,7 +141,7 @@ def convert(
     root, undo_record = apply(work, using, keep_undo=undo or reference is not None)
     check_result = Check(None, reason=reason, total=len(using.steps))
     record = Record(using, undo_record, check_result, previous=previous, head=previous.head if previous else None)
-    root.__dict__["_normswap"] = record
+    put_record(root, record)
     if reference is not None and inputs is not None:
         _prove(root, using, inputs, reference, model if not inplace else None)
     if not undo:
@@ -192,7 +193,7 @@ def _prove(
     Rounding grows through a deep network of random weights, and through half precision. A failure is therefore
     repeated in float64, where rounding is out of the question and only a wrong edge can fail.
     """
-    record: Record = root.__dict__["_normswap"]
+    record: Record = root.__dict__[ATTRIBUTE]
     norms = {norm.paths[0]: norm.module for norm in record.undo.norms}
     try:
         result = compare(root, using, inputs, reference, norms)

@@ -11,6 +11,7 @@ from torch import nn
 
 from .conversion import Record, record_of
 from .planning import Plan
+from .records import put_record
 from .selfcheck import Check
 from .undo import Undo
 
@@ -26,8 +27,8 @@ def lift(model: nn.Module) -> Record | None:
     record = lifted(model)
     if record is not None and record_of(model) is None:
         for part in _parts(model).values():
-            part.__dict__.pop("_normswap")
-        model.__dict__["_normswap"] = record
+            put_record(part, None)
+        put_record(model, record)
     return record
 
 

@@ -11,7 +11,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from .errors import NormswapError, OptionError
 
@@ -252,12 +252,36 @@ def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.float32
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy. Raises NormswapError, naming the way out, for a model that cannot be copied."""
+def _complete(twin: nn.Module, model: nn.Module, memo: dict[int, Any]) -> None:
+    """Give a copy what some classes leave out of it: training flags, and hooks and attributes of traced networks."""
     import copy
 
+    copies = dict(twin.named_modules())
+    if twin.training != model.training:
+        twin.train(model.training)  # a feature extractor of torchvision exchanges its graph for that of the mode
+    for path, module in model.named_modules():
+        other = copies.get(path)
+        if other is None:
+            continue
+        if other.training != module.training:
+            other.training = module.training
+        for name, value in module.__dict__.items() if isinstance(module, fx.GraphModule) else ():
+            if name not in other.__dict__ or (name in _HOOK_ATTRIBUTES and value and not other.__dict__[name]):
+                other.__dict__[name] = copy.deepcopy(value, memo)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, with the flags, hooks and attributes that some classes lose in it.
+
+    Raises NormswapError, naming the way out, for a model that cannot be copied.
+    """
+    import copy
+
+    memo: dict[int, Any] = {}
     try:
-        return copy.deepcopy(model)
+        twin = copy.deepcopy(model, memo)
+        _complete(twin, model, memo)
+        return twin
     except Exception as error:  # whatever the model's own __deepcopy__ raises
         raise NormswapError(
             f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error})",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import RevertError
+from .records import ATTRIBUTE, put_record
 from .surgery import aliases, hand_over_hooks, replace
 from .wrappers import check_wrapper, rewrapped, unwrapped
 
@@ -193,7 +194,7 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
     """
     check_wrapper(model)
     wrapper, model = model, unwrapped(model)
-    record = model.__dict__.get("_normswap")
+    record = model.__dict__.get(ATTRIBUTE)
     if record is None:
         raise RevertError("this model was not made by normswap.convert or normswap.load; there is nothing to revert")
     undo: Undo = record.undo
@@ -230,9 +231,7 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
         norm.module.training = now.training
         hand_over_hooks(norm.module, now)
         model = replace(model, norm.paths, norm.module)
-    model.__dict__.pop("_normswap", None)
-    if record.previous is not None:
-        model.__dict__["_normswap"] = record.previous
+    put_record(model, record.previous)
     return rewrapped(wrapper, model, inplace=True)
 
 

@@ -11,6 +11,7 @@ from ..conversion import record_of
 from ..errors import OptionError
 from ..heads import Head, resize_head
 from ..predictors import find_predictor
+from ..records import put_record
 from ..values import whole
 
 
@@ -50,5 +51,5 @@ def fitted(model: nn.Module, found: Head, in_data: int | None, asked: int | None
     resize_head(model, head)
     record = record_of(model)
     if record is not None:  # a new one, so that the caller can put the network back as it was
-        model.__dict__["_normswap"] = replace(record, head=head)
+        put_record(model, replace(record, head=head))
     return head
