@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .errors import OptionError
@@ -108,13 +109,45 @@ def _of_class(cls: type[nn.Module], forward: object) -> NormSpec | None:
 def why_suspicious(module: nn.Module) -> str | None:
     """Why a module that `identify` does not know looks like a norm with batch statistics; None if it does not."""
     batch_like = isinstance(module, nn.modules.batchnorm._NormBase) or looks_batch(module)
-    if not batch_like or identify(module) is not None:
+    pair = None if batch_like else _statistics_like(module)
+    if not (batch_like or pair) or identify(module) is not None:
         return None
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance, so what it computes is not known"
     if isinstance(module, nn.modules.batchnorm._NormBase):
         return f"{class_of(module).__name__} overrides the forward of a norm class that normswap knows"
+    if pair is not None:
+        return f"{class_of(module).__name__} holds {' and '.join(pair)}, and normswap does not know its formula"
     return f"{class_of(module).__name__} has running statistics, but normswap does not know its formula"
+
+
+def _statistics_like(module: nn.Module) -> tuple[str, str] | None:
+    """The names of two tensors that no gradient moves and that may be mean and variance of channels, as `ra_mean`.
+
+    A `std` counts beside a running or moving mean alone: `mean` and `std` mostly prepare images.
+    """
+    tensors: dict[str, Tensor | None] = {**module._buffers, **module._parameters}
+    if not any("mean" in name for name in tensors):
+        return None
+    fixed = {name: t for name, t in tensors.items() if t is not None and not t.requires_grad and _is_vector(t)}
+    for name in fixed:
+        if (found := _MEAN.search(name)) is None:
+            continue
+        before, after = name[: found.start()], name[found.end() :]
+        for word in ("var", "variance", *(("std",) if _RUNNING.search(name) else ())):
+            other = f"{before}{word}{after}"
+            if other in fixed and fixed[other].shape == fixed[name].shape:
+                return name, other
+    return None
+
+
+_MEAN = re.compile(r"(?<![a-z])mean(?![a-z])")
+_RUNNING = re.compile(r"(?<![a-z])(running|moving|ra|ema|pop|population|avg)(?![a-z])")
+
+
+def _is_vector(tensor: Tensor) -> bool:
+    """Whether one dimension alone is larger than 1: a value for each channel."""
+    return sum(size > 1 for size in tensor.shape) == 1
 
 
 def looks_batch(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -231,17 +231,46 @@ def hidden_references(paths: Mapping[nn.Module, list[str]]) -> list[tuple[str, s
 
     paths: what `aliases` returned.
 
-    A module kept in a plain list or dict, as an attribute that bypasses the table, or as a bound method, is still
-    called by its owner's forward after it was replaced in the tree.
+    A module kept in a plain list or dict, as an attribute that bypasses the table, as a bound method, in a closure or
+    in a `functools.partial` is still called by its owner's forward after it was replaced in the tree.
     """
     found: list[tuple[str, str, nn.Module]] = []
     for holder, names in paths.items():
         for attribute, value in own_attributes(holder):
-            for leaf in leaves_of(value):
-                module = leaf.__self__ if isinstance(leaf, MethodType) else leaf
-                if isinstance(module, nn.Module) and module is not holder and module in paths:
-                    found.append((names[0], attribute, module))
+            held = (module for leaf in leaves_of(value) for module in _held(leaf))
+            found += [(names[0], attribute, module) for module in held if module is not holder and module in paths]
     return list(dict.fromkeys(found))
+
+
+def _held(leaf: Any) -> list[nn.Module]:
+    """The modules that a value is, or that a function holds: bound, in its closure, its defaults or its arguments."""
+    found: list[nn.Module] = []
+    waiting, seen = [leaf], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, nn.Module):
+            found.append(value)
+        if id(value) in seen or not isinstance(value, (MethodType, FunctionType, functools.partial)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, MethodType):
+            inside: list[Any] = [value.__self__, value.__func__]
+        elif isinstance(value, functools.partial):
+            inside = [value.func, *value.args, *value.keywords.values()]
+        else:
+            inside = [*_closed_over(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        waiting += [member for each in inside for member in leaves_of(each)]
+    return found
+
+
+def _closed_over(function: FunctionType) -> list[Any]:
+    found = []
+    for cell in function.__closure__ or ():
+        try:
+            found.append(cell.cell_contents)
+        except ValueError:  # empty: its variable was deleted, or not set yet
+            continue
+    return found
 
 
 def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:

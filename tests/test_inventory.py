@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.functional import batch_norm as renamed
 from torch.nn.utils import parametrize
 
+import normswap
 from normswap.errors import NormswapError
 from normswap.inventory import inspect
 from normswap.registry import identify, why_suspicious
@@ -256,6 +257,41 @@ def test_subclasses_with_another_forward_and_unknown_statistics_are_suspected() 
         "1": "LookAlike has running statistics, but normswap does not know its formula",
     }
     assert paths_of(inspect(net).layers) == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("names_of", "shape", "found"),
+    [
+        (("ra_mean", "ra_var"), (4,), True),
+        (("moving_mean", "moving_variance"), (4,), True),
+        (("mean_ema", "var_ema"), (1, 4, 1, 1), True),
+        (("running_mean", "running_std"), (4,), True),
+        (("mean", "std"), (1, 3, 1, 1), False),
+        (("mean", "var"), (4, 4), False),
+        (("meaning", "varing"), (4,), False),
+    ],
+)
+@pytest.mark.parametrize("as_parameters", [False, True])
+def test_what_may_be_mean_and_variance_of_channels_is_suspected(
+    names_of: tuple[str, str], shape: tuple[int, ...], found: bool, as_parameters: bool
+) -> None:
+    module = nn.Module()
+    for name in names_of:
+        if as_parameters:
+            module.register_parameter(name, nn.Parameter(torch.ones(shape), requires_grad=False))
+        else:
+            module.register_buffer(name, torch.ones(shape))
+    reason = f"Module holds {' and '.join(names_of)}, and normswap does not know its formula"
+    assert reasons(nn.Sequential(module, nn.BatchNorm2d(4))) == ({"0": reason} if found else {})
+
+
+def test_a_norm_in_a_closure_is_not_converted_behind_its_back() -> None:
+    net = nn.Sequential(conv_bn(), nn.ReLU())
+    norm = net[0][1]
+    net[1].forward = lambda x: norm(x)
+    assert inspect(net)["0.1"].held_by == ("1.forward",)
+    with pytest.raises(NormswapError, match=r"1\.forward holds it too"):
+        normswap.plan(net, "gn", groups=2)
 
 
 def test_a_forward_put_on_the_instance_is_suspected() -> None:

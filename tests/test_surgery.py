@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 
 import pytest
 import torch
 from helpers import fingerprint
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from normswap import surgery
 from normswap.errors import NormswapError
@@ -218,6 +220,35 @@ def test_hidden_references_finds_modules_in_plain_attributes() -> None:
         ("", "method"), ("", "nested"), ("2", "direct"), ("2", "listed"),
     ]  # fmt: skip
     assert {module for *_, module in found} == {layer}
+
+
+def test_hidden_references_looks_into_closures_defaults_and_partial_calls() -> None:
+    net = nn.Sequential(nn.Linear(1, 1), nn.Sequential())
+    layer = net[0]
+
+    def called(x: object, *, keyword: object = layer) -> object:
+        return keyword
+
+    net[1].closure = lambda x: layer(x)
+    net[1].nested = [lambda x: net[1].closure(x), functools.partial(lambda f, x: f(x), lambda x: layer(x))]
+    net[1].partial = functools.partial(F.relu, layer.weight)
+    net[1].argument = functools.partial(map, layer)
+    net[1].keyword = {"a": called}
+    found = {name for path, name, module in surgery.hidden_references(surgery.aliases(net)) if module is layer}
+    assert found == {"closure", "nested", "argument", "keyword"}
+
+
+def test_a_closure_that_holds_its_owner_or_nothing_yet_is_no_hidden_reference() -> None:
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+            self.call = lambda x: self.norm(x)
+            self.empty = lambda x: later(x)
+            if self is None:
+                later = self.norm
+
+    assert surgery.hidden_references(surgery.aliases(Owner())) == []
 
 
 def test_registered_children_are_no_hidden_references() -> None:
