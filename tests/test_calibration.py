@@ -625,6 +625,18 @@ def test_balancing_leaves_what_a_norm_with_fixed_statistics_would_compute(net: n
     torch.testing.assert_close(fixed(), before)
 
 
+def test_balancing_a_prescaled_norm_scales_and_shifts_what_enters_it_alike() -> None:
+    net = randomized(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4)))
+    model = normswap.convert(net, to="gn", groups=2)
+    (target,), record = targets_of(model, net), record_of(model)
+    assert record.plan.steps[0].transfer == "prescale"
+    x, factor = torch.randn(2, 4, 5, 5), torch.tensor([-2.0, 0.7, 1.3, -0.5])
+    mean, scale = (broadcast(t, x) for t in (net[1].running_mean, (net[1].running_var + net[1].eps).rsqrt()))
+    rescale(model, target, record.plan.steps[0], factor.double(), record.undo)
+    torch.testing.assert_close(run_at(model[1].standardize, x), (x - mean) * scale * broadcast(factor, x))
+    torch.testing.assert_close(model[1].norm.weight, net[1].weight / factor)
+
+
 def test_signs_come_close_to_the_best_of_all() -> None:
     means = torch.randn(30, 2 * 6, dtype=torch.float64) + 2 * torch.randn(30, 1, dtype=torch.float64)
     means = means - means.mean(0)
@@ -730,6 +742,17 @@ def test_a_refitted_layer_is_a_ridge_regression(layer: Any, shape: tuple[int, ..
             now = torch.cat([layer.weight.view(outs, -1), layer.bias[:, None]], 1)[channels].double().numpy()
             found = torch.cat([weight.view(outs, -1), bias[:, None]], 1)[channels].double().numpy()
             np.testing.assert_allclose(found, ridge(table, aim, now), rtol=1e-3, atol=1e-4)
+
+
+def test_a_layer_is_refitted_on_positions_from_all_over_the_image() -> None:
+    layer = nn.Conv2d(1, 1, 1)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    x = torch.randn(4, 1, 20, 20).sign()
+    z = 2 * x
+    z[:, :, :10] = 0  # nothing above, twice the input below: the input itself on the whole, less what the ridge holds
+    weight, _ = fitted(layer, [(x, z)], torch.ones(1), torch.zeros(1))
+    assert float(weight) == pytest.approx(1 / 1.1, abs=0.1)
 
 
 def test_refitting_brings_what_enters_the_norms_closer_to_the_original_and_keeps_the_moments(net: nn.Module) -> None:

@@ -536,6 +536,21 @@ def test_a_norm_whose_output_is_used_elsewhere_is_not_the_last() -> None:
     assert last_norms(Shared()) == []
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stem", [nn.Identity(), nn.Conv2d(4, 4, 1)])
+def test_a_norm_beside_its_own_input_is_not_the_last_of_a_branch(stem: nn.Module, mode: str) -> None:
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.bn = stem, nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return x + self.bn(x)
+
+    assert last_norms(Empty(), torch.randn(1, 4, 8, 8) if mode == "recorded" else None) == []
+
+
 def test_a_norm_before_a_plain_sum_is_not_the_last_of_a_branch() -> None:
     class Sum(nn.Module):
         def __init__(self) -> None:
