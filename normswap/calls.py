@@ -55,12 +55,22 @@ class Run:
 
     def __init__(self, region: Region, canonical: Mapping[str, str], modules: Mapping[str, nn.Module]) -> None:
         self.calls = region.calls
+        self.part = region.path != ""
         self.modules = modules
         self.names = [canonical.get(c.target, c.target) if c.kind == "module" else c.target for c in self.calls]
         self.users: list[list[int]] = [[] for _ in self.calls]
         for index, call in enumerate(self.calls):
             for source in call.inputs:
                 self.users[source].append(index)
+
+    def source(self, index: int) -> int | None:
+        """The call whose output a call reads first."""
+        return self.calls[index].inputs[0] if self.calls[index].inputs else None
+
+    def open(self, index: int) -> bool:
+        """Whether what a call reads comes from outside of the part of the network that this run is of."""
+        source = self.source(index)
+        return self.part and source is not None and self.calls[source].kind == "input"
 
     def module(self, index: int) -> nn.Module | None:
         return self.modules.get(self.names[index]) if self.calls[index].kind == "module" else None

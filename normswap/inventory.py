@@ -20,7 +20,6 @@ from .roles import roles_of
 from .spec import NormSpec, NormState
 from .surgery import aliases, check_module, hidden_references
 from .suspects import IN_CODE, Suspect, functional_batch_norm, suspicion
-from .uses import branches_on_training
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,8 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, feeds: bool = True)
     """List every norm layer of `model` and what feeds it. Changes nothing.
 
     example_inputs: a tensor, or a tuple of the forward's arguments; the network is then run once on them, in eval
-    mode without gradients, and what that run shows decides. Without them it is traced symbolically.
+    mode without gradients. It is traced symbolically in any case, and a layer counts as foldable only where neither
+    shows another use of it.
     feeds=False skips either run; every feed is then unknown.
 
     Raises DataError when the network cannot be run on the example inputs.
@@ -161,44 +161,17 @@ def _feeds(
 ) -> dict[str, Feed]:
     if identify(model) is not None:
         return {"": Feed("input", reason="the network is this norm alone")}
-    feeds: dict[str, Feed] = {}
     regions: list[Region] = []
     if example_inputs is not None:
-        region = _recorded(model, paths, channels, example_inputs)
-        regions.append(region)
-        feeds = analyse(paths, regions, channels)
-    missing = {path: n for path, n in channels.items() if feeds.get(path, UNKNOWN) is UNKNOWN}
-    if missing:
-        # A part traced alone does not see what reaches it through an attribute elsewhere.
-        feeds |= _traced(model, paths, missing, regions, {paths[module][0] for module in held})
+        regions.append(_recorded(model, paths, channels, example_inputs))
+    traced = trace(model, is_leaf)
+    regions += traced.regions
+    # A part traced alone does not see what reaches it through an attribute elsewhere.
+    doubts = {paths[module][0] for module in held} | traced.doubtful
+    feeds = analyse(paths, regions, channels, doubts)
     if not any(suspect.reason == IN_CODE for suspect in suspects):
         suspects += functional_batch_norm(regions)
     return feeds
-
-
-def _traced(
-    model: nn.Module,
-    paths: Mapping[nn.Module, list[str]],
-    missing: Mapping[str, int],
-    regions: list[Region],
-    doubts: set[str],
-) -> dict[str, Feed]:
-    """What symbolic runs, which are added to `regions`, show of the missing norms.
-
-    In eval mode; where the code does more in training (auxiliary heads, say), or norms are left over, also in train
-    mode.
-    """
-    traced = trace(model, is_leaf)
-    regions += traced.regions
-    doubts = doubts | traced.doubtful
-    seen = {call.target for region in regions for call in region.calls if call.kind == "module"}
-    left = {path: n for path, n in missing.items() if path not in seen}
-    if not left and not any(branches_on_training(module) for module in paths):
-        return analyse(paths, regions, missing, doubts)
-    again = trace(model, is_leaf, training=True)
-    regions += again.regions
-    feeds = analyse(paths, regions, missing, doubts)
-    return feeds | {p: f for p, f in analyse(paths, regions, missing, doubts | again.doubtful).items() if p in left}
 
 
 def _recorded(

@@ -116,18 +116,26 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     Lists, dicts and sets among the attributes get their members back, buffers changed in place their values.
     """
-    containers = list(_containers(model))
-    before = [dict(c) if isinstance(c, dict) else list(c) for c in containers]
     values = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
-    with torch.random.fork_rng(devices=_cuda_devices(model)):
+    with torch.random.fork_rng(devices=_cuda_devices(model)), attributes_restored(model):
         try:
             yield
         finally:
-            for container, members in zip(containers, before, strict=True):
-                _restore(container, members)
             for buffer, version, value in values:
                 if buffer._version != version:
                     buffer.data.copy_(value)
+
+
+@contextmanager
+def attributes_restored(model: nn.Module) -> Iterator[None]:
+    """Put the modules' attributes back as they were, lists, dicts and sets among them with their members."""
+    containers = list(_containers(model))
+    before = [dict(c) if isinstance(c, dict) else list(c) for c in containers]
+    try:
+        yield
+    finally:
+        for container, members in zip(containers, before, strict=True):
+            _restore(container, members)
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from normswap.surgery import leaves_of
 
 
 def branch(y: Tensor) -> Tensor:
-    """Control flow on values: no symbolic run gets past it."""
-    return y + 1 if y.sum() > 0 else y - 1
+    """A number out of values: no symbolic run gets past it."""
+    return y + 1 if float(y.sum()) > 0 else y - 1
 
 
 class Wrapper(nn.Module):
@@ -194,7 +194,7 @@ class Twice(nn.Module):
             y = self.conv(x)
             if mask is None:
                 return self.bn(y)
-            return self.bn(y) + y if mask.sum() > 0 else self.bn(y)
+            return self.bn(y) + y if float(mask.sum()) > 0 else self.bn(y)
 
     def __init__(self) -> None:
         super().__init__()
@@ -249,10 +249,9 @@ def test_where_the_parent_does_not_trace_doubt_means_no_edge(case: Callable[[], 
     assert edges(case(), "symbolic") == {}
 
 
-@pytest.mark.parametrize("case", [c for c in OPAQUE_NEVER if c is not DirectChildren])
-def test_a_recorded_run_sees_that_those_edges_are_none(case: Callable[[], nn.Module]) -> None:
-    found = edges(case(), "recorded")
-    assert set(found) <= {"second.bn"} if case is HeldInList else found == {}
+@pytest.mark.parametrize("case", OPAQUE_NEVER)
+def test_a_recorded_run_does_not_settle_what_the_trace_leaves_in_doubt(case: Callable[[], nn.Module]) -> None:
+    assert edges(case(), "recorded") == {}
 
 
 class CallsWholeFromList(Several):
