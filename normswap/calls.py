@@ -108,20 +108,6 @@ class Run:
             index = call.inputs[0]
         return None
 
-    def pooled(self, index: int) -> bool:
-        """Whether a call's output is known to be a single position: a global pool, then layers that keep its size."""
-        for _ in range(16):
-            call, module = self.calls[index], self.module(index)
-            if isinstance(module, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)):
-                size = module.output_size
-                return all(s == 1 for s in (size if isinstance(size, tuple) else (size,)))
-            if isinstance(module, _ConvNd) and (set(module.kernel_size) != {1} or any(p for p in module.padding)):
-                return False
-            if module is None or not call.inputs or isinstance(module, (nn.Upsample, nn.Unflatten)):
-                return False
-            index = call.inputs[0]
-        return False
-
 
 def dims_of(module: nn.Module) -> int | None:
     """Spatial dimensions of a layer's output, where its class tells."""

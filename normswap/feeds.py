@@ -20,7 +20,7 @@ class Feed:
     kind: `conv`, `conv_transpose`, `linear`, `sum`, `concat`, `input`, `norm`, `other`, or `unknown` (no run showed
     it). producers: paths of the layers the statistics can be folded into, empty unless `foldable`. reason: why it
     is not foldable. last_of_branch: it is the last norm of a residual branch. dims: spatial dimensions of the input;
-    positions: their product where known (1 for a pooled map or a vector).
+    positions: their product where a run showed it (1 for a pooled map or a vector).
     """
 
     kind: str
@@ -141,7 +141,7 @@ def _feed_of(
 ) -> Feed:
     first = [(run, i) for run, i in calls if not run.calls[i].way] or calls
     kind = _kind(first, norms)
-    positions, dims = _extent(first, kind)
+    positions, dims = _extent(first)
     last = all(ends_branch(run, i) for run, i in first)
     sources = [(run, run.source(i)) for run, i in calls if not run.open(i)]
     producers = tuple(dict.fromkeys(run.names[s] for run, s in sources if s is not None))
@@ -222,15 +222,12 @@ def _hooked_between(producer: str, path: str, modules: Mapping[str, nn.Module]) 
     return ""
 
 
-def _extent(calls: list[tuple[Run, int]], kind: str) -> tuple[int | None, int | None]:
+def _extent(calls: list[tuple[Run, int]]) -> tuple[int | None, int | None]:
     shapes = [run.calls[i].input_shape for run, i in calls]
     extents = [shape[2:] for shape in shapes if shape is not None]
     if extents:
         return min(_product(e) for e in extents), max(1, len(extents[0]))
     sources = [(run, run.source(i)) for run, i in calls]
-    if any(s is not None and (kind == "linear" or run.pooled(s)) for run, s in sources):
-        dims = {run.dims(s) for run, s in sources if s is not None}
-        return 1, dims.pop() if len(dims) == 1 else None
     dims = {run.dims(s) if s is not None else None for run, s in sources}
     return None, dims.pop() if len(dims) == 1 else None
 
@@ -252,5 +249,4 @@ def watched_modules(paths: Mapping[nn.Module, list[str]], norms: Iterable[str]) 
         or producer_kind(module) is not None
         or isinstance(module, nn.modules.dropout._DropoutNd)
         or type(module).__name__ in PASSTHROUGH_CLASSES
-        or isinstance(module, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d))
     }

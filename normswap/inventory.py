@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,14 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from . import norms as _norms  # noqa: F401  (registers the norm types)
 from .calls import producer_kind
 from .errors import DataError, first_line
+from .example import guess_inputs
 from .feeds import UNKNOWN, Feed, analyse, watched_modules
 from .graph import Region, record, trace
 from .registry import class_of, identify, why_suspicious
 from .roles import roles_of
+from .shapes import positions_by_guess, vectors_only
 from .spec import NormSpec, NormState
-from .surgery import aliases, check_module, hidden_references
+from .surgery import aliases, check_module, get, hidden_references
 from .suspects import IN_CODE, Suspect, functional_batch_norm, suspicion
 
 
@@ -169,9 +171,29 @@ def _feeds(
     # A part traced alone does not see what reaches it through an attribute elsewhere.
     doubts = {paths[module][0] for module in held} | traced.doubtful
     feeds = analyse(paths, regions, channels, doubts)
+    feeds |= _without_vectors(model, {names[0]: module for module, names in paths.items()}, feeds, example_inputs)
     if not any(suspect.reason == IN_CODE for suspect in suspects):
         suspects += functional_batch_norm(regions)
     return feeds
+
+
+def _without_vectors(
+    model: nn.Module, modules: Mapping[str, nn.Module], feeds: Mapping[str, Feed], example_inputs: Any
+) -> dict[str, Feed]:
+    """The feeds by a linear layer that are not known to be `(N, C)` in every run, now not foldable."""
+    linear = {modules[path]: path for path, feed in feeds.items() if feed.foldable and feed.kind == "linear"}
+    if not linear:
+        return {}
+    inputs = guess_inputs(model) if example_inputs is None else as_inputs(example_inputs)
+    sure = vectors_only(model, inputs, linear)
+    reason = "its input may have more dimensions than two, and the linear layer's channels are the last"
+    unsure = [path for path in linear.values() if path not in sure]
+    return {path: replace(feeds[path], producers=(), foldable=False, reason=reason) for path in unsure}
+
+
+def positions(model: nn.Module, inventory: Inventory) -> dict[str, int]:
+    """How many positions each norm layer is given at least, from a run on guessed inputs; only those it reaches."""
+    return positions_by_guess(model, {get(model, layer.path): layer.path for layer in inventory.layers})
 
 
 def _recorded(
