@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .surgery import evaluating, leaves_of, own_attributes, undisturbed
+from .surgery import evaluating, kept_by, undisturbed
 from .uses import ALL, doubtful_below, uses_of
 from .ways import Leaf, Tracer, kept_on_modules
 
@@ -252,6 +252,5 @@ def record(model: nn.Module, inputs: tuple[Any, ...], watched: Mapping[nn.Module
 
 def _attributes(model: nn.Module) -> list[Tensor]:
     """Tensors that modules hold in attributes which are not parameters."""
-    values = [(value for _, value in own_attributes(module)) for module in model.modules()]
-    leaves = (leaf for value in chain(*values, model.buffers()) for leaf in leaves_of(value))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter)]
+    held = chain(kept_by(model), model.buffers())
+    return [value for value in held if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)]

@@ -20,7 +20,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
-from .surgery import attributes_restored, leaves_of, own_attributes
+from .surgery import attributes_restored, kept_by, reachable_from
 
 MOST = 16
 """Ways of one module that are tried; code that decides more often counts as not traceable."""
@@ -284,9 +284,9 @@ def _shallow(value: Any) -> Any:
 
 def kept_on_modules(module: nn.Module) -> set[fx.Node]:
     """Values that the forward stored in an attribute of some module, where anybody may use them later."""
-    return set().union(*(_nodes_in(value) for part in module.modules() for _, value in own_attributes(part)))
+    return {value.node for value in kept_by(module) if isinstance(value, fx.Proxy)}
 
 
 def _nodes_in(value: Any) -> set[fx.Node]:
     """The nodes of the symbolic values that a value holds."""
-    return {leaf.node for leaf in leaves_of(value) if isinstance(leaf, fx.Proxy)}
+    return {leaf.node for leaf in reachable_from(value) if isinstance(leaf, fx.Proxy)}
