@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import operator
+import random
 import sys
 from argparse import Namespace
 from collections import deque
@@ -115,18 +116,41 @@ def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward pass leaves behind on the modules themselves: attributes, buffers, random state.
+    """Undo what a forward pass leaves behind: attributes of the modules, buffers, random states.
 
-    Lists, dicts and sets among the attributes get their members back, buffers changed in place their values.
+    Lists, dicts, sets and objects among the attributes get their members back, buffers changed in place their values;
+    the random states are those of torch, Python and NumPy.
     """
     values = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
-    with torch.random.fork_rng(devices=_cuda_devices(model)), attributes_restored(model):
+    with torch.random.fork_rng(devices=_cuda_devices(model)), _other_random_states(), attributes_restored(model):
         try:
             yield
         finally:
             for buffer, version, value in values:
                 if buffer._version != version:
                     buffer.data.copy_(value)
+
+
+@contextmanager
+def _other_random_states() -> Iterator[None]:
+    numpy = sys.modules.get("numpy")
+    before = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        if numpy:
+            numpy.random.set_state(before[1])
+
+
+def seed_everything(model: nn.Module) -> None:
+    """Set the random states of torch, on the model's device too, of Python and of NumPy; for use in `undisturbed`."""
+    torch.default_generator.manual_seed(0)
+    for device in _cuda_devices(model):
+        torch.cuda.default_generators[device].manual_seed(0)
+    random.seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
 
 
 @contextmanager
