@@ -27,8 +27,12 @@ from torch import nn
 import normswap
 from normswap import conversion, sources
 from normswap.example import guess_inputs
+from normswap.feeds import Feed, analyse, watched_modules
+from normswap.graph import record
+from normswap.inventory import Layer
 from normswap.selfcheck import observe, watched_paths
 from normswap.sources import torchvision_models
+from normswap.surgery import aliases
 
 warnings.filterwarnings("ignore")
 TARGETS = ("gn", "ln", "frozen", "fused")
@@ -86,8 +90,15 @@ def randomise_statistics(model: nn.Module) -> None:
                     module.bias.copy_(uniform(module.bias, -0.2, 0.2))
 
 
-def batch_norms(inventory: normswap.Inventory) -> dict[str, object]:
+def batch_norms(inventory: normswap.Inventory) -> dict[str, Layer]:
     return {x.path: x for x in inventory.layers if x.spec.batch_type}
+
+
+def recorded_feeds(model: nn.Module, layers: dict[str, Layer], inputs: tuple[object, ...]) -> dict[str, Feed]:
+    """What a recorded run alone shows to feed each of the norms."""
+    paths = aliases(model)
+    norms = {path: layer.state.channels for path, layer in layers.items()}
+    return analyse(paths, [record(model, inputs, watched_modules(paths, norms))], norms)
 
 
 def examine(name: str) -> Row | None:
@@ -105,12 +116,12 @@ def examine(name: str) -> Row | None:
     if inputs is None:
         row.problems.append("no input known")
     symbolic = batch_norms(normswap.inspect(model))
-    recorded = batch_norms(normswap.inspect(model, inputs)) if inputs else symbolic
     row.norms = len(symbolic)
-    row.pairs = sum(x.feed.foldable for x in recorded.values())
-    row.found = sum(x.feed.foldable and symbolic[p].feed.producers == x.feed.producers for p, x in recorded.items())
+    recorded = recorded_feeds(model, symbolic, inputs) if inputs else {p: x.feed for p, x in symbolic.items()}
+    row.pairs = sum(feed.foldable for feed in recorded.values())
+    row.found = sum(feed.foldable and symbolic[p].feed.producers == feed.producers for p, feed in recorded.items())
     row.wrong = sum(
-        x.feed.foldable and recorded[p].feed.kind != "unknown" and recorded[p].feed.producers != x.feed.producers
+        x.feed.foldable and recorded[p].kind != "unknown" and recorded[p].producers != x.feed.producers
         for p, x in symbolic.items()
     )
     for target in TARGETS:

@@ -17,7 +17,7 @@ def ends_branch(run: Run, index: int) -> bool:
     norm): the projection shortcut ends in a norm too, but what it joins is deeper than itself.
     """
     while True:
-        users = run.users[index]
+        users = [user for user in run.users[index] if not run.calls[user].way]
         if len(users) != 1:
             return False
         user = users[0]

@@ -55,12 +55,22 @@ class Run:
 
     def __init__(self, region: Region, canonical: Mapping[str, str], modules: Mapping[str, nn.Module]) -> None:
         self.calls = region.calls
+        self.part = region.path != ""
         self.modules = modules
         self.names = [canonical.get(c.target, c.target) if c.kind == "module" else c.target for c in self.calls]
         self.users: list[list[int]] = [[] for _ in self.calls]
         for index, call in enumerate(self.calls):
             for source in call.inputs:
                 self.users[source].append(index)
+
+    def source(self, index: int) -> int | None:
+        """The call whose output a call reads first."""
+        return self.calls[index].inputs[0] if self.calls[index].inputs else None
+
+    def open(self, index: int) -> bool:
+        """Whether what a call reads comes from outside of the part of the network that this run is of."""
+        source = self.source(index)
+        return self.part and source is not None and self.calls[source].kind == "input"
 
     def module(self, index: int) -> nn.Module | None:
         return self.modules.get(self.names[index]) if self.calls[index].kind == "module" else None
@@ -97,20 +107,6 @@ class Run:
                 return None
             index = call.inputs[0]
         return None
-
-    def pooled(self, index: int) -> bool:
-        """Whether a call's output is known to be a single position: a global pool, then layers that keep its size."""
-        for _ in range(16):
-            call, module = self.calls[index], self.module(index)
-            if isinstance(module, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)):
-                size = module.output_size
-                return all(s == 1 for s in (size if isinstance(size, tuple) else (size,)))
-            if isinstance(module, _ConvNd) and (set(module.kernel_size) != {1} or any(p for p in module.padding)):
-                return False
-            if module is None or not call.inputs or isinstance(module, (nn.Upsample, nn.Unflatten)):
-                return False
-            index = call.inputs[0]
-        return False
 
 
 def dims_of(module: nn.Module) -> int | None:

@@ -21,7 +21,7 @@ from .planning import Plan, plan
 from .records import ATTRIBUTE, put_record
 from .registry import identify
 from .rules import Rules
-from .selfcheck import TOLERANCE, Check, Observations, applicable, compare, observe, watched_paths
+from .selfcheck import TOLERANCE, Check, Observations, applicable, compare, observe, repeats, watched_paths
 from .surgery import check_module, copied, device_and_dtype
 from .transfer import apply
 from .undo import Undo, revert
@@ -98,7 +98,7 @@ def convert(
     inplace=True converts `model` itself, which saves a copy of it (the returned root is a new module only when the
     root itself is a norm). check=True proves the surgery: on `example_inputs`, or on a random input that the
     network is found to take, the converted network with bare norms must equal the original to a relative 1e-4, else
-    it is undone. undo=False keeps nothing for `revert`.
+    it is undone; where no such input is found, a warning says so. undo=False keeps nothing for `revert`.
 
     dtype, device, training flags, `requires_grad`, hooks, attributes, ties and aliases stay as they are; gamma and
     beta stay the same Parameter objects. A network in DataParallel or torch.compile is converted within, under its
@@ -172,7 +172,11 @@ def _check_inputs(
     if example_inputs is not None:
         return as_inputs(example_inputs), ""
     guess = guess_inputs(model)
-    return guess, "" if guess is not None else "no input is known that the network runs on; give example_inputs"
+    if guess is not None:
+        return guess, ""
+    reason = "no input is known that the network runs on; give example_inputs"
+    warnings.warn(f"the self-check was not run: {reason} (or check=False)", stacklevel=3)
+    return None, reason
 
 
 def _observe(model: nn.Module, inputs: tuple[Any, ...], using: Plan) -> Observations:
@@ -210,12 +214,23 @@ def _prove(
         ) from error
     record.check = result
     if not result.passed:
-        if original is None:
-            revert(root)
-        raise SelfCheckError(
-            f"the self-check failed at {result.where}: {_difference(result)}; nothing was kept",
-            hint="Give real example inputs (--input), or keep the layer with a rule; please report the network.",
+        before = revert(root) if original is None else original
+        raise _failure(result, before, repeats(before, inputs, watched_paths(before, using)))
+
+
+def _failure(result: Check, model: nn.Module, same: bool) -> SelfCheckError:
+    """same: whether the original, `model`, gives the same each time."""
+    if not same:
+        return SelfCheckError(
+            f"the self-check cannot tell at {result.where}: {type(model).__name__} itself gives another output each "
+            "time it is run on the same input; nothing was kept",
+            hint="It takes random numbers from a source of its own, or counts its runs. Let it give the same each time "
+            "while it is converted, or skip the self-check with check=False (--no-check).",
         )
+    return SelfCheckError(
+        f"the self-check failed at {result.where}: {_difference(result)}; nothing was kept",
+        hint="Give real example inputs (--input), or keep the layer with a rule; please report the network.",
+    )
 
 
 def _difference(result: Check) -> str:

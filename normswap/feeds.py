@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -21,7 +21,7 @@ class Feed:
     kind: `conv`, `conv_transpose`, `linear`, `sum`, `concat`, `input`, `norm`, `other`, or `unknown` (no run showed
     it). producers: paths of the layers the statistics can be folded into, empty unless `foldable`. reason: why it
     is not foldable. last_of_branch: it is the last norm of a residual branch. dims: spatial dimensions of the input;
-    positions: their product where known (1 for a pooled map or a vector).
+    positions: their product where a run showed it (1 for a pooled map or a vector).
     """
 
     kind: str
@@ -52,43 +52,95 @@ def analyse(
     owners = sharers(p for module in paths for p in module._parameters.values() if p is not None)
     runs = [Run(region, canonical, modules) for region in regions]
     norm_calls: dict[str, list[tuple[Run, int]]] = defaultdict(list)
-    layer_users: dict[str, set[str | None]] = defaultdict(set)
+    layer_users: dict[str, Users] = defaultdict(dict)
     for run in runs:
         for index, name in enumerate(run.names):
             kind = run.calls[index].kind
             if run.norm(index, norms) is not None:
                 norm_calls[name].append((run, index))
             elif kind == "module":
-                users = {run.norm(u, norms) for u in run.users[index]}
-                layer_users[name] |= users or {None}
+                users = [(run.norm(u, norms), run.calls[u].way) for u in run.users[index]]
+                for user, way in users or [(None, run.calls[index].way)]:
+                    _add(layer_users[name], user, way)
             elif kind == "parameter":
-                layer_users[canonical.get(name.rpartition(".")[0], "")].add(None)
+                _add(layer_users[canonical.get(name.rpartition(".")[0], "")], None, run.calls[index].way)
     doubts = tuple(canonical.get(d, d) for d in doubtful)
-    return {
+    found = {
         path: _feed_of(path, norms, norm_calls[path], layer_users, modules, owners, doubts)
-        if norm_calls[path]
-        else UNKNOWN
         for path in norms
+        if norm_calls[path]
     }
+    called = {name for run in runs for name, call in zip(run.names, run.calls, strict=True) if call.kind == "module"}
+    unreached = {p: n for p, n in norms.items() if p not in found and not _has_own(p, n, called, modules)}
+    return {path: _sure(path, found[path], unreached, called, modules) if path in found else UNKNOWN for path in norms}
+
+
+def _sure(
+    path: str, feed: Feed, unreached: Mapping[str, int], called: set[str], modules: Mapping[str, nn.Module]
+) -> Feed:
+    """The feed, not foldable if the producers may feed something else that no run has reached."""
+    for producer in feed.producers:
+        layer = modules[producer]
+        for other, channels in unreached.items():
+            same = channels == out_channels(layer) and len({dims_of(layer), dims_of(modules[other])} - {None}) < 2
+            if same:
+                reason = f"no run of the network showed what feeds {other}, which may be {producer}"
+                return replace(feed, producers=(), foldable=False, reason=reason)
+        if other := _instead(path, producer, called, modules):
+            reason = f"no run of the network called {other}, which may stand in its place"
+            return replace(feed, producers=(), foldable=False, reason=reason)
+    return feed
+
+
+def _has_own(path: str, channels: int, called: set[str], modules: Mapping[str, nn.Module]) -> bool:
+    """Whether beside a norm that nobody calls there is a layer that nobody calls either, and that fits it."""
+    parent = path.rpartition(".")[0]
+    beside = (f"{parent}.{name}" if parent else name for name in modules[parent]._modules)
+    layers = (modules[p] for p in beside if p in modules and p not in called)
+    return any(producer_kind(layer) is not None and out_channels(layer) == channels for layer in layers)
+
+
+def _instead(path: str, producer: str, called: set[str], modules: Mapping[str, nn.Module]) -> str:
+    """A part that nobody has called, in a list or dict of parts of which the norm, but not the layer, is in another."""
+    parts = path.split(".")
+    for n in range(1, len(parts)):
+        holder = ".".join(parts[:n])
+        if isinstance(modules.get(holder), (nn.ModuleDict, nn.ModuleList)) and not is_below(producer, holder):
+            members = [f"{holder}.{name}" for name, child in modules[holder]._modules.items() if child is not None]
+            idle = [m for m in members if not any(is_below(name, m) for name in called)]
+            if idle:
+                return idle[0]
+    return ""
+
+
+Users = dict[str | None, str]
+"""Who reads a layer's output: paths of norms, None for anything else; each with the way that leads there."""
+
+
+def _add(users: Users, user: str | None, way: str) -> None:
+    users[user] = min(way, users.get(user, way))  # no way at all, the empty text, comes first
 
 
 def _feed_of(
     path: str,
     norms: Mapping[str, int],
     calls: list[tuple[Run, int]],
-    layer_users: Mapping[str, set[str | None]],
+    layer_users: Mapping[str, Users],
     modules: Mapping[str, nn.Module],
     owners: Mapping[int, int],
     doubts: tuple[str, ...],
 ) -> Feed:
-    sources = [(run, run.calls[i].inputs[0] if run.calls[i].inputs else None) for run, i in calls]
-    kinds = {"other" if s is None else run.kind(s, norms) for run, s in sources}
-    kind = kinds.pop() if len(kinds) == 1 else "other"
-    positions, dims = _extent(calls, sources, kind)
-    last = all(ends_branch(run, i) for run, i in calls)
+    first = [(run, i) for run, i in calls if not run.calls[i].way] or calls
+    kind = _kind(first, norms)
+    positions, dims = _extent(first)
+    last = all(ends_branch(run, i) for run, i in first)
+    sources = [(run, run.source(i)) for run, i in calls if not run.open(i)]
     producers = tuple(dict.fromkeys(run.names[s] for run, s in sources if s is not None))
     reason = ""
-    if kind not in ("conv", "conv_transpose", "linear"):
+    if _kind(calls, norms) != kind:
+        way = min(run.calls[i].way for run, i in calls if _kind([(run, i)], norms) != kind)
+        reason = f"{way}, its input is another"
+    elif kind not in ("conv", "conv_transpose", "linear"):
         reason = f"its input is {_WORDS.get(kind, 'not the output of one layer')}"
     elif modules[path]._forward_pre_hooks:
         reason = "a forward pre-hook stands before it"
@@ -105,6 +157,13 @@ def _feed_of(
     return Feed(kind, producers if foldable else (), foldable, reason, last, dims, positions)
 
 
+def _kind(calls: list[tuple[Run, int]], norms: Mapping[str, int]) -> str:
+    """What the norm is fed by in all of these calls; those that do not show it count only where none does."""
+    shown = [(run, run.source(i)) for run, i in calls if not run.open(i)]
+    kinds = {"other" if s is None else run.kind(s, norms) for run, s in shown} or {"input"}
+    return kinds.pop() if len(kinds) == 1 else "other"
+
+
 _WORDS = {
     "sum": "a sum",
     "concat": "a concatenation",
@@ -117,7 +176,7 @@ def _why_not(
     producer: str,
     path: str,
     channels: int,
-    layer_users: Mapping[str, set[str | None]],
+    layer_users: Mapping[str, Users],
     modules: Mapping[str, nn.Module],
     owners: Mapping[int, int],
 ) -> str:
@@ -130,8 +189,9 @@ def _why_not(
         return f"the weight of {producer} is computed, not a parameter"
     if owners[id(weight)] > 1:
         return f"the weight of {producer} is shared with another layer"
-    if layer_users[producer] != {path}:
-        return f"the output of {producer} is used elsewhere too"
+    others = [way for user, way in layer_users[producer].items() if user != path]
+    if others:
+        return ", ".join([*filter(None, [min(others)]), f"the output of {producer} is used elsewhere too"])
     if layer._forward_hooks or layer._forward_pre_hooks:
         return f"a hook on {producer} sees its output or input"
     if out_channels(layer) != channels:
@@ -153,16 +213,12 @@ def _hooked_between(producer: str, path: str, modules: Mapping[str, nn.Module]) 
     return ""
 
 
-def _extent(
-    calls: list[tuple[Run, int]], sources: list[tuple[Run, int | None]], kind: str
-) -> tuple[int | None, int | None]:
+def _extent(calls: list[tuple[Run, int]]) -> tuple[int | None, int | None]:
     shapes = [run.calls[i].input_shape for run, i in calls]
-    if all(shape is not None for shape in shapes):
-        extents = [shape[2:] for shape in shapes if shape is not None]
+    extents = [shape[2:] for shape in shapes if shape is not None]
+    if extents:
         return min(_product(e) for e in extents), max(1, len(extents[0]))
-    if any(s is not None and (kind == "linear" or run.pooled(s)) for run, s in sources):
-        dims = {run.dims(s) for run, s in sources if s is not None}
-        return 1, dims.pop() if len(dims) == 1 else None
+    sources = [(run, run.source(i)) for run, i in calls]
     dims = {run.dims(s) if s is not None else None for run, s in sources}
     return None, dims.pop() if len(dims) == 1 else None
 
@@ -184,5 +240,4 @@ def watched_modules(paths: Mapping[nn.Module, list[str]], norms: Iterable[str]) 
         or producer_kind(module) is not None
         or isinstance(module, nn.modules.dropout._DropoutNd)
         or type(module).__name__ in PASSTHROUGH_CLASSES
-        or isinstance(module, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d))
     }

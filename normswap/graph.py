@@ -1,9 +1,9 @@
 """What feeds each norm, and what follows it.
 
-Two ways to know. `trace` runs the model symbolically with torch.fx; a submodule that does not trace stays a black
-box in its parent's graph and is traced by itself, so that the largest submodules that do trace are covered.
-`record` runs it once on example inputs and watches every operation. Both yield `Region`s of `Call`s, and `analyse`
-draws the same conclusions from either.
+Two ways to know. `trace` runs the model symbolically with torch.fx, in every way that its code can go; a submodule
+that does not trace stays a black box in its parent's graph and is traced by itself, so that the largest submodules
+that do trace are covered. `record` runs it once on example inputs and watches every operation. Both yield `Region`s of
+`Call`s, and `analyse` draws its conclusions from all of them together: what either shows counts.
 
 One rule rules: a wrong edge destroys a network, a missing one costs two buffers. Doubt means "not foldable".
 """
@@ -11,7 +11,7 @@ One rule rules: a wrong edge destroys a network, a missing one costs two buffers
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
@@ -23,19 +23,25 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .memory import Span, overlap, span_of, storage_of
-from .surgery import evaluating, leaves_of, own_attributes, undisturbed
+from .surgery import evaluating, kept_by, undisturbed
 from .uses import ALL, doubtful_below, uses_of
+from .ways import Leaf, Tracer, kept_on_modules
 
 
 @dataclass(slots=True)
 class Call:
-    """One step of a run: `kind` is module, function, input, output or parameter; `inputs` index earlier calls."""
+    """One step of a run: `kind` is module, function, input, output or parameter; `inputs` index earlier calls.
+
+    way: what would have to be otherwise for the code to get here, such as "with raw=True"; empty for what it does as
+    it stands.
+    """
 
     kind: str
     target: str
     inputs: tuple[int, ...] = ()
     shape: tuple[int, ...] | None = None
     input_shape: tuple[int, ...] | None = None
+    way: str = ""
 
 
 @dataclass
@@ -56,57 +62,28 @@ class Traced:
 
 # --- symbolic ---------------------------------------------------------------------------------------------------
 
-Leaf = Callable[[nn.Module], bool]
 
+def trace(model: nn.Module, leaf: Leaf) -> Traced:
+    """Run `model` symbolically, in eval mode first, in every way that its code can go.
 
-class _Tracer(fx.Tracer):
-    """fx.Tracer that keeps a submodule it cannot trace as one opaque call, instead of giving up."""
-
-    def __init__(self, leaf: Leaf) -> None:
-        super().__init__()
-        self.leaf = leaf
-        self.opaque: list[str] = []
-        self.called: set[str] = set()
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return self.leaf(m) or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        path = self.path_of_module(m)
-        self.called.add(path)
-        if self.is_leaf_module(m, path):
-            return self.create_proxy("call_module", path, args, kwargs)
-        last = self.graph._root._prev
-        try:
-            return m.forward(*args, **kwargs)  # not m(...): hooks are not made for symbols; `feeds` asks for them
-        except Exception:  # a stranger's forward on symbolic values raises whatever it likes
-            node = self.graph._root._prev
-            while node is not last:
-                previous = node._prev
-                self.graph.erase_node(node)
-                node = previous
-            self.opaque.append(path)
-            return self.create_proxy("call_module", path, args, kwargs)
-
-
-def trace(model: nn.Module, leaf: Leaf, *, training: bool = False) -> Traced:
-    """Run `model` symbolically. `leaf` says which modules are taken whole (norms, and layers that can be folded)."""
+    `leaf` says which modules are taken whole (norms, and layers that can be folded).
+    """
     traced = Traced()
-    with evaluating(model, training):
+    with evaluating(model):
         _trace_below(model, "", leaf, traced)
     return traced
 
 
 def _trace_below(module: nn.Module, path: str, leaf: Leaf, traced: Traced) -> None:
-    tracer = _Tracer(leaf)
+    tracer = Tracer(leaf)
     try:
         with undisturbed(module):
             graph = tracer.trace(module)
-            calls = _calls_of(graph, path, _kept_on_modules(module))
+            calls = _calls_of(graph, path, {"": kept_on_modules(module), **tracer.given}, tracer.way_of)
     except Exception:  # as above
         opaque = [""]
     else:
-        opaque = tracer.opaque
+        opaque = tracer.untraced()
         traced.regions.append(Region(path, calls))
     # A subtree erased as opaque may have been entered before: only the outermost opaque modules count.
     outer = [p for p in opaque if not any(p != q and is_below(p, q) for q in opaque)]
@@ -114,7 +91,9 @@ def _trace_below(module: nn.Module, path: str, leaf: Leaf, traced: Traced) -> No
         _trace_children(module.get_submodule(inner), _join(path, inner), inner, tracer.called, leaf, traced)
 
 
-def _trace_children(owner: nn.Module, path: str, local: str, called: set[str], leaf: Leaf, traced: Traced) -> None:
+def _trace_children(
+    owner: nn.Module, path: str, local: str, called: Collection[str], leaf: Leaf, traced: Traced
+) -> None:
     """Trace the children of a module whose own forward does not trace, where it is known to call them whole."""
     uses = uses_of(owner)
     for name, child in owner._modules.items():
@@ -133,13 +112,10 @@ def _trace_children(owner: nn.Module, path: str, local: str, called: set[str], l
             _trace_below(child, child_path, leaf, traced)
 
 
-def _kept_on_modules(module: nn.Module) -> set[fx.Node]:
-    """Values that the forward stored in an attribute of some module, where anybody may use them later."""
-    values = (value for part in module.modules() for _, value in own_attributes(part))
-    return {leaf.node for value in values for leaf in leaves_of(value) if isinstance(leaf, fx.Proxy)}
-
-
-def _calls_of(graph: fx.Graph, root: str, kept: Collection[fx.Node]) -> list[Call]:
+def _calls_of(
+    graph: fx.Graph, root: str, kept: Mapping[str, Collection[fx.Node]], way_of: Mapping[fx.Node, str]
+) -> list[Call]:
+    """kept: what is used beside, by way."""
     index: dict[fx.Node, int] = {}
     calls: list[Call] = []
     for node in graph.nodes:
@@ -147,8 +123,10 @@ def _calls_of(graph: fx.Graph, root: str, kept: Collection[fx.Node]) -> list[Cal
             continue
         kind, target = _kind_of(node, root)
         index[node] = len(calls)
-        calls.append(Call(kind, target, tuple(index[n] for n in node.all_input_nodes if n in index)))
-    calls.append(Call("output", "", tuple(index[n] for n in kept if n in index)))
+        inputs = tuple(index[n] for n in node.all_input_nodes if n in index)
+        calls.append(Call(kind, target, inputs, way=way_of.get(node, "")))
+    for way, nodes in kept.items():
+        calls.append(Call("output", "", tuple(index[n] for n in nodes if n in index), way=way))
     return calls
 
 
@@ -283,6 +261,5 @@ def record(model: nn.Module, inputs: tuple[Any, ...], watched: Mapping[nn.Module
 
 def _attributes(model: nn.Module) -> list[Tensor]:
     """Tensors that modules hold in attributes which are not parameters."""
-    values = [(value for _, value in own_attributes(module)) for module in model.modules()]
-    leaves = (leaf for value in chain(*values, model.buffers()) for leaf in leaves_of(value))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter)]
+    held = chain(kept_by(model), model.buffers())
+    return [value for value in held if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)]

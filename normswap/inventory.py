@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,14 +13,15 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from . import norms as _norms  # noqa: F401  (registers the norm types)
 from .calls import producer_kind
 from .errors import DataError, first_line
+from .example import guess_inputs
 from .feeds import UNKNOWN, Feed, analyse, watched_modules
 from .graph import Region, record, trace
 from .registry import class_of, identify, why_suspicious
 from .roles import roles_of
+from .shapes import positions_by_guess, vectors_only
 from .spec import NormSpec, NormState
-from .surgery import aliases, check_module, hidden_references
+from .surgery import aliases, check_module, get, hidden_references
 from .suspects import IN_CODE, Suspect, functional_batch_norm, suspicion
-from .uses import branches_on_training
 from .wrappers import unwrapped
 
 
@@ -102,7 +103,8 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, feeds: bool = True)
     """List every norm layer of `model` and what feeds it. Changes nothing.
 
     example_inputs: a tensor, or a tuple of the forward's arguments; the network is then run once on them, in eval
-    mode without gradients, and what that run shows decides. Without them it is traced symbolically.
+    mode without gradients. It is traced symbolically in any case, and a layer counts as foldable only where neither
+    shows another use of it.
     feeds=False skips either run; every feed is then unknown.
 
     Of a network in DataParallel, torch.compile and the like, what is within, under its own names. Raises DataError
@@ -164,44 +166,37 @@ def _feeds(
 ) -> dict[str, Feed]:
     if identify(model) is not None:
         return {"": Feed("input", reason="the network is this norm alone")}
-    feeds: dict[str, Feed] = {}
     regions: list[Region] = []
     if example_inputs is not None:
-        region = _recorded(model, paths, channels, example_inputs)
-        regions.append(region)
-        feeds = analyse(paths, regions, channels)
-    missing = {path: n for path, n in channels.items() if feeds.get(path, UNKNOWN) is UNKNOWN}
-    if missing:
-        # A part traced alone does not see what reaches it through an attribute elsewhere.
-        feeds |= _traced(model, paths, missing, regions, {paths[module][0] for module in held})
+        regions.append(_recorded(model, paths, channels, example_inputs))
+    traced = trace(model, is_leaf)
+    regions += traced.regions
+    # A part traced alone does not see what reaches it through an attribute elsewhere.
+    doubts = {paths[module][0] for module in held} | traced.doubtful
+    feeds = analyse(paths, regions, channels, doubts)
+    feeds |= _without_vectors(model, {names[0]: module for module, names in paths.items()}, feeds, example_inputs)
     if not any(suspect.reason == IN_CODE for suspect in suspects):
         suspects += functional_batch_norm(regions)
     return feeds
 
 
-def _traced(
-    model: nn.Module,
-    paths: Mapping[nn.Module, list[str]],
-    missing: Mapping[str, int],
-    regions: list[Region],
-    doubts: set[str],
+def _without_vectors(
+    model: nn.Module, modules: Mapping[str, nn.Module], feeds: Mapping[str, Feed], example_inputs: Any
 ) -> dict[str, Feed]:
-    """What symbolic runs, which are added to `regions`, show of the missing norms.
+    """The feeds by a linear layer that are not known to be `(N, C)` in every run, now not foldable."""
+    linear = {modules[path]: path for path, feed in feeds.items() if feed.foldable and feed.kind == "linear"}
+    if not linear:
+        return {}
+    inputs = guess_inputs(model) if example_inputs is None else as_inputs(example_inputs)
+    sure = vectors_only(model, inputs, linear)
+    reason = "its input may have more dimensions than two, and the linear layer's channels are the last"
+    unsure = [path for path in linear.values() if path not in sure]
+    return {path: replace(feeds[path], producers=(), foldable=False, reason=reason) for path in unsure}
 
-    In eval mode; where the code does more in training (auxiliary heads, say), or norms are left over, also in train
-    mode.
-    """
-    traced = trace(model, is_leaf)
-    regions += traced.regions
-    doubts = doubts | traced.doubtful
-    seen = {call.target for region in regions for call in region.calls if call.kind == "module"}
-    left = {path: n for path, n in missing.items() if path not in seen}
-    if not left and not any(branches_on_training(module) for module in paths):
-        return analyse(paths, regions, missing, doubts)
-    again = trace(model, is_leaf, training=True)
-    regions += again.regions
-    feeds = analyse(paths, regions, missing, doubts)
-    return feeds | {p: f for p, f in analyse(paths, regions, missing, doubts | again.doubtful).items() if p in left}
+
+def positions(model: nn.Module, inventory: Inventory) -> dict[str, int]:
+    """How many positions each norm layer is given at least, from a run on guessed inputs; only those it reaches."""
+    return positions_by_guess(model, {get(model, layer.path): layer.path for layer in inventory.layers})
 
 
 def _recorded(

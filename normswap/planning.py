@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 from torch import nn
 
 from .errors import CheckpointError, OptionError, PlanError
-from .inventory import Inventory, Layer, inspect
+from .inventory import Inventory, Layer, inspect, positions
 from .registry import get, targets
 from .rules import Rule, Rules, assigned, check_rules, rules_of, selected
 from .spec import Misfit, NormSpec, Options, Request
@@ -153,12 +154,12 @@ def plan(
     _check_options(request, names, transfer, missing_statistics, sources)
     needs_feeds = zero_init_residual or bool(names & {"in", "fused", "bn"})
     needs_feeds |= transfer == "fold" and any(get(name).per_sample for name in names)
+    needs_feeds |= example_inputs is not None
     inventory = inspect(model, example_inputs, feeds=needs_feeds)
-    if not needs_feeds and "gn" in names and _may_be_degenerate(inventory, request):
-        inventory = inspect(model, example_inputs)
     if not inventory.layers and not inventory.suspects:
         raise PlanError(f"{type(model).__name__} has no norm layer", [])
-    planner = _Planner(inventory, ordered, request, transfer, zero_init_residual, missing_statistics, soft)
+    guess = partial(positions, model, inventory)
+    planner = _Planner(inventory, ordered, request, transfer, zero_init_residual, missing_statistics, soft, guess)
     return planner.run(selected(inventory, sources))
 
 
@@ -180,14 +181,6 @@ def _check_options(
             raise OptionError(f"unknown norm {name!r} in sources; known: {', '.join(targets())}")
 
 
-def _may_be_degenerate(inventory: Inventory, request: Request) -> bool:
-    """Whether some group might hold a single channel, so that it matters how many positions the layer sees."""
-    counts = {x.state.channels for x in inventory.layers}
-    return request.channels_per_group == 1 or any(
-        isinstance(request.groups, int) and request.groups >= c for c in counts
-    )
-
-
 @dataclass
 class _Planner:
     inventory: Inventory
@@ -197,9 +190,12 @@ class _Planner:
     zero_init: bool
     missing_statistics: str
     soft: bool
+    guess_positions: Callable[[], Mapping[str, int]]
     problems: list[str] = field(default_factory=list)
     indivisible: bool = False
     degenerate: bool = False
+    unshown: bool = False
+    positions: Mapping[str, int] | None = None
     no_statistics: bool = False
     held: bool = False
 
@@ -240,11 +236,7 @@ class _Planner:
         options = target.fit(state, self.request)
         if target.per_sample and options.eps is None and not state.has_statistics and layer.spec.per_sample:
             options = replace(options, eps=state.eps)  # so that gn(1) = ln stays exact
-        if target.elements is not None and feed.positions is not None:
-            count = target.elements(state.channels, feed.positions, options)
-            if count < 2:
-                self.degenerate = True
-                raise Misfit("each group would be a single value, which erases the data")
+        self._check_elements(layer, target, options)
         transfer, producers, note = self._transfer(layer, target, options)
         if self.soft and target.per_sample and transfer in ("fold", "prescale"):
             options = replace(options, eps=SOFT)
@@ -262,6 +254,22 @@ class _Planner:
             self.zero_init and feed.last_of_branch,
             note,
         )
+
+    def _check_elements(self, layer: Layer, target: NormSpec, options: Options) -> None:
+        """Refuse groups of a single value, and what may be one for all that is known."""
+        if target.elements is None or target.elements(layer.state.channels, 1, options) > 1:
+            return
+        positions = layer.feed.positions
+        if positions is None:
+            if self.positions is None:
+                self.positions = self.guess_positions()
+            positions = self.positions.get(layer.path)
+        if positions is None:
+            self.degenerate = self.unshown = True
+            raise Misfit("each group may be a single value, which erases the data: no run shows how many it holds")
+        if target.elements(layer.state.channels, positions, options) < 2:
+            self.degenerate = True
+            raise Misfit("each group would be a single value, which erases the data")
 
     def _check_shape(self, layer: Layer, target: NormSpec) -> None:
         state, feed = layer.state, layer.feed
@@ -320,6 +328,8 @@ def _problem_error(planner: _Planner, among: set[str]) -> PlanError:
         channels = [x.state.channels for x in planner.inventory.layers if x.path in among]
         size = next((s for s in (16, 8, 4) if all(c % s == 0 for c in channels)), None)
         hints += [f"channels_per_group={size} fits every layer."] if size else ['groups="auto" fits every layer.']
+    if planner.unshown:
+        hints.append("Example inputs show how large a layer's maps are: example_inputs=, or --input.")
     if planner.degenerate:
         hints.append('A rule keeps such a layer or gives it another norm: rules={"PATH": "frozen"}, or fewer groups.')
     if planner.no_statistics:

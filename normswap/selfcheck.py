@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from .example import shrink_images
 from .modules import per_channel
 from .planning import Plan, Step
-from .surgery import evaluating, get, undisturbed
+from .surgery import evaluating, get, seed_everything, undisturbed
 from .transfer import inner_norm
 
 TOLERANCE = 1e-4
@@ -53,7 +53,8 @@ Observations = dict[str, list[Tensor]]
 def observe(model: nn.Module, inputs: tuple[Any, ...], watched: Iterable[str]) -> Observations:
     """Run the model in eval mode and keep a sample of each watched module's output and of the network's own.
 
-    The sample is taken inside the hook, because what follows often changes the tensor in place.
+    Random numbers are the same each time. The sample is taken inside the hook, because what follows often changes the
+    tensor in place.
     """
     seen: Observations = {}
 
@@ -67,6 +68,7 @@ def observe(model: nn.Module, inputs: tuple[Any, ...], watched: Iterable[str]) -
         stack.enter_context(evaluating(model))
         stack.enter_context(undisturbed(model))
         stack.enter_context(torch.no_grad())
+        seed_everything(model)
         shrink_images(model)
         for path in watched:
             stack.callback(get(model, path).register_forward_hook(hook_for(path)).remove)
@@ -74,6 +76,13 @@ def observe(model: nn.Module, inputs: tuple[Any, ...], watched: Iterable[str]) -
         if not _is_detections(out):
             seen["(output)"] = [_sample(t) for t in _floats(out)]
     return seen
+
+
+def repeats(model: nn.Module, inputs: tuple[Any, ...], watched: Iterable[str]) -> bool:
+    """Whether two runs of a model on the same input, with the same random numbers, give the same."""
+    watched = list(watched)
+    once, again = (observe(model, inputs, watched) for _ in range(2))
+    return all(_relative_error(before, again.get(path, [])) <= TOLERANCE for path, before in once.items())
 
 
 def _is_detections(out: Any) -> bool:

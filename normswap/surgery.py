@@ -5,9 +5,13 @@ from __future__ import annotations
 import fnmatch
 import functools
 import operator
+import random
+import sys
+from argparse import Namespace
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -112,22 +116,59 @@ def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward pass leaves behind on the modules themselves: attributes, buffers, random state.
+    """Undo what a forward pass leaves behind: attributes of the modules, buffers, random states.
 
-    Lists, dicts and sets among the attributes get their members back, buffers changed in place their values.
+    Lists, dicts, sets and objects among the attributes get their members back, buffers changed in place their values;
+    the random states are those of torch, Python and NumPy.
     """
-    containers = list(_containers(model))
-    before = [dict(c) if isinstance(c, dict) else list(c) for c in containers]
     values = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
-    with torch.random.fork_rng(devices=_cuda_devices(model)):
+    with torch.random.fork_rng(devices=_cuda_devices(model)), _other_random_states(), attributes_restored(model):
         try:
             yield
         finally:
-            for container, members in zip(containers, before, strict=True):
-                _restore(container, members)
             for buffer, version, value in values:
                 if buffer._version != version:
                     buffer.data.copy_(value)
+
+
+@contextmanager
+def _other_random_states() -> Iterator[None]:
+    numpy = sys.modules.get("numpy")
+    before = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        if numpy:
+            numpy.random.set_state(before[1])
+
+
+def seed_everything(model: nn.Module) -> None:
+    """Set the random states of torch, on the model's device too, of Python and of NumPy; for use in `undisturbed`."""
+    torch.default_generator.manual_seed(0)
+    for device in _cuda_devices(model):
+        torch.cuda.default_generators[device].manual_seed(0)
+    random.seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
+
+
+@contextmanager
+def attributes_restored(model: nn.Module) -> Iterator[None]:
+    """Put the modules' attributes back as they were, lists, dicts and sets among them with their members."""
+    containers = list(_containers(model))
+    before = [dict(c) if isinstance(c, dict) else list(c) for c in containers]
+    slots = [(value, _slots_of(value)) for value in kept_by(model) if _slots_of(value)]
+    try:
+        yield
+    finally:
+        for container, members in zip(containers, before, strict=True):
+            _restore(container, members)
+        for value, slot_values in slots:
+            for name in _slots_of(value).keys() - slot_values.keys():
+                object.__delattr__(value, name)
+            for name, member in slot_values.items():
+                object.__setattr__(value, name, member)
 
 
 @contextmanager
@@ -150,19 +191,61 @@ def restored_on_error(model: nn.Module) -> Iterator[Callable[[], None]]:
         raise
 
 
-Container = list[Any] | dict[Any, Any] | set[Any]
+Container = list[Any] | dict[Any, Any] | set[Any] | deque[Any]
 
 
 def _containers(model: nn.Module) -> Iterator[Container]:
-    """The modules' own tables, and every list, dict and set among their attributes, nested ones included."""
+    """The modules' own tables, and every list, dict and set among their attributes, nested ones included.
+
+    So are the tables of objects of the network's own, a cache or a state, say.
+    """
     for module in model.modules():
         yield module.__dict__
         yield module._parameters
         yield module._buffers
         yield module._modules
-        for _, value in own_attributes(module):
-            if isinstance(value, (list, tuple, dict, set)):
-                yield from (v for v in _nested(value) if isinstance(v, (list, dict, set)))
+    yield from (v for v in kept_by(model) if isinstance(v, (list, dict, set, deque)))
+
+
+def kept_by(model: nn.Module) -> Iterator[Any]:
+    """All that the modules hold in attributes of their own, and what that holds, in objects of the network's own too.
+
+    Each thing once: modules often share one configuration.
+    """
+    values = [value for module in model.modules() for _, value in own_attributes(module)]
+    return (v for v in _nested(values, _attributes_of) if v is not values)
+
+
+def _attributes_of(value: Any) -> Iterable[Any]:
+    """What an object holds in attributes: its table, and its slots; nothing for what is no object of somebody's own."""
+    if not _is_own(type(value)):
+        return ()
+    table = getattr(value, "__dict__", None)
+    return [*([table] if isinstance(table, dict) else []), *_slots_of(value).values()]
+
+
+def _slots_of(value: Any) -> dict[str, Any]:
+    cls: type = type(value)
+    if not _is_own(cls):
+        return {}
+    names = (name for base in cls.__mro__ for name in _as_tuple(vars(base).get("__slots__", ())))
+    return {n: getattr(value, n) for n in names if n not in ("__dict__", "__weakref__") and hasattr(value, n)}
+
+
+def _as_tuple(names: Any) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+@functools.cache
+def _is_own(cls: type) -> bool:
+    """Whether objects of a class may be a network's own: not those of torch, and of Python's own few."""
+    if issubclass(cls, (nn.Module, torch.Tensor, type, list, tuple, dict, set, deque)):
+        return False
+    package = cls.__module__.partition(".")[0]
+    return package not in ("torch", "numpy") and (cls in (SimpleNamespace, Namespace) or package not in _STANDARD)
+
+
+_STANDARD = sys.stdlib_module_names  # "builtins", of functions and modules, is one of them
 
 
 def own_attributes(module: nn.Module) -> list[tuple[str, Any]]:
@@ -182,25 +265,30 @@ def leaves_of(value: Any) -> Iterator[Any]:
 
     A tuple of nothing but numbers and texts is passed over.
     """
-    return (v for v in _nested(value) if not isinstance(v, (list, tuple, dict, set)))
+    return (v for v in _nested(value) if not isinstance(v, _NESTING))
 
 
-def _nested(value: Any) -> Iterator[Any]:
-    if not isinstance(value, (list, tuple, dict, set)):
-        yield value
-        return
+def reachable_from(value: Any) -> Iterator[Any]:
+    """As `leaves_of`, with what objects of the network's own hold in their attributes."""
+    return (v for v in _nested(value, _attributes_of) if not isinstance(v, _NESTING))
+
+
+def _nested(value: Any, opened: Callable[[Any], Iterable[Any]] = lambda value: ()) -> Iterator[Any]:
+    """A value and all that it holds; `opened` gives what other things than containers hold."""
     if type(value) is tuple and _SCALARS.issuperset(map(type, value)):  # a kernel size, a stride
         return
     stack, seen = [value], {id(value)}
     while stack:
         item = stack.pop()
         yield item
-        for member in item.values() if isinstance(item, dict) else item:
-            if not isinstance(member, (list, tuple, dict, set)):
-                yield member
-            elif id(member) not in seen:
+        members = item.values() if isinstance(item, dict) else item if isinstance(item, _NESTING) else opened(item)
+        for member in members:
+            if type(member) not in _SCALARS and id(member) not in seen:
                 seen.add(id(member))
                 stack.append(member)
+
+
+_NESTING = (list, tuple, dict, set, deque)
 
 
 def _restore(container: Container, before: dict[Any, Any] | list[Any]) -> None:
@@ -210,7 +298,7 @@ def _restore(container: Container, before: dict[Any, Any] | list[Any]) -> None:
             container.update(before)
     elif len(container) != len(before) or not _identical(container, before):
         container.clear()
-        if isinstance(container, list):
+        if isinstance(container, (list, deque)):
             container.extend(before)
         else:
             container.update(before)

@@ -31,15 +31,14 @@ class Uses:
     """What the code of one class does with its children, by name (`*` for all of them).
 
     called: run whole. loose: taken up without being run on the spot (iterated, assigned). read: attribute names read
-    from a child, or from what may be one. handed: passed to code that is not looked at. branches: `self.training`
-    decides what is run. plain: whether there was source code to read.
+    from a child, or from what may be one. handed: passed to code that is not looked at. plain: whether there was
+    source code to read.
     """
 
     called: set[str] = field(default_factory=set)
     loose: set[str] = field(default_factory=set)
     read: set[tuple[str, str]] = field(default_factory=set)
     handed: set[str] = field(default_factory=set)
-    branches: bool = False
     plain: bool = True
 
 
@@ -99,22 +98,6 @@ def _method_opens(module: nn.Module, method: str, relevant: Callable[[nn.Module]
         if doubtful_below(module, uses, name, relevant):
             return True
     return False
-
-
-def branches_on_training(module: nn.Module) -> bool:
-    """Whether the module's forward does other things in training, by its code: `if self.training: ...`."""
-    cls: type = type(module)
-    if cls.__module__.startswith("torch.nn.") or not _mentions(cls, "training"):
-        return False
-    uses = _uses_of_class(cls)
-    return uses.branches or not uses.plain
-
-
-@functools.cache
-def _mentions(cls: type, name: str) -> bool:
-    own = (base for base in cls.__mro__ if base is not nn.Module and base is not object)
-    functions = (f for base in own for f in vars(base).values() if inspect.isfunction(f))
-    return any(name in f.__code__.co_names for f in functions)
 
 
 @functools.cache
@@ -200,8 +183,6 @@ class _Reader:
             if self.held == before:
                 break
         for node in ast.walk(self.method):
-            if isinstance(node, (ast.If, ast.IfExp)):
-                self.uses.branches |= any(self._is_training(part) for part in ast.walk(node.test))
             children = self._children(node)
             parent = self.parents.get(node)
             if children and parent is not None and not self._children(parent):
@@ -209,9 +190,6 @@ class _Reader:
 
     def _is_me(self, node: ast.AST) -> bool:
         return isinstance(node, ast.Name) and node.id == self.me
-
-    def _is_training(self, node: ast.AST) -> bool:
-        return isinstance(node, ast.Attribute) and node.attr == "training" and self._is_me(node.value)
 
     @staticmethod
     def _is_super(node: ast.AST) -> bool:

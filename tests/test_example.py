@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import Net, conv_bn, fingerprint
@@ -88,3 +90,78 @@ def test_trying_leaves_the_network_and_the_random_state_as_they_were(works: bool
     assert runs(net, (torch.randn(1, 3, 8, 8, generator=torch.Generator()),)) is works
     assert fingerprint(net) == before
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Configured(Net):
+    """Takes one size, which its configuration names."""
+
+    def __init__(self, size: tuple[int, int], **config: object) -> None:
+        super().__init__()
+        self.size = size
+        self.__dict__.update(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(tuple(x.shape[2:]) == self.size, "size")
+        return super().forward(x)
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.conv = nn.Embedding(7, 5), nn.Conv1d(5, 4, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.conv(self.embed(words).transpose(1, 2))
+
+
+class Waves(nn.Module):
+    """Makes its map of a sound by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.unfold(1, 400, 200)[:, None])
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 5, batch_first=True)
+        self.fc = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.lstm(x)[0][:, -1])
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.attention = nn.Linear(6, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        y = self.fc(x)
+        return self.attention(y, y, y)[0].reshape(n, length, 4)
+
+
+@pytest.mark.parametrize(
+    ("net", "shape"),
+    [
+        (Configured((40, 48), pretrained_cfg={"input_size": (3, 40, 48)}), (1, 3, 40, 48)),
+        (Configured((40, 48), default_cfg=SimpleNamespace(input_size=(3, 40, 48))), (1, 3, 40, 48)),
+        (Configured((72, 72), config=SimpleNamespace(image_size=72, num_channels=3)), (1, 3, 72, 72)),
+        (Configured((40, 48), config=SimpleNamespace(image_size=[40, 48])), (1, 3, 40, 48)),
+        (Words(), (2, 16)),
+        (Waves(), (1, 16000)),
+        (Recurrent(), (2, 16, 6)),
+        (Tokens(), (2, 16, 6)),
+        (nn.Sequential(nn.Flatten(), nn.Linear(784, 4), nn.Unflatten(1, (4,))), (2, 784)),
+        (nn.Sequential(nn.MaxPool2d(1), nn.Flatten(), nn.Linear(3 * 81, 4)), (2, 3, 9, 9)),
+        (nn.Sequential(nn.Conv3d(1, 2, 1), nn.Flatten(), nn.Linear(2 * 32**3, 2)), (1, 1, 32, 32, 32)),
+    ],
+)
+def test_configurations_and_other_first_layers_say_it_too(net: nn.Module, shape: tuple[int, ...]) -> None:
+    (x,) = guess_inputs(net)
+    assert tuple(x.shape) == shape

@@ -28,7 +28,6 @@ PLAIN = {
     "a grouped transposed convolution": (
         nn.ConvTranspose1d(4, 6, 3, groups=2), nn.BatchNorm1d(6), (2, 4, 9), "conv_transpose",
     ),
-    "a linear layer": (nn.Linear(3, 4), nn.BatchNorm1d(4), (2, 3), "linear"),
 }  # fmt: skip
 
 
@@ -39,6 +38,62 @@ def test_a_layer_that_feeds_only_the_norm_is_found(case: str, mode: str) -> None
     net = nn.Sequential(OrderedDict(layer=layer, norm=norm))
     found = look(net, mode, torch.randn(shape))["norm"].feed
     assert (found.kind, found.producers, found.foldable) == (kind, ("layer",), True)
+
+
+# --- linear layers: their channels are the last dimension, the norm's the second ---------------------------------
+
+
+def mlp(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), *layers)
+
+
+FIXED = {
+    "flattened before": nn.Sequential(nn.Flatten(), *mlp()),
+    "flattened after": mlp(nn.Flatten(), nn.Linear(8, 8)),
+    "another width after": mlp(nn.Linear(8, 5), nn.BatchNorm1d(5)),
+    "behind a pooled map": nn.Sequential(nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), *mlp()),
+}
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("case", FIXED)
+def test_a_linear_layer_is_found_where_the_network_takes_vectors_only(case: str, given: bool) -> None:
+    net = FIXED[case]
+    x = None if not given else torch.randn(2, 8, 6, 6) if case == "behind a pooled map" else torch.randn(2, 8)
+    feeds = [layer.feed for layer in inspect(net.eval(), x).layers]
+    assert [(feed.kind, feed.foldable) for feed in feeds] == [("linear", True)] * len(feeds)
+
+
+@pytest.mark.parametrize("x", [None, torch.randn(3, 8), torch.randn(3, 8, 8)], ids=["none", "vectors", "sequences"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.SyncBatchNorm])
+def test_a_linear_layer_on_inputs_of_any_rank_is_not_folded_into(norm: type[nn.Module], x: Tensor | None) -> None:
+    net = randomized(nn.Sequential(nn.Linear(8, 8), norm(8), nn.ReLU()))
+    assert not inspect(net, x)["1"].feed.foldable
+    new = normswap.convert(net, to="ln", example_inputs=x)
+    bn, made = net[1], new[1]
+    for rank in ((3, 8), (3, 8, 8)):  # the statistics stand where the norm's channels are, whichever those are
+        y = net[0](torch.randn(rank))
+        shape = (1, -1, *[1] * (y.dim() - 2))
+        mean, var = bn.running_mean.view(shape), bn.running_var.view(shape)
+        seen: list[Tensor] = []
+        handle = made.norm.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))
+        made(y)
+        handle.remove()
+        assert torch.allclose(seen[0], (y - mean) / (var + bn.eps).sqrt(), atol=1e-5)
+
+
+def test_a_linear_layer_that_no_run_reaches_is_not_folded_into() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = mlp(nn.Flatten(), nn.Linear(8, 8))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            torch._assert(y.shape[0] == 7, "seven")
+            return self.body(x)
+
+    assert not inspect(Picky().eval())["body.1"].feed.foldable
+    assert inspect(Picky().eval(), (torch.randn(2, 8), torch.ones(7)))["body.1"].feed.foldable
 
 
 class SharedNorm(Net):
@@ -474,14 +529,8 @@ def test_dimensions_and_positions_are_known_where_the_layers_fix_them() -> None:
     symbolic, recorded = inspect(net.eval()), inspect(net, X)
     for found in (symbolic, recorded):
         assert [found[p].feed.dims for p in ("bn", "pooled", "vector")] == [2, 2, 1]
-        assert [found[p].feed.positions for p in ("pooled", "vector")] == [1, 1]
-    assert symbolic["bn"].feed.positions is None
-    assert recorded["bn"].feed.positions == 36
-
-
-def test_a_padded_convolution_after_a_pool_may_have_more_than_one_position() -> None:
-    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 3, padding=2), nn.BatchNorm2d(4))
-    assert inspect(net)["2"].feed.positions is None
+    assert [layer.feed.positions for layer in symbolic.layers] == [None, None, None]
+    assert [layer.feed.positions for layer in recorded.layers] == [36, 1, 1]
 
 
 # --- the last norm of a residual branch -----------------------------------------------------------------------------

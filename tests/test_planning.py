@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from helpers import Net, Residual, X, conv_bn, fingerprint, randomized
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import normswap
 from normswap.errors import CheckpointError, OptionError, PlanError
@@ -155,7 +157,7 @@ def test_keep_leaves_a_layer_whatever_is_wrong_with_it() -> None:
 def test_a_rule_reaches_a_shared_layer_by_any_of_its_names() -> None:
     net = Widths()
     net.body.extra = net.stem.bn
-    assert targets_of(plan(net, to="ln", rules={"body.extra": "in"}))["stem.bn"] == "in"
+    assert targets_of(plan(net, to="ln", rules={"body.extra": "frozen"}))["stem.bn"] == "frozen"
 
 
 def test_a_rule_that_matches_nothing_is_an_error_and_one_that_comes_too_late_is_not() -> None:
@@ -343,6 +345,70 @@ def test_groups_of_one_value_are_refused_from_the_layers_alone(
 @pytest.mark.parametrize("options", [{"to": "ln"}, {"to": "gn", "groups": 2}, {"to": "ln-channel"}, {"to": "frozen"}])
 def test_larger_groups_of_the_same_layers_are_fine(net: nn.Module, options: dict[str, Any]) -> None:
     assert len(plan(net, **options).steps) == 1
+
+
+class Squeezes(nn.Module):
+    """A squeeze-and-excitation branch whose norm reads pooled maps."""
+
+    def __init__(self, pool: Callable[[Tensor], Tensor], dims: int = 2) -> None:
+        super().__init__()
+        self.pool = pool
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.fc = nn.Conv2d(4, 4, 1) if dims == 2 else nn.Linear(4, 4)
+        self.bn = nn.BatchNorm2d(4) if dims == 2 else nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.fc(self.pool(self.conv(x))).relu())
+
+
+def fast_pool(x: Tensor) -> Tensor:
+    return x.view(x.size(0), x.size(1), -1).mean(-1).view(x.size(0), x.size(1), 1, 1)
+
+
+SQUEEZES = {
+    "mean": lambda: Squeezes(lambda x: x.mean((2, 3), keepdim=True)),
+    "a pool by hand": lambda: Squeezes(fast_pool),
+    "a pool and squeeze": lambda: Squeezes(lambda x: F.adaptive_avg_pool2d(x, 1).squeeze(-1).squeeze(-1), 1),
+    "amax": lambda: Squeezes(lambda x: x.amax((2, 3)), 1),
+    "linear, relu": lambda: nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.BatchNorm1d(4)),
+    "a flat map": lambda: nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(62 * 62 * 4, 4), nn.ReLU(), nn.BatchNorm1d(4)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{"to": "in"}, {"to": "gn", "groups": 4}, {"to": "gn", "channels_per_group": 1}])
+@pytest.mark.parametrize("name", SQUEEZES)
+def test_groups_of_one_value_behind_any_pool_are_refused(name: str, options: dict[str, Any]) -> None:
+    net = SQUEEZES[name]()
+    assert "each group would be a single value, which erases the data" in str(problems(net.eval(), **options))
+    assert len(plan(net, to="gn", groups=2).steps) == 1
+
+
+def test_timms_pools_are_seen_through() -> None:
+    layers = pytest.importorskip("timm.layers")
+    net = Squeezes(layers.SelectAdaptivePool2d(1, flatten=True), 1)
+    assert "single value" in str(problems(net.eval(), to="in"))
+
+
+def test_what_may_be_one_value_is_refused_unless_a_run_shows_the_shape() -> None:
+    class TwoSizes(Net):
+        """Takes no input that anybody guesses."""
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return super().forward(x) if y.dim() == 1 else x.no_such_thing()
+
+    net, y = TwoSizes(), torch.ones(3)
+    error = problems(net, to="in")
+    assert "each group may be a single value, which erases the data: no run shows how many it holds" in str(error)
+    assert "example_inputs=" in error.hint
+    assert len(plan(net, to="in", example_inputs=(X, y)).steps) == 1
+    assert len(plan(net, to="gn", groups=2).steps) == 1
+
+
+def test_maps_that_a_small_guess_alone_makes_one_position_are_no_reason_to_refuse() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AvgPool2d(64), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    assert len(plan(net, to="in").steps) == 2
 
 
 def test_the_pooling_branch_of_deeplab_is_refused() -> None:

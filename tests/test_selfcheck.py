@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from detectors import worn
-from helpers import Net, Residual, X, conv_bn, randomized
+from helpers import Net, Residual, X, conv_bn, fingerprint, randomized
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import detection as zoo
@@ -65,6 +68,43 @@ def test_a_right_conversion_passes(net: type[nn.Module], to: str) -> None:
     assert check.passed
     assert check.error <= 1e-4
     assert check.layers == check.total
+
+
+class FromPython(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * random.random()
+
+
+class FromNumPy(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * float(np.random.rand())  # noqa: NPY002
+
+
+class OwnSource(Net):
+    """Takes random numbers where nobody can seed them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * random.SystemRandom().random()
+
+
+@pytest.mark.parametrize("net", [Sampling, FromPython, FromNumPy])
+def test_a_forward_that_takes_random_numbers_is_checked_and_their_states_stay(net: type[nn.Module]) -> None:
+    models = [randomized(net()), randomized(net())]
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    assert all(normswap.convert(model, to="ln")._normswap.check.passed for model in models)
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_forward_that_is_never_the_same_is_named_as_the_reason(inplace: bool) -> None:
+    net = randomized(OwnSource())
+    before = fingerprint(net)
+    with pytest.raises(SelfCheckError, match="OwnSource itself gives another output each time") as caught:
+        normswap.convert(net, to="ln", inplace=inplace)
+    assert "report" not in caught.value.hint
+    assert fingerprint(net) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -40,7 +40,8 @@ def pair(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Sequential, 
     layer, shape = LAYERS[name]
     layer = copy.deepcopy(layer)
     channels = getattr(layer, "out_channels", getattr(layer, "out_features", 0))
-    net = randomized(nn.Sequential(layer, NORMS[len(shape)](channels, eps=1e-3)))
+    after = (nn.Flatten(), nn.Unflatten(1, (channels,))) if len(shape) == 2 else ()  # takes vectors only
+    net = randomized(nn.Sequential(layer, NORMS[len(shape)](channels, eps=1e-3), *after))
     return net.to(dtype), torch.randn(shape).to(dtype)
 
 
