@@ -69,6 +69,14 @@ def duration(seconds: float) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
+def _figure(report: FinetuneReport, name: str, value: float) -> tuple[str, str]:
+    """One figure, and what it is over."""
+    kind = "validation" if name.startswith("val_") else "training"
+    before = f" (before {report.before[name]:.4f})" if name in report.before else ""
+    label = f"{kind} {name.removeprefix('val_')}".replace("_", " ")
+    return label, f"{value:.4f}{before}, {report.over(name)}"
+
+
 def show(page: Page, report: FinetuneReport, folder: Path) -> None:
     """What a run came to."""
     cut = f" of {report.planned}, interrupted" if report.interrupted else ""
@@ -76,11 +84,7 @@ def show(page: Page, report: FinetuneReport, folder: Path) -> None:
         ("trained", f"{report.steps} steps{cut}, {report.epochs:.3g} epochs, global batch {report.global_batch}"),
         ("speed", f"{report.samples_per_second:.3g} images/s, {duration(report.seconds)} in all"),
     ]
-    for name, value in report.figures.items():
-        before = f" (before {report.before[name]:.4f})" if name in report.before else ""
-        label = name.removeprefix("val_") if name.startswith("val_") else f"training {name}"
-        where = "validation " if name.startswith("val_") else ""
-        facts.append((f"{where}{label}".replace("_", " "), f"{value:.4f}{before}"))
+    facts += [_figure(report, name, value) for name, value in report.figures.items()]
     if report.best is not None:
         facts.append(("best", f"{report.best_name.replace('_', ' ')} {report.best:.4f} at step {report.best_at}"))
     if report.resumed_at == report.planned:

@@ -52,6 +52,8 @@ def test_the_page_names_figures_and_files(cli: Cli) -> None:
     assert "validation accuracy" in ran.out
     assert "training loss" in ran.out
     assert "(before " in ran.out
+    assert ", over steps 1 to 3" in ran.out
+    assert ", over 4 images at step 3" in ran.out
     assert "best.safetensors, last.safetensors, curves.png" in ran.out
 
 
