@@ -17,7 +17,7 @@ from ..stabilizing import factors_in, rescale
 from ..training.state import load_state, save_state
 from .folder import BEST, LAST, STATE
 from .processes import Optimization
-from .settings import Settings
+from .settings import Settings, refuse
 
 
 @dataclass
@@ -101,7 +101,8 @@ class Keeper:
         if self.folder is None:
             self.model.load_state_dict(self._copy)
             return None
-        state = load_state(self.folder / STATE, asdict(self.settings), self.model.state_dict())
+        path, settings = self.folder / STATE, self.settings
+        state = load_state(path, asdict(settings), self.model.state_dict(), lambda was: refuse(path, was, settings))
         self.model.load_state_dict(state["parameters"])
         self.optimization.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:

@@ -281,6 +281,23 @@ def test_going_on_needs_the_command_it_began_with(cli: Cli) -> None:
 
 
 @pytest.mark.usefixtures("images")
+def test_a_run_that_is_to_be_longer_is_told_in_epochs_and_how_to_go_on(cli: Cli) -> None:
+    more = ("--calibrate", "0", "--output", "run")
+    assert cli(*TINY, *more, "--epochs", "1").code == 0
+    ran = cli(*TINY, *more, "--epochs", "2", "--resume")
+    assert ran.code == 1
+    assert "a run of 1 epoch (4 steps), which cannot become one of 2 epochs (8 steps)" in ran.err
+    assert "--epochs 1" in ran.err
+    assert "run/last.safetensors" in ran.err
+    ran = cli(*TINY, *more, "--steps", "3", "--resume")
+    assert "which cannot become one of 3 steps" in ran.err
+    assert cli(*TINY, *more, "--epochs", "1", "--resume").code == 0
+    longer = ("finetune", "run/last.safetensors", "--trust-code", "--data", "photos", "--epochs", "1", "--output", "on")
+    ran = cli(*longer, "--device", "cpu", "--json")
+    assert (ran.code, ran.json["steps"]) == (0, 4), ran.err
+
+
+@pytest.mark.usefixtures("images")
 def test_a_run_can_replace_the_one_it_starts_from(cli: Cli) -> None:
     assert finetune(cli, "--to", "gn", "--groups", "4", "--output", "run").code == 0
     before = weights("run")
