@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from ..errors import OptionError
 from .output import Output
 
@@ -15,10 +17,21 @@ if TYPE_CHECKING:
     from .render import Page
 
 
-def keep_command(folder: Path, asked: Mapping[str, Any], *, resume: bool) -> None:
-    """Note what made the network and prepares its images; a run that goes on must be asked for the same.
+def options_of(ctx: typer.Context, **settled: Any) -> dict[str, Any]:
+    """All that the command was asked to do, by option, with what is `settled` where the user left it to normswap.
 
-    The other settings are in the state of the run. Raises OptionError.
+    How it reports and whether it replaces or resumes a run is left out.
+    """
+    left_out = {"json", "quiet", "verbose", "force", "resume"}
+    given = {name: value for name, value in ctx.params.items() if name not in left_out}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in (given | settled).items()}
+
+
+def keep_command(folder: Path, asked: Mapping[str, Any], *, resume: bool) -> None:
+    """Note what was asked for; a run that goes on must be asked for the same, as far as it is in `asked`.
+
+    That is what made the network and prepares its images; the other settings are compared with the run's state.
+    Raises OptionError.
     """
     from ..finetuning.folder import COMMAND
     from ..writing import atomic
