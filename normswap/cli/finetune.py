@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import Interrupted
+from ..limits import check_workers
 from . import options, training
 from .boundary import WRITTEN
 from .datasets import DataPlace
@@ -201,6 +202,8 @@ def finetune(
     wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed)
     helper = os.environ.get("RANK", "0") != "0"  # one of torchrun's processes, whose first one does the talking
     with reporting(ctx, as_json=json and not helper, quiet=quiet or helper, verbose=verbose and not helper) as out:
+        if workers is not None:
+            check_workers(workers)
         out.step("loading PyTorch")
         from ..finetuning.folder import STATE, prepare_folder
         from ..finetuning.optimizing import default_rate

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError
-from ..values import number, one_of, whole
+from ..limits import check_workers
+from ..values import number, one_of, seed, whole
 from .folder import LAST
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -58,7 +59,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in _COUNTS:
             whole(name, getattr(self, name))
-        whole("seed", self.seed, least=0)
+        seed(self.seed)
         for name in (*_POSITIVE, *_FROM_ZERO, "clip_grad"):
             value = getattr(self, name)
             if name == "clip_grad" and value is None:
@@ -141,3 +142,4 @@ class Place:
         whole("max_bad", self.max_bad, least=0)
         if self.workers is not None:
             whole("workers", self.workers, least=0)
+            check_workers(self.workers)
