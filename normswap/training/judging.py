@@ -116,8 +116,8 @@ class Judge:
             if not self._boxes:
                 tally.add(wanted, given, labels)
             elif own:
-                networks = (self.reference, self.model)
-                tally.add(*(run(network, network, args) for network in networks), labels)
+                a, b = (run(network, network, args) for network in (self.reference, self.model))
+                tally.add(a, b, labels)
         self.images = count
         return Look(step, total / count, tally)
 
