@@ -8,12 +8,22 @@ from typing import Any
 
 from .errors import OptionError
 
+SEEDS = 2**63 - 1
+"""The largest seed that torch takes everywhere."""
+
 
 def whole(name: str, value: Any, *, least: int = 1) -> None:
     """Raise OptionError for anything but an integer of at least that."""
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
         kind = "a positive integer" if least == 1 else f"an integer from {least}"
         raise OptionError(f"{name} must be {kind}, got {value!r}")
+
+
+def seed(value: Any) -> None:
+    """Raise OptionError for anything but an integer that torch takes as a seed."""
+    whole("seed", value, least=0)
+    if int(value) > SEEDS:
+        raise OptionError(f"seed must be at most {SEEDS}, got {value!r}")
 
 
 def number(name: str, value: Any, *, zero: bool = False) -> None:

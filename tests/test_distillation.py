@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import normswap
 from normswap.errors import CheckpointError, DataError, Interrupted, OptionError, RevertError, TrainingError
 from normswap.training.augmentation import mirrored, shifted
-from normswap.training.distillation import Progress
+from normswap.training.distillation import Progress, suited_rate
+from normswap.training.judging import Judge, Look
 from normswap.training.losses import distance, divergence
 from normswap.training.optimizer import one_cycle
+from normswap.training.stream import held_of, stream_of
 
 
 class Classifier(nn.Module):
@@ -170,6 +172,69 @@ def test_augmented_images_give_other_weights_by_the_seed(original: nn.Module, mo
     assert results[0] != results[1] == results[2]
 
 
+def agreeing(original: nn.Module, model: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return float((original(x).argmax(1) == model(x).argmax(1)).float().mean())
+
+
+@pytest.mark.parametrize("lr", [0.02, 0.3])
+def test_the_state_with_the_smallest_loss_is_kept_if_no_fewer_images_agree(
+    original: nn.Module, model: nn.Module, images: Tensor, lr: float
+) -> None:
+    seen = [(mean_loss(original.eval(), model, images), agreeing(original, model, images))]
+
+    def note(progress: Progress) -> None:
+        seen.append((mean_loss(original, model, images), agreeing(original, model, images)))
+
+    report = normswap.distil(
+        model, original, images, steps=8, batch_size=8, lr=lr, eval_data=images, features=0.0, progress=note
+    )
+    loss, step = min((loss, step) for step, (loss, same) in enumerate(seen) if same >= seen[0][1])
+    assert report.kept == step
+    assert (report.eval_loss_before, report.eval_loss_after) == pytest.approx((seen[0][0], loss), rel=1e-4)
+    assert mean_loss(original, model, images) == pytest.approx(loss, rel=1e-4)
+
+
+def test_a_run_that_only_hurts_leaves_the_network_and_its_history_as_they_were(
+    original: nn.Module, images: Tensor
+) -> None:
+    model = normswap.convert(original, "gn", groups=2)
+    normswap.distil(model, original, images, steps=60, batch_size=8)
+    before, history = contents(model), list(model._normswap.history)
+    report = normswap.distil(model, original, images, steps=5, batch_size=8, lr=5.0)
+    assert contents(model) == before
+    assert model._normswap.history == history
+    assert (report.steps, report.kept) == (5, 0)
+    assert report.eval_loss_after == report.eval_loss_before
+    assert report.agreement_after == report.agreement_before
+    assert "as it was" in str(report)
+
+
+@pytest.mark.parametrize("count", [1, 3, 12, 40, 400, 5000])
+def test_images_held_back_are_never_trained_on(count: int) -> None:
+    stream = stream_of(torch.arange(float(count)).view(-1, 1, 1, 1), 4, seed=3)
+    trained = {float(v) for number in range(4) for args in stream.epoch(number, 0) for v in args[0].flatten()}
+    held = [float(v) for args in stream.held() for v in args[0].flatten()]
+    assert len(held) == len(set(held)) == {1: 0, 3: 0, 12: 3, 40: 10, 400: 40, 5000: 256}[count] == held_of(count)
+    assert not trained & set(held)
+    assert trained | set(held) <= set(map(float, range(count)))
+    assert len(trained) >= count - len(held) - 3
+
+
+def test_of_a_list_of_batches_the_last_are_held_back_and_of_one_batch_none() -> None:
+    batches = [torch.full((2, 1, 1, 1), float(i)) for i in range(20)]
+    stream = stream_of(batches, 4, seed=0)
+    assert [float(args[0][0]) for args in stream.epoch(0, 0)] == list(range(18))
+    assert [float(args[0][0]) for args, _ in stream.compared(1).batches] == [18, 19]
+    alone = stream_of(batches[:1], 4, seed=0).compared(1)
+    assert [len(args[0]) for args, _ in alone.batches] == [2]
+    assert "trained on" in alone.origin
+
+
+def test_the_default_rate_suits_the_number_of_steps() -> None:
+    assert [suited_rate(steps) for steps in (15, 150, 300, 3000)] == pytest.approx([5e-5, 0.005, 0.02, 0.02])
+
+
 class Stop:
     """Ctrl-C, or another end, after so many steps."""
 
@@ -209,6 +274,32 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert (report.loss_first, report.loss_last) == (expected.loss_first, expected.loss_last)
 
 
+def test_a_resumed_run_keeps_the_same_state_wherever_it_was_stopped(
+    original: nn.Module, model: nn.Module, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the nearest state comes before the stop, and the stop between a step and its measurement."""
+    options: dict[str, Any] = {"steps": 9, "batch_size": 8, "lr": 0.15}
+    nearer = Look.nearer
+    monkeypatch.setattr(Look, "nearer", lambda self, *others: self.step < 6 and nearer(self, *others))
+    whole, start, state = copy.deepcopy(model), copy.deepcopy(model), tmp_path / "state.pt"
+    expected = normswap.distil(whole, original, images, **options)
+    look = Judge.look
+
+    def stopped(self: Judge, step: int) -> None:
+        if step == 7:
+            monkeypatch.setattr(Judge, "look", look)
+            raise KeyboardInterrupt
+        look(self, step)
+
+    monkeypatch.setattr(Judge, "look", stopped)
+    with pytest.raises(Interrupted):
+        normswap.distil(model, original, images, checkpoint=state, **options)
+    report = normswap.distil(start, original, images, resume=state, **options)
+    assert contents(start) == contents(whole)
+    assert 0 < report.kept < 6
+    assert (report.kept, report.eval_loss_after) == (expected.kept, expected.eval_loss_after)
+
+
 def test_a_folder_is_shuffled_and_resumes(tmp_path: Path, original: nn.Module, model: nn.Module) -> None:
     from PIL import Image
 
@@ -234,7 +325,7 @@ def test_resuming_needs_the_same_settings_and_network(
     state = tmp_path / "state.pt"
     normswap.distil(copy.deepcopy(model), original, images, checkpoint=state, **SHORT)
     before = contents(model)
-    with pytest.raises(OptionError, match=r"lr=0\.02 \(now 0\.03\)"):
+    with pytest.raises(OptionError, match=r"lr=\S+ \(now 0\.03\)"):
         normswap.distil(model, original, images, resume=state, lr=0.03, **SHORT)
     other = normswap.convert(original, "gn", groups=4)
     with pytest.raises(OptionError, match="another conversion"):
@@ -266,10 +357,10 @@ def test_norm_trains_gamma_and_beta_alone(original: nn.Module, model: nn.Module,
 def test_a_loss_that_is_not_finite_stops_at_the_last_good_state(
     original: nn.Module, model: nn.Module, images: Tensor
 ) -> None:
-    """The third batch drives the student to infinity, which the fourth loss shows: two good updates remain."""
+    """The weights are ruined after the third step was measured, which the fourth loss shows."""
     good = copy.deepcopy(model)
     with pytest.raises(KeyboardInterrupt):
-        normswap.distil(good, original, images, progress=Stop(2, KeyboardInterrupt()), **SHORT)
+        normswap.distil(good, original, images, progress=Stop(3, KeyboardInterrupt()), **SHORT)
 
     def poison(progress: Progress) -> None:
         if progress.step == 3:

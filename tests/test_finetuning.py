@@ -17,7 +17,9 @@ import normswap
 from normswap.demo.digits import split
 from normswap.demo.network import pretrained
 from normswap.errors import CheckpointError, DataError, Interrupted, OptionError, OutputError, TrainingError
-from normswap.finetuning.optimizing import default_rate
+from normswap.finetuning.keeping import Standing
+from normswap.finetuning.optimizing import averaged, default_rate, rate_at
+from normswap.finetuning.settings import Settings
 from normswap.stabilizing import factors_of
 
 SMALL = {"batch_size": 2, "steps": 10, "device": "cpu"}
@@ -61,6 +63,68 @@ def stop_at(step: int, number: int = signal.SIGINT) -> Any:
 def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let progress be told of every step, however fast they are."""
     monkeypatch.setattr("normswap.finetuning.telling.BETWEEN", -1.0)
+
+
+def settings(**more: Any) -> Settings:
+    fixed: dict[str, Any] = {"batch_size": 2, "accumulate": 1, "processes": 1, "samples": 40, "optimizer": "adamw"}
+    fixed |= {"weight_decay": 0.0, "clip_grad": None, "train": "all", "distill": 0.0, "ema": 0.0, "seed": 0}
+    return Settings(**fixed, label_smoothing=0.0, precision="fp32", stabilize=True, network="", **more)
+
+
+@pytest.mark.parametrize(("steps", "warm"), [(100, 10), (100, 0), (40, 5)])
+def test_the_rate_rises_in_equal_parts_from_one_part_and_falls_along_a_cosine(steps: int, warm: int) -> None:
+    rates = [rate_at(step, settings(steps=steps, lr=0.4, warmup=warm / steps)) for step in range(steps)]
+    assert rates[:warm] == pytest.approx([0.4 * part / (warm + 1) for part in range(1, warm + 1)])
+    left = steps - warm
+    assert rates[warm:] == pytest.approx([0.2 * (1 + math.cos(math.pi * k / left)) for k in range(left)])
+    assert max(rates) == rates[warm] == 0.4
+
+
+def test_the_average_follows_the_weights_fast_at_first_and_then_by_the_decay() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    values = [math.sin(i) for i in range(60)]
+    average, expected = averaged(model, 0.8), 0.0
+    for count, value in enumerate(values):
+        with torch.no_grad():
+            model.weight.fill_(value)
+        average.update_parameters(model)
+        decay = 0.0 if count == 0 else min(0.8, (1 + count) / (10 + count))
+        expected = decay * expected + (1 - decay) * value
+        assert average.module.weight.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("value", "loss", "better"),
+    [(0.6, 9.0, True), (0.4, 0.1, False), (0.5, 0.9, True), (0.5, 1.0, False), (0.5, 1.1, False), (0.5, None, False)],
+)
+def test_of_two_networks_that_are_equally_accurate_the_one_with_less_loss_is_the_best(
+    value: float, loss: float | None, better: bool
+) -> None:
+    assert Standing(best=0.5, best_loss=1.0).better(value, loss) == better
+    assert Standing().better(value, loss)
+
+
+def test_the_best_file_is_that_of_the_smaller_loss_where_the_accuracy_is_the_same(
+    gn: nn.Module, data: Any, tmp_path: Path
+) -> None:
+    x = data[0][0]
+    few = (x[:4], gn.eval()(x[:4]).argmax(1))  # all right from the beginning
+    report = normswap.finetune(gn, few, few, output=tmp_path / "run", batch_size=2, epochs=3, lr=1e-3, device="cpu")
+    losses = {line["step"]: line["val_loss"] for line in lines(tmp_path / "run") if "val_loss" in line}
+    assert report.best == 1.0
+    assert report.best_at == min(losses, key=losses.__getitem__) > 0
+
+
+@pytest.mark.usefixtures("every_step")
+def test_every_figure_says_what_it_is_over_also_after_a_stop(gn: nn.Module, data: Any) -> None:
+    train, validation = data
+    with pytest.raises(Interrupted) as caught:
+        normswap.finetune(gn, train, validation, batch_size=2, epochs=2, device="cpu", progress=stop_at(26))
+    report = caught.value.report
+    assert (report.steps, report.window, report.validated_at, report.validation_images) == (26, (21, 26), 20, 50)
+    assert report.over("loss") == "over steps 21 to 26"
+    assert report.over("val_accuracy") == "over 50 images at step 20"
+    assert "over steps 21 to 26" in str(report)
 
 
 def test_training_lowers_the_loss_on_a_new_task(data: Any) -> None:

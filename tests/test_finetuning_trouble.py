@@ -124,3 +124,24 @@ def test_a_signal_saves_the_state_and_the_run_goes_on(
 
 def _tensors(model: nn.Module) -> list[Tensor]:
     return list(model.state_dict().values())
+
+
+def test_a_network_that_does_not_compile_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failed(RuntimeError):
+        """Raised as torch's own compiler raises it: at the first call."""
+
+    Failed.__module__ = "torch._dynamo.exc"
+
+    def compiled(forward: Any) -> Any:
+        def call(*args: Any) -> Any:
+            raise Failed("no C++ compiler\nSet TORCHDYNAMO_VERBOSE=1 for more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    model = classifier()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    data = (torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]))
+    with pytest.raises(TrainingError, match=r"torch.compile .*no C\+\+ compiler\)\nLeave --compile"):
+        normswap.finetune(model, data, batch_size=2, steps=1, device="cpu", compile=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

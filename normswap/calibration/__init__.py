@@ -84,7 +84,7 @@ def calibrate(
     model, RevertError when none is given and it cannot be rebuilt, DataError for data that cannot be used, is empty,
     or is too short for running statistics.
     """
-    batches, labels = _collected(data, images, batch_size)
+    batches, labels, classes = _collected(data, images, batch_size)
     count = sum(map(images_in, batches))
     model = unwrapped(model)
     reference = _reference(model, None if reference is None else unwrapped(reference))
@@ -94,7 +94,7 @@ def calibrate(
         return CalibrationReport(count, (), passes=0, notes=("frozen and fused norms need no calibration",))
     preparation = Preparation(model, targets, method, eps)
     with restoring(preparation.modules()):
-        report = _run(model, reference, preparation, batches, labels)
+        report = _run(model, reference, preparation, _Comparison(batches, labels, classes, reference is not None))
     _remember(model, report, preparation)
     return report
 
@@ -131,11 +131,9 @@ def _run(
     model: nn.Module,
     reference: nn.Module | None,
     preparation: Preparation,
-    batches: Sequence[Args],
-    labels: Sequence[Tensor | None],
+    comparison: _Comparison,
 ) -> CalibrationReport:
-    targets = preparation.targets
-    comparison = _Comparison(batches, labels, reference is not None)
+    targets, batches = preparation.targets, comparison.given
     original = Original(targets, preparation.balanced)
     used = len(batches)
     with _quiet(model, reference):
@@ -157,6 +155,7 @@ def _run(
     found = comparison.summary()
     if preparation.method == "balance" and preparation.balanced and (found.get("drift_after") or 0) > FAR:
         notes.append('the outputs are still far from the original\'s; method="refit" (--method refit) comes closer')
+    notes += comparison.notes
     return CalibrationReport(count, matching.results(), passes=matching.passes, notes=tuple(notes), **found)
 
 
@@ -184,22 +183,28 @@ def _quiet(model: nn.Module, reference: nn.Module | None) -> Iterator[None]:
         yield
 
 
-def _collected(data: Any, images: int | None, batch_size: int) -> tuple[list[Args], list[Tensor | None]]:
-    """The batches to use, the last one cut to what was asked for, in memory: both networks see the same ones."""
+def _collected(
+    data: Any, images: int | None, batch_size: int
+) -> tuple[list[Args], list[Tensor | None], tuple[str, ...] | None]:
+    """The batches to use, the last one cut to what was asked for, in memory: both networks see the same ones.
+
+    With their labels, and the classes that these count, if known.
+    """
     if images is not None:
         whole("images", images)
     if data is None:
         raise OptionError("images are needed", hint="data=images, a tensor (N, C, H, W) or batches of them")
     most = images or (len(data) if isinstance(data, Tensor) else 256)
     batches, labels, left = [], [], most
-    for args, y in as_batches(data, batch_size, once=True):
+    source = as_batches(data, batch_size, once=True)
+    for args, y in source:
         part, part_y = _first(args, y, left)
         batches.append(part)
         labels.append(part_y)
         left -= images_in(part)
         if left <= 0:
             break
-    return batches, labels
+    return batches, labels, source.classes
 
 
 def _first(args: Args, labels: Tensor | None, most: int) -> tuple[Args, Tensor | None]:
@@ -239,22 +244,33 @@ def _check_enough(targets: Sequence[Target], count: int, asked: int | None) -> N
 
 
 class _Comparison:
-    """Outputs of the original and of the network before and after, on the first images, or on all with labels."""
+    """Outputs of the original and of the network before and after, on the first images, or on all with labels.
 
-    def __init__(self, batches: Sequence[Args], labels: Sequence[Tensor | None], with_original: bool) -> None:
+    given: the batches to calibrate on; batches: those to compare on, the last of which may be a part of its own.
+    classes: the names that the labels count, if known. notes: what could not be compared, once there is a summary.
+    """
+
+    def __init__(
+        self,
+        given: Sequence[Args],
+        labels: Sequence[Tensor | None],
+        classes: tuple[str, ...] | None,
+        with_original: bool,
+    ) -> None:
         self.labelled = with_original and all(y is not None for y in labels)
         self.enabled = with_original
-        self.labels = labels if self.labelled else [None]
-        self.batches = batches if self.labelled else [_first(batches[0], None, COMPARED)[0]]
-        self.size = images_in(batches[0])
+        self.given, self.classes = given, classes
+        self.batches = list(given) if self.labelled else _few(given, COMPARED)
+        self.labels = labels if self.labelled else [None] * len(self.batches)
         self.outputs: dict[str, list[Any]] = {k: [None] * len(self.batches) for k in ("original", "before", "after")}
+        self.notes: tuple[str, ...] = ()
 
     def keep(self, which: str, i: int, out: Any) -> None:
         """An output on the whole of batch i."""
         if self.labelled:
             self.outputs[which][i] = out
-        elif i == 0:
-            self.outputs[which][0] = _rows(out, self.size, images_in(self.batches[0]))
+        elif i < len(self.batches):
+            self.outputs[which][i] = _rows(out, images_in(self.given[i]), images_in(self.batches[i]))
 
     def run(self, which: str, model: nn.Module) -> None:
         """Compute the outputs that no pass has given."""
@@ -269,7 +285,7 @@ class _Comparison:
             return {}
         values: dict[str, Any] = {"compared": sum(map(images_in, self.batches))}
         for which in ("before", "after"):
-            tally = OutputTally()
+            tally = OutputTally(None if self.classes is None else len(self.classes))
             for one, other, y in zip(self.outputs["original"], self.outputs[which], self.labels, strict=True):
                 tally.add(one, other, y)
             total = tally.total()
@@ -278,7 +294,19 @@ class _Comparison:
             if tally.labelled:
                 values["accuracy_original"] = tally.correct[0] / tally.labelled
                 values[f"accuracy_{which}"] = tally.correct[1] / tally.labelled
+            self.notes = tuple(tally.notes)
         return values
+
+
+def _few(batches: Sequence[Args], most: int) -> list[Args]:
+    """The first batches, so many images in all at most."""
+    found: list[Args] = []
+    for args in batches:
+        if most <= 0:
+            break
+        found.append(_first(args, None, most)[0])
+        most -= images_in(found[-1])
+    return found
 
 
 def _rows(out: Any, size: int, wanted: int) -> Any:

@@ -140,20 +140,22 @@ def _batches(
 
 def figures(report: CalibrationReport) -> list[tuple[str, str]]:
     """The report's figures, one fact each."""
+    from .render import plural
+
     if not report.layers:
         return [("calibrated", "nothing; " + "; ".join(report.notes))]
     found = [
         ("calibrated", f"{len(report.layers)} layers on {report.images} images"),
         ("moments", f"largest error {report.error_before:.3g}, after {report.error_after:.3g}"),
     ]
+    on = f"on {plural(report.compared, 'image')} that it was calibrated on"
     if report.drift_before is not None and report.drift_after is not None:
-        on = f" (on {report.compared} images)"
-        found.append(("output", f"relative error {report.drift_before:.3g}, after {report.drift_after:.3g}{on}"))
+        found.append(("output", f"relative error {report.drift_before:.3g}, after {report.drift_after:.3g}, {on}"))
     if report.agreement_before is not None and report.agreement_after is not None:
-        found.append(("agreement", f"{report.agreement_before:.4f}, after {report.agreement_after:.4f}"))
+        found.append(("agreement", f"{report.agreement_before:.4f}, after {report.agreement_after:.4f}, {on}"))
     if report.accuracy_before is not None and report.accuracy_after is not None:
         before, after = f"{report.accuracy_before:.4f}", f"{report.accuracy_after:.4f}"
-        found.append(("accuracy", f"{before}, after {after}; the original {report.accuracy_original:.4f}"))
+        found.append(("accuracy", f"{before}, after {after}; the original {report.accuracy_original:.4f}; {on}"))
     return found
 
 

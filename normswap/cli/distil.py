@@ -34,7 +34,11 @@ def distil(
     lr: Annotated[
         float | None,
         typer.Option(
-            "--lr", min=0, metavar="RATE", help="Largest step, relative to a parameter's size.", show_default="0.02"
+            "--lr",
+            min=0,
+            metavar="RATE",
+            help="Largest step, relative to a parameter's size.",
+            show_default="0.02; less below 300 steps",
         ),
     ] = None,
     temperature: Annotated[float, typer.Option(metavar="T", help="Temperature of the class scores.")] = 2.0,
@@ -72,7 +76,8 @@ def distil(
     """Train a converted network to give the outputs of the network it was made from. The images need no labels.
 
     Best after calibrate. The result goes to <FILE>-distilled.safetensors, or to --output. Ctrl-C writes what was
-    reached; the same command with --resume goes on from there. --weights and --arg are those of --reference.
+    reached; the same command with --resume goes on from there. A part of the images is held back to measure on, and the
+    state that is nearest to the original on them is what is written. --weights and --arg are those of --reference.
 
     \b
     normswap distil resnet50-gn-calibrated.safetensors --data photos/ --steps 300
@@ -154,16 +159,7 @@ def _standing(progress: Progress) -> str:
 def _page(page: Page, report: DistillationReport, target: Path) -> None:
     from .render import size
 
-    cut = f" of {report.planned}, interrupted" if report.interrupted else ""
-    facts = [("distilled", f"{report.steps} steps{cut}")]
-    if report.loss_first is not None and report.loss_last is not None:
-        facts.append(("loss", f"{report.loss_first:.3g}, at the end {report.loss_last:.3g}"))
-    if report.drift_before is not None and report.drift_after is not None:
-        on = f" (on {report.compared} images)"
-        facts.append(("output", f"relative error {report.drift_before:.3g}, after {report.drift_after:.3g}{on}"))
-    if report.agreement_before is not None and report.agreement_after is not None:
-        facts.append(("agreement", f"{report.agreement_before:.4f}, after {report.agreement_after:.4f}"))
-    page.facts(*facts, indent=0)
+    page.facts(*report.figures(), indent=0)
     for note in report.notes:
         page.line(("note: ", "dim"), note)
     page.line(("Written: ", "strong"), (str(target), "path"), f", {size(target.stat().st_size)}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import Interrupted
+from ..limits import check_workers
 from . import options, training
 from .boundary import WRITTEN
 from .datasets import DataPlace
@@ -201,10 +202,13 @@ def finetune(
     wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed)
     helper = os.environ.get("RANK", "0") != "0"  # one of torchrun's processes, whose first one does the talking
     with reporting(ctx, as_json=json and not helper, quiet=quiet or helper, verbose=verbose and not helper) as out:
+        if workers is not None:
+            check_workers(workers)
         out.step("loading PyTorch")
         from ..finetuning.folder import STATE, prepare_folder
+        from ..finetuning.optimizing import default_rate
+        from ..finetuning.run import EPOCHS, task_of
         from ..finetuning.run import finetune as train_model
-        from ..finetuning.run import task_of
 
         swap.check()
         origin = locate(ctx, wanted)
@@ -223,6 +227,12 @@ def finetune(
             inputs = doing.inputs(sets, transform_of(doing, preparation), swap.images)
             model = converted(ctx, model, origin, swap, inputs, out)
         _warn(model, batch_size, freeze_stats, out)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        used = training.options_of(
+            ctx,
+            epochs=None if steps is not None else epochs or EPOCHS,
+            lr=lr if lr is not None else default_rate(optimizer, batch_size * accumulate * processes),
+        )
         ctx.meta[WRITTEN] = None
         with out.bar("training") as bar:
             try:
@@ -235,7 +245,7 @@ def finetune(
                     num_classes=num_classes, augment=augment, preprocess=transform_of(doing, preparation),
                     precision=precision, device=device, channels_last=channels_last, compile=compile,
                     workers=workers, seed=seed, max_bad=max_bad, tensorboard=tensorboard, resume=resume, overwrite=True,
-                    progress=training.Teller(bar, out, folder, None if resume else command),
+                    progress=training.Teller(bar, out, folder, None if resume else {**command, "options": used}),
                 )  # fmt: skip
             except Interrupted as stop:
                 report = stop.report

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..limits import check_images
 from . import options
 from .networks import Origin
 
@@ -27,9 +28,13 @@ class Asked:
 
     @classmethod
     def of(cls, ctx: typer.Context, size: str | None, mean: str | None, std: str | None) -> Asked:
-        """Raises a usage error for texts that are no numbers."""
+        """Raises a usage error for texts that are no numbers, and OptionError for images that no memory holds."""
+        sides = options.image_size(ctx, size)
+        if isinstance(sides, tuple):
+            given = (ctx.params.get(name) for name in ("batch_size", "images"))
+            check_images(*sides, min((count for count in given if count), default=1))
         return cls(
-            options.image_size(ctx, size),
+            sides,
             options.channel_values(ctx, "--mean", mean),
             options.channel_values(ctx, "--std", std),
         )

@@ -8,6 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..limits import check_memory
+from ..values import SEEDS
+
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's own, under a name that all versions of typer have
 
 # As `registry.targets()` has them, which would need torch to be imported; a test compares the two.
@@ -60,7 +63,7 @@ TrustCode = Annotated[
     bool, typer.Option("--trust-code", help="Run the factory that a converted file names to build its network.")
 ]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept weights that hold NaN or Inf.")]
-Seed = Annotated[int, typer.Option(help="Seed of random weights and inputs.")]
+Seed = Annotated[int, typer.Option(min=0, max=SEEDS, help="Seed of random weights and inputs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show warnings of libraries, and where an error happened.")]
@@ -128,8 +131,11 @@ Output = Annotated[
 
 
 def shapes(ctx: typer.Context, texts: list[str] | None) -> list[tuple[int, ...]]:
-    """The shapes that --input gives."""
-    return [_numbers(ctx, "--input", text, int, "1,3,224,224") for text in texts or ()]
+    """The shapes that --input gives. Raises OptionError for an input that no memory holds."""
+    found = [_numbers(ctx, "--input", text, int, "1,3,224,224") for text in texts or ()]
+    for shape in found:
+        check_memory(4 * math.prod(shape), f"an input of {'x'.join(map(str, shape))}", "Take a smaller --input.")
+    return found
 
 
 def image_size(ctx: typer.Context, text: str | None) -> tuple[int, int] | str | None:

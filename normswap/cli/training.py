@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from ..errors import OptionError
 from .output import Output
 
@@ -15,10 +17,21 @@ if TYPE_CHECKING:
     from .render import Page
 
 
-def keep_command(folder: Path, asked: Mapping[str, Any], *, resume: bool) -> None:
-    """Note what made the network and prepares its images; a run that goes on must be asked for the same.
+def options_of(ctx: typer.Context, **settled: Any) -> dict[str, Any]:
+    """All that the command was asked to do, by option, with what is `settled` where the user left it to normswap.
 
-    The other settings are in the state of the run. Raises OptionError.
+    How it reports and whether it replaces or resumes a run is left out.
+    """
+    left_out = {"json", "quiet", "verbose", "force", "resume"}
+    given = {name: value for name, value in ctx.params.items() if name not in left_out}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in (given | settled).items()}
+
+
+def keep_command(folder: Path, asked: Mapping[str, Any], *, resume: bool) -> None:
+    """Note what was asked for; a run that goes on must be asked for the same, as far as it is in `asked`.
+
+    That is what made the network and prepares its images; the other settings are compared with the run's state.
+    Raises OptionError.
     """
     from ..finetuning.folder import COMMAND
     from ..writing import atomic
@@ -69,6 +82,14 @@ def duration(seconds: float) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
+def _figure(report: FinetuneReport, name: str, value: float) -> tuple[str, str]:
+    """One figure, and what it is over."""
+    kind = "validation" if name.startswith("val_") else "training"
+    before = f" (before {report.before[name]:.4f})" if name in report.before else ""
+    label = f"{kind} {name.removeprefix('val_')}".replace("_", " ")
+    return label, f"{value:.4f}{before}, {report.over(name)}"
+
+
 def show(page: Page, report: FinetuneReport, folder: Path) -> None:
     """What a run came to."""
     cut = f" of {report.planned}, interrupted" if report.interrupted else ""
@@ -76,11 +97,7 @@ def show(page: Page, report: FinetuneReport, folder: Path) -> None:
         ("trained", f"{report.steps} steps{cut}, {report.epochs:.3g} epochs, global batch {report.global_batch}"),
         ("speed", f"{report.samples_per_second:.3g} images/s, {duration(report.seconds)} in all"),
     ]
-    for name, value in report.figures.items():
-        before = f" (before {report.before[name]:.4f})" if name in report.before else ""
-        label = name.removeprefix("val_") if name.startswith("val_") else f"training {name}"
-        where = "validation " if name.startswith("val_") else ""
-        facts.append((f"{where}{label}".replace("_", " "), f"{value:.4f}{before}"))
+    facts += [_figure(report, name, value) for name, value in report.figures.items()]
     if report.best is not None:
         facts.append(("best", f"{report.best_name.replace('_', ' ')} {report.best:.4f} at step {report.best_at}"))
     if report.resumed_at == report.planned:

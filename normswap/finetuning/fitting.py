@@ -10,8 +10,10 @@ from torch import nn
 from ..conversion import record_of
 from ..errors import OptionError
 from ..heads import Head, resize_head
+from ..limits import check_memory
 from ..predictors import find_predictor
 from ..records import put_record
+from ..surgery import get
 from ..values import whole
 
 
@@ -46,6 +48,7 @@ def fitted(model: nn.Module, found: Head, in_data: int | None, asked: int | None
         return found
     if in_data is not None and wanted < in_data:
         raise OptionError(f"the data has {in_data} classes, more than num_classes={wanted} (--num-classes)")
+    _check_memory(model, found, wanted)
     head = replace(found, classes=wanted)
     torch.manual_seed(seed)
     resize_head(model, head)
@@ -53,3 +56,13 @@ def fitted(model: nn.Module, found: Head, in_data: int | None, asked: int | None
     if record is not None:  # a new one, so that the caller can put the network back as it was
         put_record(model, replace(record, head=head))
     return head
+
+
+def _check_memory(model: nn.Module, found: Head, wanted: int) -> None:
+    """The new layer's weights, their gradients and two moments each are to fit in memory."""
+    now = sum(p.numel() * p.element_size() for p in get(model, found.path).parameters())
+    check_memory(
+        4 * now * wanted / max(found.classes, 1),
+        f"training a head for {wanted} classes",
+        "Take fewer --num-classes (num_classes=).",
+    )

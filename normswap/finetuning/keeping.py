@@ -17,25 +17,35 @@ from ..stabilizing import factors_in, rescale
 from ..training.state import load_state, save_state
 from .folder import BEST, LAST, STATE
 from .processes import Optimization
-from .settings import Settings
+from .settings import Settings, refuse
 
 
 @dataclass
 class Standing:
     """Where a run stands.
 
-    best, best_at: the best validation figure, and its step; what training began with counts. before: the figures of
-    step 0. figures: the last ones. pending: whether a validation is due. entry: what the network's history says of
-    the run so far.
+    best, best_at: the best validation figure, and its step; what training began with counts. best_loss: the validation
+    loss then, which decides between equals. before: the figures of step 0. figures: the last ones; window: first and
+    last of the steps that those of training are over; validated_at: the step of those of validation. pending: whether
+    a validation is due. entry: what the network's history says of the run so far.
     """
 
     step: int = 0
     best: float | None = None
     best_at: int | None = None
+    best_loss: float | None = None
     before: dict[str, float] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
+    window: tuple[int, int] | None = None
+    validated_at: int | None = None
     pending: bool = False
     entry: dict[str, Any] | None = None
+
+    def better(self, value: float, loss: float | None) -> bool:
+        """Whether a network with this validation figure and loss is to take the place of the best so far."""
+        if self.best is None or value != self.best:
+            return self.best is None or value > self.best
+        return loss is not None and self.best_loss is not None and loss < self.best_loss
 
 
 class Keeper:
@@ -91,7 +101,8 @@ class Keeper:
         if self.folder is None:
             self.model.load_state_dict(self._copy)
             return None
-        state = load_state(self.folder / STATE, asdict(self.settings), self.model.state_dict())
+        path, settings = self.folder / STATE, self.settings
+        state = load_state(path, asdict(settings), self.model.state_dict(), lambda was: refuse(path, was, settings))
         self.model.load_state_dict(state["parameters"])
         self.optimization.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:

@@ -30,9 +30,11 @@ class Progress:
 class FinetuneReport:
     """The result of `finetune`.
 
-    steps: how many were done, of `planned`; processes: how many trained together. figures: the last of training and
-    validation; best: the best validation figure, `best_at`: the step it was reached at. last_file, best_file, state,
-    curves, examples: the files written, None where there is no output folder. bad: samples that could not be read.
+    steps: how many were done, of `planned`; processes: how many trained together. figures: the last of training, means
+    over the steps from the first to the last of `window`, and of validation, over `validation_images` at the step
+    `validated_at`, which after an interruption is an earlier one; best: the best validation figure, `best_at`: the step
+    it was reached at. last_file, best_file, state, curves, examples: the files written, None where there is no output
+    folder. bad: samples that could not be read.
     """
 
     steps: int
@@ -55,8 +57,19 @@ class FinetuneReport:
     examples: Path | None = None
     interrupted: bool = False
     resumed_at: int = 0
+    window: tuple[int, int] | None = None
+    validated_at: int | None = None
+    validation_images: int = 0
     bad: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def over(self, name: str) -> str:
+        """What one of the figures is over, as `steps 181 to 200`."""
+        if name.startswith("val_"):
+            many = "s" * (self.validation_images != 1)
+            return f"over {self.validation_images} image{many} at step {self.validated_at}"
+        first, last = self.window or (0, 0)
+        return f"over steps {first} to {last}" if first < last else f"of step {last}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -66,7 +79,7 @@ class FinetuneReport:
     def __str__(self) -> str:
         cut = f" of {self.planned}, interrupted" if self.interrupted else ""
         lines = [f"fine-tuned for {self.steps} steps{cut} ({self.epochs:.3g} epochs, global batch {self.global_batch})"]
-        lines += [f"{name}: {value:.4g}" for name, value in self.figures.items()]
+        lines += [f"{name}: {value:.4g}, {self.over(name)}" for name, value in self.figures.items()]
         if self.best is not None:
             lines.append(f"best {self.best_name}: {self.best:.4f} at step {self.best_at}")
         return "\n".join([*lines, *self.notes])

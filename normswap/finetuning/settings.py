@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import OptionError
-from ..values import number, one_of, whole
+from ..limits import check_workers
+from ..values import number, one_of, seed, whole
+from .folder import LAST
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 OPTIMIZERS = ("adamw", "sgd")
@@ -55,7 +59,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in _COUNTS:
             whole(name, getattr(self, name))
-        whole("seed", self.seed, least=0)
+        seed(self.seed)
         for name in (*_POSITIVE, *_FROM_ZERO, "clip_grad"):
             value = getattr(self, name)
             if name == "clip_grad" and value is None:
@@ -76,6 +80,46 @@ class Settings:
     def epoch(self) -> int:
         """Steps of one pass over the training set; what is left over at its end waits for another pass."""
         return self.samples // self.global_batch
+
+    @property
+    def length(self) -> str:
+        """`3 epochs (12 steps)`, or `10 steps` where they are no whole epochs."""
+        steps, epochs = (f"{n} {unit}{'s' * (n != 1)}" for n, unit in ((self.steps, "step"), (self._epochs, "epoch")))
+        return f"{epochs} ({steps})" if self._epochs * self.epoch == self.steps else steps
+
+    @property
+    def length_option(self) -> str:
+        """What to type for it."""
+        whole_epochs = self._epochs * self.epoch == self.steps
+        name, count = ("epochs", self._epochs) if whole_epochs else ("steps", self.steps)
+        return f"--{name} {count} ({name}={count})"
+
+    @property
+    def _epochs(self) -> int:
+        return self.steps // max(1, self.epoch)
+
+
+def refuse(path: Path, was: Mapping[str, Any], settings: Settings) -> None:
+    """Raise OptionError, in the words of who asks, where a run that began with other settings cannot go on.
+
+    was: the settings of the state in `path`. The learning rate of a step depends on the length of the whole run, so a
+    longer one would not be what it had been from the start.
+    """
+    differing = {name for name, value in vars(settings).items() if was.get(name) != value}
+    if "network" in differing:
+        return  # which matters more, and has words of its own
+    if differing & {"data", "samples"}:
+        raise OptionError(
+            f"{path} is the state of a run on other data", hint="Resume with the --data (data=) that it began with."
+        )
+    if differing == {"steps"}:
+        begun = replace(settings, steps=was["steps"])
+        raise OptionError(
+            f"{path} is the state of a run of {begun.length}, which cannot become one of {settings.length}: "
+            "its learning rate falls to zero over its length",
+            hint=f"Resume with {begun.length_option}. To train for longer, begin another run from "
+            f"{path.with_name(LAST)}, in another --output (output=).",
+        )
 
 
 @dataclass(frozen=True)
@@ -98,3 +142,4 @@ class Place:
         whole("max_bad", self.max_bad, least=0)
         if self.workers is not None:
             whole("workers", self.workers, least=0)
+            check_workers(self.workers)

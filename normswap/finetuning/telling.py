@@ -21,7 +21,8 @@ _BETWEEN_PAGES = 20.0  # seconds: drawing takes about one
 class Telling:
     """main: whether this process is the one that tells; the others only sum up.
 
-    began: the step at which the run began or was resumed. clock: stopped for what is not training.
+    began: the step at which the run began or was resumed. clock: stopped for what is not training. window: the first
+    and the last of the steps that the figures of the last look are over.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Telling:
         self.settings, self.main, self.clock = settings, main, Clock()
         self._place, self._device, self._tell = place, device, tell if main else None
         self._window = Window()
+        self.window: tuple[int, int] | None = None
         self._journal: Journal | None = None
 
     def begin(self, step: int) -> None:
@@ -71,6 +73,7 @@ class Telling:
         figures = window.figures(total)
         speed = self.clock.lap(window.samples * self.settings.processes)
         self._write(step, {**figures, "lr": rate, "samples_per_second": round(speed, 2)})
+        self.window = (window.last - window.steps + 1, window.last)
         self._window = Window()
         return figures
 

@@ -137,6 +137,7 @@ class Trainer:
             self.telling.open()
         if figures:
             self.telling.validated(self.step, figures)
+            self.standing.validated_at = 0
         self.standing.before, self.standing.figures = figures, dict(figures)
         self._compare(figures)
         self.standing.pending = self.signals.received is not None
@@ -187,7 +188,10 @@ class Trainer:
 
     def _look(self) -> None:
         """Read what was summed up since the last look, over all processes."""
-        self.standing.figures |= self.telling.look(self.step, rate_at(self.step - 1, self.settings), self._total)
+        figures = self.telling.look(self.step, rate_at(self.step - 1, self.settings), self._total)
+        self.standing.figures |= figures
+        if figures:
+            self.standing.window = self.telling.window
 
     def validate(self) -> dict[str, float] | None:
         """Figures of the validation set, of the averaged network where there is one; None when it was cut short."""
@@ -214,13 +218,14 @@ class Trainer:
         if figures:
             self.telling.validated(self.step, figures)
             self.standing.figures |= figures
+            self.standing.validated_at = self.step
             self._compare(figures)
 
     def _compare(self, figures: dict[str, float]) -> None:
         """Keep the network if it is the best so far; what training began with counts."""
-        standing, value = self.standing, figures.get(self.task.best)
-        if value is not None and (standing.best is None or value > standing.best):
-            standing.best, standing.best_at = value, self.step
+        standing, value, loss = self.standing, figures.get(self.task.best), figures.get("val_loss")
+        if value is not None and standing.better(value, loss):
+            standing.best, standing.best_at, standing.best_loss = value, self.step, loss
             self.keeper.keep_best(standing)
 
     def _keep(self) -> None:
@@ -337,5 +342,7 @@ class Trainer:
             settings.lr, self.telling.clock.total(), self.telling.speed(self.step),
             standing.figures, standing.before, self.task.best, standing.best, standing.best_at, **files,
             interrupted=self.step < settings.steps, resumed_at=self.telling.began,
+            window=standing.window, validated_at=standing.validated_at,
+            validation_images=0 if self._sets.validation is None else len(self._sets.validation),
             bad=tuple(str(bad) for bad in self.skipped.found.values()),
         )  # fmt: skip

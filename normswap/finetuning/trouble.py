@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import DataError, NormswapError, TrainingError
+from ..errors import DataError, NormswapError, TrainingError, first_line
 
 
 class NonFinite(Exception):
@@ -33,6 +33,11 @@ def explained(error: BaseException, where: str, device: torch.device, left: str)
             hint="Try a smaller --batch-size (batch_size=) with a larger --accumulate (accumulate=), "
             "--precision bf16, or smaller images (--size).",
         )
+    if is_compiling(error):
+        return TrainingError(
+            f"torch.compile cannot compile the network, at {where}; {left} ({first_line(error)})",
+            hint="Leave --compile (compile=) out.",
+        )
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
         return TrainingError(
             "BatchNorm cannot train on a single value per channel, as it gets here",
@@ -46,3 +51,8 @@ def is_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(t in str(error) for t in ("out of memory", "can't allocate memory"))
+
+
+def is_compiling(error: BaseException) -> bool:
+    """Whether it comes from torch.compile: a missing compiler, or a network that it does not take."""
+    return any(kind.__module__.startswith(("torch._dynamo", "torch._inductor")) for kind in type(error).__mro__)

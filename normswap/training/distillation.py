@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..agreement import OutputTally
 from ..conversion import record_of
-from ..data import Batch, as_batches, images_in
+from ..data import as_batches
 from ..errors import Interrupted, OptionError
 from ..values import whole
 from ..wrappers import unwrapped
 from ..writing import check_writable
+from .judging import Look
 from .optimizer import trained_parameters, training_only
-from .outputs import run
 from .report import DistillationReport as DistillationReport
 from .report import Progress as Progress
 from .run import Run
 from .settings import Settings
 from .state import digest, load_state
-from .stream import Stream, seed_step, stream_of
+from .stream import Compared, Stream, stream_of
 from .teacher import original_of, side_by_side
 
-LR = 0.02
-"""The largest step of a value, as a share of the root mean square of its parameter."""
+LR, FULL = 0.02, 300
+"""The largest step of a value, as a share of its parameter's root mean square, in a run of `FULL` steps or more."""
+UNCHANGED = (
+    "no state that was measured came nearer to the original, so the network is as it was: take more images, more "
+    "steps, or a smaller learning rate"
+)
 FEATURES = 2.0
 """How much the outputs of the norms inside count, beside the networks' outputs."""
-COMPARED = 256
-"""Without eval_data, on how many images drift and agreement are measured at most."""
 
 
 def distil(
@@ -75,15 +75,18 @@ def distil(
     `normswap.data.as_batches` takes. A tensor, Dataset or folder is shuffled; an iterable of batches keeps its order,
     and is iterated again when it ends. batch_size: for data that is not in batches yet.
     lr: the largest learning rate, relative to the root mean square of each parameter, which a step moves by about this
-    share at most; default 0.02. A share suits layers of any width, and whatever was folded into them. train: "all"
-    parameters that require a gradient, or those of the "norm" layers.
+    share at most; by default what suits the number of steps (see `suited_rate`). A share suits layers of any width, and
+    whatever was folded into them. train: "all" parameters that require a gradient, or those of the "norm" layers.
     precision: "bf16" or "fp16" computes in autocast on CUDA; on a CPU it is float32 always.
     max_grad_norm: limit of the gradient's norm, None for no limit. augment: mirror and shift images `(N, C, H, W)` at
     random, the same for both networks; off, since it gained nothing measurable, and mirrors text and digits.
     loss: "match" takes the second formula for class scores as well. features: the weight, falling linearly to 0, of the
     second formula's mean over the outputs of all converted norms, on half of each batch; 0 compares outputs alone.
-    eval_data: what the report's drift, agreement and, with labels, accuracy are measured on; by default the first
-    256 images of data. progress: called after each step.
+    eval_data: what the report's loss, drift, agreement and, with labels, accuracy are measured on; by default a part of
+    data that is held back from training for it (see `stream_of`), or, of an iterable that gives its batches in an order
+    of its own, some of them. At the start, at the end and ten times between the model is compared with its original on
+    these images, and it keeps the state with the smallest loss among those that decide no fewer images as the original
+    does than at the start; the start counts. progress: called after each step.
     checkpoint: a file to which the state of the run is written every `checkpoint_every` steps, when it is interrupted
     and at its end; resume: such a file, to go on from: the weights are then those of a run without interruption, on a
     CPU bit for bit, if model, data and settings are those it began with.
@@ -93,8 +96,8 @@ def distil(
 
     Raises OptionError, DataError, RevertError (no reference given and none to be rebuilt) or CheckpointError before
     anything has changed; TrainingError when loss or gradients are not finite, and `Interrupted`, a KeyboardInterrupt
-    with a report, on Ctrl-C. Whatever it raises, the model keeps the last good state that it has reached, and its
-    history tells of it.
+    with a report, on Ctrl-C. Whatever it raises, the model has the nearest state that was measured, and its history
+    tells of it.
 
     Source: Hinton, Vinyals and Dean 2015; Beyer et al. 2022, "Knowledge distillation: a good teacher is patient and
     consistent" (teacher and student see the same view).
@@ -103,85 +106,82 @@ def distil(
         raise OptionError("distil needs images", hint="data=images, a tensor (N, C, H, W) or batches of them")
     model = unwrapped(model)
     settings = Settings(
-        steps, batch_size, LR if lr is None else lr, temperature, train, weight_decay, seed, precision,
+        steps, batch_size, 1.0, temperature, train, weight_decay, seed, precision,
         max_grad_norm, augment, loss, digest(model), features,
     )  # fmt: skip
+    settings = replace(settings, lr=suited_rate(steps) if lr is None else lr)
     whole("checkpoint_every", checkpoint_every)
     if checkpoint is not None:
         check_writable(Path(checkpoint), overwrite=True)
     parameters = trained_parameters(model, train)
     reference = original_of(model, None if reference is None else unwrapped(reference))
     data = list(data) if isinstance(data, Iterator) else data
-    stream = stream_of(data, batch_size, seed)
+    stream = stream_of(data, batch_size, seed, hold=eval_data is None)
     with side_by_side(reference, model), training_only(model, parameters):
-        compared = _compared(stream, settings) if eval_data is None else as_batches(eval_data, batch_size)
-        before = _tally(reference, model, compared)
-        work = Run(model, reference, settings, stream, parameters)
+        work = Run(model, reference, settings, stream, parameters, _compared(stream, settings, eval_data))
         if checkpoint is not None:
             work.checkpoint, work.every = Path(checkpoint), checkpoint_every
         if resume is not None:
             work.resume(load_state(Path(resume), vars(settings), parameters))
         try:
             work.finish(progress)
-            after = _tally(reference, model, compared)
         except KeyboardInterrupt:
-            raise Interrupted(_report(work, before, None)) from None
+            raise Interrupted(_report(work, interrupted=True)) from None
         finally:
             _remember(model, work)
-        return _report(work, before, after)
+        return _report(work)
 
 
-def _compared(stream: Stream, settings: Settings) -> list[Batch]:
-    """Some batches of the data, held in memory: as many images as are compared, at a small part of the run's cost."""
-    found: list[Batch] = []
-    count = 0
-    seed_step(settings.seed, -1)
-    for args in islice(stream.epoch(0, 0), max(1, settings.steps // 20)):
-        found.append((args, None))
-        count += images_in(args)
-        if count >= COMPARED:
-            break
-    return found
+def suited_rate(steps: int) -> float:
+    """The default learning rate of a run of so many steps: `LR`, and in a short run less, with its length squared.
+
+    What the first steps disturb needs a few hundred more to come right again. A network far from its original may gain
+    from more than that in a short run.
+    """
+    return LR * min(1.0, steps / FULL) ** 2
 
 
-@torch.no_grad()
-def _tally(reference: nn.Module, model: nn.Module, batches: Iterable[Batch]) -> tuple[OutputTally, int]:
-    """Compare the networks' own outputs, boxes included; and on how many images."""
-    classes = getattr(batches, "classes", None)
-    tally, count = OutputTally(None if classes is None else len(classes)), 0
-    for args, labels in batches:
-        tally.add(run(reference, reference, args), run(model, model, args), labels)
-        count += images_in(args)
-    return tally, count
+def _compared(stream: Stream, settings: Settings, eval_data: Any) -> Compared:
+    """What is held back or given; without either, some batches, at a small part of the run's cost."""
+    if eval_data is None:
+        return stream.compared(max(1, settings.steps // 20))
+    batches = as_batches(eval_data, settings.batch_size)
+    return Compared(batches, "of eval_data", None if batches.classes is None else len(batches.classes))
 
 
-def _report(work: Run, before: tuple[OutputTally, int], after: tuple[OutputTally, int] | None) -> DistillationReport:
-    values: dict[str, Any] = {"compared": before[1]}
-    for which, tally in (("before", before[0]), ("after", None if after is None else after[0])):
-        if tally is None:
-            continue
-        total = tally.total()
-        values[f"drift_{which}"] = None if total is None else total.relative
-        values[f"agreement_{which}"] = tally.agreement()
-        if tally.labelled:
-            values["accuracy_original"] = tally.correct[0] / tally.labelled
-            values[f"accuracy_{which}"] = tally.correct[1] / tally.labelled
-    notes = (*work.notes, *before[0].notes)
-    drift, now = (values.get(f"drift_{which}") for which in ("before", "after"))
-    if drift is not None and now is not None and now > drift:
-        notes += ("the network is further from its original than it was: take more steps, or a smaller learning rate",)
-    first, last = work.losses
+def _report(work: Run, *, interrupted: bool = False) -> DistillationReport:
+    first, best = work.judge.first, work.judge.final()
+    values: dict[str, Any] = {f"{name}_before": value for name, value in _figures(first).items()}
+    values |= {f"{name}_after": value for name, value in _figures(best).items()}
+    if first.tally.labelled:
+        values["accuracy_original"] = first.tally.correct[0] / first.tally.labelled
+    notes = (*work.notes, *first.tally.notes)
+    if best.step == 0 and work.loop.step:
+        notes += (UNCHANGED,)
+    begun, ended = work.losses
     return DistillationReport(
-        work.loop.step, work.settings.steps, work.stream.images, first, last,
-        interrupted=after is None, resumed_at=work.resumed_at, notes=notes, **values,
+        work.loop.step, work.settings.steps, work.stream.images, begun, ended, work.judge.images,
+        interrupted=interrupted, resumed_at=work.resumed_at, notes=notes, kept=best.step,
+        compared_on=work.judge.compared.origin, **values,
     )  # fmt: skip
 
 
+def _figures(look: Look) -> dict[str, float | None]:
+    tally, total = look.tally, look.tally.total()
+    return {
+        "eval_loss": look.loss,
+        "drift": None if total is None else total.relative,
+        "agreement": tally.agreement(),
+        "accuracy": tally.correct[1] / tally.labelled if tally.labelled else None,
+    }
+
+
 def _remember(model: nn.Module, work: Run) -> None:
-    """Note in the network's history what was done, also when it was cut short."""
-    record = record_of(model)
-    if record is None or work.loop.step == 0:
+    """Note in the network's history what was done, also when it was cut short; nothing where nothing came of it."""
+    record, kept = record_of(model), work.judge.best.step
+    if record is None or kept == 0:
         return
     settings = work.settings
-    entry = {"action": "distil", "steps": work.loop.step, "planned": settings.steps, "train": settings.train}
-    record.history.append({**entry, "lr": settings.lr, "seed": settings.seed, "loss": list(work.losses)})
+    entry = {"action": "distil", "steps": work.loop.step, "planned": settings.steps, "kept": kept}
+    entry |= {"train": settings.train, "lr": settings.lr, "seed": settings.seed, "loss": list(work.losses)}
+    record.history.append(entry)

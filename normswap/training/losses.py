@@ -47,11 +47,12 @@ def scores_in(tree: Any) -> str | None:
     return name if found is not None and found.dim() == 2 and found.shape[1] > 1 else None
 
 
-def loss_of(teacher: Any, student: Any, temperature: float, kind: str = "auto") -> Tensor:
+def loss_of(teacher: Any, student: Any, temperature: float, kind: str = "auto", *, learning: bool = True) -> Tensor:
     """The loss between two outputs of one structure: tensor, list, tuple, dict, dataclass.
 
     kind: "auto" takes `divergence` for a classifier's scores (see `scores_in`) and the mean of `distance` over all
-    other floating tensors, and adds the two; "match" takes `distance` for all of them.
+    other floating tensors, and adds the two; "match" takes `distance` for all of them. learning: the loss has to have a
+    gradient.
 
     Raises DataError when the outputs differ in structure or shape, hold no floating tensor, or have no gradient.
     """
@@ -61,7 +62,7 @@ def loss_of(teacher: Any, student: Any, temperature: float, kind: str = "auto") 
             hint="Distil its backbone: the sub-network that gives feature maps.",
         )
     a, b = floating(teacher), floating(student)
-    _check(a, b)
+    _check(a, b, learning=learning)
     scores = scores_in(teacher) if kind == "auto" else None
     rest = [name for name in a if name != scores and a[name].numel()]
     device = next(iter(b.values())).device
@@ -82,7 +83,7 @@ def agreement_of(teacher: Any, student: Any) -> float | None:
     return float((a.argmax(1).to(b.device) == b.argmax(1)).float().mean())
 
 
-def _check(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+def _check(a: Mapping[str, Tensor], b: Mapping[str, Tensor], *, learning: bool) -> None:
     if not a:
         raise DataError("the network's output holds no floating tensor, so there is nothing to learn from")
     shapes = [", ".join(f"{n} {tuple(t.shape)}".strip() for n, t in tree.items()) or "no tensor" for tree in (a, b)]
@@ -91,7 +92,7 @@ def _check(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
             f"the networks' outputs do not compare: the original gives {shapes[0]}, the student {shapes[1]}",
             hint="Distil from the network that was converted, or one with the same head.",
         )
-    if not any(t.requires_grad for t in b.values()):
+    if learning and not any(t.requires_grad for t in b.values()):
         raise DataError(
             "the network's output has no gradient: it is computed without one, or from layers that are not trained",
             hint="Give the part that can be trained, or train='all'.",

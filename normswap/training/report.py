@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..agreement import comparison_lines
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -27,10 +25,13 @@ class Progress:
 class DistillationReport:
     """The result of `distil`.
 
-    steps: how many were done, of `planned`; images: how many different ones the data holds, None if only iterating
-    tells. loss_first, loss_last: mean over the first and the last tenth of the steps. drift, agreement before and
-    after: relative error `|out - original| / |original|` of the output, and share of images decided alike, over
-    `compared` images; None where outputs do not compare so. accuracy: where `eval_data` came with labels.
+    steps: how many were done, of `planned`; kept: the step whose state the network has, 0 for the one it came in.
+    images: how many different ones the data holds, None if only iterating tells. loss_first, loss_last: of the batches
+    trained on, mean over the first and the last tenth of the steps; what is left of `features` counts in it.
+    The other figures are over `compared` images, `compared_on` says which, of the network as it came and as it is.
+    eval_loss: what a run lowers, without `features`. drift: relative error `|out - original| / |original|` of the
+    output; agreement: share of images decided alike; None where outputs do not compare so. accuracy: where
+    `eval_data` came with labels.
     """
 
     steps: int
@@ -39,6 +40,10 @@ class DistillationReport:
     loss_first: float | None
     loss_last: float | None
     compared: int = 0
+    compared_on: str = ""
+    kept: int = 0
+    eval_loss_before: float | None = None
+    eval_loss_after: float | None = None
     drift_before: float | None = None
     drift_after: float | None = None
     agreement_before: float | None = None
@@ -54,9 +59,25 @@ class DistillationReport:
         """JSON values."""
         return {**asdict(self), "notes": list(self.notes)}
 
+    def figures(self) -> list[tuple[str, str]]:
+        """What to print: a name and its text. The scores' own error is left out: it may rise as the decisions near."""
+        cut = " (interrupted)" if self.interrupted else ""
+        kept = "" if self.kept == self.steps else f"; kept is the state of step {self.kept}"
+        of = f" of {self.planned}" if self.interrupted else ""
+        lines = [("distilled", f"{self.steps} step{'s' * (self.steps != 1)}{of}{cut}{kept}")]
+        before, after = self.eval_loss_before, self.eval_loss_after
+        if before is not None and after is not None:
+            images = f"{self.compared} image{'s' * (self.compared != 1)} {self.compared_on}"
+            lines.append(("loss", f"{before:.3g}, after {after:.3g}, on {images}"))
+        before, after = self.agreement_before, self.agreement_after
+        if before is not None and after is not None:
+            lines.append(("agreement", f"{before:.4f}, after {after:.4f}"))
+        elif self.drift_before is not None and self.drift_after is not None:
+            lines.append(("output", f"relative error {self.drift_before:.3g}, after {self.drift_after:.3g}"))
+        before, after = self.accuracy_before, self.accuracy_after
+        if before is not None and after is not None:
+            lines.append(("accuracy", f"{before:.4f}, after {after:.4f}; the original {self.accuracy_original:.4f}"))
+        return lines
+
     def __str__(self) -> str:
-        done = f"{self.steps} step{'s' * (self.steps != 1)}"
-        lines = [f"distilled for {done}" + (f" of {self.planned} (interrupted)" if self.interrupted else "")]
-        if self.loss_first is not None and self.loss_last is not None:
-            lines.append(f"loss: {self.loss_first:.3g} -> {self.loss_last:.3g}")
-        return "\n".join([*lines, *comparison_lines(self), *self.notes])
+        return "\n".join([*(f"{name}: {text}" for name, text in self.figures()), *self.notes])

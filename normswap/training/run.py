@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..agreement import floating
-from ..errors import DataError, TrainingError
+from ..errors import CheckpointError, TrainingError
 from ..surgery import device_and_dtype
 from .augmentation import augmented
 from .features import Features
+from .judging import LOOKS, Judge, check_finite
 from .loop import SMALLER, Loop
 from .losses import agreement_of, loss_of
 from .optimizer import adamw, one_cycle
@@ -22,13 +22,14 @@ from .outputs import outputs_of, run
 from .report import Progress
 from .settings import PRECISIONS, Settings
 from .state import save_state
-from .stream import Args, Stream, seed_step
+from .stream import Args, Compared, Stream, seed_step
 
 
 class Run:
     """What a distillation holds while it runs.
 
-    checkpoint, every: the file for its state, and after how many steps it is written again.
+    judge: measures it on images kept apart, and holds the state that is given back. checkpoint, every: the file for
+    its state, and after how many steps it is written again.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Run:
         settings: Settings,
         stream: Stream,
         parameters: dict[str, nn.Parameter],
+        compared: Compared,
     ) -> None:
         self.model, self.reference, self.settings, self.stream = model, reference, settings, stream
         self._teach, self._learn = outputs_of(reference), outputs_of(model)
@@ -56,30 +58,62 @@ class Run:
         self.resumed_at = 0
         self._agreement: float | None = None
         self._features = Features(reference, model) if settings.features else None
+        self.judge = Judge(model, reference, settings, compared, parameters)
+        self.judge.begin()
+        self._looked = 0
+        self._stopped = False
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from what another run has reached."""
+        """Go on from what another run has reached. Raises CheckpointError for a state without the nearest."""
+        if "best" not in state:
+            raise CheckpointError(
+                "this training state was written by an older normswap", hint="Begin anew, from the last network saved."
+            )
+        self.judge.resume(**state["best"])
+        self._looked = state["looked"]
         self.loop.restore(state)
         self.resumed_at = self.loop.step
 
     def finish(self, progress: Callable[[Progress], None] | None) -> None:
-        """Do the steps that are left. Whatever it raises, the model is then in its last good state."""
+        """Do the steps that are left. Whatever it raises, the model then has the nearest state that was measured."""
         loop, batches = self.loop, self.stream.start(self.loop.step)
         try:
+            self._look()  # if the run that this one goes on with was stopped just before
             while loop.step < loop.steps:
                 value = loop.advance(lambda step: self._loss(step, batches))
+                self._look()
                 if loop.step % self.every == 0:
                     self._save()
                 if progress is not None:
                     rate = loop.lr * one_cycle(loop.step - 1, loop.steps)
                     progress(Progress(loop.step, loop.steps, value, self._agreement, rate))
+            loop.settle()
+            if loop.step < loop.steps:
+                raise TrainingError("the last step gave weights that are not finite; it was undone", hint=SMALLER)
+        except KeyboardInterrupt:
+            self._stop()
+            self.judge.look(loop.step)  # not in the state: a run without interruption does not look here
+            raise
         finally:
             batches.close()
-            loop.settle()
-            if loop.whole:
-                self._save()
-        if loop.step < loop.steps:
-            raise TrainingError("the last step gave weights that are not finite; it was undone", hint=SMALLER)
+            self._stop()
+            self.judge.restore()
+
+    def _stop(self) -> None:
+        """Leave the network in its last good state, and save it if all of it belongs together. Once."""
+        if self._stopped:
+            return
+        self._stopped = True
+        self.loop.settle()
+        if self.loop.whole:
+            self._save()
+
+    def _look(self) -> None:
+        """Measure the network now and then: at steps that depend on the number of all steps alone."""
+        step, steps = self.loop.step, self.loop.steps
+        if step != self._looked and (step % -(-steps // LOOKS) == 0 or step == steps):
+            self.judge.look(step)
+            self._looked = step
 
     @property
     def losses(self) -> tuple[float | None, float | None]:
@@ -107,7 +141,7 @@ class Run:
             with torch.no_grad():
                 wanted = run(self._teach, self.reference, args)
             given = run(self._learn, self.model, args)
-        _check_finite(args, wanted)
+        check_finite(args, wanted)
         self._agreement = agreement_of(wanted, given)
         loss = loss_of(wanted, given, settings.temperature, settings.loss)
         inner = None if self._features is None else self._features.loss()
@@ -116,11 +150,5 @@ class Run:
 
     def _save(self) -> None:
         if self.checkpoint is not None:
-            save_state(self.checkpoint, vars(self.settings), self.loop.state())
-
-
-def _check_finite(args: Args, wanted: Any) -> None:
-    """Raise DataError where it is the image, or the original network, that is to blame."""
-    for what, tree in (("a batch of the data", args), ("the original network's output", wanted)):
-        if any(not bool(t.isfinite().all()) for t in floating(tree).values()):
-            raise DataError(f"{what} holds NaN or Inf")
+            state = {**self.loop.state(), "best": self.judge.state(), "looked": self._looked}
+            save_state(self.checkpoint, vars(self.settings), state)

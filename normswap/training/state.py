@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,15 @@ def save_state(path: Path, settings: Mapping[str, Any], state: Mapping[str, Any]
             raise OutputError(f"{path} cannot be written: is the disk full? ({first_line(error)})") from error
 
 
-def load_state(path: Path, settings: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+def load_state(
+    path: Path,
+    settings: Mapping[str, Any],
+    parameters: Mapping[str, Tensor],
+    explain: Callable[[Mapping[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """What `save_state` wrote, for a run with the same settings and parameters; tensors on the CPU.
 
+    explain: told of the settings that were found, to raise an error of its own for those it has better words for.
     Read without running any code in it. Raises CheckpointError for a file that is missing, damaged, or no training
     state, and OptionError for one of a run with other settings, which could not go on as it began.
     """
@@ -56,6 +62,8 @@ def load_state(path: Path, settings: Mapping[str, Any], parameters: Mapping[str,
             f"{path} is no training state of this version",
             hint="Resume from the file that checkpoint= (--checkpoint) named.",
         )
+    if explain is not None:
+        explain(found["settings"])
     _check(path, found, settings, parameters)
     return found
 

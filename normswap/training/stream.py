@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..data import Batches, ImageBatches, ImageData, as_batches, collated, open_images
+from ..data import Batch, Batches, ImageBatches, ImageData, as_batches, collated, images_in, open_images
 from ..errors import DataError
 
 Args = tuple[Any, ...]
 Epoch = Callable[[int, int], Iterator[Args]]
+
+MOST_HELD = 256
+"""So many images are held back at most."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Batches that a run is measured on, in memory unless they are the caller's own.
+
+    origin: where they come from, as a report says it. classes: how many the labels tell apart, if known.
+    """
+
+    batches: Iterable[Batch] = ()
+    origin: str = ""
+    classes: int | None = None
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -35,13 +50,29 @@ class Stream:
     """Batches of forward's arguments, without end.
 
     epoch: gives one pass over the data in an order of its own (epoch's number, first batch). batches: how many a
-    pass has, None where only iterating tells. images: how many images a pass has, if known.
+    pass has, None where only iterating tells. images: how many the data holds, those held back included, if known.
+    held: batches that no pass gives.
     """
 
     seed: int
     epoch: Epoch
     batches: int | None = None
     images: int | None = None
+    held: Callable[[], Iterator[Args]] = field(default=lambda: iter(()))
+
+    def compared(self, most: int) -> Compared:
+        """What is held back; where that is nothing, the first batches, at most so many."""
+        seed_step(self.seed, -1)
+        held: list[Batch] = [(args, None) for args in self.held()]
+        if held:
+            return Compared(held, "held back")
+        count = 0
+        for args in itertools.islice(self.epoch(0, 0), most):
+            held.append((args, None))
+            count += images_in(args)
+            if count >= MOST_HELD:
+                break
+        return Compared(held, "that are trained on as well")
 
     def start(self, step: int) -> Generator[Args, None, None]:
         """From the batch of `step` on. The caller seeds each step before it takes its batch.
@@ -66,8 +97,16 @@ class Stream:
             yield from self.epoch(number, 0)
 
 
-def stream_of(data: Any, batch_size: int, seed: int) -> Stream:
+def held_of(count: int) -> int:
+    """How many of so many images are held back: a quarter of a few, a tenth of many."""
+    return min(MOST_HELD, max(count // 10, min(32, count // 4)))
+
+
+def stream_of(data: Any, batch_size: int, seed: int, *, hold: bool = True) -> Stream:
     """Read `data` in random order, each image once per pass.
+
+    hold: keep some of the images apart, `held_of` as many as there are, always the same ones by `seed`; of a list of
+    two batches or more, the last tenth. Nothing is held back of what only iterating gives.
 
     data: a tensor `(N, *)`, a Dataset, a folder's path, `ImageData` or `ImageBatches` are shuffled anew for each
     pass, in batches of one size (the rest of a pass is left out; an `ImageBatches` keeps its own batch size). A
@@ -82,30 +121,48 @@ def stream_of(data: Any, batch_size: int, seed: int) -> Stream:
     if isinstance(data, ImageData):
         data = data.batches(batch_size=batch_size)
     if isinstance(data, Tensor) and data.dim() > 0:
-        return _indexed(len(data), batch_size, seed, lambda parts: (data[part] for part in parts))
+        return _indexed(len(data), batch_size, seed, lambda parts: (data[part] for part in parts), hold=hold)
     if isinstance(data, ImageBatches):
-        return _indexed(len(data.data), data.batch_size, seed, _of_files(data))
+        return _indexed(len(data.data), data.batch_size, seed, _of_files(data), hold=hold)
     if isinstance(data, Dataset) and not isinstance(data, (IterableDataset, DataLoader)) and hasattr(data, "__len__"):
         samples: Dataset[Any] = data
         # No DataLoader: starting one takes a random number, at a step that depends on where a run was resumed.
-        return _indexed(len(data), batch_size, seed, lambda parts: (collated([samples[i] for i in p]) for p in parts))
+        return _indexed(
+            len(data), batch_size, seed, lambda parts: (collated([samples[i] for i in p]) for p in parts), hold=hold
+        )
+    last: list[Any] = []
+    if hold and isinstance(data, (list, tuple)) and len(data) > 1:
+        apart = len(data) - max(1, len(data) // 10)
+        data, last = data[:apart], list(data[apart:])
     batches = as_batches(data, batch_size)
-    return Stream(seed, lambda number, first: (args for args, _ in batches))
+    return Stream(
+        seed,
+        lambda number, first: (args for args, _ in batches),
+        held=lambda: (args for args, _ in as_batches(last, batch_size)) if last else iter(()),
+    )
 
 
-def _indexed(count: int, batch_size: int, seed: int, read: Callable[[list[list[int]]], Iterator[Any]]) -> Stream:
+def _indexed(
+    count: int, batch_size: int, seed: int, read: Callable[[list[list[int]]], Iterator[Any]], *, hold: bool
+) -> Stream:
     """A stream over data that can be read in any order: `read` gives the batches of the given indices."""
     if count == 0:
         raise DataError("data holds no image")
-    size = min(batch_size, count)
+    mixed = torch.randperm(count, generator=torch.Generator().manual_seed(seed % 2**63)).tolist()
+    held = held_of(count) if hold else 0
+    apart, kept = mixed[:held], sorted(mixed[held:])
+    size = min(batch_size, len(kept))
+
+    def given(parts: list[list[int]]) -> Iterator[Args]:
+        return (args for args, _ in Batches(_once(read(parts)))) if parts else iter(())
 
     def epoch(number: int, first: int) -> Iterator[Args]:
         generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + number) % 2**63)
-        order = torch.randperm(count, generator=generator).tolist()
-        parts = [order[i : i + size] for i in range(0, count - size + 1, size)]
-        return (args for args, _ in Batches(_once(read(parts[first:]))))
+        order = [kept[i] for i in torch.randperm(len(kept), generator=generator).tolist()]
+        return given([order[i : i + size] for i in range(0, len(kept) - size + 1, size)][first:])
 
-    return Stream(seed, epoch, count // size, count)
+    held_parts = [apart[i : i + size] for i in range(0, held, size)]
+    return Stream(seed, epoch, len(kept) // size, count, lambda: given(held_parts))
 
 
 class _once:

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
-from ran import Cli
+from ran import COLOURS, Cli
 from torch import Tensor, nn
 
 import normswap
@@ -126,3 +127,30 @@ def test_converting_and_refitting_in_one_go_equals_two_commands(cli: Cli, images
     alone = cli(*fixed, "--method", "refit", "--output", "three.safetensors")
     assert alone.code == 2
     assert "--calibrate" in alone.err
+
+
+def test_no_accuracy_is_printed_where_the_labels_are_of_other_classes(cli: Cli, images: Path) -> None:
+    converted(cli)
+    shutil.rmtree(next(folder for folder in sorted(images.iterdir())))
+    arguments = ("calibrate", "tiny-gn.safetensors", "--data", "photos", "--trust-code", "--force")
+    ran = cli(*arguments, "--json")
+    assert ran.json["accuracy_after"] is None
+    assert "the data has 3 classes, the networks tell 4 apart" in " ".join(ran.json["notes"])
+    page = cli(*arguments).out
+    assert not any(line.startswith("accuracy") for line in page.splitlines())
+    assert "no accuracy" in page
+
+
+def test_every_figure_says_how_many_images_it_is_over(cli: Cli, images: Path) -> None:
+    converted(cli)
+    arguments = ("calibrate", "tiny-gn.safetensors", "--data", "photos", "--trust-code", "--batch-size", "1")
+    for file in images.rglob("1.png"):
+        file.rename(images / f"{file.parent.name}.png")
+    for folder in COLOURS:
+        shutil.rmtree(images / folder)
+    ran = cli(*arguments)
+    assert ran.code == 0, ran.err
+    for name in ("output", "agreement"):
+        line = next(line for line in ran.out.splitlines() if line.startswith(name))
+        assert line.endswith("on 4 images that it was calibrated on")
+    assert "on 1 image that" in cli(*arguments, "--images", "1", "--force").out

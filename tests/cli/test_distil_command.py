@@ -57,3 +57,16 @@ def test_resuming_what_never_began_is_an_error(cli: Cli, converted: str) -> None
     ran = distil(cli, converted, "--resume")
     assert ran.code == 1
     assert "resume" in ran.err
+
+
+def test_the_closing_lines_are_about_the_same_images_and_what_was_kept(cli: Cli, converted: str) -> None:
+    ran = distil(cli, converted, "--lr", "9", "--steps", "4")
+    assert ran.code == 0, ran.err
+    assert "4 steps; kept is the state of step 0" in ran.out
+    assert "3 images held back" in ran.out
+    assert "the network is as it was" in ran.out
+    before, after = (normswap.load(f, trust_code=True) for f in (converted, "tiny-gn-distilled.safetensors"))
+    assert all(torch.equal(tensor, before.state_dict()[name]) for name, tensor in after.state_dict().items())
+    loss = next(line for line in ran.out.splitlines() if line.startswith("loss"))
+    first, last = loss.removeprefix("loss").split(",")[:2]
+    assert float(first) == float(last.removeprefix(" after "))

@@ -52,6 +52,8 @@ def test_the_page_names_figures_and_files(cli: Cli) -> None:
     assert "validation accuracy" in ran.out
     assert "training loss" in ran.out
     assert "(before " in ran.out
+    assert ", over steps 1 to 3" in ran.out
+    assert ", over 4 images at step 3" in ran.out
     assert "best.safetensors, last.safetensors, curves.png" in ran.out
 
 
@@ -276,6 +278,33 @@ def test_going_on_needs_the_command_it_began_with(cli: Cli) -> None:
     again = finetune(cli, *more, "--resume")
     assert again.code == 0, again.err
     assert "the run was complete" in again.out
+
+
+@pytest.mark.usefixtures("images")
+def test_a_run_that_is_to_be_longer_is_told_in_epochs_and_how_to_go_on(cli: Cli) -> None:
+    more = ("--calibrate", "0", "--output", "run")
+    assert cli(*TINY, *more, "--epochs", "1").code == 0
+    ran = cli(*TINY, *more, "--epochs", "2", "--resume")
+    assert ran.code == 1
+    assert "a run of 1 epoch (4 steps), which cannot become one of 2 epochs (8 steps)" in ran.err
+    assert "--epochs 1" in ran.err
+    assert "run/last.safetensors" in ran.err
+    ran = cli(*TINY, *more, "--steps", "3", "--resume")
+    assert "which cannot become one of 3 steps" in ran.err
+    assert cli(*TINY, *more, "--epochs", "1", "--resume").code == 0
+    longer = ("finetune", "run/last.safetensors", "--trust-code", "--data", "photos", "--epochs", "1", "--output", "on")
+    ran = cli(*longer, "--device", "cpu", "--json")
+    assert (ran.code, ran.json["steps"]) == (0, 4), ran.err
+
+
+@pytest.mark.usefixtures("images")
+def test_what_was_asked_is_written_down_with_what_was_left_to_the_defaults(cli: Cli) -> None:
+    ran = cli(*TINY, "--calibrate", "0", "--output", "run", "--epochs", "1", "--batch-size", "4", "--json")
+    assert ran.code == 0, ran.err
+    options = json.loads(Path("run/run.json").read_text())["options"]
+    wanted = {"data": "photos", "batch_size": 4, "epochs": 1, "steps": None, "seed": 0, "optimizer": "adamw"}
+    assert {name: options[name] for name in wanted} == wanted
+    assert options["lr"] == ran.json["lr"]
 
 
 @pytest.mark.usefixtures("images")
