@@ -29,15 +29,16 @@ from .surgery import get, replace
 from .transfer import apply, inner_norm
 from .undo import Undo
 from .weights import check_finite, has_empty_parameters, load_state
-from .writing import check_writable, write_safetensors
+from .writing import reserved, write_safetensors
 
 
-def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
+def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write a converted network, or one with converted parts, and its manifest to `path`, a safetensors file.
 
     Returns the path. The file appears whole or not at all: it is written beside its place, synced, and renamed. Tied
-    tensors are written once. Raises NormswapError for a model that normswap did not convert, OutputError when `path`
-    cannot be written, or exists and overwrite is False.
+    tensors are written once. overwrite: replace a file that exists. Raises NormswapError for a model that normswap did
+    not convert, OutputError when `path` cannot be written, does not end in `.safetensors`, exists and overwrite is
+    False, or is being written by somebody else.
     """
     record = lifted(model)
     if record is None:
@@ -45,8 +46,7 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
             "only a network from normswap.convert or normswap.load can be saved", hint="Convert it first."
         )
     path = Path(path)
-    check_writable(path, overwrite=overwrite)
-    with at_own_size(model):
+    with reserved(path, overwrite=overwrite), at_own_size(model):
         tensors, ties = _untied(model)
         channels_last = [name for name, tensor in model.state_dict().items() if _channels_last(tensor)]
         manifest = make_manifest(model, record, ties, channels_last)
@@ -55,16 +55,17 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
     return path
 
 
-def save_state(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
+def save_state(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write any network's state dict to `path`, a plain safetensors file without a manifest. Returns the path.
 
     For what `revert` gives back: `load_state_dict(safetensors.torch.load_file(path))` and `--weights` read it. Tied
     tensors are written under each of their names. Whole or not at all, with the errors of `save`.
     """
     path = Path(path)
-    check_writable(path, overwrite=overwrite)
-    tensors, ties = _untied(model)
-    write_safetensors(path, tensors | {alias: tensors[name].clone() for alias, name in ties.items()}, {"format": "pt"})
+    with reserved(path, overwrite=overwrite):
+        tensors, ties = _untied(model)
+        tensors |= {alias: tensors[name].clone() for alias, name in ties.items()}
+        write_safetensors(path, tensors, {"format": "pt"})
     return path
 
 

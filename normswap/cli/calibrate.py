@@ -11,7 +11,7 @@ from ..errors import OptionError
 from . import options
 from .boundary import WRITTEN
 from .images import Asked, prepare
-from .networks import Origin, Wanted, converted_file, locate, open_network
+from .networks import Origin, Wanted, converted_file, files_read, locate, open_network
 from .output import Output, reporting
 
 if TYPE_CHECKING:
@@ -78,13 +78,14 @@ def calibrate(
                 hint=f"Convert and calibrate in one go: normswap convert {file} --to gn --calibrate {data}",
             )
         origin = locate(ctx, wanted)
+        other = (locate(ctx, original), original) if original else None
         target = output or Path(file).with_name(f"{Path(file).stem}-calibrated.safetensors")
         from ..checkpoint import save
-        from ..writing import check_writable
+        from ..writing import reserved
 
-        check_writable(target, overwrite=force)
+        ctx.with_resource(reserved(target, overwrite=force, inputs=files_read((origin, wanted), other)))
         model, origin = open_network(origin, wanted, out)
-        teacher = open_network(locate(ctx, original), original, out)[0] if original else None
+        teacher = open_network(*other, out)[0] if other else None
         report = run(model, teacher, origin, data, images, batch_size, asked, out, method)
         out.step(f"writing {target}")
         save(model, target, overwrite=force)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import OptionError, OutputError
+from ..errors import OptionError
 from . import changes, options
 from .boundary import WRITTEN
 from .calibrate import IMAGES
 from .calibrate import run as run_calibration
 from .images import Asked
-from .networks import Origin, Wanted, converted_file, example_inputs, locate, open_network, original_of
+from .networks import Origin, Wanted, converted_file, example_inputs, files_read, locate, open_network, original_of
 from .output import Output, reporting
 from .retry import with_commands
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ..conversion import Record
 
 ORIGINAL = "original"
-_PICKLES = (".pth", ".pt", ".th", ".ckpt", ".pkl", ".bin")
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ def _check_combination(ctx: typer.Context, job: Job) -> None:
 def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> changes.Result:
     _check_names(job)
     origin = locate(ctx, wanted)
-    target = _target(job, origin, job.to or "mixed")
+    target = _target(ctx, job, origin, wanted, job.to or "mixed")
     model, origin = open_network(origin, wanted, out, values=not job.dry_run)
     if origin.file is not None:
         model = original_of(model, origin, _ways_on(origin))
@@ -235,7 +234,7 @@ def _revert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> change
             hint="Give the converted file: normswap convert FILE --to original",
         )
     origin = locate(ctx, wanted)
-    target = _target(job, origin, ORIGINAL)
+    target = _target(ctx, job, origin, wanted, ORIGINAL)
     model, origin = open_network(origin, wanted, out)
     out.step("undoing the conversion")
     from ..checkpoint import save_state
@@ -285,16 +284,13 @@ def _check_names(job: Job) -> None:
         get(name)
 
 
-def _target(job: Job, origin: Origin, suffix: str) -> Path:
-    """Where the result goes; known to be writable before any work is done."""
-    target = job.output or Path(f"{origin.stem}-{suffix}.safetensors")
-    if target.suffix in _PICKLES:
-        raise OutputError(
-            f"{target} is a name for a pickle, and what normswap writes is safetensors",
-            hint=f"Name it {target.with_suffix('.safetensors')}.",
-        )
-    if not job.dry_run:
-        from ..writing import check_writable
+def _target(ctx: typer.Context, job: Job, origin: Origin, wanted: Wanted, suffix: str) -> Path:
+    """Where the result goes: known to be writable before any work is done, and ours until the command ends."""
+    from ..writing import check_name, reserved
 
-        check_writable(target, overwrite=job.force)
+    target = job.output or Path(f"{origin.stem}-{suffix}.safetensors")
+    if job.dry_run:
+        check_name(target)
+    else:
+        ctx.with_resource(reserved(target, overwrite=job.force, inputs=files_read((origin, wanted))))
     return target

@@ -11,7 +11,7 @@ from ..errors import Interrupted, OptionError, OutputError
 from . import options
 from .boundary import WRITTEN
 from .images import Asked, prepare
-from .networks import Wanted, converted_file, locate, open_network
+from .networks import Wanted, converted_file, files_read, locate, open_network
 from .output import reporting
 
 if TYPE_CHECKING:
@@ -97,12 +97,13 @@ def distil(
         from ..checkpoint import save
         from ..images import open_images
         from ..training.distillation import distil as train_model
-        from ..writing import check_writable
+        from ..writing import reserved
 
-        check_writable(target, overwrite=force or resume)
         origin = locate(ctx, wanted)
+        other = (locate(ctx, original), original) if original else None
+        ctx.with_resource(reserved(target, overwrite=force or resume, inputs=files_read((origin, wanted), other)))
         model, origin = open_network(origin, wanted, out)
-        teacher = open_network(locate(ctx, original), original, out)[0] if original else None
+        teacher = open_network(*other, out)[0] if other else None
         folder = open_images(data, limit=images)
         preparation = prepare(model, origin, asked)
         _check_batch(batch_size, len(folder.files), data)

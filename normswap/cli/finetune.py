@@ -13,7 +13,7 @@ from . import options, training
 from .boundary import WRITTEN
 from .datasets import DataPlace
 from .images import Asked
-from .networks import Wanted, locate
+from .networks import Wanted, files_read, locate
 from .output import Output, reporting
 from .starting import Swap, converted, network_of, stem_of, transform_of
 
@@ -202,7 +202,7 @@ def finetune(
     helper = os.environ.get("RANK", "0") != "0"  # one of torchrun's processes, whose first one does the talking
     with reporting(ctx, as_json=json and not helper, quiet=quiet or helper, verbose=verbose and not helper) as out:
         out.step("loading PyTorch")
-        from ..finetuning.folder import STATE, prepare_folder
+        from ..finetuning.folder import STATE, check_outside, run_folder
         from ..finetuning.run import finetune as train_model
         from ..finetuning.run import task_of
 
@@ -210,7 +210,9 @@ def finetune(
         origin = locate(ctx, wanted)
         folder = output or Path("runs", stem_of(origin, swap))
         if not helper:
-            prepare_folder(folder, resume=resume, force=force, make=False)
+            check_outside(folder, (Path(data), eval_data))
+            inputs = [*files_read((origin, wanted)), *filter(None, (annotations, eval_annotations))]
+            ctx.with_resource(run_folder(folder, resume=resume, force=force, inputs=inputs))
         doing = task_of(task, label_smoothing=label_smoothing, distill=distill)
         command = swap.described(origin, asked)
         if resume:

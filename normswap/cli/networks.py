@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,12 @@ class Wanted:
     trust_code: bool = False
     allow_nonfinite: bool = False
     seed: int = 0
+
+    def built_with(self) -> Iterable[Any]:
+        """Values of --arg."""
+        from ..sources import parse_args
+
+        return parse_args(list(self.args)).values()
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,17 @@ def locate(ctx: typer.Context, wanted: Wanted, *, default_weights: str = "DEFAUL
             raise options.usage(ctx, f"{flag} goes with a network to build; {file} brings its own weights")
     values = checkpoint.read_manifest(file)["source"]
     return Origin(None if values is None else sources.Source.from_dict(values), file)
+
+
+def files_read(*asked: tuple[Origin, Wanted] | None) -> list[Path]:
+    """The files and folders that these networks are made from, which no result of the same command may replace."""
+    found: list[str | Path | None] = []
+    for origin, wanted in filter(None, asked):
+        found += [origin.file, wanted.weights, *(value for value in wanted.built_with() if isinstance(value, str))]
+        if origin.source is not None and origin.source.kind in ("file", "hf"):  # hf: perhaps a folder
+            name = origin.source.name
+            found.append(name.rpartition(":")[0] if origin.source.kind == "file" else name)
+    return [path for path in map(Path, filter(None, found)) if path.exists()]
 
 
 def open_network(origin: Origin, wanted: Wanted, out: Output, *, values: bool = True) -> tuple[nn.Module, Origin]:

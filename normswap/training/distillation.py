@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..agreement import OutputTally
 from ..conversion import record_of
 from ..data import Batch, as_batches, images_in
 from ..errors import Interrupted, OptionError
+from ..locking import locked
 from ..values import whole
 from ..writing import check_writable
 from .optimizer import trained_parameters, training_only
@@ -111,7 +113,8 @@ def distil(
     reference = original_of(model, reference)
     data = list(data) if isinstance(data, Iterator) else data
     stream = stream_of(data, batch_size, seed)
-    with side_by_side(reference, model), training_only(model, parameters):
+    alone = nullcontext() if checkpoint is None else locked(Path(checkpoint))
+    with alone, side_by_side(reference, model), training_only(model, parameters):
         compared = _compared(stream, settings) if eval_data is None else as_batches(eval_data, batch_size)
         before = _tally(reference, model, compared)
         work = Run(model, reference, settings, stream, parameters)
