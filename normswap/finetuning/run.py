@@ -119,9 +119,9 @@ def finetune(
     once. The same seed gives the same network, on a CPU bit for bit. Needs the extra `normswap[train]`.
 
     Raises OptionError, DataError, OutputError, CheckpointError before anything has changed; TrainingError for a loss
-    that is not finite or too little memory: the network is then that of the last checkpoint. Ctrl-C and SIGTERM end
-    the step and save the state; then Ctrl-C raises `Interrupted`, a KeyboardInterrupt with a report, and SIGTERM does
-    what it did before.
+    that is not finite or too little memory: the network is then that of the last checkpoint. Ctrl-C, SIGTERM and
+    SIGHUP end the step and save the state; then Ctrl-C raises `Interrupted`, a KeyboardInterrupt with a report, and the
+    others do what they did before.
     """
     folder = None if output is None else Path(output)
     if resume and folder is None:

@@ -7,6 +7,9 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -71,13 +74,11 @@ def test_the_help_lists_the_commands_under_the_name_normswap() -> None:
     assert all(f"\n  {name} " in ran.stdout for name in ("inspect", "convert", "verify", "norms"))
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "said"),
-    [(signal.SIGINT, 130, "interrupted; nothing was written"), (signal.SIGTERM, 143, "")],
-)
-def test_an_interrupted_run_leaves_nothing_behind(folder: Path, number: int, code: int, said: str) -> None:
+@contextmanager
+def stuck(folder: Path, *prefix: str) -> Iterator[subprocess.Popen[str]]:
+    """A conversion that has written half of its result."""
     (folder / "stuck.py").write_text(STUCK)
-    command = [*NORMSWAP, "convert", "stuck.py:build", "--to", "ln", "--no-check"]
+    command = [*prefix, *NORMSWAP, "convert", "stuck.py:build", "--to", "ln", "--no-check"]
 
     def listen() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and what they start, ignore it
@@ -85,18 +86,39 @@ def test_an_interrupted_run_leaves_nothing_behind(folder: Path, number: int, cod
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen
     ) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "WRITING" in line:
-                break
-        process.send_signal(number)
+        timer = threading.Timer(60, process.kill)  # else a pipe is read for ever
+        timer.start()
         try:
-            out, err = process.communicate(timeout=60)
+            assert process.stderr is not None
+            assert any("WRITING" in line for line in process.stderr)
+            yield process
         finally:
+            timer.cancel()
             process.kill()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGINT, 130, "interrupted; nothing was written"),
+        (signal.SIGTERM, 143, ""),
+        pytest.param(getattr(signal, "SIGHUP", 0), 129, "", id="SIGHUP"),
+    ],
+)
+def test_an_interrupted_run_leaves_nothing_behind(folder: Path, number: int, code: int, said: str) -> None:
+    with stuck(folder) as process:
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, "")
     assert err.strip() == said
     assert files(folder) == []
+
+
+def test_under_nohup_a_run_outlives_its_terminal(folder: Path) -> None:
+    with stuck(folder, "nohup") as process:
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
 
 
 def test_a_full_disk_leaves_nothing_behind(folder: Path) -> None:
