@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import OptionError
 from . import options
 from .boundary import WRITTEN
 from .images import Asked, prepare
-from .networks import Origin, Wanted, converted_file, files_read, locate, open_network
+from .networks import Origin, Wanted, check_converted, files_read, locate, open_network
 from .output import Output, reporting
 
 if TYPE_CHECKING:
@@ -72,11 +71,8 @@ def calibrate(
     )
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
         out.step("loading PyTorch")
-        if converted_file(file) is None:
-            raise OptionError(
-                f"{file} is not a file that normswap wrote",
-                hint=f"Convert and calibrate in one go: normswap convert {file} --to gn --calibrate {data}",
-            )
+        way = f"Convert and calibrate in one go: normswap convert {file} --to gn --calibrate {data}"
+        check_converted(file, "", way)
         origin = locate(ctx, wanted)
         other = (locate(ctx, original), original) if original else None
         target = output or Path(file).with_name(f"{Path(file).stem}-calibrated.safetensors")

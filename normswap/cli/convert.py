@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import OptionError
 from . import changes, options
 from .boundary import WRITTEN
 from .calibrate import IMAGES
 from .calibrate import run as run_calibration
 from .images import Asked
-from .networks import Origin, Wanted, converted_file, example_inputs, files_read, locate, open_network, original_of
+from .networks import Origin, Wanted, check_converted, example_inputs, files_read, locate, open_network, original_of
 from .output import Output, reporting
 from .retry import with_commands
 
@@ -228,11 +227,8 @@ def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> chang
 
 
 def _revert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> changes.Result:
-    if converted_file(wanted.text) is None:
-        raise OptionError(
-            f"--to original undoes a conversion, and {wanted.text} is not a file that normswap wrote",
-            hint="Give the converted file: normswap convert FILE --to original",
-        )
+    hint = "Give the converted file: normswap convert FILE --to original"
+    check_converted(wanted.text, "--to original undoes a conversion, and ", hint)
     origin = locate(ctx, wanted)
     target = _target(ctx, job, origin, wanted, ORIGINAL)
     model, origin = open_network(origin, wanted, out)

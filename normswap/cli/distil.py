@@ -11,7 +11,7 @@ from ..errors import Interrupted, OptionError, OutputError
 from . import options
 from .boundary import WRITTEN
 from .images import Asked, prepare
-from .networks import Wanted, converted_file, files_read, locate, open_network
+from .networks import Wanted, check_converted, files_read, locate, open_network
 from .output import reporting
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ def distil(
     )
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
         out.step("loading PyTorch")
-        if converted_file(file) is None:
-            raise OptionError(f"{file} is not a file that normswap wrote", hint="Convert the network first.")
+        check_converted(file, "", f"Convert the network first: normswap convert {file} --to gn")
         target = output or Path(file).with_name(f"{Path(file).stem}-distilled.safetensors")
         state = target.with_name(f"{target.name}.training")
         if resume and not state.exists():

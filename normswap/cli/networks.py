@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..errors import OptionError
 from . import options
 from .output import Output
 
@@ -72,6 +73,17 @@ def converted_file(text: str) -> Path | None:
     from ..checkpoint import is_ours
 
     return path if is_ours(path) else None
+
+
+def check_converted(text: str, what: str, hint: str) -> None:
+    """Raise SourceError for a file that is not there, and OptionError, with `hint`, for anything else not converted."""
+    if converted_file(text) is not None:
+        return
+    from ..sources import missing_file
+
+    if (missing := missing_file(text)) is not None:
+        raise missing
+    raise OptionError(f"{what}{text} is not a file that normswap wrote", hint=hint)
 
 
 def locate(ctx: typer.Context, wanted: Wanted, *, default_weights: str = "DEFAULT") -> Origin:

@@ -92,8 +92,12 @@ def _pair(
     ctx: typer.Context, wanted: Wanted, b: str | None, out: Output
 ) -> tuple[nn.Module, nn.Module, tuple[Origin, Origin]]:
     """The two networks. With one file of ours, the first is what it was made from."""
+    from ..sources import missing_file
+
     if b is None:
         if converted_file(wanted.text) is None:
+            if (missing := missing_file(wanted.text)) is not None:
+                raise missing
             raise options.usage(ctx, f"give a second network, or a file that normswap wrote; {wanted.text} is none")
         origin = locate(ctx, wanted)
         known = "ORIGINAL" if origin.source is None else str(origin.source)
