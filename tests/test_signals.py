@@ -65,10 +65,11 @@ def test_a_closed_terminal_that_is_ignored_stays_so(heard: list[int]) -> None:
 
 def test_a_stream_without_a_reader_loses_what_is_said_and_stops_nothing() -> None:
     class Gone(io.StringIO):
-        def write(self, text: str) -> int:
+        def write(self, text: str = "") -> int:
             raise OSError(5, "Input/output error")
 
-        flush = write
+        def flush(self) -> None:
+            self.write()
 
     stream = Lasting(Gone())
     print("lost", file=stream, flush=True)
