@@ -45,6 +45,7 @@ def calibrate(
     arg: options.Arg = None,
     output: options.Output = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+    built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
     allow_nonfinite: options.AllowNonfinite = False,
@@ -65,7 +66,7 @@ def calibrate(
     options.choice(ctx, "--method", method, options.METHODS)
     if reference is None and (weights or arg):
         raise options.usage(ctx, "--weights and --arg go with --reference")
-    wanted = Wanted(file, trust_code=trust_code, allow_nonfinite=allow_nonfinite, seed=seed)
+    wanted = Wanted(file, None, (), False, trust_code, allow_nonfinite, seed, built_by)
     original = reference and Wanted(
         reference, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed
     )

@@ -61,6 +61,7 @@ def distil(
     device: options.Device = None,
     output: options.Output = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+    built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
     allow_nonfinite: options.AllowNonfinite = False,
@@ -82,7 +83,7 @@ def distil(
     options.choice(ctx, "--precision", precision, ("fp32", "bf16", "fp16"))
     if reference is None and (weights or arg):
         raise options.usage(ctx, "--weights and --arg go with --reference")
-    wanted = Wanted(file, trust_code=trust_code, allow_nonfinite=allow_nonfinite, seed=seed)
+    wanted = Wanted(file, None, (), False, trust_code, allow_nonfinite, seed, built_by)
     original = reference and Wanted(
         reference, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed
     )

@@ -147,6 +147,7 @@ def finetune(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's files too.")] = False,
     weights: options.Weights = None,
     arg: options.Arg = None,
+    built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
     allow_nonfinite: options.AllowNonfinite = False,
@@ -198,7 +199,7 @@ def finetune(
         raise options.usage(
             ctx, "detectors resize and normalise their images themselves: leave --size, --mean and --std out"
         )
-    wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed)
+    wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
     helper = os.environ.get("RANK", "0") != "0"  # one of torchrun's processes, whose first one does the talking
     with reporting(ctx, as_json=json and not helper, quiet=quiet or helper, verbose=verbose and not helper) as out:
         out.step("loading PyTorch")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the user said about one network."""
+    """What the user said about one network. source: what builds it, where `text` is a converted file."""
 
     text: str
     weights: str | None = None
@@ -30,6 +30,7 @@ class Wanted:
     trust_code: bool = False
     allow_nonfinite: bool = False
     seed: int = 0
+    source: str | None = None
 
     def built_with(self) -> Iterable[Any]:
         """Values of --arg."""
@@ -94,13 +95,20 @@ def locate(ctx: typer.Context, wanted: Wanted, *, default_weights: str = "DEFAUL
     from .. import checkpoint, sources
 
     file = converted_file(wanted.text)
+    args = sources.parse_args(list(wanted.args))
     if file is None:
-        source = sources.parse(wanted.text, sources.parse_args(list(wanted.args)))
+        if wanted.source is not None:
+            raise options.usage(ctx, f"--source goes with a file that normswap wrote; {wanted.text} is none")
+        source = sources.parse(wanted.text, args)
         return Origin(source, weights=wanted.weights or default_weights)
     for flag, given in (("--weights", wanted.weights), ("--arg", wanted.args)):
-        if given:
+        if given and (flag == "--weights" or wanted.source is None):
             raise options.usage(ctx, f"{flag} goes with a network to build; {file} brings its own weights")
-    values = checkpoint.read_manifest(file)["source"]
+    manifest = checkpoint.read_manifest(file)
+    if wanted.source is not None:
+        source = checkpoint.source_told(wanted.source, manifest)
+        return Origin(replace(source, args=args) if args else source, file)
+    values = manifest["source"]
     return Origin(None if values is None else sources.Source.from_dict(values), file)
 
 
@@ -124,8 +132,9 @@ def open_network(origin: Origin, wanted: Wanted, out: Output, *, values: bool = 
         out.step(f"loading {origin}")
         from .. import checkpoint
 
-        model = checkpoint.load(origin.file, trust_code=wanted.trust_code, allow_nonfinite=wanted.allow_nonfinite)
-        return model, origin
+        told = None if wanted.source is None else origin.source
+        finite = {"allow_nonfinite": wanted.allow_nonfinite}
+        return checkpoint.load(origin.file, source=told, trust_code=wanted.trust_code, **finite), origin
     out.step(f"building {origin}")
     import torch
 

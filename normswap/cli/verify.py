@@ -44,6 +44,7 @@ def verify(
     input_shape: options.Input = None,
     show_all: Annotated[bool, typer.Option("--all", help="Every layer, in order, instead of the worst ten.")] = False,
     device: options.Device = None,
+    built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
     allow_nonfinite: options.AllowNonfinite = False,
@@ -67,7 +68,7 @@ def verify(
         raise options.usage(ctx, "--images, --size, --mean and --std go with --data")
     if data is not None and shapes:
         raise options.usage(ctx, "--input and --data exclude each other")
-    wanted = Wanted(a, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed)
+    wanted = Wanted(a, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
         out.step("loading PyTorch")
         from .. import verification
@@ -106,6 +107,11 @@ def _pair(
         second, _ = open_network(origin, wanted, out)
         return first, second, (Origin(origin.source, weights="original"), origin)
     other = replace(wanted, text=b, weights=None, args=())
+    if wanted.source is not None and (files := [converted_file(one.text) for one in (wanted, other)]) != [None, None]:
+        wanted, other = (
+            replace(one, source=wanted.source if file else None)
+            for one, file in zip((wanted, other), files, strict=True)
+        )
     places = locate(ctx, wanted), locate(ctx, other)
     first, origin_a = open_network(places[0], wanted, out)
     second, origin_b = open_network(places[1], other, out)

@@ -17,9 +17,21 @@ from torch import nn
 from ..errors import NormswapError, SourceError
 from ..weights import State, check_finite, empty_parameters, has_empty_parameters, load_state, read_state
 from . import factories, timm_models, torchvision_models, transformers_models
+from .factories import beside
 from .source import KINDS, Source, build_error
 
-__all__ = ["KINDS", "Source", "build", "build_empty", "build_full", "missing_file", "outline", "parse", "parse_args"]
+__all__ = [
+    "KINDS",
+    "Source",
+    "beside",
+    "build",
+    "build_empty",
+    "build_full",
+    "missing_file",
+    "outline",
+    "parse",
+    "parse_args",
+]
 
 
 def parse(text: str, args: Mapping[str, Any] | None = None) -> Source:
