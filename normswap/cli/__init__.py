@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Annotated, Any
@@ -57,6 +58,7 @@ def _main(
 
 def main() -> None:
     """The `normswap` command."""
+    _open_streams()
     for number in _STOPPING:
         if number != _HANGUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
             signal.signal(number, _terminate)
@@ -66,6 +68,19 @@ def main() -> None:
         sys.exit(report(error, {}))
     except _Terminated as end:
         sys.exit(128 + end.number)
+
+
+def _open_streams() -> None:
+    """Where a shell has closed a stream (`>&-`), what goes there is dropped, not written into the next file opened."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8")
 
 
 _HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none

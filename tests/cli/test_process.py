@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -119,6 +120,37 @@ def test_under_nohup_a_run_outlives_its_terminal(folder: Path) -> None:
         process.send_signal(signal.SIGHUP)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.5)
+
+
+@pytest.mark.parametrize("module", ["typer", "normswap.cli.convert"])
+def test_ctrl_c_while_the_command_line_is_imported_shows_no_traceback(module: str) -> None:
+    code = (
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}:\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from importlib.metadata import EntryPoint\n"
+        f"EntryPoint('normswap', {entry_point()!r}, 'console_scripts').load()()\n"
+    )
+    ran = run(sys.executable, "-c", code)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "interrupted; nothing was written\n")
+
+
+def entry_point() -> str:
+    """What the installed command runs, as pyproject.toml says."""
+    text = (Path(normswap.__file__).parents[1] / "pyproject.toml").read_text("utf-8")
+    return re.findall(r'(?m)^\[project.scripts\]\nnormswap = "(.+)"$', text)[0]
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stdout_is_no_error(folder: Path, closed: str) -> None:
+    """And what goes to it lands in no file that the command opens under the same number."""
+    command = f"{sys.executable} -m normswap convert nets.py:tiny --weights none --to ln --no-check {closed}"
+    ran = run("sh", "-c", command)
+    assert (ran.returncode, "bug" in ran.stderr) == (0, False), ran.stderr
+    assert normswap.load(folder / "tiny-ln.safetensors", trust_code=True)[0].weight.shape[0] == 8
 
 
 def test_a_full_disk_leaves_nothing_behind(folder: Path) -> None:
