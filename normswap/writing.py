@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 _PART = ".part"
+_FULL = "the disk is full"
 
 
 @contextmanager
@@ -90,7 +91,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         with atomic(path) as temporary:
             save_file({k: t.detach().cpu() for k, t in tensors.items()}, temporary, metadata=metadata)
     except SafetensorError as error:
-        raise OutputError(f"{path} cannot be written: {error}", hint="Is the disk full?") from error
+        raise OutputError(f"{path} cannot be written: {_full(str(error)) or error}") from error
 
 
 @contextmanager
@@ -132,9 +133,13 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise OutputError(
-            f"{path} cannot be written: {'the disk is full' if full else error.strerror or error}"
-        ) from error
+        raise OutputError(f"{path} cannot be written: {_FULL if full else error.strerror or error}") from error
+
+
+def _full(text: str) -> str | None:
+    """What a library that writes by itself means by an error's number, or by its text."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    return _FULL if any(f"(os error {code})" in text or os.strerror(code) in text for code in codes) else None
 
 
 def _umask() -> int:

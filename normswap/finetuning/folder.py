@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
@@ -33,6 +33,7 @@ def run_folder(folder: Path, *, resume: bool, force: bool, inputs: Iterable[Path
         for name in _FILES:
             check_kept(folder / name, kept)
     made = list(takewhile(lambda place: not place.exists(), (folder, *folder.parents)))
+    older = {place for place in (*(folder / name for name in _FILES), folder / BOARD) if place.exists()}
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -42,11 +43,26 @@ def run_folder(folder: Path, *, resume: bool, force: bool, inputs: Iterable[Path
             _check_folder(folder, resume=resume, force=force)  # somebody may have begun before the lock was ours
             for left in folder.glob(".*.part"):  # of a run that was killed while it wrote
                 rmtree(left, ignore_errors=True)
-            yield
+            try:
+                yield
+            except BaseException:
+                if not (folder / STATE).exists():  # nothing to go on from, as when the disk was full
+                    _drop(folder, older)
+                raise
     finally:
         with suppress(OSError):  # the first that is not empty
             for place in made:
                 place.rmdir()
+
+
+def _drop(folder: Path, older: Set[Path]) -> None:
+    """Remove the files of a run that has come to nothing, but none that were there before it."""
+    for name in _FILES:
+        if folder / name not in older:
+            with suppress(OSError):
+                (folder / name).unlink()
+    if folder / BOARD not in older:
+        rmtree(folder / BOARD, ignore_errors=True)
 
 
 def check_outside(folder: Path, places: Iterable[object]) -> None:
