@@ -62,7 +62,7 @@ found = sources.parse(model_name)
 model, found = sources.build(found, source + ".safetensors")
 model = normswap.convert(model, "gn", groups=1, transfer="{transfer}", inplace=True, check=False, undo=False)
 model._normswap.source = found.to_dict()
-normswap.save(model, out)
+normswap.save(model, out, overwrite=True)
 """
 JOBS["normswap fold, undo"] = JOBS["normswap fold"].replace(", undo=False", "")
 JOBS["normswap fold, undo, self-check"] = JOBS["normswap fold, undo"].replace(", check=False", "")
@@ -82,11 +82,12 @@ def main() -> None:
         state = get_model(options.model, weights=None).state_dict()
         torch.save(state, source + ".pth")
         safetensors.torch.save_file(state, source + ".safetensors")
+        out = str(Path(folder) / "out.safetensors")
         size = Path(source + ".safetensors").stat().st_size / 2**20
         results: dict[str, list[list[float]]] = {name: [] for name in JOBS}
         for _ in range(options.runs):
             for name, job in JOBS.items():
-                command = [sys.executable, "-c", PREAMBLE + job + REPORT, options.model, source, f"{folder}/out"]
+                command = [sys.executable, "-c", PREAMBLE + job + REPORT, options.model, source, out]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 results[name].append(json.loads(done.stdout))
     ms = {name: statistics.median(r[0] for r in runs) for name, runs in results.items()}

@@ -6,11 +6,13 @@ Names are loaded on first use, so that `import normswap` and `normswap --help` c
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # type checkers take it for true; typing's own would be most of what importing this costs
 if TYPE_CHECKING:
+    from typing import Any
+
     from .calibration import calibrate as calibrate
     from .calibration import estimate_statistics as estimate_statistics
     from .checkpoint import load as load

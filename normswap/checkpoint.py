@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .checks import check_fit
 from .conversion import Record, record_of
-from .errors import CheckpointError, NormswapError, PlanError, WeightsError
+from .errors import CheckpointError, NormswapError, OptionError, PlanError, WeightsError
 from .heads import Head, resize_head
 from .lifting import lifted
 from .manifest import KEY, make_manifest, read_file
@@ -23,7 +23,7 @@ from .manifest import read_manifest as read_manifest
 from .planning import Plan
 from .records import put_record
 from .selfcheck import Check
-from .sources import Source, build_empty, build_full
+from .sources import Source, beside, build_empty, build_full, parse
 from .stabilizing import at_own_size
 from .stored_undo import PREFIX, check_undo, fill_undo, undo_tensors
 from .surgery import get, replace
@@ -31,15 +31,16 @@ from .transfer import apply, inner_norm
 from .undo import Undo
 from .weights import check_finite, has_empty_parameters, load_state
 from .wrappers import unwrapped
-from .writing import check_writable, write_safetensors
+from .writing import reserved, write_safetensors
 
 
-def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
+def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write a converted network, or one with converted parts, and its manifest to `path`, a safetensors file.
 
     Returns the path. The file appears whole or not at all: it is written beside its place, synced, and renamed. Tied
-    tensors are written once. Raises NormswapError for a model that normswap did not convert, OutputError when `path`
-    cannot be written, or exists and overwrite is False.
+    tensors are written once. overwrite: replace a file that exists. Raises NormswapError for a model that normswap did
+    not convert, OutputError when `path` cannot be written, does not end in `.safetensors`, exists and overwrite is
+    False, or is being written by somebody else.
     """
     model = unwrapped(model)
     record = lifted(model)
@@ -48,8 +49,7 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
             "only a network from normswap.convert or normswap.load can be saved", hint="Convert it first."
         )
     path = Path(path)
-    check_writable(path, overwrite=overwrite)
-    with at_own_size(model):
+    with reserved(path, overwrite=overwrite), at_own_size(model):
         tensors, ties = _untied(model)
         channels_last = [name for name, tensor in model.state_dict().items() if _channels_last(tensor)]
         manifest = make_manifest(model, record, ties, channels_last)
@@ -58,33 +58,47 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
     return path
 
 
-def save_state(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
+def save_state(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write any network's state dict to `path`, a plain safetensors file without a manifest. Returns the path.
 
     For what `revert` gives back: `load_state_dict(safetensors.torch.load_file(path))` and `--weights` read it. Tied
     tensors are written under each of their names. Whole or not at all, with the errors of `save`.
     """
     path = Path(path)
-    check_writable(path, overwrite=overwrite)
-    tensors, ties = _untied(unwrapped(model))
-    write_safetensors(path, tensors | {alias: tensors[name].clone() for alias, name in ties.items()}, {"format": "pt"})
+    with reserved(path, overwrite=overwrite):
+        tensors, ties = _untied(unwrapped(model))
+        tensors |= {alias: tensors[name].clone() for alias, name in ties.items()}
+        write_safetensors(path, tensors, {"format": "pt"})
     return path
 
 
 def load(
-    path: str | Path, model: nn.Module | None = None, *, trust_code: bool = False, allow_nonfinite: bool = False
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    source: str | Source | None = None,
+    trust_code: bool = False,
+    allow_nonfinite: bool = False,
 ) -> nn.Module:
     """Rebuild a network that `save` wrote: its architecture, the swap, and the weights. Returned in eval mode.
 
     model: the original architecture, for one that only its caller can build; it is converted in place and returned. One
     that is converted in the same way already only gets the values. Of a network in DataParallel or torch.compile,
     what is within is returned.
-    trust_code: run the factory that the manifest names, which is code of whoever wrote the file.
+    source: what builds the original architecture, in place of what the file says, such as `"nets.py:build"`; its code
+    is run. A text takes the arguments that the file says.
+    trust_code: run the factory that the manifest names, which is code of whoever wrote the file. A Python file is
+    looked for in the current folder, then beside `path`.
 
-    Raises CheckpointError for a file that is missing, damaged, not normswap's, of a newer version, or edited;
-    SourceError or WeightsError when its architecture cannot be rebuilt or does not fit.
+    Raises OptionError for both a model and a source, CheckpointError for a file that is missing, damaged, not
+    normswap's, of a newer version, or edited; SourceError or WeightsError when its architecture cannot be rebuilt or
+    does not fit.
     """
+    if model is not None and source is not None:
+        raise OptionError("model and source exclude each other: one is built already, the other says how to")
     manifest, tensors = read_file(Path(path))
+    if source is not None:
+        manifest["source"] = source_told(source, manifest).to_dict()
     plan = Plan.from_dict(manifest["plan"])
     stored = {k: tensors.pop(k) for k in list(tensors) if k.startswith(PREFIX)}
     with _intact(path):
@@ -94,10 +108,10 @@ def load(
     if not allow_nonfinite:
         check_finite(tensors, path)
     if model is None:
-        source = _trusted_source(manifest, path, trust_code)
-        root, undo = _swapped(_headed(build_empty(source), manifest), plan, tensors, path)
+        builder = _trusted_source(manifest, Path(path), trust_code or source is not None)
+        root, undo = _swapped(_headed(build_empty(builder), manifest), plan, tensors, path)
         if has_empty_parameters(root):  # values that no state dict holds
-            root, undo = _swapped(_headed(build_full(source), manifest), plan, tensors, path)
+            root, undo = _swapped(_headed(build_full(builder), manifest), plan, tensors, path)
     else:
         model = _headed(unwrapped(model), manifest)
         root, undo = _swapped(model, plan, tensors, path)
@@ -117,11 +131,21 @@ def _headed(model: nn.Module, manifest: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _trusted_source(manifest: Mapping[str, Any], path: str | Path, trust_code: bool) -> Source:
+def source_told(source: str | Source, manifest: Mapping[str, Any]) -> Source:
+    """What the caller says builds the network; a factory in another place has the arguments of the one before."""
+    if isinstance(source, Source):
+        return source
+    found, was = parse(source), manifest["source"]
+    kept = was is not None and Source.from_dict(was).runs_code == found.runs_code
+    return replace_fields(found, args=was["args"]) if kept else found
+
+
+def _trusted_source(manifest: Mapping[str, Any], path: Path, trust_code: bool) -> Source:
     if manifest["source"] is None:
         raise CheckpointError(
             f"{path} does not know how to build its architecture",
-            hint=f'Build the original network and pass it: normswap.load("{path}", model=my_model)',
+            hint="--source (source=) says what does, such as file.py:factory.\n"
+            f'Or build the original network and pass it: normswap.load("{path}", model=my_model)',
         )
     source = Source.from_dict(manifest["source"])
     if source.runs_code and not trust_code:
@@ -129,7 +153,7 @@ def _trusted_source(manifest: Mapping[str, Any], path: str | Path, trust_code: b
             f"{path} is built by {source}, and building it would run that code",
             hint="If you trust the file, pass --trust-code (trust_code=True), or pass the network with model=.",
         )
-    return source
+    return beside(source, path)
 
 
 @contextmanager

@@ -83,7 +83,7 @@ class RevertError(NormswapError):
 
 
 class PlanError(NormswapError):
-    """Layers that cannot be converted as asked; `problems` holds one line each, all of them at once.
+    """Layers that cannot be converted as asked; `problems` holds one line each, all of them at once, below `summary`.
 
     indivisible: some of them are channels that the groups do not divide.
     """
@@ -91,6 +91,7 @@ class PlanError(NormswapError):
     def __init__(
         self, summary: str, problems: Sequence[str], *, hint: str | None = None, indivisible: bool = False
     ) -> None:
+        self.summary = summary
         self.problems = tuple(problems)
         self.indivisible = indivisible
         super().__init__("\n".join([summary, *(f"  {problem}" for problem in problems)]), hint=hint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +122,7 @@ def open_images(folder: str | os.PathLike[str], *, limit: int | None = None, see
     """List the images of a folder: one subfolder for each class, or images alone. Reads none of them.
 
     limit: take at most so many, spread evenly over the classes, chosen at random by `seed`, always the same ones.
-    Names that begin with a dot are left out.
+    Names that begin with a dot are left out. Links to folders are followed, each real folder once.
 
     Raises DataError, saying what was found instead, when the folder does not hold images in one of the two ways, and
     OptionError for a limit below 1.
@@ -155,15 +155,57 @@ def _listed(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror or error}") from error
     here = [Path(e.path) for e in entries if e.is_file() and _is_image(e.name)]
-    return here, {e.name: _images_below(e.path) for e in entries if e.is_dir()}
+    classes = [e for e in entries if e.is_dir()]
+    seen = {identity(folder)}
+    real = {identity(e.path) for e in classes} - seen  # walked in their own turn, whatever links lead to them
+    below = {}
+    for entry in classes:
+        if (own := identity(entry.path)) in seen:
+            _refuse_twice(folder, entry.name, below)
+            continue  # a link to the folder itself
+        below[entry.name] = _images_below(Path(entry.path), seen | real - {own})
+        seen |= {own}
+    return here, below
 
 
-def _images_below(folder: str) -> list[Path]:
-    found = []
-    for root, _, names in sorted(os.walk(folder, followlinks=True)):
-        if not any(part.startswith(".") for part in Path(root).relative_to(folder).parts):
-            found += [Path(root, name) for name in sorted(names) if _is_image(name)]
-    return found
+def _refuse_twice(folder: Path, name: str, below: dict[str, list[Path]]) -> None:
+    for other in below:
+        if os.path.samefile(folder / other, folder / name):
+            raise DataError(
+                f"{folder} holds {other!r} and {name!r}, which are one and the same folder",
+                hint="One of them is a link; each class needs images of its own.",
+            )
+
+
+def identity(path: str | os.PathLike[str]) -> object:
+    """What is the same for two paths if they lead to one file or folder, through links of either kind."""
+    try:
+        found = os.stat(path)
+    except OSError:  # a link that leads nowhere: told when it is read
+        return os.fspath(path)
+    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)  # 0: a file system without numbers
+
+
+def _images_below(top: Path, seen: Set[object]) -> list[Path]:
+    """The images anywhere below a folder. Each real folder is visited once, by its own path if that is below `top`.
+
+    seen: folders that are left out.
+    """
+    found: dict[str, list[str]] = {}
+    visited, links = set(seen), [str(top)]
+    while links:
+        later: list[str] = []
+        for place in links:
+            for root, folders, names in os.walk(place):
+                if (own := identity(root)) in visited:
+                    folders.clear()
+                    continue
+                visited.add(own)
+                found[root] = names
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                later += [path for path in (os.path.join(root, name) for name in folders) if os.path.islink(path)]
+        links = later
+    return [Path(root, name) for root in sorted(found) for name in sorted(found[root]) if _is_image(name)]
 
 
 def _is_image(name: str) -> bool:

@@ -74,7 +74,7 @@ def flags(model: nn.Module) -> dict[str, bool]:
 
 
 def written(folder: Path, to: str = "gn", model: nn.Module | None = None, **kwargs: Any) -> Path:
-    return save(normswap.convert(model or small(), to, **kwargs), folder / "a.safetensors")
+    return save(normswap.convert(model or small(), to, **kwargs), folder / "a.safetensors", overwrite=True)
 
 
 def rewrite(file: Path, change: Callable[[dict[str, Any]], Any], *, seal: bool = False) -> Path:
@@ -238,7 +238,7 @@ def test_a_loaded_network_is_in_eval_mode_and_can_be_saved_again(tmp_path: Path)
 def test_a_loaded_network_can_be_saved_over_the_file_its_weights_are_mapped_from(tmp_path: Path) -> None:
     file = written(tmp_path)
     before = contents(load(file, model=small()))
-    save(load(file, model=small()), file)
+    save(load(file, model=small()), file, overwrite=True)
     assert contents(load(file, model=small())) == before
 
 
@@ -529,31 +529,50 @@ def refused(path: Path, **kwargs: Any) -> OutputError:
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").write_text("mine")
-    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file.safetensors").write_text("mine")
+    os.mkfifo(tmp_path / "pipe.safetensors")
     names = sorted(p.name for p in tmp_path.iterdir())
+    file, pipe = tmp_path / "file.safetensors", tmp_path / "pipe.safetensors"
     assert refused(tmp_path).message == f"{tmp_path} is a folder"
-    assert refused(tmp_path / "no" / "a").message == f"the folder {tmp_path / 'no'} does not exist"
-    assert refused(tmp_path / "file" / "a").message == f"{tmp_path / 'file'} is not a folder"
-    assert refused(tmp_path / "pipe").message == f"{tmp_path / 'pipe'} is not a regular file"
-    error = refused(tmp_path / "file", overwrite=False)
-    assert error.message == f"{tmp_path / 'file'} exists already"
+    assert refused(tmp_path / "no" / "a.safetensors").message == f"the folder {tmp_path / 'no'} does not exist"
+    assert refused(file / "a.safetensors").message == f"{file} is not a folder"
+    assert refused(pipe).message == f"{pipe} is not a regular file"
+    error = refused(file)
+    assert error.message == f"{file} exists already"
     assert "overwrite=True" in error.hint
     monkeypatch.setattr(os, "access", lambda *args, **kwargs: False)
-    assert refused(tmp_path / "a").message == f"the folder {tmp_path} is not writable"
+    assert refused(tmp_path / "a.safetensors").message == f"the folder {tmp_path} is not writable"
     assert sorted(p.name for p in tmp_path.iterdir()) == names
-    assert (tmp_path / "file").read_text() == "mine"
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "better"),
+    [
+        ("x.pt", "x.safetensors"),
+        ("nets.py", "nets.safetensors"),
+        ("v1", "v1.safetensors"),
+        ("v1.2", "v1.2.safetensors"),
+    ],
+)
+def test_only_names_of_safetensors_files_are_written(tmp_path: Path, name: str, better: str) -> None:
+    (tmp_path / "nets.py").write_text("mine")
+    for overwrite in (False, True):
+        assert refused(tmp_path / name, overwrite=overwrite).hint == f"Name it {tmp_path / better}."
+        with pytest.raises(OutputError, match="not a name for what normswap writes"):
+            save_state(small(), tmp_path / name, overwrite=overwrite)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("nets.py", "mine")]
 
 
 def test_a_name_too_long_for_the_disk_is_one_clear_error(tmp_path: Path) -> None:
-    assert "File name too long" in refused(tmp_path / ("x" * 300)).message
+    assert "File name too long" in refused(tmp_path / ("x" * 300 + ".safetensors")).message
     assert list(tmp_path.iterdir()) == []
     longest = tmp_path / ("x" * 243 + ".safetensors")
     save(normswap.convert(small(), "gn", check=False), longest)
     assert is_ours(longest)
 
 
-@pytest.mark.parametrize("name", ["a [bold]b[-] ü 漢.safetensors", "no-suffix", ".hidden"])
+@pytest.mark.parametrize("name", ["a [bold]b[-] ü 漢.safetensors", "big.SAFETENSORS", ".hidden.safetensors"])
 def test_names_with_spaces_markup_and_other_letters_are_written_and_read(tmp_path: Path, name: str) -> None:
     save(normswap.convert(small(), "gn", check=False), tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == [name]
@@ -578,9 +597,14 @@ def not_serialized(tensors: Any, path: Path, **kwargs: Any) -> Any:
     [
         ("os.replace", no_space, OutputError, "the disk is full"),
         ("os.fsync", no_space, OutputError, "the disk is full"),
-        ("tempfile.mkstemp", no_space, OutputError, "the disk is full"),
+        ("tempfile.mkdtemp", no_space, OutputError, "the disk is full"),
         ("safetensors.torch.save_file", no_space, OutputError, "the disk is full"),
-        ("safetensors.torch.save_file", not_serialized, OutputError, "No space left on device"),
+        (
+            "safetensors.torch.save_file",
+            not_serialized,
+            OutputError,
+            r"a\.safetensors cannot be written: the disk is full$",
+        ),
         ("os.replace", interrupted, KeyboardInterrupt, None),
         ("safetensors.torch.save_file", interrupted, KeyboardInterrupt, None),
     ],
@@ -601,10 +625,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
         with monkeypatch.context() as patched:
             patched.setattr(place, failing)
             with pytest.raises(kind, match=said):
-                save(converted, file)
+                save(converted, file, overwrite=True)
         assert [p.name for p in tmp_path.iterdir()] == ([] if old is None else ["a.safetensors"])
         assert old is None or file.read_bytes() == old
-    assert is_ours(save(converted, file))
+    assert is_ours(save(converted, file, overwrite=True))
 
 
 def test_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
@@ -635,7 +659,7 @@ def test_atomic_puts_a_whole_file_in_place_of_the_old_one(tmp_path: Path) -> Non
     with writing.atomic(tmp_path / "a") as temporary:
         temporary.write_text("new")
         assert (tmp_path / "a").read_text() == "old"
-        assert temporary.parent == tmp_path
+        assert temporary.name == "a"
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "new")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Annotated, Any
@@ -57,18 +58,43 @@ def _main(
 
 def main() -> None:
     """The `normswap` command."""
-    signal.signal(signal.SIGTERM, _terminate)
+    _open_streams()
+    for number in _STOPPING:
+        if number != _HANGUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+            signal.signal(number, _terminate)
     try:
         app(prog_name="normswap")
     except (KeyboardInterrupt, OSError) as error:  # before a command began
         sys.exit(report(error, {}))
-    except _Terminated:
-        sys.exit(128 + signal.SIGTERM)
+    except _Terminated as end:
+        sys.exit(128 + end.number)
+
+
+def _open_streams() -> None:
+    """Where a shell has closed a stream (`>&-`), what goes there is dropped, not written into the next file opened."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8")
+
+
+_HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+_STOPPING = [number for number in (signal.SIGTERM, _HANGUP) if number is not None]
 
 
 class _Terminated(BaseException):
-    """SIGTERM: no error that anyone should handle, but what was half written is removed on the way out."""
+    """SIGTERM or SIGHUP: no error that anyone should handle, but what was half written is removed on the way out."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 def _terminate(number: int, frame: Any) -> None:
-    raise _Terminated
+    if _HANGUP is not None:  # of a closed terminal there come several, which must not disturb the way out
+        signal.signal(_HANGUP, signal.SIG_IGN)
+    raise _Terminated(number)

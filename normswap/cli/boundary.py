@@ -16,13 +16,15 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ..errors import NormswapError
+from ..errors import NormswapError, PlanError
+from .collapse import problem_lines
 from .options import UsageError
 from .output import VERBOSE
 from .terminal import is_terminal, printable
 
 ARGS = "normswap.args"
 WRITTEN = "normswap.written"
+_LAYERS = 20
 _ClickException: Any = UsageError.__bases__[0]
 _OPTIONS = ("indivisible", "channels_per_group", "groups", "transfer", "eps")
 
@@ -61,7 +63,8 @@ def report(error: BaseException, meta: Mapping[str, Any]) -> int | None:
     if isinstance(error, NormswapError):
         if verbose and error.__cause__ is not None:
             _say_traceback(error.__cause__)
-        say(_as_flags(str(error)), prefix="error: ")
+        text = _of_plan(error, verbose) if isinstance(error, PlanError) else str(error)
+        say(_as_flags(text), prefix="error: ")
         return 1
     if not isinstance(error, Exception):
         return None
@@ -71,6 +74,14 @@ def report(error: BaseException, meta: Mapping[str, Any]) -> int | None:
     if isinstance(error, OSError):
         _discard_output()
     return 1
+
+
+def _of_plan(error: PlanError, verbose: bool) -> str:
+    """The way out before the layers, of which there may be hundreds: alike ones in a line, and not all of them."""
+    lines = problem_lines(error.problems)
+    if len(lines) > _LAYERS and not verbose:
+        lines = [*lines[: _LAYERS - 1], f"and {len(lines) - _LAYERS + 1} more lines; --verbose shows them all"]
+    return "\n".join([error.summary, *filter(None, [error.hint]), *(f"  {line}" for line in lines)])
 
 
 def _unexpected(error: Exception) -> str:

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import OptionError
 from . import options
 from .boundary import WRITTEN
 from .images import Asked, prepare
-from .networks import Origin, Wanted, converted_file, locate, open_network
+from .networks import Origin, Wanted, check_converted, files_read, locate, open_network
 from .output import Output, reporting
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ def calibrate(
     arg: options.Arg = None,
     output: options.Output = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+    built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
     allow_nonfinite: options.AllowNonfinite = False,
@@ -67,25 +67,23 @@ def calibrate(
     options.choice(ctx, "--method", method, options.METHODS)
     if reference is None and (weights or arg):
         raise options.usage(ctx, "--weights and --arg go with --reference")
-    wanted = Wanted(file, trust_code=trust_code, allow_nonfinite=allow_nonfinite, seed=seed)
+    wanted = Wanted(file, None, (), False, trust_code, allow_nonfinite, seed, built_by)
     original = reference and Wanted(
         reference, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed
     )
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
         out.step("loading PyTorch")
-        if converted_file(file) is None:
-            raise OptionError(
-                f"{file} is not a file that normswap wrote",
-                hint=f"Convert and calibrate in one go: normswap convert {file} --to gn --calibrate {data}",
-            )
+        way = f"Convert and calibrate in one go: normswap convert {file} --to gn --calibrate {data}"
+        check_converted(file, "", way)
         origin = locate(ctx, wanted)
+        other = (locate(ctx, original), original) if original else None
         target = output or Path(file).with_name(f"{Path(file).stem}-calibrated.safetensors")
         from ..checkpoint import save
-        from ..writing import check_writable
+        from ..writing import reserved
 
-        check_writable(target, overwrite=force)
+        ctx.with_resource(reserved(target, overwrite=force, inputs=files_read((origin, wanted), other)))
         model, origin = open_network(origin, wanted, out)
-        teacher = open_network(locate(ctx, original), original, out)[0] if original else None
+        teacher = open_network(*other, out)[0] if other else None
         report = run(model, teacher, origin, data, images, batch_size, asked, out, method)
         out.step(f"writing {target}")
         save(model, target, overwrite=force)

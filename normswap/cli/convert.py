@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import OptionError, OutputError
 from . import changes, options
 from .boundary import WRITTEN
 from .calibrate import IMAGES
 from .calibrate import run as run_calibration
 from .estimating import Calibration, mend_statistics
 from .images import Asked
-from .networks import Origin, Wanted, converted_file, example_inputs, locate, open_network, original_of
+from .networks import Origin, Wanted, check_converted, example_inputs, files_read, locate, open_network, original_of
 from .output import Output, reporting
 from .retry import with_commands
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from ..conversion import Record
 
 ORIGINAL = "original"
-_PICKLES = (".pth", ".pt", ".th", ".ckpt", ".pkl", ".bin")
 
 
 @dataclass(frozen=True)
@@ -114,6 +112,7 @@ def convert(
     output: options.Output = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and write nothing.")] = False,
+    built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
     allow_nonfinite: options.AllowNonfinite = False,
@@ -159,7 +158,7 @@ def convert(
         calibration=None if calibrate is None else Calibration(calibrate, images or IMAGES, asked, method),
     )
     _check_combination(ctx, job)
-    wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed)
+    wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
         out.step("loading PyTorch")
         result = (_revert if to == ORIGINAL else _convert)(ctx, wanted, job, out)
@@ -189,7 +188,7 @@ def _check_combination(ctx: typer.Context, job: Job) -> None:
 def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> changes.Result:
     _check_names(job)
     origin = locate(ctx, wanted)
-    target = _target(job, origin, job.to or "mixed")
+    target = _target(ctx, job, origin, wanted, job.to or "mixed")
     model, origin = open_network(origin, wanted, out, values=not job.dry_run)
     if origin.file is not None:
         model = original_of(model, origin, _ways_on(origin))
@@ -221,13 +220,10 @@ def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> chang
 
 
 def _revert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> changes.Result:
-    if converted_file(wanted.text) is None:
-        raise OptionError(
-            f"--to original undoes a conversion, and {wanted.text} is not a file that normswap wrote",
-            hint="Give the converted file: normswap convert FILE --to original",
-        )
+    hint = "Give the converted file: normswap convert FILE --to original"
+    check_converted(wanted.text, "--to original undoes a conversion, and ", hint)
     origin = locate(ctx, wanted)
-    target = _target(job, origin, ORIGINAL)
+    target = _target(ctx, job, origin, wanted, ORIGINAL)
     model, origin = open_network(origin, wanted, out)
     out.step("undoing the conversion")
     from ..checkpoint import save_state
@@ -277,16 +273,13 @@ def _check_names(job: Job) -> None:
         get(name)
 
 
-def _target(job: Job, origin: Origin, suffix: str) -> Path:
-    """Where the result goes; known to be writable before any work is done."""
-    target = job.output or Path(f"{origin.stem}-{suffix}.safetensors")
-    if target.suffix in _PICKLES:
-        raise OutputError(
-            f"{target} is a name for a pickle, and what normswap writes is safetensors",
-            hint=f"Name it {target.with_suffix('.safetensors')}.",
-        )
-    if not job.dry_run:
-        from ..writing import check_writable
+def _target(ctx: typer.Context, job: Job, origin: Origin, wanted: Wanted, suffix: str) -> Path:
+    """Where the result goes: known to be writable before any work is done, and ours until the command ends."""
+    from ..writing import check_name, reserved
 
-        check_writable(target, overwrite=job.force)
+    target = job.output or Path(f"{origin.stem}-{suffix}.safetensors")
+    if job.dry_run:
+        check_name(target)
+    else:
+        ctx.with_resource(reserved(target, overwrite=job.force, inputs=files_read((origin, wanted))))
     return target

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import OutputError
 from . import options
 from .boundary import WRITTEN
 from .output import Output, reporting
@@ -21,9 +22,9 @@ _BATCHES = {"mixed": "any two digits", "same digit": "two of one digit"}
 
 def demo(
     ctx: typer.Context,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.png", help="Where the picture goes.")] = Path(
-        "normswap-demo.png"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Where the picture goes: .png, .svg or .pdf.")
+    ] = Path("normswap-demo.png"),
     force: Annotated[bool, typer.Option("--force", help="Replace the picture if it exists.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of what is drawn: images to calibrate on, batches to train on.")] = 0,
     json: options.Json = False,
@@ -39,8 +40,13 @@ def demo(
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
         out.step("loading PyTorch")
         from ..demo import story as demo_story
+        from ..demo.picture import FORMATS
         from ..writing import check_writable
 
+        if output.suffix.lower() not in FORMATS and not output.is_dir():
+            raise OutputError(
+                f"{output} is not a name for a picture", hint=f"It ends in {' or '.join(FORMATS)}, which says as what."
+            )
         check_writable(output, overwrite=force)
         story = demo_story.tell(seed, say=out.step)
         picture = output if _drawn(story, output, out) else None

@@ -11,7 +11,7 @@ from ..errors import Interrupted, OptionError, OutputError
 from . import options
 from .boundary import WRITTEN
 from .images import Asked, prepare
-from .networks import Wanted, converted_file, locate, open_network
+from .networks import Wanted, check_converted, files_read, locate, open_network
 from .output import reporting
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def distil(
     device: options.Device = None,
     output: options.Output = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+    built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
     allow_nonfinite: options.AllowNonfinite = False,
@@ -87,14 +88,13 @@ def distil(
     options.choice(ctx, "--precision", precision, ("fp32", "bf16", "fp16"))
     if reference is None and (weights or arg):
         raise options.usage(ctx, "--weights and --arg go with --reference")
-    wanted = Wanted(file, trust_code=trust_code, allow_nonfinite=allow_nonfinite, seed=seed)
+    wanted = Wanted(file, None, (), False, trust_code, allow_nonfinite, seed, built_by)
     original = reference and Wanted(
         reference, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed
     )
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
         out.step("loading PyTorch")
-        if converted_file(file) is None:
-            raise OptionError(f"{file} is not a file that normswap wrote", hint="Convert the network first.")
+        check_converted(file, "", f"Convert the network first: normswap convert {file} --to gn")
         target = output or Path(file).with_name(f"{Path(file).stem}-distilled.safetensors")
         state = target.with_name(f"{target.name}.training")
         if resume and not state.exists():
@@ -102,12 +102,13 @@ def distil(
         from ..checkpoint import save
         from ..images import open_images
         from ..training.distillation import distil as train_model
-        from ..writing import check_writable
+        from ..writing import reserved
 
-        check_writable(target, overwrite=force or resume)
         origin = locate(ctx, wanted)
+        other = (locate(ctx, original), original) if original else None
+        ctx.with_resource(reserved(target, overwrite=force or resume, inputs=files_read((origin, wanted), other)))
         model, origin = open_network(origin, wanted, out)
-        teacher = open_network(locate(ctx, original), original, out)[0] if original else None
+        teacher = open_network(*other, out)[0] if other else None
         folder = open_images(data, limit=images)
         preparation = prepare(model, origin, asked)
         _check_batch(batch_size, len(folder.files), data)

@@ -14,7 +14,7 @@ from . import options, training
 from .boundary import WRITTEN
 from .datasets import DataPlace
 from .images import Asked
-from .networks import Wanted, locate
+from .networks import Wanted, files_read, locate
 from .output import Output, reporting
 from .starting import Swap, converted, network_of, stem_of, transform_of
 
@@ -148,6 +148,7 @@ def finetune(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's files too.")] = False,
     weights: options.Weights = None,
     arg: options.Arg = None,
+    built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
     allow_nonfinite: options.AllowNonfinite = False,
@@ -199,13 +200,13 @@ def finetune(
         raise options.usage(
             ctx, "detectors resize and normalise their images themselves: leave --size, --mean and --std out"
         )
-    wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed)
+    wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
     helper = os.environ.get("RANK", "0") != "0"  # one of torchrun's processes, whose first one does the talking
     with reporting(ctx, as_json=json and not helper, quiet=quiet or helper, verbose=verbose and not helper) as out:
         if workers is not None:
             check_workers(workers)
         out.step("loading PyTorch")
-        from ..finetuning.folder import STATE, prepare_folder
+        from ..finetuning.folder import STATE, check_outside, run_folder
         from ..finetuning.optimizing import default_rate
         from ..finetuning.run import EPOCHS, task_of
         from ..finetuning.run import finetune as train_model
@@ -214,7 +215,9 @@ def finetune(
         origin = locate(ctx, wanted)
         folder = output or Path("runs", stem_of(origin, swap))
         if not helper:
-            prepare_folder(folder, resume=resume, force=force, make=False)
+            check_outside(folder, (Path(data), eval_data))
+            inputs = [*files_read((origin, wanted)), *filter(None, (annotations, eval_annotations))]
+            ctx.with_resource(run_folder(folder, resume=resume, force=force, inputs=inputs))
         doing = task_of(task, label_smoothing=label_smoothing, distill=distill)
         command = swap.described(origin, asked)
         if resume:

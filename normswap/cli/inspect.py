@@ -35,6 +35,7 @@ def inspect(
         ),
     ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="A row for each layer, and what feeds it by name.")] = False,
+    built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
     allow_nonfinite: options.AllowNonfinite = False,
@@ -55,7 +56,7 @@ def inspect(
     pairs = options.rules(ctx, rule)
     shapes = options.shapes(ctx, input_shape)
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
-        wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed)
+        wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
         out.step("loading PyTorch")
         from .. import inventory
         from .. import norms as _norms  # noqa: F401  (registers the norm types)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..errors import OptionError
 from . import options
 from .output import Output
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the user said about one network."""
+    """What the user said about one network. source: what builds it, where `text` is a converted file."""
 
     text: str
     weights: str | None = None
@@ -28,6 +30,13 @@ class Wanted:
     trust_code: bool = False
     allow_nonfinite: bool = False
     seed: int = 0
+    source: str | None = None
+
+    def built_with(self) -> Iterable[Any]:
+        """Values of --arg."""
+        from ..sources import parse_args
+
+        return parse_args(list(self.args)).values()
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,17 @@ def converted_file(text: str) -> Path | None:
     return path if is_ours(path) else None
 
 
+def check_converted(text: str, what: str, hint: str) -> None:
+    """Raise SourceError for a file that is not there, and OptionError, with `hint`, for anything else not converted."""
+    if converted_file(text) is not None:
+        return
+    from ..sources import missing_file
+
+    if (missing := missing_file(text)) is not None:
+        raise missing
+    raise OptionError(f"{what}{text} is not a file that normswap wrote", hint=hint)
+
+
 def locate(ctx: typer.Context, wanted: Wanted, *, default_weights: str = "DEFAULT") -> Origin:
     """Find out what SOURCE names, without building it.
 
@@ -75,14 +95,32 @@ def locate(ctx: typer.Context, wanted: Wanted, *, default_weights: str = "DEFAUL
     from .. import checkpoint, sources
 
     file = converted_file(wanted.text)
+    args = sources.parse_args(list(wanted.args))
     if file is None:
-        source = sources.parse(wanted.text, sources.parse_args(list(wanted.args)))
+        if wanted.source is not None:
+            raise options.usage(ctx, f"--source goes with a file that normswap wrote; {wanted.text} is none")
+        source = sources.parse(wanted.text, args)
         return Origin(source, weights=wanted.weights or default_weights)
     for flag, given in (("--weights", wanted.weights), ("--arg", wanted.args)):
-        if given:
+        if given and (flag == "--weights" or wanted.source is None):
             raise options.usage(ctx, f"{flag} goes with a network to build; {file} brings its own weights")
-    values = checkpoint.read_manifest(file)["source"]
+    manifest = checkpoint.read_manifest(file)
+    if wanted.source is not None:
+        source = checkpoint.source_told(wanted.source, manifest)
+        return Origin(replace(source, args=args) if args else source, file)
+    values = manifest["source"]
     return Origin(None if values is None else sources.Source.from_dict(values), file)
+
+
+def files_read(*asked: tuple[Origin, Wanted] | None) -> list[Path]:
+    """The files and folders that these networks are made from, which no result of the same command may replace."""
+    found: list[str | Path | None] = []
+    for origin, wanted in filter(None, asked):
+        found += [origin.file, wanted.weights, *(value for value in wanted.built_with() if isinstance(value, str))]
+        if origin.source is not None and origin.source.kind in ("file", "hf"):  # hf: perhaps a folder
+            name = origin.source.name
+            found.append(name.rpartition(":")[0] if origin.source.kind == "file" else name)
+    return [path for path in map(Path, filter(None, found)) if path.exists()]
 
 
 def open_network(origin: Origin, wanted: Wanted, out: Output, *, values: bool = True) -> tuple[nn.Module, Origin]:
@@ -94,8 +132,9 @@ def open_network(origin: Origin, wanted: Wanted, out: Output, *, values: bool = 
         out.step(f"loading {origin}")
         from .. import checkpoint
 
-        model = checkpoint.load(origin.file, trust_code=wanted.trust_code, allow_nonfinite=wanted.allow_nonfinite)
-        return model, origin
+        told = None if wanted.source is None else origin.source
+        finite = {"allow_nonfinite": wanted.allow_nonfinite}
+        return checkpoint.load(origin.file, source=told, trust_code=wanted.trust_code, **finite), origin
     out.step(f"building {origin}")
     import torch
 

@@ -58,6 +58,15 @@ Input = Annotated[
         show_default=False,
     ),
 ]
+BuiltBy = Annotated[
+    str | None,
+    typer.Option(
+        "--source",
+        metavar="SOURCE",
+        help="What builds the network of a converted file, such as file.py:factory, in place of what the file says.",
+        show_default=False,
+    ),
+]
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Run the code that a pickled checkpoint may hold.")]
 TrustCode = Annotated[
     bool, typer.Option("--trust-code", help="Run the factory that a converted file names to build its network.")

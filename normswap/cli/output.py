@@ -9,12 +9,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 import typer
 
 from .options import usage
-from .terminal import is_terminal, printable
+from .terminal import Lasting, is_terminal, printable
 
 if TYPE_CHECKING:
     from .render import Bar, Page
@@ -123,9 +123,11 @@ def reporting(ctx: typer.Context, *, as_json: bool, quiet: bool, verbose: bool) 
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a narrow encoding must not stop the work
             stream.reconfigure(errors="backslashreplace")
-    output = Output(sys.stdout, sys.stderr, as_json=as_json, quiet=quiet)
+    stderr = cast(TextIO, Lasting(sys.stderr))
+    output = Output(sys.stdout, stderr, as_json=as_json, quiet=quiet)
     with ExitStack() as stack:
         stack.callback(output.close)
+        stack.enter_context(redirect_stderr(stderr))
         if quiet:
             stack.enter_context(redirect_stderr(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
         stack.enter_context(redirect_stdout(sys.stderr))

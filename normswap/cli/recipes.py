@@ -66,7 +66,7 @@ def _copied(chosen: Recipe, output: Path, force: bool) -> Path:
     from ..writing import atomic, check_writable
 
     target = output / chosen.file.name if output.is_dir() else output
-    check_writable(target, overwrite=force)
+    check_writable(target, overwrite=force, inputs=[chosen.file])
     with atomic(target) as temporary:
         temporary.write_bytes(chosen.file.read_bytes())
     return target

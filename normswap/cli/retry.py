@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import typer
 
-from ..errors import NormswapError, PlanError
+from ..errors import PlanError
 from .boundary import ARGS
 
 _GROUPING = ("--groups", "--channels-per-group", "--indivisible")
@@ -23,7 +23,8 @@ def with_commands(ctx: typer.Context) -> Iterator[None]:
     except PlanError as error:
         if not getattr(error, "indivisible", False):
             raise
-        raise NormswapError(error.message, hint=_ways_out(error.hint or "", ctx.meta.get(ARGS, ()))) from error
+        ways = _ways_out(error.hint or "", ctx.meta.get(ARGS, ()))
+        raise PlanError(error.summary, error.problems, hint=ways) from error
 
 
 def _ways_out(hint: str, args: Sequence[str]) -> str:

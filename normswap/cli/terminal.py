@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TextIO
+from contextlib import suppress
+from typing import Any, TextIO
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -14,3 +15,24 @@ def is_terminal(stream: TextIO) -> bool:
 def printable(text: str) -> str:
     """The text with control characters escaped: names come from files and from strangers."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+class Lasting:
+    """A stream that may lose its reader, as the stderr of a closed terminal: the work goes on, what is said is lost."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As of any stream, but never an OSError."""
+        with suppress(OSError):
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Likewise."""
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -44,6 +44,7 @@ def verify(
     input_shape: options.Input = None,
     show_all: Annotated[bool, typer.Option("--all", help="Every layer, in order, instead of the worst ten.")] = False,
     device: options.Device = None,
+    built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
     allow_nonfinite: options.AllowNonfinite = False,
@@ -67,7 +68,7 @@ def verify(
         raise options.usage(ctx, "--images, --size, --mean and --std go with --data")
     if data is not None and shapes:
         raise options.usage(ctx, "--input and --data exclude each other")
-    wanted = Wanted(a, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed)
+    wanted = Wanted(a, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
         out.step("loading PyTorch")
         from .. import verification
@@ -92,8 +93,12 @@ def _pair(
     ctx: typer.Context, wanted: Wanted, b: str | None, out: Output
 ) -> tuple[nn.Module, nn.Module, tuple[Origin, Origin]]:
     """The two networks. With one file of ours, the first is what it was made from."""
+    from ..sources import missing_file
+
     if b is None:
         if converted_file(wanted.text) is None:
+            if (missing := missing_file(wanted.text)) is not None:
+                raise missing
             raise options.usage(ctx, f"give a second network, or a file that normswap wrote; {wanted.text} is none")
         origin = locate(ctx, wanted)
         known = "ORIGINAL" if origin.source is None else str(origin.source)
@@ -102,6 +107,11 @@ def _pair(
         second, _ = open_network(origin, wanted, out)
         return first, second, (Origin(origin.source, weights="original"), origin)
     other = replace(wanted, text=b, weights=None, args=())
+    if wanted.source is not None and (files := [converted_file(one.text) for one in (wanted, other)]) != [None, None]:
+        wanted, other = (
+            replace(one, source=wanted.source if file else None)
+            for one, file in zip((wanted, other), files, strict=True)
+        )
     places = locate(ctx, wanted), locate(ctx, other)
     first, origin_a = open_network(places[0], wanted, out)
     second, origin_b = open_network(places[1], other, out)

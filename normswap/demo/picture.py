@@ -1,4 +1,4 @@
-"""The demo's figures as a PNG, with matplotlib."""
+"""The demo's figures as a picture, with matplotlib."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 from .story import Story
 
 GREY, ORANGE, BLUE = "#8a8f98", "#d9772b", "#2b6cb0"
+FORMATS = (".png", ".svg", ".pdf")
 _NAMES = {"bn": "BatchNorm", "gn": "GroupNorm"}
 
 
 def draw(story: Story, path: Path) -> None:
-    """Write the picture: accuracies by method on the left, fine-tuning on the right. Raises ImportError without
-    matplotlib."""
+    """Write the picture: accuracies by method on the left, fine-tuning on the right.
+
+    The end of the name, one of `FORMATS`, says as what. Raises ImportError without matplotlib.
+    """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -25,7 +28,7 @@ def draw(story: Story, path: Path) -> None:
     figure.suptitle("A network trained on handwritten digits, from BatchNorm to GroupNorm", fontsize=14)
     _bars(left, story)
     _curves(right, story)
-    figure.savefig(path, format="png")
+    figure.savefig(path, format=path.suffix[1:].lower())
 
 
 def _bars(axes: Any, story: Story) -> None:

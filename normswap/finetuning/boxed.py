@@ -16,7 +16,7 @@ from ..errors import DataError
 from ..images import Unreadable as UnreadableImage
 from ..synthetic import Shapes
 from .samples import Unreadable
-from .sets import TRAIN, VALIDATION, Sets, held_note, part_of, sized, split
+from .sets import TRAIN, VALIDATION, Sets, check_apart, held_note, part_of, sized, split
 
 ANNOTATIONS = ("annotations.json", "_annotations.coco.json")
 _LAYOUT = (
@@ -104,6 +104,7 @@ def open_boxes(data: Any, eval_data: Any = None, *, masks: bool = False, seed: i
             note.append(said)
         elif isinstance(validation, CocoData):
             note += [f"{validation.annotations.name}: {text}" for text in validation.notes]
+            check_apart(*(Boxed(part).files for part in (train, validation)))
             validation = _aligned(train, validation)
     if isinstance(validation, CocoData):
         _check_objects(validation)
@@ -194,7 +195,7 @@ def _split(data: CocoData, seed: int) -> tuple[CocoData, CocoData | None, str]:
     count = len(data)
     if count < 2:
         return data, None, "a single image, so there is nothing to validate on"
-    kept, held = split(count, seed, [bool(picture.boxes) for picture in data.pictures])
+    kept, held = split(count, seed, [bool(picture.boxes) for picture in data.pictures], Boxed(data).files)
     parts = [replace(data, pictures=tuple(data.pictures[i] for i in part)) for part in (kept, held)]
     return parts[0], parts[1], held_note(len(held), count, seed)
 

@@ -140,7 +140,7 @@ class Keeper:
         training = {n: p.requires_grad for n, p in network.named_parameters()}
         _set_flags(network, self._flags)
         try:
-            save(network, path)
+            save(network, path, overwrite=True)
         finally:
             _set_flags(network, training)
 

@@ -17,7 +17,7 @@ from ..images import Unreadable as UnreadableImage
 from .collating import check_input
 from .named import Named
 from .samples import Tensors, Transform, Unreadable, spread
-from .sets import TRAIN, VALIDATION, Sets, classes_of, held_note, part_of, sized, split
+from .sets import TRAIN, VALIDATION, Sets, check_apart, classes_of, held_note, part_of, sized, split
 from .transforms import Plain, settled
 
 
@@ -114,10 +114,11 @@ def _folders(folder: Path, evaluation: Path | None, seed: int) -> Sets:
                 f"{second.folder} has classes that {first.folder} lacks: {', '.join(map(repr, unknown[:10]))}",
                 hint="Add them to the training images, or take them out of the validation images.",
             )
+        check_apart(first.files, second.files)
         numbers = [names.index(name) for name in second.classes or ()]
         note = "" if evaluation.name in VALIDATION[:3] else f"{evaluation} is what training is validated on"
         return Sets(pictures, Pictures.of(second, numbers), names, note)
-    kept, held = split(len(pictures), seed, pictures.labels)
+    kept, held = split(len(pictures), seed, pictures.labels, pictures.files)
     if not held:
         note = "no class has two images, so that none is held back, and there is no validation"
         return Sets(pictures, None, names, note)

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ..training.teacher import original_of
 from ..values import one_of, whole
 from .classification import Classification
 from .detection import Detection
-from .folder import drop_empty, prepare_folder
+from .folder import check_outside, run_folder
 from .optimizing import default_rate, trained
 from .processes import processes
 from .report import FinetuneReport, Progress
@@ -119,9 +119,9 @@ def finetune(
     once. The same seed gives the same network, on a CPU bit for bit. Needs the extra `normswap[train]`.
 
     Raises OptionError, DataError, OutputError, CheckpointError before anything has changed; TrainingError for a loss
-    that is not finite or too little memory: the network is then that of the last checkpoint. Ctrl-C and SIGTERM end
-    the step and save the state; then Ctrl-C raises `Interrupted`, a KeyboardInterrupt with a report, and SIGTERM does
-    what it did before.
+    that is not finite or too little memory: the network is then that of the last checkpoint. Ctrl-C, SIGTERM and
+    SIGHUP end the step and save the state; then Ctrl-C raises `Interrupted`, a KeyboardInterrupt with a report, and the
+    others do what they did before.
     """
     folder = None if output is None else Path(output)
     if resume and folder is None:
@@ -137,14 +137,17 @@ def finetune(
     )  # fmt: skip
     doing = task_of(task, label_smoothing=label_smoothing, distill=distill)
     sets = data if isinstance(data, Sets) else doing.open(model, data, eval_data, seed=seed)
-    _check_apart(folder, sets)
+    if folder is not None:
+        check_outside(folder, (getattr(part, "folder", None) for part in (sets.train, sets.validation)))
     settings = replace(settings, data=sets.digest)
     sets = doing.prepared(sets, preprocess, augment)
-    with processes(device, precision) as accelerator, restored_on_error(model) as keep:
+    with ExitStack() as stack:
+        accelerator = stack.enter_context(processes(device, precision))
+        if folder is not None and accelerator.is_main_process:  # before anything takes time
+            stack.enter_context(run_folder(folder, resume=resume, force=overwrite))
+        keep = stack.enter_context(restored_on_error(model))
         settings = _settled(settings, accelerator, len(sets.train), epochs, steps, lr)
         place = replace(place, workers=_workers(place, accelerator))
-        if folder is not None and accelerator.is_main_process:
-            prepare_folder(folder, resume=resume, force=overwrite, make=False)  # before anything takes time
         if folder is not None and lift(model) is None:
             model = convert(model, rules={"*": "keep"}, inplace=True, check=False)  # so that it can be saved
         model.to(accelerator.device)
@@ -154,8 +157,6 @@ def finetune(
         head = doing.fit(model, sets, num_classes, seed)
         parameters = trained(model, train, doing.head_parameters(model, head), affine=not freeze_affine)
         settings = replace(settings, network=digest(model))
-        if folder is not None and accelerator.is_main_process:
-            prepare_folder(folder, resume=resume, force=overwrite)
         accelerator.wait_for_everyone()
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
         scope = frozen(model, parameters, stats=freeze_stats, affine=freeze_affine)
@@ -168,8 +169,6 @@ def finetune(
         finally:
             if trainer is not None and trainer.keeper.saved is not None:
                 keep()
-            if folder is not None and accelerator.is_main_process:
-                drop_empty(folder)
     if head is not None and getattr(record_of(model), "head", None) != fitted_before:
         where = f", {head.path}" if head.path else ""
         notes.insert(0, f"the network got a new head for {head.classes} classes{where}")
@@ -233,14 +232,6 @@ def _name_of(preprocess: Any) -> str:
     if name is not None:
         return f"{preprocess.__module__}.{name}"
     return "" if preprocess is None else re.sub(r" at 0x[0-9a-fA-F]+", "", str(preprocess))
-
-
-def _check_apart(folder: Path | None, sets: Sets) -> None:
-    """What a run writes must not become data."""
-    for data in (sets.train, sets.validation):
-        place = getattr(data, "folder", None)
-        if folder is not None and isinstance(place, Path) and folder.resolve().is_relative_to(place.resolve()):
-            raise OptionError(f"the output folder {folder} is within the data, {place}", hint="Name another --output.")
 
 
 def _settled(

@@ -17,7 +17,7 @@ from ..preprocess import Preprocess
 from ..semantic import IGNORED, MaskData, open_masks
 from ..values import one_of
 from .samples import Unreadable
-from .sets import TRAIN, VALIDATION, Sets, held_note, part_of, sized, split
+from .sets import TRAIN, VALIDATION, Sets, check_apart, held_note, part_of, sized, split
 from .transforms import AUGMENT
 
 _SCALES = (0.5, 2.0)
@@ -116,9 +116,11 @@ def open_scenes(data: Any, eval_data: Any = None, *, seed: int = 0) -> Sets:
         if max(highest) < 1:
             raise DataError(f"all pixels of the masks in {train.folder} are ignored ({IGNORED})")
         names = tuple(f"class {i}" for i in range(max(highest)))
+        if isinstance(validation, MaskData):
+            check_apart(train.files, validation.files)
         if validation is None and len(train) > 1:
             count = len(train)
-            kept, held = split(count, seed)
+            kept, held = split(count, seed, files=train.files)
             train, validation = train.chosen(kept), train.chosen(held)
             note = held_note(len(held), count, seed)
     sets = [None if part is None else _set(name, part) for name, part in (("data", train), ("eval_data", validation))]

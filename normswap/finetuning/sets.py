@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, listed
+from ..images import identity
 
 TRAIN = ("train", "training")
 VALIDATION = ("val", "valid", "validation", "test", "testing", "eval", "dev")
@@ -43,10 +45,13 @@ class Sets:
         return None if self.classes is None else len(self.classes)
 
 
-def split(count: int, seed: int, labels: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
+def split(
+    count: int, seed: int, labels: Sequence[int] | None = None, files: Sequence[Path] = ()
+) -> tuple[list[int], list[int]]:
     """Indices of a training and a validation part, always the same by `seed`.
 
-    With labels, of every class that has two samples or more both parts have one.
+    With labels, of every class that has two samples or more both parts have one. files: of the samples; a file that is
+    there several times, by links, is trained on.
     """
     by_class: dict[int, list[int]] = {}
     for i in range(count):
@@ -55,7 +60,22 @@ def split(count: int, seed: int, labels: Sequence[int] | None = None) -> tuple[l
     for label, members in sorted(by_class.items()):
         random.Random(f"{seed} {label}").shuffle(members)
         held.update(members[: max(1, round(SHARE * len(members))) if len(members) > 1 else 0])
+    if files:
+        same = [identity(file) for file in files]
+        times = Counter(same)
+        held -= {i for i in held if times[same[i]] > 1}
     return [i for i in range(count) if i not in held], sorted(held)
+
+
+def check_apart(train: Sequence[Path], validation: Sequence[Path]) -> None:
+    """Raise DataError where a file is in both sets, by whatever path: what is trained on proves nothing."""
+    trained = {identity(file) for file in train}
+    both = [str(file) for file in validation if identity(file) in trained]
+    if both:
+        raise DataError(
+            listed(f"{len(both)} of the {len(validation)} validation images are training images too:", both),
+            hint="Take them out of one of the two, or leave the validation images out: a tenth is then held back.",
+        )
 
 
 def held_note(held: int, count: int, seed: int) -> str:

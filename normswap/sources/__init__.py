@@ -18,9 +18,21 @@ from ..errors import NormswapError, SourceError
 from ..weights import State, check_finite, empty_parameters, has_empty_parameters, load_state, read_state
 from ..wrappers import unwrapped
 from . import factories, timm_models, torchvision_models, transformers_models
+from .factories import beside
 from .source import KINDS, Source, build_error
 
-__all__ = ["KINDS", "Source", "build", "build_empty", "build_full", "outline", "parse", "parse_args"]
+__all__ = [
+    "KINDS",
+    "Source",
+    "beside",
+    "build",
+    "build_empty",
+    "build_full",
+    "missing_file",
+    "outline",
+    "parse",
+    "parse_args",
+]
 
 
 def parse(text: str, args: Mapping[str, Any] | None = None) -> Source:
@@ -171,12 +183,23 @@ def _resolved(source: Source) -> Source:
     return source if library is None else library.resolved(source)
 
 
+def missing_file(text: str) -> SourceError | None:
+    """What to say of a SOURCE that must be a file that normswap wrote, by its name, and is not there."""
+    path = Path(text)
+    if path.suffix != ".safetensors" or path.exists():
+        return None
+    there = sorted(p.name for p in path.parent.glob("*.safetensors")) if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, n=3, cutoff=0.5)
+    names = " or ".join(str(path.with_name(name)) for name in near)
+    return SourceError(f"{text} does not exist", hint=f"Did you mean {names}?" if near else None)
+
+
 def _unknown_name(text: str) -> NoReturn:
+    if (missing := missing_file(text)) is not None:
+        raise missing
     near = difflib.get_close_matches(text, torchvision_models.names(), n=3, cutoff=0.6)
     ways = [f"Did you mean {' or '.join(near)}?"] if near else []
     if Path(text).suffix in (".pth", ".pt", ".th", ".ckpt", ".bin"):
         ways = [f"A checkpoint needs its architecture: normswap convert SOURCE --weights {text}"]
-    elif Path(text).suffix == ".safetensors":
-        ways = ["There is no such file."]
     ways.append("A source is a torchvision name, timm:NAME, hf:ID, package.module:factory, file.py:factory, or a file")
     raise SourceError(f"unknown model {text!r}", hint="\n".join(ways) + " normswap wrote.")

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,28 @@ from .source import Source
 def architecture(source: Source) -> Any:
     """Run the factory. What it returns is whatever its author wrote; the caller checks it."""
     return _factory(source)(**source.args)
+
+
+def beside(source: Source, file: Path) -> Source:
+    """Where the code of a converted file is: as the file says, from the current folder; else beside the file itself.
+
+    A module there becomes importable. Raises SourceError for a Python file that is in neither place.
+    """
+    place, _, name = source.name.rpartition(":")
+    if source.kind == "factory":
+        top = place.partition(".")[0]
+        here = any((Path(top + end)).exists() for end in ("", ".py"))
+        if not here and importlib.util.find_spec(top) is None and str(file.parent.resolve()) not in sys.path:
+            sys.path.append(str(file.parent.resolve()))
+    if source.kind != "file" or Path(place).is_file():
+        return source
+    for found in (file.parent / place, file.parent / Path(place).name):
+        if found.is_file():
+            return replace(source, name=f"{found}:{name}")
+    raise SourceError(
+        f"{file} is built by {source}, and {place} is neither in the current folder nor beside the file",
+        hint=f"--source (source=) says where it is: FOLDER/{Path(place).name}:{name}",
+    )
 
 
 def _factory(source: Source) -> Callable[..., Any]:

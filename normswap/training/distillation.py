@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from ..conversion import record_of
 from ..data import as_batches
 from ..errors import Interrupted, OptionError
+from ..locking import locked
 from ..values import whole
 from ..wrappers import unwrapped
 from ..writing import check_writable
@@ -117,7 +119,8 @@ def distil(
     reference = original_of(model, None if reference is None else unwrapped(reference))
     data = list(data) if isinstance(data, Iterator) else data
     stream = stream_of(data, batch_size, seed, hold=eval_data is None)
-    with side_by_side(reference, model), training_only(model, parameters):
+    alone = nullcontext() if checkpoint is None else locked(Path(checkpoint))
+    with alone, side_by_side(reference, model), training_only(model, parameters):
         work = Run(model, reference, settings, stream, parameters, _compared(stream, settings, eval_data))
         if checkpoint is not None:
             work.checkpoint, work.every = Path(checkpoint), checkpoint_every

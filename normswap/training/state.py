@@ -33,8 +33,9 @@ def save_state(path: Path, settings: Mapping[str, Any], state: Mapping[str, Any]
     with atomic(path) as temporary:
         try:
             torch.save({"format": FORMAT, "settings": dict(settings), **state}, temporary)
-        except RuntimeError as error:  # of its zip writer, when the disk is full
-            raise OutputError(f"{path} cannot be written: is the disk full? ({first_line(error)})") from error
+        except RuntimeError as error:  # of its zip writer, which does not say why
+            (temporary.parent / "probe").write_bytes(bytes(1 << 16))  # raises what does: that the disk is full
+            raise OutputError(f"{path} cannot be written: {first_line(error)}") from error
 
 
 def load_state(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from ran import Cli, Ran
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import normswap
@@ -211,12 +212,33 @@ def test_a_converted_file_converts_as_its_original_would(cli: Cli) -> None:
     assert cli("convert", "tiny-ln.safetensors", "--to", "original", "--trust-code").code == 0
 
 
-def test_a_converted_file_replaces_itself_on_request(cli: Cli, folder: Path) -> None:
+def test_what_a_conversion_reads_is_never_written_over(cli: Cli, nets: Any, folder: Path) -> None:
+    """By whatever name: the weights, a converted file, a link to one of them, a file among a factory's arguments."""
+    save_file(nets.tiny().state_dict(), "w.safetensors")
+    (folder / "link.safetensors").symlink_to("w.safetensors")
+    os.link("w.safetensors", "same.safetensors")
     assert cli("convert", "nets.py:tiny", "--to", "gn", "-o", "net.safetensors").code == 0
-    ran = cli("convert", "net.safetensors", "--to", "ln", "--trust-code", "-o", "net.safetensors", "--force")
-    assert ran.code == 0, ran.err
-    assert isinstance(loaded("net.safetensors")[1], nn.GroupNorm)
-    assert files(folder) == ["net.safetensors"]
+    before = {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
+    given = ("convert", "nets.py:tiny", "--weights", "w.safetensors", "--to", "ln")
+    for output in ("w.safetensors", "link.safetensors", "same.safetensors"):
+        ran = cli(*given, "-o", output, "--force")
+        assert ran.code == 1
+        assert f"{output} is read by the same command" in ran.err
+        assert "--force" not in ran.err
+    for arguments in (["net.safetensors", "--to", "ln"], ["net.safetensors", "--to", "original"]):
+        ran = cli("convert", *arguments, "--trust-code", "-o", "net.safetensors", "--force")
+        assert (ran.code, "is read by the same command" in ran.err) == (1, True)
+    ran = cli("convert", "nets.py:tiny", "--arg", "w=same.safetensors", "--to", "ln", "-o", "w.safetensors", "--force")
+    assert "is read by the same command" in ran.err
+    assert {p.name: p.read_bytes() for p in folder.glob("*.safetensors")} == before
+
+
+def test_source_code_is_never_written_over(cli: Cli, folder: Path) -> None:
+    before = (folder / "nets.py").read_text()
+    ran = cli("convert", "nets.py:tiny", "--to", "gn", "-o", "nets.py", "--force")
+    assert ran.code == 1
+    assert "Name it nets.safetensors." in ran.err
+    assert (folder / "nets.py").read_text() == before
 
 
 @pytest.fixture

@@ -86,3 +86,20 @@ def test_a_picture_that_exists_is_kept_unless_forced(cli: Cli, folder: Path, see
     assert (folder / "mine.png").read_text() == "mine"
     assert cli("demo", "-o", "mine.png", "--force").code == 0
     assert (folder / "mine.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("name", "begin"), [("a.svg", b"<?xml"), ("a.pdf", b"%PDF"), ("a.PNG", b"\x89PNG")])
+def test_the_end_of_the_name_says_what_is_written(cli: Cli, folder: Path, name: str, begin: bytes) -> None:
+    assert cli("demo", "-o", name).code == 0
+    assert (folder / name).read_bytes().startswith(begin)
+
+
+@pytest.mark.parametrize("name", ["nets.py", "a.txt", "picture"])
+def test_what_is_no_picture_is_refused_before_anything_is_computed(
+    cli: Cli, folder: Path, seeds: list[int], name: str
+) -> None:
+    before = (folder / "nets.py").read_text()
+    ran = cli("demo", "-o", name, "--force")
+    assert (ran.code, seeds) == (1, [])
+    assert f"{name} is not a name for a picture" in ran.err
+    assert (folder / "nets.py").read_text() == before

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -260,6 +261,34 @@ def test_a_stopped_command_saves_and_goes_on(folder: Path, number: int, code: in
     assert (folder / "run" / "state.pt").is_file()
     step = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert 0 < step < 2000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="terminals of POSIX")
+@pytest.mark.usefixtures("images")
+def test_a_closed_terminal_stops_a_run_that_saves_first(folder: Path) -> None:
+    import fcntl
+    import termios
+
+    ours, theirs = os.openpty()
+    call = [sys.executable, "-m", "normswap", *TINY, "--epochs", "500", "--to", "gn", "--groups", "4", "-o", "run"]
+    process = subprocess.Popen(
+        call, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    os.close(theirs)
+    os.set_blocking(ours, False)
+    metrics = folder / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        with suppress(BlockingIOError):
+            os.read(ours, 1 << 16)  # or it waits for us to read
+        time.sleep(0.02)
+    before = (folder / "run" / "state.pt").stat().st_mtime_ns
+    os.close(ours)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert (folder / "run" / "state.pt").stat().st_mtime_ns > before
+    assert not list((folder / "run").glob(".*"))
 
 
 @pytest.mark.usefixtures("images")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -71,13 +75,11 @@ def test_the_help_lists_the_commands_under_the_name_normswap() -> None:
     assert all(f"\n  {name} " in ran.stdout for name in ("inspect", "convert", "verify", "norms"))
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "said"),
-    [(signal.SIGINT, 130, "interrupted; nothing was written"), (signal.SIGTERM, 143, "")],
-)
-def test_an_interrupted_run_leaves_nothing_behind(folder: Path, number: int, code: int, said: str) -> None:
+@contextmanager
+def stuck(folder: Path, *prefix: str) -> Iterator[subprocess.Popen[str]]:
+    """A conversion that has written half of its result."""
     (folder / "stuck.py").write_text(STUCK)
-    command = [*NORMSWAP, "convert", "stuck.py:build", "--to", "ln", "--no-check"]
+    command = [*prefix, *NORMSWAP, "convert", "stuck.py:build", "--to", "ln", "--no-check"]
 
     def listen() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and what they start, ignore it
@@ -85,18 +87,70 @@ def test_an_interrupted_run_leaves_nothing_behind(folder: Path, number: int, cod
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen
     ) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "WRITING" in line:
-                break
-        process.send_signal(number)
+        timer = threading.Timer(60, process.kill)  # else a pipe is read for ever
+        timer.start()
         try:
-            out, err = process.communicate(timeout=60)
+            assert process.stderr is not None
+            assert any("WRITING" in line for line in process.stderr)
+            yield process
         finally:
+            timer.cancel()
             process.kill()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGINT, 130, "interrupted; nothing was written"),
+        (signal.SIGTERM, 143, ""),
+        pytest.param(getattr(signal, "SIGHUP", 0), 129, "", id="SIGHUP"),
+    ],
+)
+def test_an_interrupted_run_leaves_nothing_behind(folder: Path, number: int, code: int, said: str) -> None:
+    with stuck(folder) as process:
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, "")
     assert err.strip() == said
     assert files(folder) == []
+
+
+def test_under_nohup_a_run_outlives_its_terminal(folder: Path) -> None:
+    with stuck(folder, "nohup") as process:
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+
+
+@pytest.mark.parametrize("module", ["typer", "normswap.cli.convert"])
+def test_ctrl_c_while_the_command_line_is_imported_shows_no_traceback(module: str) -> None:
+    code = (
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}:\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from importlib.metadata import EntryPoint\n"
+        f"EntryPoint('normswap', {entry_point()!r}, 'console_scripts').load()()\n"
+    )
+    ran = run(sys.executable, "-c", code)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "interrupted; nothing was written\n")
+
+
+def entry_point() -> str:
+    """What the installed command runs, as pyproject.toml says."""
+    text = (Path(normswap.__file__).parents[1] / "pyproject.toml").read_text("utf-8")
+    return re.findall(r'(?m)^\[project.scripts\]\nnormswap = "(.+)"$', text)[0]
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stdout_is_no_error(folder: Path, closed: str) -> None:
+    """And what goes to it lands in no file that the command opens under the same number."""
+    command = f"{sys.executable} -m normswap convert nets.py:tiny --weights none --to ln --no-check {closed}"
+    ran = run("sh", "-c", command)
+    assert (ran.returncode, "bug" in ran.stderr) == (0, False), ran.stderr
+    assert normswap.load(folder / "tiny-ln.safetensors", trust_code=True)[0].weight.shape[0] == 8
 
 
 def test_a_full_disk_leaves_nothing_behind(folder: Path) -> None:
