@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .calls import out_channels, producer_kind
-from .errors import PlanError
+from .errors import Fix, PlanError, Text
 from .norms.fused import scale_and_shift
 from .planning import Plan, Step
 from .registry import get, identify
@@ -95,7 +95,13 @@ def check_statistics(model: nn.Module, plan: Plan) -> None:
         raise PlanError(
             f"{_layers(problems)} with running statistics that no network can have:",
             problems,
-            hint='The weights are damaged. transfer="copy" leaves the statistics out; a rule "keep" leaves a layer.',
+            hint=Text(
+                "The weights are damaged. ",
+                Fix("transfer", "copy"),
+                " leaves the statistics out; ",
+                Fix("rules", {"PATH": "keep"}),
+                " leaves a layer as it is.",
+            ),
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .checks import check_fit, check_values
-from .errors import DataError, NormswapError, OptionError, SelfCheckError, first_line
+from .errors import DataError, Fix, NormswapError, OptionError, SelfCheckError, Text, first_line
 from .example import guess_inputs
 from .heads import Head
 from .inventory import as_inputs
@@ -145,7 +145,9 @@ def _observe(model: nn.Module, inputs: tuple[Any, ...], using: Plan) -> Observat
     except Exception as error:  # whatever the model's forward raises on inputs it was not made for
         raise DataError(
             f"{type(model).__name__} cannot run on the example inputs ({type(error).__name__}: {first_line(error)})",
-            hint="Give inputs of the shape its forward takes, or skip the self-check with check=False (--no-check).",
+            hint=Text(
+                "Give inputs of the shape its forward takes, or skip the self-check with ", Fix("check", False), "."
+            ),
         ) from error
 
 
@@ -179,7 +181,11 @@ def _prove(
         raise SelfCheckError(
             f"the self-check failed at {result.where}: the converted network differs from the original by a relative "
             f"{result.error:.2g} (allowed {TOLERANCE:g}); nothing was kept",
-            hint="Give real example inputs (--input), or keep the layer with a rule; please report the network.",
+            hint=Text(
+                "Give real inputs with ",
+                Fix("example_inputs"),
+                ", or keep the layer with a rule; please report the network.",
+            ),
         )
 
 

@@ -165,7 +165,7 @@ def test_frozen_statistics_and_affine_do_not_move(data: Any) -> None:
 
 def test_batch_norm_at_small_batches_gets_a_note(data: Any) -> None:
     report = normswap.finetune(pretrained(), data[0], **SMALL)
-    assert any("--to gn" in note and "12 BatchNorm layers" in note for note in report.notes)
+    assert any("freeze_stats=True" in note and "12 BatchNorm layers" in note for note in report.notes)
     assert not normswap.finetune(pretrained(), data[0], batch_size=8, steps=1).notes
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import traceback
 from collections.abc import Mapping
@@ -17,14 +16,15 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import NormswapError
+from . import flags
 from .options import UsageError
 from .output import VERBOSE
 from .terminal import is_terminal, printable
 
 ARGS = "normswap.args"
 WRITTEN = "normswap.written"
+FLAGS = "normswap.flags"
 _ClickException: Any = UsageError.__bases__[0]
-_OPTIONS = ("indivisible", "channels_per_group", "groups", "transfer", "eps")
 
 
 class Commands(TyperGroup):
@@ -42,6 +42,7 @@ class Commands(TyperGroup):
         except (typer.Exit, typer.Abort, _ClickException):
             raise
         except BaseException as error:
+            ctx.meta[FLAGS] = _flags_of(self.get_command(ctx, ctx.invoked_subcommand or ""))
             code = report(error, ctx.meta)
             if code is None:
                 raise
@@ -61,7 +62,8 @@ def report(error: BaseException, meta: Mapping[str, Any]) -> int | None:
     if isinstance(error, NormswapError):
         if verbose and error.__cause__ is not None:
             _say_traceback(error.__cause__)
-        say(_as_flags(str(error)), prefix="error: ")
+        known = meta.get(FLAGS)
+        say(error.written(lambda fix: flags.written(fix, known)), prefix="error: ")
         return 1
     if not isinstance(error, Exception):
         return None
@@ -107,11 +109,6 @@ def _discard_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _as_flags(text: str) -> str:
-    """A message of the Python API in the words of the command line: `groups="auto"` as `--groups auto`."""
-    text = re.sub(r'rules=\{"([^"]*)": "([^"]*)"\}', r"--rule '\1=\2'", text)
-    text = re.sub(r"(--[\w-]+) \(\w+=[^()]*\)", r"\1", text)
-    text = re.sub(r"\b\w+=\S* \((--[\w-]+)\)", r"\1", text)
-    text = re.sub(r"\b\w+=(?:/|\w+ or )(--[\w-]+)", r"\1", text)
-    options = "|".join(_OPTIONS)
-    return re.sub(rf'(?<![\w-])({options})="?([\w.]+)"?', lambda m: f"--{m[1].replace('_', '-')} {m[2]}", text)
+def _flags_of(command: Any) -> frozenset[str] | None:
+    """The flags of a command; None without one."""
+    return None if command is None else frozenset(flag for p in command.params for flag in (*p.opts, *p.secondary_opts))

@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import CheckpointError, OutputError
+from ..errors import CheckpointError, Fix, OutputError, Text
 
 STATE, LAST, BEST = "state.pt", "last.safetensors", "best.safetensors"
 METRICS, CURVES, EXAMPLES = "metrics.jsonl", "curves.png", "examples.png"
@@ -21,16 +21,24 @@ def prepare_folder(folder: Path, *, resume: bool, force: bool, make: bool = True
     make=False only looks.
     """
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file", hint="--output takes the folder of a run.")
+        raise OutputError(f"{folder} is a file", hint=Text(Fix("output"), " takes the folder of a run."))
     if resume:
         if not (folder / STATE).is_file():
             raise CheckpointError(
-                f"there is no {folder / STATE} to resume from", hint="Leave --resume out to begin anew."
+                f"there is no {folder / STATE} to resume from",
+                hint=Text("Leave ", Fix("resume"), " out to begin anew."),
             )
     elif folder.exists() and any((folder / name).exists() for name in (*_FILES, BOARD)) and not force:
         raise OutputError(
             f"{folder} holds a run already",
-            hint="--resume goes on with it, --force replaces it, --output names another folder.",
+            hint=Text(
+                Fix("resume", True),
+                " goes on with it, ",
+                Fix("overwrite", True),
+                " replaces it, ",
+                Fix("output"),
+                " names another folder.",
+            ),
         )
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not os.access(there, os.W_OK):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import OptionError
-from ..values import number, one_of, whole
+from ..values import number, one_of, seed_value, whole
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 OPTIMIZERS = ("adamw", "sgd")
@@ -55,7 +55,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in _COUNTS:
             whole(name, getattr(self, name))
-        whole("seed", self.seed, least=0)
+        seed_value("seed", self.seed)
         for name in (*_POSITIVE, *_FROM_ZERO, "clip_grad"):
             value = getattr(self, name)
             if name == "clip_grad" and value is None:

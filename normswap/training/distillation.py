@@ -13,7 +13,7 @@ from torch import nn
 from ..agreement import OutputTally
 from ..conversion import record_of
 from ..data import Batch, as_batches, images_in
-from ..errors import Interrupted, OptionError
+from ..errors import Fix, Interrupted, OptionError, Text
 from ..values import whole
 from ..writing import check_writable
 from .optimizer import trained_parameters, training_only
@@ -99,7 +99,9 @@ def distil(
     consistent" (teacher and student see the same view).
     """
     if data is None:
-        raise OptionError("distil needs images", hint="data=images, a tensor (N, C, H, W) or batches of them")
+        raise OptionError(
+            "distil needs images", hint=Text(Fix("data"), " takes a tensor (N, C, H, W), or batches of them.")
+        )
     settings = Settings(
         steps, batch_size, LR if lr is None else lr, temperature, train, weight_decay, seed, precision,
         max_grad_norm, augment, loss, digest(model), features,
