@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import OptionError
-from . import options
+from . import flags, options
 from .boundary import WRITTEN
 from .images import Asked, prepare
-from .networks import Origin, Wanted, converted_file, locate, open_network
+from .networks import Origin, Wanted, converted_file, locate, open_network, open_original, restored
 from .output import Output, reporting
+from .retry import naming_the_original
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,14 +85,20 @@ def calibrate(
 
         check_writable(target, overwrite=force)
         model, origin = open_network(origin, wanted, out)
-        teacher = open_network(locate(ctx, original), original, out)[0] if original else None
-        report = run(model, teacher, origin, data, images, batch_size, asked, out, method)
+        teacher, named = open_original(ctx, original, origin, wanted, out) if original else (None, restored(origin))
+        with naming_the_original(ctx, origin.source, origin.made_with):
+            report = run(model, teacher, origin, data, images, batch_size, asked, out, method)
         out.step(f"writing {target}")
         save(model, target, overwrite=force)
         ctx.meta[WRITTEN] = target
         out.show(
-            lambda: {"network": origin.to_dict(), "output": str(target), **report.to_dict()},
-            lambda page: _page(page, report, target),
+            lambda: {
+                "network": origin.to_dict(),
+                "reference": named.to_dict(),
+                "output": str(target),
+                **report.to_dict(),
+            },
+            lambda page: _page(page, report, named, target),
         )
 
 
@@ -139,10 +146,10 @@ def figures(report: CalibrationReport) -> list[tuple[str, str]]:
     return found
 
 
-def _page(page: Page, report: CalibrationReport, target: Path) -> None:
+def _page(page: Page, report: CalibrationReport, original: Origin, target: Path) -> None:
     from .render import size
 
-    page.facts(*figures(report), indent=0)
+    page.facts(("original", original.told), *figures(report), indent=0)
     for note in report.notes if report.layers else ():
-        page.line(("note: ", "dim"), note)
+        page.line(("note: ", "dim"), flags.told(note))
     page.line(("Written: ", "strong"), (str(target), "path"), f", {size(target.stat().st_size)}")

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import Interrupted, OptionError, OutputError
-from . import options
+from ..errors import Fix, Interrupted, OptionError, OutputError, Text
+from . import flags, options
 from .boundary import WRITTEN
 from .images import Asked, prepare
-from .networks import Wanted, converted_file, locate, open_network
+from .networks import Origin, Wanted, converted_file, locate, open_network, open_original, restored
 from .output import reporting
+from .retry import naming_the_original
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,7 +94,9 @@ def distil(
         target = output or Path(file).with_name(f"{Path(file).stem}-distilled.safetensors")
         state = target.with_name(f"{target.name}.training")
         if resume and not state.exists():
-            raise OptionError(f"there is no {state} to resume from", hint="Leave --resume out to begin anew.")
+            raise OptionError(
+                f"there is no {state} to resume from", hint=Text("Leave ", Fix("resume"), " out to begin anew.")
+            )
         from ..checkpoint import save
         from ..images import open_images
         from ..training.distillation import distil as train_model
@@ -102,7 +105,7 @@ def distil(
         check_writable(target, overwrite=force or resume)
         origin = locate(ctx, wanted)
         model, origin = open_network(origin, wanted, out)
-        teacher = open_network(locate(ctx, original), original, out)[0] if original else None
+        teacher, named = open_original(ctx, original, origin, wanted, out) if original else (None, restored(origin))
         folder = open_images(data, limit=images)
         preparation = prepare(model, origin, asked)
         _check_batch(batch_size, len(folder.files), data)
@@ -110,11 +113,13 @@ def distil(
         loaded = folder.batches(preparation.transform, batch_size, stack=preparation.stack)
         _move(device, model, teacher)
         try:
-            report = train_model(
-                model, teacher, loaded, steps=steps, batch_size=batch_size, lr=lr, temperature=temperature,
-                train=train, seed=seed, precision=precision, augment=augment, features=features,
-                progress=lambda step: out.status(_standing(step)), checkpoint=state, resume=state if resume else None,
-            )  # fmt: skip
+            with naming_the_original(ctx, origin.source, origin.made_with):
+                report = train_model(
+                    model, teacher, loaded, steps=steps, batch_size=batch_size, lr=lr, temperature=temperature,
+                    train=train, seed=seed, precision=precision, augment=augment, features=features,
+                    progress=lambda step: out.status(_standing(step)), checkpoint=state,
+                    resume=state if resume else None,
+                )  # fmt: skip
         except Interrupted as stop:
             report = stop.report
         out.step(f"writing {target}")
@@ -123,8 +128,13 @@ def distil(
         if not report.interrupted:
             state.unlink(missing_ok=True)
         out.show(
-            lambda: {"network": origin.to_dict(), "output": str(target), **report.to_dict()},
-            lambda page: _page(page, report, target),
+            lambda: {
+                "network": origin.to_dict(),
+                "reference": named.to_dict(),
+                "output": str(target),
+                **report.to_dict(),
+            },
+            lambda page: _page(page, report, named, target),
         )
         if report.interrupted:
             raise KeyboardInterrupt
@@ -151,11 +161,11 @@ def _standing(progress: Progress) -> str:
     return f"distilling: step {progress.step} of {progress.steps}, loss {progress.loss:.3g}{agreement}"
 
 
-def _page(page: Page, report: DistillationReport, target: Path) -> None:
+def _page(page: Page, report: DistillationReport, original: Origin, target: Path) -> None:
     from .render import size
 
     cut = f" of {report.planned}, interrupted" if report.interrupted else ""
-    facts = [("distilled", f"{report.steps} steps{cut}")]
+    facts = [("original", original.told), ("distilled", f"{report.steps} steps{cut}")]
     if report.loss_first is not None and report.loss_last is not None:
         facts.append(("loss", f"{report.loss_first:.3g}, at the end {report.loss_last:.3g}"))
     if report.drift_before is not None and report.drift_after is not None:
@@ -165,5 +175,5 @@ def _page(page: Page, report: DistillationReport, target: Path) -> None:
         facts.append(("agreement", f"{report.agreement_before:.4f}, after {report.agreement_after:.4f}"))
     page.facts(*facts, indent=0)
     for note in report.notes:
-        page.line(("note: ", "dim"), note)
+        page.line(("note: ", "dim"), flags.told(note))
     page.line(("Written: ", "strong"), (str(target), "path"), f", {size(target.stat().st_size)}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import Interrupted
-from . import options, training
+from . import flags, options, training
 from .boundary import WRITTEN
 from .datasets import DataPlace
 from .images import Asked
@@ -248,7 +248,7 @@ def finetune(
                 raise
         out.show(
             lambda: {"network": origin.to_dict(), "output": str(folder), **report.to_dict()},
-            lambda page: training.show(page, report, folder),
+            lambda page: training.show(page, report, folder, origin),
         )
         if report.interrupted:
             ctx.meta[WRITTEN] = folder / STATE
@@ -260,4 +260,4 @@ def _warn(model: nn.Module, batch_size: int, freeze_stats: bool, out: Output) ->
 
     note = None if freeze_stats else small_batch_note(model, batch_size, int(os.environ.get("WORLD_SIZE", "1")))
     if note is not None:
-        out.note(note)
+        out.note(flags.told(note))

@@ -13,7 +13,7 @@ from ..errors import CheckpointError, OptionError
 from .images import Asked, Preparation, prepare
 from .networks import Origin, Wanted, open_network
 from .output import Output
-from .retry import with_commands
+from .retry import building, with_commands
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,7 +78,7 @@ def network_of(
     if origin.file is not None and swap.wanted:
         raise OptionError(
             f"{origin.file} is converted already",
-            hint=f"Leave --to out, or convert its source: {origin.source or 'the original network'}.",
+            hint=f"Leave --to out, or convert its source: {' '.join(building(origin.source, origin.made_with))}",
         )
     model, origin = open_network(origin, wanted, out)
     return model, origin, prepare(model, origin, asked)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
+from . import flags
+from .networks import Origin
 from .output import Output
 
 if TYPE_CHECKING:
@@ -69,13 +71,14 @@ def duration(seconds: float) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
-def show(page: Page, report: FinetuneReport, folder: Path) -> None:
+def show(page: Page, report: FinetuneReport, folder: Path, origin: Origin) -> None:
     """What a run came to."""
     cut = f" of {report.planned}, interrupted" if report.interrupted else ""
     facts = [
         ("trained", f"{report.steps} steps{cut}, {report.epochs:.3g} epochs, global batch {report.global_batch}"),
         ("speed", f"{report.samples_per_second:.3g} images/s, {duration(report.seconds)} in all"),
     ]
+    facts += [] if origin.weights is None else [("from", origin.told)]
     for name, value in report.figures.items():
         before = f" (before {report.before[name]:.4f})" if name in report.before else ""
         label = name.removeprefix("val_") if name.startswith("val_") else f"training {name}"
@@ -87,7 +90,7 @@ def show(page: Page, report: FinetuneReport, folder: Path) -> None:
         facts[:2] = [("trained", f"nothing: the run was complete, with {report.steps} steps")]
     page.facts(*facts, indent=0)
     for note in report.notes:
-        page.line(("note: ", "dim"), note)
+        page.line(("note: ", "dim"), flags.told(note))
     for bad in report.bad:
         page.line(("skipped: ", "bad"), bad)
     files = (report.best_file, report.last_file, report.curves, report.examples)
