@@ -94,6 +94,11 @@ def listed(summary: str, problems: Sequence[str]) -> str:
     return "\n  ".join([summary, *problems[:MOST_NAMED], *rest])
 
 
+def plural(count: int, noun: str) -> str:
+    """`1 layer`, `2 layers`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, for quoting it in a sentence."""
     return (str(error).strip() or "no message").splitlines()[0][:300]

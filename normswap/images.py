@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import DataError, Fix, Text, listed
+from .errors import DataError, Fix, Text, listed, plural
 from .preprocess import Preprocess, canonical, eight_bit
 from .values import whole
 
@@ -46,8 +46,9 @@ class ImageData:
         return len(self.files)
 
     def __str__(self) -> str:
-        count = f"{len(self.files)} of {self.found} images" if len(self.files) < self.found else f"{self.found} images"
-        return f"{self.folder}: {count}" + (f" in {len(self.classes)} classes" if self.classes else ", no labels")
+        count = f"{len(self.files)} of " * (len(self.files) < self.found) + plural(self.found, "image")
+        classes = f" in {len(self.classes)} class{'es' * (len(self.classes) != 1)}" if self.classes else ", no labels"
+        return f"{self.folder}: {count}{classes}"
 
     def batches(self, transform: Transform | None = None, batch_size: int = 64, *, stack: bool = True) -> ImageBatches:
         """Batches of `(images, labels)`; may be iterated any number of times, and reads the files each time.

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import Fix, Text, WeightsError
@@ -82,7 +83,9 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
     """SHA-256 of the names, dtypes, shapes and values of a state dict: equal for networks with equal weights only."""
     total = hashlib.sha256()
     for name, tensor in state.items():
-        if isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or is_lazy(tensor) or tensor.is_meta:  # without values
+            total.update(f"{name}\n".encode())
+        else:
             total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())
             flat = tensor.detach().cpu().contiguous().view(-1)
             total.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Annotated, Any
@@ -58,12 +59,20 @@ def _main(
 def main() -> None:
     """The `normswap` command."""
     signal.signal(signal.SIGTERM, _terminate)
+    _open_closed_streams()
     try:
         app(prog_name="normswap")
     except (KeyboardInterrupt, OSError) as error:  # before a command began
         sys.exit(report(error, {}))
     except _Terminated:
         sys.exit(128 + signal.SIGTERM)
+
+
+def _open_closed_streams() -> None:
+    """What is written to a closed stream goes nowhere, instead of failing, or into a file that takes its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (until the process ends)
 
 
 class _Terminated(BaseException):

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from ..errors import NormswapError
+from ..errors import NormswapError, first_line
 from . import flags
 from .options import UsageError
 from .output import VERBOSE
@@ -24,6 +26,7 @@ from .terminal import is_terminal, printable
 ARGS = "normswap.args"
 WRITTEN = "normswap.written"
 FLAGS = "normswap.flags"
+_PACKAGE = Path(__file__).resolve().parents[1]
 _ClickException: Any = UsageError.__bases__[0]
 
 
@@ -75,13 +78,34 @@ def report(error: BaseException, meta: Mapping[str, Any]) -> int | None:
     return 1
 
 
+_MEMORY = ("not enough memory", "out of memory", "can't allocate memory")
+
+
 def _unexpected(error: Exception) -> str:
-    text = (str(error).strip() or "no message").splitlines()[0][:300]
-    if isinstance(error, MemoryError) or "not enough memory" in text or "out of memory" in text:
-        return f"there is not enough memory ({text})"
+    """Only what neither the machine, nor a number, nor the user's own code explains is a bug."""
+    text = first_line(error)
+    if isinstance(error, MemoryError) or any(words in text for words in _MEMORY):
+        return f"there is not enough memory ({text.rpartition('Allocator: ')[2]})"
+    if isinstance(error, OverflowError) or "verflow" in text:
+        return f"a size or another number is too large ({text})"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
+    if (place := _own_code(error)) is not None:
+        return f"the code at {place} failed ({type(error).__name__}: {text})"
     return f"this is a bug in normswap, please report it: {type(error).__name__}: {text}"
+
+
+def _own_code(error: Exception) -> str | None:
+    """FILE:LINE in code of the user's own that failed when normswap or a library called it."""
+    libraries = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
+    place = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = Path(frame.f_code.co_filename)
+        if file.resolve().is_relative_to(_PACKAGE):
+            place = None  # what happens from here on is normswap's
+        elif file.is_file() and not any(file.resolve().is_relative_to(library) for library in libraries):
+            place = f"{file}:{line}"
+    return place
 
 
 def _say_traceback(error: BaseException) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import OptionError
+from ..errors import OptionError, plural
 from . import flags, options
 from .boundary import WRITTEN
 from .images import Asked, prepare
@@ -120,7 +120,7 @@ def run(
 
     folder = open_images(data, limit=images)
     if len(folder.files) < images:
-        out.note(f"{data} has {len(folder.files)} images, fewer than the {images} asked for")
+        out.note(f"{data} has {plural(len(folder.files), 'image')}, fewer than the {images} asked for")
     preparation = prepare(model, origin, asked)
     batches = folder.batches(preparation.transform, batch_size, stack=preparation.stack)
     tracked = Batches(out.track(batches, len(batches), "calibrating"), folder.classes)
@@ -132,11 +132,11 @@ def figures(report: CalibrationReport) -> list[tuple[str, str]]:
     if not report.layers:
         return [("calibrated", "nothing; " + "; ".join(report.notes))]
     found = [
-        ("calibrated", f"{len(report.layers)} layers on {report.images} images"),
+        ("calibrated", f"{plural(len(report.layers), 'layer')} on {plural(report.images, 'image')}"),
         ("moments", f"largest error {report.error_before:.3g}, after {report.error_after:.3g}"),
     ]
     if report.drift_before is not None and report.drift_after is not None:
-        on = f" (on {report.compared} images)"
+        on = f" (on {plural(report.compared, 'image')})"
         found.append(("output", f"relative error {report.drift_before:.3g}, after {report.drift_after:.3g}{on}"))
     if report.agreement_before is not None and report.agreement_after is not None:
         found.append(("agreement", f"{report.agreement_before:.4f}, after {report.agreement_after:.4f}"))

@@ -138,12 +138,12 @@ def _target(steps: Sequence[Step]) -> str:
 
 
 def _groups(pairs: Sequence[tuple[int, int]]) -> str:
-    from .render import number_range
+    from .render import number_range, plural
 
     numbers, sizes = {groups for _, groups in pairs}, {channels // groups for channels, groups in pairs}
     if len(numbers) > 1 and len(sizes) == 1:
         return f"{sizes.pop()} per group"
-    return f"{number_range(numbers)} groups"
+    return plural(numbers.pop(), "group") if len(numbers) == 1 else f"{number_range(numbers)} groups"
 
 
 def _kept(page: Page, plan: Plan) -> None:
@@ -190,10 +190,12 @@ def _undone(page: Page, result: Result) -> None:
 
 
 def _check(page: Page, check: Check) -> None:
+    from .render import plural
+
     if check.error is None:
         page.line(("Self-check: ", "strong"), (f"not run, {check.reason}", "bad"))
         return
-    reached = f"{check.layers} of {check.total} layers"
+    reached = f"{check.layers} of {plural(check.total, 'layer')}"
     page.line(
         ("Self-check: ", "strong"), ("passed", "good"), f", relative error {check.error:.1e} with {reached} exercised"
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import Fix, Interrupted, OptionError, OutputError, Text
+from ..errors import Fix, Interrupted, OptionError, OutputError, Text, plural
 from . import flags, options
 from .boundary import WRITTEN
 from .images import Asked, prepare
@@ -142,7 +142,10 @@ def distil(
 
 def _check_batch(batch_size: int, images: int, data: Path) -> None:
     if images < batch_size:
-        raise OptionError(f"{data} has {images} images, fewer than a batch of {batch_size}", hint="Lower --batch-size.")
+        raise OptionError(
+            f"{data} has {plural(images, 'image')}, fewer than a batch of {batch_size}",
+            hint=Text("Lower ", Fix("batch_size"), "."),
+        )
 
 
 def _move(device: str | None, *models: nn.Module | None) -> None:
@@ -165,11 +168,11 @@ def _page(page: Page, report: DistillationReport, original: Origin, target: Path
     from .render import size
 
     cut = f" of {report.planned}, interrupted" if report.interrupted else ""
-    facts = [("original", original.told), ("distilled", f"{report.steps} steps{cut}")]
+    facts = [("original", original.told), ("distilled", f"{plural(report.steps, 'step')}{cut}")]
     if report.loss_first is not None and report.loss_last is not None:
         facts.append(("loss", f"{report.loss_first:.3g}, at the end {report.loss_last:.3g}"))
     if report.drift_before is not None and report.drift_after is not None:
-        on = f" (on {report.compared} images)"
+        on = f" (on {plural(report.compared, 'image')})"
         facts.append(("output", f"relative error {report.drift_before:.3g}, after {report.drift_after:.3g}{on}"))
     if report.agreement_before is not None and report.agreement_after is not None:
         facts.append(("agreement", f"{report.agreement_before:.4f}, after {report.agreement_after:.4f}"))

@@ -155,7 +155,9 @@ def _row(run: Run[Layer], show_all: bool, roles: bool, rule: Sequence[str]) -> l
 
 
 def _groups(layer: Layer) -> str:
-    return f" ({layer.state.num_groups} groups)" if layer.state.num_groups else ""
+    from ..errors import plural
+
+    return f" ({plural(layer.state.num_groups, 'group')})" if layer.state.num_groups else ""
 
 
 def _summary(page: Page, origin: Origin, found: Inventory) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import CheckpointError, OptionError
+from ..errors import CheckpointError, OptionError, plural
 from .images import Asked, Preparation, prepare
 from .networks import Origin, Wanted, open_network
 from .output import Output
@@ -99,7 +99,7 @@ def converted(
     if record is not None:
         for rule in record.plan.meta["rules"] if swap.wanted else ():
             if rule["pattern"] != "*":
-                out.note(f"{rule['pattern']} matched {rule['layers']} layers: {rule['target']}")
+                out.note(f"{rule['pattern']} matched {plural(rule['layers'], 'layer')}: {rule['target']}")
         record.source = None if origin.source is None else origin.source.to_dict()
     if swap.wanted and swap.images:
         out.step("calibrating")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import OptionError
+from ..errors import OptionError, plural
 from . import flags
 from .networks import Origin
 from .output import Output
@@ -75,7 +75,10 @@ def show(page: Page, report: FinetuneReport, folder: Path, origin: Origin) -> No
     """What a run came to."""
     cut = f" of {report.planned}, interrupted" if report.interrupted else ""
     facts = [
-        ("trained", f"{report.steps} steps{cut}, {report.epochs:.3g} epochs, global batch {report.global_batch}"),
+        (
+            "trained",
+            f"{plural(report.steps, 'step')}{cut}, {report.epochs:.3g} epochs, global batch {report.global_batch}",
+        ),
         ("speed", f"{report.samples_per_second:.3g} images/s, {duration(report.seconds)} in all"),
     ]
     facts += [] if origin.weights is None else [("from", origin.told)]
@@ -87,7 +90,7 @@ def show(page: Page, report: FinetuneReport, folder: Path, origin: Origin) -> No
     if report.best is not None:
         facts.append(("best", f"{report.best_name.replace('_', ' ')} {report.best:.4f} at step {report.best_at}"))
     if report.resumed_at == report.planned:
-        facts[:2] = [("trained", f"nothing: the run was complete, with {report.steps} steps")]
+        facts[:2] = [("trained", f"nothing: the run was complete, with {plural(report.steps, 'step')}")]
     page.facts(*facts, indent=0)
     for note in report.notes:
         page.line(("note: ", "dim"), flags.told(note))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import plural
 from . import flags, options
 from .images import Asked, Preparation, prepare
 from .networks import (
@@ -187,8 +188,6 @@ def _render(page: Page, report: Report, origins: tuple[Origin, Origin], inputs: 
 
 
 def _layers(page: Page, report: Report, show_all: bool) -> None:
-    from .render import plural
-
     if not report.layers:
         return
     rows = list(report.layers)
@@ -218,6 +217,9 @@ def _figures(report: Report) -> list[tuple[str, str]]:
         figures.append(("KL(A, B)", f"{report.kl:.3g} nats"))
     if report.labelled:
         figures.append(
-            ("accuracy", f"A {report.accuracy_a:.4f}, B {report.accuracy_b:.4f} on {report.labelled} labelled images")
+            (
+                "accuracy",
+                f"A {report.accuracy_a:.4f}, B {report.accuracy_b:.4f} on {plural(report.labelled, 'labelled image')}",
+            )
         )
     return figures

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import DataError, Fix, NormswapError, Text, TrainingError
+from ..errors import DataError, Fix, NormswapError, Text, TrainingError, first_line
 
 
 class NonFinite(Exception):
@@ -39,6 +39,11 @@ def explained(error: BaseException, where: str, device: torch.device, left: str)
                 Fix("precision", "bf16"),
                 ", or smaller images.",
             ),
+        )
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return TrainingError(
+            f"torch.compile cannot compile the network ({first_line(error)}); {left}",
+            hint=Text("Leave ", Fix("compile"), " out."),
         )
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
         return TrainingError(
