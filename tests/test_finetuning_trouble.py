@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import normswap
 from normswap.errors import Interrupted, TrainingError
 from normswap.finetuning.report import Progress
+from normswap.finetuning.trouble import explained
 
 TASKS = ("classification", "detection", "segmentation")
 
@@ -124,3 +125,12 @@ def test_a_signal_saves_the_state_and_the_run_goes_on(
 
 def _tensors(model: nn.Module) -> list[Tensor]:
     return list(model.state_dict().values())
+
+
+def test_a_failing_torch_compile_is_no_fault_of_ours_and_names_the_option() -> None:
+    from torch._dynamo.exc import InternalTorchDynamoError
+
+    error = explained(InternalTorchDynamoError("no C++ compiler"), "step 1", torch.device("cpu"), "nothing is left")
+    assert isinstance(error, TrainingError)
+    assert error.message == "torch.compile cannot compile the network (no C++ compiler); nothing is left"
+    assert error.hint == "Leave compile out."
