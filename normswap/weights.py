@@ -88,7 +88,7 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
         else:
             total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())
             flat = tensor.detach().cpu().contiguous().view(-1)
-            total.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+            total.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return total.hexdigest()
 
 

@@ -67,13 +67,13 @@ def _untrained(model: nn.Module, source: Source, digest: str, seed: int) -> bool
     Running statistics tell, since every training moves them; without any, random is what another seed changes.
     """
     found = [
-        (leaf, module._buffers[leaf])
+        (leaf, values)
         for module in model.modules()
         for leaf in ("running_mean", "running_var")
-        if module._buffers.get(leaf) is not None
+        if (values := module._buffers.get(leaf)) is not None
     ]
     if found:
-        return all(bool((values == (leaf == "running_var")).all()) for leaf, values in found)
+        return all(bool(torch.eq(values, float(leaf == "running_var")).all()) for leaf, values in found)
     from . import build_full
 
     with torch.random.fork_rng(devices=[]):
