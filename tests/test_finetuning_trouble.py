@@ -84,7 +84,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(task: str, folder:
 def test_memory_that_runs_out_saves_the_steps_before(task: str, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"step 3 does not fit into the memory of cpu; .*of step 2") as error:
         run(task, folder, tmp_path / "run", hungry, step=3)
-    assert "--batch-size" in str(error.value)
+    assert "batch_size" in str(error.value)
     assert state(tmp_path / "run")["step"] == 2
 
 

@@ -95,7 +95,7 @@ class Classification:
             raise DataError(
                 f"there is a label {int(sets.train.labels.max())}, and {wanted or found.classes} scores, for labels "
                 "from 0",
-                hint=Text(Fix("num_classes"), " gives the network a new head."),
+                hint=Text(Fix("num_classes", int(sets.train.labels.max()) + 1), " gives the network a new head."),
             )
         return fitted(model, found, sets.count, num_classes, seed)
 
