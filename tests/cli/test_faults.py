@@ -76,3 +76,9 @@ def test_a_closed_standard_output_is_no_bug() -> None:
     command = f"{sys.executable} -m normswap norms >&-"
     ran = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, timeout=120)
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_what_torch_says_is_quoted_as_it_says_it(cli: Cli) -> None:
+    ran = cli("convert", "nets.py:tiny", "--to", "ln", "--input", "1,5,8,8")
+    assert ran.code == 1
+    assert "Given groups=1, weight of size" in ran.err
