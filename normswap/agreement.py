@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import DataError
+from .errors import DataError, plural
 
 SCORE = 0.5
 IOU = 0.5
@@ -239,7 +239,7 @@ def comparison_lines(report: Any) -> list[str]:
     """Drift, agreement and accuracy before and after, of a report that has them (`calibrate`'s, `distil`'s)."""
     lines = []
     if report.drift_before is not None and report.drift_after is not None:
-        on = f" (on {report.compared} images)"
+        on = f" (on {plural(report.compared, 'image')})"
         lines.append(f"output drift: {report.drift_before:.3g} -> {report.drift_after:.3g}{on}")
     if report.agreement_before is not None and report.agreement_after is not None:
         lines.append(f"agreement: {report.agreement_before:.1%} -> {report.agreement_after:.1%}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .checks import check_fit
 from .conversion import Record, record_of
-from .errors import CheckpointError, NormswapError, OptionError, PlanError, WeightsError
+from .errors import CheckpointError, Fix, NormswapError, OptionError, PlanError, Text, WeightsError
 from .heads import Head, resize_head
 from .lifting import lifted
 from .manifest import KEY, make_manifest, read_file
@@ -144,14 +144,23 @@ def _trusted_source(manifest: Mapping[str, Any], path: Path, trust_code: bool) -
     if manifest["source"] is None:
         raise CheckpointError(
             f"{path} does not know how to build its architecture",
-            hint="--source (source=) says what does, such as file.py:factory.\n"
-            f'Or build the original network and pass it: normswap.load("{path}", model=my_model)',
+            hint=Text(
+                Fix("source"),
+                " says what does, such as file.py:factory.\n"
+                f'Or build the original network and pass it, in Python: normswap.load("{path}", model=my_model)',
+            ),
         )
     source = Source.from_dict(manifest["source"])
     if source.runs_code and not trust_code:
         raise CheckpointError(
             f"{path} is built by {source}, and building it would run that code",
-            hint="If you trust the file, pass --trust-code (trust_code=True), or pass the network with model=.",
+            hint=Text(
+                "If you trust the file, pass ",
+                Fix("trust_code", True),
+                ".\nElse pass the network as ",
+                Fix("model"),
+                ".",
+            ),
         )
     return beside(source, path)
 
@@ -240,7 +249,7 @@ def _swapped(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path: 
     except PlanError as error:
         raise WeightsError(
             f"{path} does not fit {type(model).__name__}:\n" + "\n".join(f"  {line}" for line in error.problems[:10]),
-            hint="model= takes the original network, as it was before the conversion.",
+            hint=Text(Fix("model"), " takes the original network, as it was before the conversion."),
         ) from error
     model = _of_dtype(model, tensors)
     added = [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .calls import out_channels, producer_kind
-from .errors import PlanError
+from .errors import Fix, PlanError, Text, plural
 from .norms.fused import scale_and_shift
 from .planning import Plan, Step
 from .registry import get, identify
@@ -51,7 +51,8 @@ def _misfits(module: nn.Module, step: Step) -> Iterator[str]:
     if state.channels != step.channels:
         yield f"it has {state.channels} channels, the plan says {step.channels}"
     if step.channels % getattr(step.options, "num_groups", 1):
-        yield f"{step.channels} channels do not divide into {getattr(step.options, 'num_groups', 1)} groups"
+        groups = plural(getattr(step.options, "num_groups", 1), "group")
+        yield f"{plural(step.channels, 'channel')} do not divide into {groups}"
     needed = step.transfer in ("fold", "prescale", "fuse", "affine")
     if (needed or (step.transfer == "exact" and target.needs_statistics)) and not state.has_statistics:
         yield "it has no running statistics"
@@ -95,7 +96,13 @@ def check_statistics(model: nn.Module, plan: Plan) -> None:
         raise PlanError(
             f"{_layers(problems)} with running statistics that no network can have:",
             problems,
-            hint='The weights are damaged. transfer="copy" leaves the statistics out; a rule "keep" leaves a layer.',
+            hint=Text(
+                "The weights are damaged. ",
+                Fix("transfer", "copy"),
+                " leaves the statistics out; ",
+                Fix("rules", {"PATH": "keep"}),
+                " leaves a layer as it is.",
+            ),
         )
 
 

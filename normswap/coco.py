@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .coco_tables import check_files, check_links, kept_of, tables_of
-from .errors import DataError, listed
+from .errors import DataError, listed, plural
 from .images import Unreadable, decode
 from .masks import mask_of
 from .preprocess import Preprocess
@@ -73,7 +73,8 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Any]]]):
 
     def __str__(self) -> str:
         boxes = sum(len(p.boxes) for p in self.pictures)
-        return f"{self.annotations}: {len(self)} images, {boxes} boxes in {len(self.categories)} categories"
+        counts = f"{plural(len(self), 'image')}, {boxes} box{'es' * (boxes != 1)}"
+        return f"{self.annotations}: {counts} in {len(self.categories)} categories"
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         """Raises DataError, naming up to 10 of them, for images that cannot be read or are of another size."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .checks import affine_moved, check_fit, check_values, needs_statistics, never_updated
-from .errors import DataError, NormswapError, OptionError, SelfCheckError, first_line
+from .errors import DataError, Fix, NormswapError, OptionError, SelfCheckError, Text, first_line
 from .example import guess_inputs
 from .heads import Head
 from .inventory import as_inputs
@@ -185,7 +185,9 @@ def _observe(model: nn.Module, inputs: tuple[Any, ...], using: Plan) -> Observat
     except Exception as error:  # whatever the model's forward raises on inputs it was not made for
         raise DataError(
             f"{type(model).__name__} cannot run on the example inputs ({type(error).__name__}: {first_line(error)})",
-            hint="Give inputs of the shape its forward takes, or skip the self-check with check=False (--no-check).",
+            hint=Text(
+                "Give inputs of the shape its forward takes, or skip the self-check with ", Fix("check", False), "."
+            ),
         ) from error
 
 
@@ -224,8 +226,12 @@ def _failure(result: Check, model: nn.Module, same: bool) -> SelfCheckError:
         return SelfCheckError(
             f"the self-check cannot tell at {result.where}: {type(model).__name__} itself gives another output each "
             "time it is run on the same input; nothing was kept",
-            hint="It takes random numbers from a source of its own, or counts its runs. Let it give the same each time "
-            "while it is converted, or skip the self-check with check=False (--no-check).",
+            hint=Text(
+                "It takes random numbers from a source of its own, or counts its runs. Let it give the same each time "
+                "while it is converted, or skip the self-check with ",
+                Fix("check", False),
+                ".",
+            ),
         )
     return SelfCheckError(
         f"the self-check failed at {result.where}: {_difference(result)}; nothing was kept",

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .coco import CocoData as CocoData
 from .coco import open_coco as open_coco
-from .errors import DataError, NormswapError, first_line
+from .errors import DataError, NormswapError, first_line, plural
 from .images import ImageBatches as ImageBatches
 from .images import ImageData as ImageData
 from .images import open_images as open_images
@@ -219,7 +219,7 @@ def run_on(call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], *,
     except NormswapError:
         raise
     except torch.OutOfMemoryError as error:
-        raise DataError(f"a batch of {images_in(args)} images does not fit in memory", hint=fewer) from error
+        raise DataError(f"a batch of {plural(images_in(args), 'image')} does not fit in memory", hint=fewer) from error
     except Exception as error:  # whatever a stranger's forward raises
         raise DataError(
             f"{type(model).__name__} cannot run on the data ({type(error).__name__}: {first_line(error)})",

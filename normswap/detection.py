@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
@@ -15,7 +14,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from .backbones import stages_of
 from .conversion import convert as convert_whole
 from .detector_parts import norm_layer_of, parts_of
-from .errors import OptionError
+from .errors import OptionError, did_you_mean
 from .freezing import freeze
 from .lifting import lift
 from .registry import identify
@@ -93,7 +92,10 @@ def detector(
     Raises OptionError for a kind, norm, number or backbone that does not fit.
     """
     if kind not in DETECTORS:
-        raise OptionError(f"unknown kind of detector {kind!r}; known: {', '.join(DETECTORS)}")
+        raise OptionError(
+            f"unknown kind of detector {kind!r}; known: {', '.join(DETECTORS)}",
+            hint=did_you_mean(kind, DETECTORS) if isinstance(kind, str) else None,
+        )
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
         raise OptionError(f"num_classes counts the background, so it is at least 2, not {num_classes!r}")
     check_module(backbone)
@@ -165,6 +167,5 @@ def _check_options(kind: str, options: Mapping[str, Any]) -> None:
     if kind == "ssd":
         known -= {"min_size", "max_size", "fixed_size", "size_divisible"}
     for name in options.keys() - known:
-        near = ["size"] if kind == "ssd" and "size" in name else difflib.get_close_matches(name, known, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else None
+        hint = "Did you mean size?" if kind == "ssd" and "size" in name else did_you_mean(name, known)
         raise OptionError(f"torchvision's {DETECTORS[kind].__name__} has no option {name!r}", hint=hint)

@@ -18,7 +18,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from .backbones import Level, NormLayer, PyramidBackbone, ShrinkingBackbone, body_of, is_complete, levels_of
-from .errors import OptionError
+from .errors import Fix, OptionError, Text
 from .registry import build, get
 from .spec import Misfit, NormState, Request
 
@@ -60,8 +60,8 @@ def norm_layer_of(norm: str | None, groups: int | str | None, width: int) -> Nor
     spec = get(norm)
     if norm in ("frozen", "fused"):
         raise OptionError(
-            f"new layers have no statistics to freeze, so norm={norm!r} makes no sense for them",
-            hint='Give the backbone alone frozen norms, and norm="gn" or None here.',
+            Text("new layers have no statistics to freeze, so ", Fix("norm", norm), " makes no sense for them"),
+            hint=Text("Give the backbone alone frozen norms, and ", Fix("norm", "gn"), " or None here."),
         )
     if groups is not None and norm != "gn":
         raise OptionError(f"groups apply to gn only, not to {norm}")

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from . import norms as _norms  # noqa: F401  (registers the norm types)
-from .errors import OptionError
+from .errors import Fix, OptionError, Text
 from .pinned import ATTRIBUTE, Freeze, Pinned, freeze_of, frozen_tensors, pin, statistics_of, unpin
 from .registry import class_of, identify, looks_batch
 from .surgery import aliases, get, matches
@@ -86,7 +86,10 @@ def freeze(model: nn.Module, stats: bool = True, affine: bool = True, modules: P
     no layer has any, and for layers that cannot be frozen yet (lazy, on the meta device) or any more (scripted).
     """
     if not (stats or affine):
-        raise OptionError("stats=False with affine=False freezes nothing", hint="Set one of them to True.")
+        raise OptionError(
+            Text(Fix("stats", False), " with ", Fix("affine", False), " freezes nothing"),
+            hint="Set one of them to True.",
+        )
     found = _selected(model, modules)
     if not found:
         raise OptionError(f"{type(model).__name__} has no norm layer to freeze")
@@ -214,13 +217,22 @@ def _check_statistics(found: Mapping[str, nn.Module], affine: bool) -> None:
         raise OptionError(
             f"{len(without)} batch norm layer{'s' * (len(without) != 1)} without running statistics to freeze: "
             f"{', '.join(without)}",
-            hint="stats=False freezes gamma and beta alone. convert(to='bn', missing_statistics='later') and then "
-            "calibrate give them statistics.",
+            hint=Text(
+                Fix("stats", False),
+                " freezes gamma and beta alone. convert(to='bn', missing_statistics='later') and ",
+                "then calibrate give them statistics.",
+            ),
         )
     if not affine and not any(map(_has_statistics, found.values())):
         raise OptionError(
-            f"none of the {len(found)} norm layers has running statistics; stats=True, affine=False freezes nothing",
-            hint="affine=True freezes gamma and beta.",
+            Text(
+                f"none of the {len(found)} norm layers has running statistics; ",
+                Fix("stats", True),
+                " with ",
+                Fix("affine", False),
+                " freezes nothing",
+            ),
+            hint=Text(Fix("affine", True), " freezes gamma and beta."),
         )
 
 

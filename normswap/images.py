@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import DataError, listed
+from .errors import DataError, Fix, Text, listed, plural
 from .preprocess import Preprocess, canonical, eight_bit
 from .values import whole
 
@@ -46,8 +46,9 @@ class ImageData:
         return len(self.files)
 
     def __str__(self) -> str:
-        count = f"{len(self.files)} of {self.found} images" if len(self.files) < self.found else f"{self.found} images"
-        return f"{self.folder}: {count}" + (f" in {len(self.classes)} classes" if self.classes else ", no labels")
+        count = f"{len(self.files)} of " * (len(self.files) < self.found) + plural(self.found, "image")
+        classes = f" in {len(self.classes)} class{'es' * (len(self.classes) != 1)}" if self.classes else ", no labels"
+        return f"{self.folder}: {count}{classes}"
 
     def batches(self, transform: Transform | None = None, batch_size: int = 64, *, stack: bool = True) -> ImageBatches:
         """Batches of `(images, labels)`; may be iterated any number of times, and reads the files each time.
@@ -147,7 +148,7 @@ def open_images(folder: str | os.PathLike[str], *, limit: int | None = None, see
 def _listed(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
     """The images in the folder itself, and those anywhere below each of its subfolders."""
     if not folder.exists():
-        raise DataError(f"there is no folder {folder}", hint="--data takes a folder of images or of class folders.")
+        raise DataError(f"there is no folder {folder}", hint="Give a folder of images or of class folders.")
     if not folder.is_dir():
         raise DataError(f"{folder} is a file, not a folder", hint=f"Give the folder that holds it: {folder.parent}")
     try:
@@ -312,7 +313,7 @@ def _stacked(images: list[Tensor], files: Sequence[Path]) -> Tensor:
             raise DataError(
                 f"images of different sizes cannot form a batch: {files[0].name} is {tuple(images[0].shape)}, "
                 f"{file.name} is {tuple(image.shape)}",
-                hint="Give a size for all (--size 224), a batch size of 1, or lists of images (stack=False).",
+                hint=Text("Give one size for all, such as ", Fix("size", 224), ", or ", Fix("batch_size", 1), "."),
             )
     return torch.stack(images)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .agreement import Deviation, floating
 from .conversion import record_of
 from .data import CHECK_IMAGES, Batch, images_in, placed
-from .errors import DataError, first_line
+from .errors import DataError, Fix, Text, first_line, plural
 from .inventory import inspect
 from .surgery import aliases, device_and_dtype, get
 
@@ -117,7 +117,8 @@ def _run(
             return model(*placed(args, *device_and_dtype(model)))
         except torch.OutOfMemoryError as error:
             raise DataError(
-                f"a batch of {images_in(args)} images does not fit in memory", hint="Try a smaller batch_size."
+                f"a batch of {plural(images_in(args), 'image')} does not fit in memory",
+                hint=Text("Try a smaller ", Fix("batch_size"), "."),
             ) from error
         except Exception as error:  # whatever a forward raises on inputs it was not made for
             raise DataError(

@@ -14,7 +14,7 @@ from torch.optim import LBFGS, Optimizer
 
 from .conversion import Record
 from .correspondence import Changes, converted, names_before, records_since
-from .errors import OptionError
+from .errors import Fix, OptionError, Text
 from .undo import scaled
 
 # How an entry of the state grows with the gradient: momentum with its first power, second moments with its square,
@@ -227,7 +227,7 @@ def _check(optimizer: Optimizer, changes: Changes, record: Record) -> None:
     if in_place and gone and not record.undo.norms and not held <= set(changes.target):
         raise OptionError(
             "which parameters the conversion removed is not known, since it was made in place and kept no record",
-            hint="Convert with undo=True, or not in place.",
+            hint=Text("Convert with ", Fix("undo", True), ", or not in place."),
         )
 
 

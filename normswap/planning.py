@@ -14,11 +14,12 @@ from typing import Any, cast
 
 from torch import nn
 
-from .errors import CheckpointError, OptionError, PlanError
+from .errors import CheckpointError, Fix, OptionError, PlanError, Text, did_you_mean
 from .inventory import Inventory, Layer, inspect, positions
 from .registry import get, targets
 from .rules import Rule, Rules, assigned, check_rules, rules_of, selected
 from .spec import Misfit, NormSpec, Options, Request
+from .values import one_of
 
 TRANSFERS = ("fold", "copy", "reset")
 SOFT = 1.0
@@ -166,19 +167,21 @@ def plan(
 def _check_options(
     request: Request, names: set[str], transfer: str, missing: str, sources: Collection[str] | None
 ) -> None:
-    if transfer not in TRANSFERS:
-        raise OptionError(f"transfer must be one of {', '.join(TRANSFERS)}, got {transfer!r}")
-    if missing not in ("error", "later"):
-        raise OptionError(f"missing_statistics must be 'error' or 'later', got {missing!r}")
+    one_of("transfer", transfer, TRANSFERS)
+    one_of("missing_statistics", missing, ("error", "later"))
     if (request.groups is not None or request.channels_per_group is not None) and "gn" not in names:
         raise OptionError(f"groups apply to gn only, not to {', '.join(sorted(names)) or 'keep'}")
     if transfer != "fold" and "fused" in names:
-        raise OptionError(f"fused carries everything over; transfer={transfer!r} does not go with it")
+        raise OptionError(Text("fused carries everything over; ", Fix("transfer", transfer), " does not go with it"))
     if transfer == "reset" and "frozen" in names:
-        raise OptionError("frozen is made of the running statistics; transfer='reset' leaves nothing of it")
+        what = "frozen is made of the running statistics; "
+        raise OptionError(Text(what, Fix("transfer", "reset"), " leaves nothing of it"))
     for name in sources or ():
         if name not in targets():
-            raise OptionError(f"unknown norm {name!r} in sources; known: {', '.join(targets())}")
+            raise OptionError(
+                Text(f"unknown norm {name!r} in ", Fix("sources"), f"; known: {', '.join(targets())}"),
+                hint=did_you_mean(name, targets()),
+            )
 
 
 @dataclass
@@ -322,18 +325,20 @@ def _name(path: str) -> str:
 def _problem_error(planner: _Planner, among: set[str]) -> PlanError:
     total = len(planner.problems)
     summary = f"{total} layer{'s' * (total != 1)} cannot be converted as asked:"
-    hints = []
+    hints: list[str] = []
     if planner.indivisible:
-        hints.append('indivisible="nearest" takes the largest divisor below what you asked for.')
+        hints.append(Text(Fix("indivisible", "nearest"), " takes the largest divisor below what you asked for."))
         channels = [x.state.channels for x in planner.inventory.layers if x.path in among]
         size = next((s for s in (16, 8, 4) if all(c % s == 0 for c in channels)), None)
-        hints += [f"channels_per_group={size} fits every layer."] if size else ['groups="auto" fits every layer.']
+        fix = Fix("channels_per_group", size) if size else Fix("groups", "auto")
+        hints.append(Text(fix, " fits every layer."))
     if planner.unshown:
-        hints.append("Example inputs show how large a layer's maps are: example_inputs=, or --input.")
+        hints.append(Text("Example inputs show how large a layer's maps are: ", Fix("example_inputs"), "."))
     if planner.degenerate:
-        hints.append('A rule keeps such a layer or gives it another norm: rules={"PATH": "frozen"}, or fewer groups.')
+        frozen = Fix("rules", {"PATH": "frozen"})
+        hints.append(Text("A rule keeps such a layer or gives it another norm: ", frozen, ", or fewer groups."))
     if planner.no_statistics:
         hints.append("calibrate estimates them from images: `normswap convert ... --calibrate DIR`.")
     if planner.inventory.suspects or planner.held:
-        hints.append('To leave a layer as it is: rules={"PATH": "keep"}.')
-    return PlanError(summary, planner.problems, hint="\n".join(hints) or None, indivisible=planner.indivisible)
+        hints.append(Text("To leave a layer as it is: ", Fix("rules", {"PATH": "keep"}), "."))
+    return PlanError(summary, planner.problems, hint=Text.joined("\n", hints) or None, indivisible=planner.indivisible)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from .errors import OptionError
+from .errors import Fix, OptionError, Text
+from .values import one_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,8 +58,7 @@ class Preprocess:
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
             raise OptionError(f"channels must be 3 (colour) or 1 (grey), got {self.channels!r}")
-        if self.interpolation not in _FILTERS:
-            raise OptionError(f"interpolation must be one of {', '.join(_FILTERS)}, got {self.interpolation!r}")
+        one_of("interpolation", self.interpolation, tuple(_FILTERS))
         if self.size not in ("auto", "native"):
             object.__setattr__(self, "size", _pair("size", self.size))
         if self.resize is not None and not _is_count(self.resize):
@@ -66,7 +66,7 @@ class Preprocess:
         for name in ("mean", "std"):
             object.__setattr__(self, name, _per_channel(name, getattr(self, name), self.channels))
         if min(self.std) <= 0:
-            raise OptionError(f"std must be positive, got {self.std}")
+            raise OptionError(Text(Fix("std"), f" must be positive, got {self.std}"))
 
     @classmethod
     def raw(cls, channels: int = 3) -> Preprocess:
@@ -187,13 +187,15 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
             return value[0], value[0]
         if len(value) == 2 and all(_is_count(side) for side in value):
             return value[0], value[1]
-    raise OptionError(f"{name} must be one positive number of pixels, or height and width, got {value!r}")
+    raise OptionError(Text(Fix(name), f" must be one positive number of pixels, or height and width, got {value!r}"))
 
 
 def _per_channel(name: str, values: Any, channels: int) -> tuple[float, ...]:
     numbers = (values,) if isinstance(values, (int, float)) else tuple(values)
     if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in numbers) or len(numbers) not in (1, 3):
-        raise OptionError(f"{name} must be one or three finite numbers, for values in [0, 1], got {values!r}")
+        raise OptionError(
+            Text(Fix(name), f" must be one or three finite numbers, for values in [0, 1], got {values!r}")
+        )
     if len(numbers) == 3 and channels == 1:
         return (math.fsum(numbers) / 3,)
     return tuple(float(v) for v in numbers) * (channels // len(numbers))

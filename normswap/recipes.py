@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import OptionError
+from .errors import OptionError, did_you_mean
 
 _HERE = Path(__file__).parent
 FOLDERS = (_HERE / "_recipes", _HERE.parent / "recipes")
@@ -57,9 +56,8 @@ def recipe(name: str) -> Recipe:
     known = {found.name: found for found in recipes()}
     wanted = name.removesuffix(".py")
     if wanted not in known:
-        near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
         raise OptionError(
             f"unknown recipe {name!r}; there are {', '.join(known)}",
-            hint=f"Did you mean {near[0]!r}?" if near else None,
+            hint=did_you_mean(wanted, known),
         )
     return known[wanted]

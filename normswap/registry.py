@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .errors import OptionError
+from .errors import OptionError, did_you_mean
 from .pinned import beneath
 from .spec import NormSpec, NormState, Options
 
@@ -54,12 +53,8 @@ def get(name: str) -> NormSpec:
     """The norm type of that name. Raises OptionError, with near matches, for an unknown one."""
     spec = _BY_NAME.get(name)
     if spec is None or spec.build is None:
-        usual = _USUAL.get(name.lower().replace("_", "").replace("-", ""))
-        near = [usual] if usual else difflib.get_close_matches(name, targets(), n=1, cutoff=0.5)
-        raise OptionError(
-            f"unknown norm {name!r}; known: {', '.join(targets())}",
-            hint=f"Did you mean {near[0]!r}?" if near else None,
-        )
+        hint = did_you_mean(name, targets(), usual=_USUAL)
+        raise OptionError(f"unknown norm {name!r}; known: {', '.join(targets())}", hint=hint)
     return spec
 
 

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from .errors import OptionError
+from .errors import OptionError, did_you_mean
 
 ROLES = ("backbone", "fpn", "head")
 PREFIX = "role:"
@@ -64,7 +64,9 @@ def role_in(pattern: str) -> str | None:
         return None
     role = pattern[len(PREFIX) :]
     if role not in ROLES:
-        raise OptionError(f"unknown role {role!r} in {pattern!r}", hint=f"Roles are {', '.join(ROLES)}.")
+        raise OptionError(
+            f"unknown role {role!r} in {pattern!r}", hint=did_you_mean(role, ROLES) or f"Roles are {', '.join(ROLES)}."
+        )
     return role
 
 

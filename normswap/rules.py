@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .errors import OptionError
+from .errors import Fix, OptionError, Text
 from .inventory import Inventory
 from .registry import get, targets
 from .roles import counted, role_in
@@ -81,10 +81,10 @@ def check_rules(inventory: Inventory, rules: Sequence[Rule], among: Collection[s
     idle = [r for r in idle if not (r.pattern == "*" and not among)]
     if not idle:
         return
-    hint = "`normswap inspect` lists the paths; sources=/--from selects norms other than batch norms."
+    hint = Text("`normswap inspect` lists the paths; ", Fix("sources"), " selects norms other than batch norms.")
     if any(role_in(r.pattern) for r in idle):
         there = counted(x.role for x in inventory.layers if x.path in among)
-        hint = f"The layers to convert are in: {there or 'none of them'}.\n{hint}"
+        hint = Text(f"The layers to convert are in: {there or 'none of them'}.\n", hint)
     raise OptionError(f"rule matches no layer to convert: {', '.join(repr(r.pattern) for r in idle)}", hint=hint)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .errors import DataError, listed
+from .errors import DataError, listed, plural
 from .images import EXTENSIONS, Unreadable, decode, reason_of
 from .preprocess import Preprocess
 
@@ -38,7 +38,7 @@ class MaskData(Dataset[tuple[Tensor, Tensor]]):
         return len(self.files)
 
     def __str__(self) -> str:
-        return f"{self.folder}: {len(self)} images with masks"
+        return f"{self.folder}: {plural(len(self), 'image')} with masks"
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Raises DataError for a file that cannot be read."""

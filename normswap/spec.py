@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import OptionError
+from .errors import Fix, OptionError, Text
+from .values import one_of
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,18 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.groups is not None and self.channels_per_group is not None:
-            raise OptionError("groups and channels_per_group exclude each other; give one of them")
+            raise OptionError(Text(Fix("groups"), " and ", Fix("channels_per_group"), " exclude each other"))
         for name, value in (("groups", self.groups), ("channels_per_group", self.channels_per_group)):
             if isinstance(value, str) and name == "groups" and value == "auto":
                 continue
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise OptionError(f"{name} must be a positive integer{' or auto' * (name == 'groups')}, got {value!r}")
-        if self.indivisible not in ("error", "nearest"):
-            raise OptionError(f"indivisible must be 'error' or 'nearest', got {self.indivisible!r}")
+                raise OptionError(
+                    Text(Fix(name), f" must be a positive integer{' or auto' * (name == 'groups')}, got {value!r}")
+                )
+        one_of("indivisible", self.indivisible, ("error", "nearest"))
         number = isinstance(self.eps, (int, float)) and not isinstance(self.eps, bool)
         if self.eps is not None and not (number and 0 <= self.eps < float("inf")):
-            raise OptionError(f"eps must be a finite number >= 0, got {self.eps!r}")
+            raise OptionError(Text(Fix("eps"), f" must be a finite number >= 0, got {self.eps!r}"))
 
 
 @dataclass(frozen=True)

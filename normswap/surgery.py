@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .errors import NormswapError, OptionError
+from .errors import Fix, NormswapError, OptionError, Text
 
 # What every nn.Module carries; anything else in a module's __dict__ is its own or its user's.
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
@@ -402,5 +402,5 @@ def copied(model: nn.Module) -> nn.Module:
     except Exception as error:  # whatever the model's own __deepcopy__ raises
         raise NormswapError(
             f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error})",
-            hint="Pass inplace=True to convert the model itself.",
+            hint=Text("Pass ", Fix("inplace", True), " to convert the model itself."),
         ) from error

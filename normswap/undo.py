@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import RevertError
+from .errors import Fix, RevertError, Text
 from .records import ATTRIBUTE, put_record
 from .surgery import aliases, hand_over_hooks, replace
 from .wrappers import check_wrapper, rewrapped, unwrapped
@@ -202,7 +202,7 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
         raise RevertError("the network is stabilized for training", hint="Revert it after `with stabilized(...)`.")
     if not undo.complete:
         raise RevertError(
-            "the conversion kept nothing to undo it with (undo=False or --no-undo)",
+            Text("the conversion kept nothing to undo it with (", Fix("undo", False), ")"),
             hint="Build the original network again from its source.",
         )
     modules = {name: module for module, names in aliases(model).items() for name in names}
@@ -220,8 +220,11 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
         raise RevertError(
             f"{len(changed)} layer{'s' * (len(changed) != 1)} changed since the conversion (trained?), the first is "
             f"{changed[0]}; the original network cannot be restored bit for bit",
-            hint="strict=False (--approximate) undoes the swap with the weights as they are now; "
-            'convert(to="bn") keeps what a sync, frozen or renorm norm has learned.',
+            hint=Text(
+                Fix("strict", False),
+                " undoes the swap with the weights as they are now; ",
+                'convert(to="bn") keeps what a sync, frozen or renorm norm has learned.',
+            ),
         )
     for layer in undo.layers:
         _restore_layer(modules[layer.path], layer, originals[layer.path])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .agreement import OutputTally
 from .data import Batches, as_batches, images_in
-from .errors import DataError, OptionError, first_line
+from .errors import DataError, Fix, OptionError, Text, did_you_mean, first_line
 from .example import guess_inputs, random_tensor, runs
 from .layerwise import Difference, LayerTally, comparable_paths, images_at_once, parts
 from .surgery import device_and_dtype, evaluating, undisturbed
@@ -131,7 +131,7 @@ def _random_batches(model: nn.Module) -> Batches:
     if inputs is None:
         raise DataError(
             f"no input is known that {type(model).__name__} runs on, so the networks cannot be compared without data",
-            hint="Give images: data=..., or --data DIR.",
+            hint=Text("Give images with ", Fix("data"), "."),
         )
     if len(inputs) == 1 and isinstance(inputs[0], Tensor):
         more = (random_tensor((_RANDOM_IMAGES, *inputs[0].shape[1:]), model),)
@@ -152,7 +152,12 @@ def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None
             for tensor in tensors:
                 tensor.data = tensor.data.to(device)
         except (RuntimeError, AssertionError) as error:
-            raise OptionError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
+            raise OptionError(
+                f"device {str(device)!r} cannot be used: {first_line(error)}",
+                hint=did_you_mean(str(device).partition(":")[0], ("cpu", "cuda", "mps"))
+                if str(device).partition(":")[0] not in ("cpu", "cuda", "mps")
+                else None,
+            ) from error
         yield
     finally:
         for tensor, data in zip(tensors, before, strict=True):

@@ -6,6 +6,7 @@ Files are memory-mapped, never unpickled beyond tensors unless the caller trusts
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
 import zipfile
@@ -16,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .errors import WeightsError
+from .errors import Fix, Text, WeightsError
 
 State = dict[str, Tensor]
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params", "weights",
@@ -67,12 +69,27 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str, *, ca
         parts = [_listing("missing", missing), _listing("unexpected", unexpected), _listing("mis-shaped", misshaped)]
         raise WeightsError(
             f"{origin} does not fit {type(model).__name__}:\n" + "\n".join(part for part in parts if part),
-            hint="Check the source and its --arg values, such as --arg num_classes=10.",
+            hint=Text(
+                "Check the source and the arguments of its builder, such as ", Fix("args", {"num_classes": 10}), "."
+            ),
         )
     placed = {k: _like(v, own[k], cast) for k, v in fitted.items() if k in own}
     model.load_state_dict(placed, strict=False, assign=True)
     for names in ties:
         _tie(model, names)
+
+
+def digest_of(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the names, dtypes, shapes and values of a state dict: equal for networks with equal weights only."""
+    total = hashlib.sha256()
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or is_lazy(tensor) or tensor.is_meta:  # without values
+            total.update(f"{name}\n".encode())
+        else:
+            total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())
+            flat = tensor.detach().cpu().contiguous().view(-1)
+            total.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return total.hexdigest()
 
 
 def _like(tensor: Tensor, own: Tensor, cast: bool) -> Tensor:
@@ -124,7 +141,7 @@ def check_finite(state: Mapping[str, Tensor], origin: object) -> None:
     if bad:
         raise WeightsError(
             f"{origin} holds NaN or Inf:\n" + _listing("not finite", bad),
-            hint="Pass --allow-nonfinite (allow_nonfinite=True) to use it all the same.",
+            hint=Text("Pass ", Fix("allow_nonfinite", True), " to use it all the same."),
         )
 
 
@@ -183,7 +200,7 @@ def _read_pickle(path: Path, trust_pickle: bool) -> Any:
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
             raise WeightsError(
                 f"{path} holds pickled code{f' ({named[1]})' if named else ''}, which loading would run",
-                hint="If you trust where it comes from, pass --trust-pickle (trust_pickle=True).",
+                hint=Text("If you trust where it comes from, pass ", Fix("trust_pickle", True), "."),
             ) from error
         raise WeightsError(f"{path} cannot be read as a torch checkpoint: {_first(error)}") from error
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import OutputError
+from .errors import Fix, OutputError, Text
 from .locking import locked, short
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _check_place(path: Path, overwrite: bool) -> None:
     if path.exists() and not path.is_file():
         raise OutputError(f"{path} is not a regular file")
     if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists already", hint="--force (overwrite=True) replaces it; -o names another file.")
+        raise OutputError(f"{path} exists already", hint=Text(Fix("overwrite", True), " replaces it."))
     if not folder.is_dir():
         raise OutputError(f"the folder {folder} does not exist" if not folder.exists() else f"{folder} is not a folder")
     if not os.access(folder, os.W_OK):

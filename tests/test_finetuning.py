@@ -229,7 +229,7 @@ def test_frozen_statistics_and_affine_do_not_move(data: Any) -> None:
 
 def test_batch_norm_at_small_batches_gets_a_note(data: Any) -> None:
     report = normswap.finetune(pretrained(), data[0], **SMALL)
-    assert any("--to gn" in note and "12 BatchNorm layers" in note for note in report.notes)
+    assert any("freeze_stats=True" in note and "12 BatchNorm layers" in note for note in report.notes)
     assert not normswap.finetune(pretrained(), data[0], batch_size=8, steps=1).notes
 
 
@@ -238,7 +238,7 @@ def test_batch_norm_on_single_values_says_what_to_do() -> None:
     data = torch.randn(8, 1, 2, 2), torch.randint(2, (8,))
     with pytest.raises(TrainingError, match="single value per channel") as error:
         normswap.finetune(model, data, batch_size=1, steps=2)
-    assert "--freeze-stats" in str(error.value)
+    assert "freeze_stats=True" in str(error.value)
 
 
 def test_modes_and_gradients_come_back(gn: nn.Module, data: Any) -> None:
@@ -467,7 +467,7 @@ def test_without_a_folder_the_network_goes_back_too(gn: nn.Module, data: Any) ->
 
 def test_labels_beyond_the_scores_name_the_head(gn: nn.Module, data: Any) -> None:
     (x, y), _ = data
-    with pytest.raises(DataError, match="--num-classes"):
+    with pytest.raises(DataError, match="num_classes="):
         normswap.finetune(gn, (x, y + 5), **SMALL)
 
 
@@ -595,5 +595,5 @@ def test_memory_that_runs_out_says_what_to_try(gn: nn.Module, data: Any, tmp_pat
     model = Hungry()
     with pytest.raises(TrainingError, match="step 6 does not fit into the memory") as error:
         normswap.finetune(model, data[0], **SMALL)
-    assert "--batch-size" in str(error.value)
+    assert "batch_size" in str(error.value)
     assert "step 5" in str(error.value)

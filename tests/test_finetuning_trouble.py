@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import normswap
 from normswap.errors import Interrupted, TrainingError
 from normswap.finetuning.report import Progress
+from normswap.finetuning.trouble import explained
 
 TASKS = ("classification", "detection", "segmentation")
 
@@ -83,7 +84,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(task: str, folder:
 def test_memory_that_runs_out_saves_the_steps_before(task: str, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"step 3 does not fit into the memory of cpu; .*of step 2") as error:
         run(task, folder, tmp_path / "run", hungry, step=3)
-    assert "--batch-size" in str(error.value)
+    assert "batch_size" in str(error.value)
     assert state(tmp_path / "run")["step"] == 2
 
 
@@ -145,3 +146,12 @@ def test_a_network_that_does_not_compile_is_told_in_one_sentence(monkeypatch: py
     with pytest.raises(TrainingError, match=r"torch.compile .*no C\+\+ compiler\)\nLeave --compile"):
         normswap.finetune(model, data, batch_size=2, steps=1, device="cpu", compile=True)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_failing_torch_compile_is_no_fault_of_ours_and_names_the_option() -> None:
+    from torch._dynamo.exc import InternalTorchDynamoError
+
+    error = explained(InternalTorchDynamoError("no C++ compiler"), "step 1", torch.device("cpu"), "nothing is left")
+    assert isinstance(error, TrainingError)
+    assert error.message == "torch.compile cannot compile the network (no C++ compiler); nothing is left"
+    assert error.hint == "Leave compile out."

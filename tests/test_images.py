@@ -105,7 +105,7 @@ def test_images_of_different_sizes_come_as_a_list_or_are_refused(tmp_path: Path)
     data = open_images(tmp_path)
     ((images, _),) = data.batches(Preprocess.raw(), stack=False)
     assert [tuple(image.shape) for image in images] == [(3, 30, 32), (3, 10, 20)]
-    with pytest.raises(DataError, match=r"0\.png is \(3, 30, 32\), 1\.png is \(3, 10, 20\)\n.*--size"):
+    with pytest.raises(DataError, match=r"0\.png is \(3, 30, 32\), 1\.png is \(3, 10, 20\)\n.*size=224"):
         list(data.batches(Preprocess.raw()))
 
 

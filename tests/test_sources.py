@@ -85,7 +85,7 @@ def test_arguments_are_literals_where_they_can_be() -> None:
 
 @pytest.mark.parametrize("pair", ["a", "=3", "a b=3", "1=2", ""])
 def test_an_argument_without_a_name_is_refused(pair: str) -> None:
-    assert refused(parse_args, [pair]).message == f"--arg needs key=value, got {pair!r}"
+    assert refused(parse_args, [pair]).message == f"args needs KEY=VALUE, got {pair!r}"
 
 
 # --- torchvision --------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_a_checkpoint_of_another_network_lists_what_does_not_fit(tmp_path: Path)
         "    fc.weight: (5, 512) in the file, (1000, 512) in the model",
         "    fc.bias: (5,) in the file, (1000,) in the model",
     ]
-    assert "--arg num_classes=10" in error.hint
+    assert 'args={"num_classes": 10}' in error.hint
 
 
 @pytest.mark.parametrize("weights", ["DEFAULT", "IMAGENET1K_V1"])
@@ -214,7 +214,7 @@ def test_without_a_network_the_message_names_what_was_tried_and_the_ways_out(
     url = mirror if "://" in mirror else f"file://{mirror}"
     assert error.message.startswith(f"the weights of resnet18 cannot be downloaded: {url}/{name} into {home / name} (")
     assert "\n" not in error.message
-    assert error.hint == "Ways out: --weights FILE with a checkpoint you have, or --weights none for random weights."
+    assert error.hint == ('Ways out: weights="FILE" with a checkpoint you have, or weights="none" for random weights.')
     assert not home.exists() or list(home.iterdir()) == []
 
 
@@ -237,7 +237,7 @@ def test_published_weights_with_arguments_that_do_not_go_with_them_are_refused(
     monkeypatch.setenv(torchvision_models.MIRROR, tmp_path.as_uri())
     error = refused(build, parse("resnet18", {"num_classes": 3}), progress=False)
     assert "num_classes" in error.message
-    assert "--arg" in error.hint
+    assert "args=" in error.hint
 
 
 def test_published_weights_with_nan_are_refused_unless_allowed(
@@ -521,7 +521,7 @@ def test_timm_weights_without_a_network_name_the_ways_out(offline: None) -> None
     assert error.message.startswith(
         "the weights of timm:resnet18.a1_in1k cannot be downloaded: its pretrained weights from the Hugging Face hub ("
     )
-    assert "--weights none" in error.hint
+    assert 'weights="none"' in error.hint
 
 
 # --- transformers -------------------------------------------------------------------------------------------------

@@ -200,7 +200,7 @@ def test_without_data_and_a_known_input_there_is_nothing_to_run() -> None:
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return x + y
 
-    with pytest.raises(DataError, match=r"no input is known that Odd runs on.*\n.*--data"):
+    with pytest.raises(DataError, match=r"no input is known that Odd runs on.*\n.*with data"):
         verify(Odd(), Odd())
 
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from ..agreement import OutputTally
 from ..conversion import check_order, record_of
 from ..data import as_batches, images_in
-from ..errors import DataError, OptionError, RevertError
+from ..errors import DataError, Fix, OptionError, RevertError, Text
 from ..pinned import Pinned
 from ..registry import identify
 from ..surgery import copied, evaluating, undisturbed
@@ -154,7 +154,7 @@ def _run(
     notes = [] if count == given else [f"{count} of {given} images used: more do not fit in memory at a time"]
     found = comparison.summary()
     if preparation.method == "balance" and preparation.balanced and (found.get("drift_after") or 0) > FAR:
-        notes.append('the outputs are still far from the original\'s; method="refit" (--method refit) comes closer')
+        notes.append(Text("the outputs are still far from the original's; ", Fix("method", "refit"), " comes closer"))
     notes += comparison.notes
     return CalibrationReport(count, matching.results(), passes=matching.passes, notes=tuple(notes), **found)
 
@@ -193,7 +193,9 @@ def _collected(
     if images is not None:
         whole("images", images)
     if data is None:
-        raise OptionError("images are needed", hint="data=images, a tensor (N, C, H, W) or batches of them")
+        raise OptionError(
+            "images are needed", hint=Text(Fix("data"), " takes a tensor (N, C, H, W), or batches of them.")
+        )
     most = images or (len(data) if isinstance(data, Tensor) else 256)
     batches, labels, left = [], [], most
     source = as_batches(data, batch_size, once=True)
@@ -231,7 +233,9 @@ def _reference(model: nn.Module, reference: nn.Module | None) -> nn.Module | Non
     except RevertError as error:
         needed = any(s.target not in ("frozen", "fused") and s.transfer != "exact" for s in record.plan.steps)
         if needed:
-            raise RevertError(error.message, hint="Pass the original network with reference=.") from error
+            raise RevertError(
+                error.message, hint=Text("Pass the original network as ", Fix("reference"), ".")
+            ) from error
         return None
 
 
@@ -239,7 +243,7 @@ def _check_enough(targets: Sequence[Target], count: int, asked: int | None) -> N
     if asked is not None and count < asked and any(t.statistics for t in targets):
         raise DataError(
             f"running statistics were to be estimated over {asked} images, the data has {count}",
-            hint=f"Give more images, or ask for fewer: images={count}.",
+            hint=Text("Give more images, or ask for fewer: ", Fix("images", count), "."),
         )
 
 

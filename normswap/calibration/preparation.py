@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from ..conversion import Record, record_of
-from ..errors import OptionError
+from ..errors import Fix, OptionError, Text
 from ..planning import SOFT, Step
 from ..registry import get as norm_type
 from ..surgery import get
 from ..undo import LayerUndo
+from ..values import one_of
 from .balance import can_balance, factors, rescale
 from .matching import Original
 from .refit import Refit, refits_of
@@ -29,10 +30,9 @@ class Preparation:
     """
 
     def __init__(self, model: nn.Module, targets: Sequence[Target], method: str, eps: float | None) -> None:
-        if method not in METHODS:
-            raise OptionError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        one_of("method", method, METHODS)
         if eps is not None and (isinstance(eps, bool) or not 0 <= eps < float("inf")):
-            raise OptionError(f"eps must be a finite number >= 0, got {eps!r}")
+            raise OptionError(Text(Fix("eps"), f" must be a finite number >= 0, got {eps!r}"))
         self.model, self.targets, self.method = model, list(targets), method
         record = record_of(model)
         self.undo = None if record is None else record.undo

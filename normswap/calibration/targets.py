@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from ..conversion import record_of
-from ..errors import NormswapError, OptionError
+from ..errors import Fix, NormswapError, OptionError, Text
 from ..modules import per_channel
 from ..registry import identify
 from ..spec import NormState
@@ -78,7 +78,7 @@ def _counterparts(model: nn.Module, reference: nn.Module | None) -> Iterator[str
     if reference is None:
         raise OptionError(
             "this model was not made by normswap.convert or normswap.load, so its original is not known",
-            hint="Pass the original network with reference=.",
+            hint=Text("Pass the original network as ", Fix("reference"), "."),
         )
     modules = dict(reference.named_modules())
     for path, module in model.named_modules():

@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
+import sysconfig
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from ..errors import NormswapError, PlanError
+from ..errors import NormswapError, PlanError, Text, first_line
+from . import flags
 from .collapse import problem_lines
 from .options import UsageError
 from .output import VERBOSE
@@ -24,9 +26,10 @@ from .terminal import is_terminal, printable
 
 ARGS = "normswap.args"
 WRITTEN = "normswap.written"
+FLAGS = "normswap.flags"
 _LAYERS = 20
+_PACKAGE = Path(__file__).resolve().parents[1]
 _ClickException: Any = UsageError.__bases__[0]
-_OPTIONS = ("indivisible", "channels_per_group", "groups", "transfer", "eps")
 
 
 class Commands(TyperGroup):
@@ -44,6 +47,7 @@ class Commands(TyperGroup):
         except (typer.Exit, typer.Abort, _ClickException):
             raise
         except BaseException as error:
+            ctx.meta[FLAGS] = _flags_of(self.get_command(ctx, ctx.invoked_subcommand or ""))
             code = report(error, ctx.meta)
             if code is None:
                 raise
@@ -63,8 +67,9 @@ def report(error: BaseException, meta: Mapping[str, Any]) -> int | None:
     if isinstance(error, NormswapError):
         if verbose and error.__cause__ is not None:
             _say_traceback(error.__cause__)
-        text = _of_plan(error, verbose) if isinstance(error, PlanError) else str(error)
-        say(_as_flags(text), prefix="error: ")
+        known = meta.get(FLAGS)
+        shown = _of_plan(error, known, verbose) if isinstance(error, PlanError) else error
+        say(shown.written(lambda fix: flags.written(fix, known)), prefix="error: ")
         return 1
     if not isinstance(error, Exception):
         return None
@@ -76,21 +81,43 @@ def report(error: BaseException, meta: Mapping[str, Any]) -> int | None:
     return 1
 
 
-def _of_plan(error: PlanError, verbose: bool) -> str:
+def _of_plan(error: PlanError, known: Collection[str] | None, verbose: bool) -> NormswapError:
     """The way out before the layers, of which there may be hundreds: alike ones in a line, and not all of them."""
-    lines = problem_lines(error.problems)
+    lines = problem_lines(Text(problem).written(lambda fix: flags.written(fix, known)) for problem in error.problems)
     if len(lines) > _LAYERS and not verbose:
         lines = [*lines[: _LAYERS - 1], f"and {len(lines) - _LAYERS + 1} more lines; --verbose shows them all"]
-    return "\n".join([error.summary, *filter(None, [error.hint]), *(f"  {line}" for line in lines)])
+    hint = Text.joined("\n", [*([error.hint] if error.hint else []), *(f"  {line}" for line in lines)])
+    return NormswapError(error.summary, hint=hint)
+
+
+_MEMORY = ("not enough memory", "out of memory", "can't allocate memory")
 
 
 def _unexpected(error: Exception) -> str:
-    text = (str(error).strip() or "no message").splitlines()[0][:300]
-    if isinstance(error, MemoryError) or "not enough memory" in text or "out of memory" in text:
-        return f"there is not enough memory ({text})"
+    """Only what neither the machine, nor a number, nor the user's own code explains is a bug."""
+    text = first_line(error)
+    if isinstance(error, MemoryError) or any(words in text for words in _MEMORY):
+        return f"there is not enough memory ({text.rpartition('Allocator: ')[2]})"
+    if isinstance(error, OverflowError) or "verflow" in text:
+        return f"a size or another number is too large ({text})"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
+    if (place := _own_code(error)) is not None:
+        return f"the code at {place} failed ({type(error).__name__}: {text})"
     return f"this is a bug in normswap, please report it: {type(error).__name__}: {text}"
+
+
+def _own_code(error: Exception) -> str | None:
+    """FILE:LINE in code of the user's own that failed when normswap or a library called it."""
+    libraries = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
+    place = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = Path(frame.f_code.co_filename)
+        if file.resolve().is_relative_to(_PACKAGE):
+            place = None  # what happens from here on is normswap's
+        elif file.is_file() and not any(file.resolve().is_relative_to(library) for library in libraries):
+            place = f"{file}:{line}"
+    return place
 
 
 def _say_traceback(error: BaseException) -> None:
@@ -118,11 +145,6 @@ def _discard_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _as_flags(text: str) -> str:
-    """A message of the Python API in the words of the command line: `groups="auto"` as `--groups auto`."""
-    text = re.sub(r'rules=\{"([^"]*)": "([^"]*)"\}', r"--rule '\1=\2'", text)
-    text = re.sub(r"(--[\w-]+) \(\w+=[^()]*\)", r"\1", text)
-    text = re.sub(r"\b\w+=\S* \((--[\w-]+)\)", r"\1", text)
-    text = re.sub(r"\b\w+=(?:/|\w+ or )(--[\w-]+)", r"\1", text)
-    options = "|".join(_OPTIONS)
-    return re.sub(rf'(?<![\w-])({options})="?([\w.]+)"?', lambda m: f"--{m[1].replace('_', '-')} {m[2]}", text)
+def _flags_of(command: Any) -> frozenset[str] | None:
+    """The flags of a command; None without one."""
+    return None if command is None else frozenset(flag for p in command.params for flag in (*p.opts, *p.secondary_opts))

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import options
+from ..errors import plural
+from . import flags, options
 from .boundary import WRITTEN
 from .images import Asked, prepare
-from .networks import Origin, Wanted, check_converted, files_read, locate, open_network
+from .networks import Origin, Wanted, check_converted, files_read, locate, open_network, open_original, restored
 from .output import Output, reporting
+from .retry import naming_the_original
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,14 +85,20 @@ def calibrate(
 
         ctx.with_resource(reserved(target, overwrite=force, inputs=files_read((origin, wanted), other)))
         model, origin = open_network(origin, wanted, out)
-        teacher = open_network(*other, out)[0] if other else None
-        report = run(model, teacher, origin, data, images, batch_size, asked, out, method)
+        teacher, named = open_original(ctx, other[1], origin, wanted, out) if other else (None, restored(origin))
+        with naming_the_original(ctx, origin.source, origin.made_with):
+            report = run(model, teacher, origin, data, images, batch_size, asked, out, method)
         out.step(f"writing {target}")
         save(model, target, overwrite=force)
         ctx.meta[WRITTEN] = target
         out.show(
-            lambda: {"network": origin.to_dict(), "output": str(target), **report.to_dict()},
-            lambda page: _page(page, report, target),
+            lambda: {
+                "network": origin.to_dict(),
+                "reference": named.to_dict(),
+                "output": str(target),
+                **report.to_dict(),
+            },
+            lambda page: _page(page, report, named, target),
         )
 
 
@@ -130,7 +138,7 @@ def _batches(
 
     folder = open_images(data, limit=images)
     if len(folder.files) < images:
-        out.note(f"{data} has {len(folder.files)} images, fewer than the {images} asked for")
+        out.note(f"{data} has {plural(len(folder.files), 'image')}, fewer than the {images} asked for")
     preparation = prepare(model, origin, asked)
     batches = folder.batches(preparation.transform, batch_size, stack=preparation.stack)
     return Batches(out.track(batches, len(batches), doing), folder.classes)
@@ -143,7 +151,7 @@ def figures(report: CalibrationReport) -> list[tuple[str, str]]:
     if not report.layers:
         return [("calibrated", "nothing; " + "; ".join(report.notes))]
     found = [
-        ("calibrated", f"{len(report.layers)} layers on {report.images} images"),
+        ("calibrated", f"{plural(len(report.layers), 'layer')} on {plural(report.images, 'image')}"),
         ("moments", f"largest error {report.error_before:.3g}, after {report.error_after:.3g}"),
     ]
     on = f"on {plural(report.compared, 'image')} that it was calibrated on"
@@ -157,10 +165,10 @@ def figures(report: CalibrationReport) -> list[tuple[str, str]]:
     return found
 
 
-def _page(page: Page, report: CalibrationReport, target: Path) -> None:
+def _page(page: Page, report: CalibrationReport, original: Origin, target: Path) -> None:
     from .render import size
 
-    page.facts(*figures(report), indent=0)
+    page.facts(("original", original.told), *figures(report), indent=0)
     for note in report.notes if report.layers else ():
-        page.line(("note: ", "dim"), note)
+        page.line(("note: ", "dim"), flags.told(note))
     page.line(("Written: ", "strong"), (str(target), "path"), f", {size(target.stat().st_size)}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .calibrate import figures
 from .collapse import Run, collapse, local_names
 from .networks import Origin
+from .retry import building
 
 if TYPE_CHECKING:
     from ..calibration import CalibrationReport
@@ -46,8 +47,7 @@ class Result:
 
     plan: what was carried out or, if `undone`, taken back; approximate: as far as that goes for a trained network.
     check: None before it has run, and where there is nothing to check. calibration: None where it was not asked for.
-    target: where the result goes; written:
-    whether it is there.
+    target: where the result goes; written: whether it is there. undo: whether it holds what undoes the conversion.
     """
 
     origin: Origin
@@ -58,6 +58,7 @@ class Result:
     undone: bool = False
     approximate: bool = False
     calibration: CalibrationReport | None = None
+    undo: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -82,6 +83,10 @@ def show(page: Page, result: Result) -> None:
         _steps(page, result.plan)
         _kept(page, result.plan)
         page.gap()
+        if result.origin.weights is not None and result.origin.file is None:
+            page.line(
+                ("Weights: ", "strong"), (str(result.origin.weights), "bad" if result.origin.weights.random else "")
+            )
         _summary(page, result.plan)
     if result.check is not None:
         _check(page, result.check)
@@ -133,12 +138,12 @@ def _target(steps: Sequence[Step]) -> str:
 
 
 def _groups(pairs: Sequence[tuple[int, int]]) -> str:
-    from .render import number_range
+    from .render import number_range, plural
 
     numbers, sizes = {groups for _, groups in pairs}, {channels // groups for channels, groups in pairs}
     if len(numbers) > 1 and len(sizes) == 1:
         return f"{sizes.pop()} per group"
-    return f"{number_range(numbers)} groups"
+    return plural(numbers.pop(), "group") if len(numbers) == 1 else f"{number_range(numbers)} groups"
 
 
 def _kept(page: Page, plan: Plan) -> None:
@@ -185,10 +190,12 @@ def _undone(page: Page, result: Result) -> None:
 
 
 def _check(page: Page, check: Check) -> None:
+    from .render import plural
+
     if check.error is None:
         page.line(("Self-check: ", "strong"), (f"not run, {check.reason}", "bad"))
         return
-    reached = f"{check.layers} of {check.total} layers"
+    reached = f"{check.layers} of {plural(check.total, 'layer')}"
     page.line(
         ("Self-check: ", "strong"), ("passed", "good"), f", relative error {check.error:.1e} with {reached} exercised"
     )
@@ -201,12 +208,23 @@ def _file(page: Page, result: Result) -> None:
     from .render import size
 
     page.line(("Written: ", "strong"), (str(result.target), "path"), f", {size(result.target.stat().st_size)}")
-    name = _quoted(result.target)
     if result.undone:
-        page.line(("Next: ", "strong"), f"a plain state dict, for load_state_dict or --weights {name}")
+        how = f"a plain state dict, for load_state_dict or --weights {_quoted(result.target)}"
+        page.line(("Next: ", "strong"), how)
     else:
-        trust = " --trust-code" if result.origin.source is not None and result.origin.source.runs_code else ""
-        page.line(("Next: ", "strong"), f"normswap verify {name}{trust}", ("   (--data FOLDER: on your images)", "dim"))
+        page.line(("Next: ", "strong"), _verifying(result), ("   (--data FOLDER: on your images)", "dim"))
+
+
+def _verifying(result: Result) -> str:
+    """The command that compares the result with the original, which is named where the file cannot restore it."""
+    source, weights = result.origin.source, result.origin.made_with
+    trust = ["--trust-code"] if source is not None and source.runs_code else []
+    if result.undo or source is None or (weights is not None and weights.random and weights.given is None):
+        return " ".join(["normswap verify", _quoted(result.target), *trust])
+    original, *options = building(source, weights)
+    return " ".join(
+        ["normswap verify", shlex.quote(original), _quoted(result.target), *map(shlex.quote, options), *trust]
+    )
 
 
 def _quoted(path: Path) -> str:

@@ -16,7 +16,7 @@ from .estimating import Calibration, mend_statistics
 from .images import Asked
 from .networks import Origin, Wanted, check_converted, example_inputs, files_read, locate, open_network, original_of
 from .output import Output, reporting
-from .retry import with_commands
+from .retry import building, command, with_commands
 
 if TYPE_CHECKING:
     from torch import nn
@@ -216,7 +216,9 @@ def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> chang
     out.step(f"writing {target}")
     save(model, target, overwrite=job.force)
     ctx.meta[WRITTEN] = target
-    return changes.Result(origin, made, target, written=True, check=record.check, calibration=report)
+    return changes.Result(
+        origin, made, target, written=True, check=record.check, calibration=report, undo=record.undo.complete
+    )
 
 
 def _revert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> changes.Result:
@@ -250,7 +252,10 @@ def _record(model: nn.Module) -> Record:
 
 def _ways_on(origin: Origin) -> str:
     """What to do about a file that is to be converted again, and whose conversion cannot be undone."""
-    ways = [f"Convert {origin.source}, which it was made from, in its place."] if origin.source is not None else []
+    ways = []
+    if origin.source is not None:
+        again = command(["convert", *building(origin.source, origin.made_with)])
+        ways.append(f"Convert what it was made from in its place: {again} ...")
     ways.append(f'In Python, normswap.convert(normswap.load("{origin.file}"), ...) goes on from the network as it is.')
     return "\n".join(ways)
 
@@ -259,7 +264,9 @@ def _ways_back(model: nn.Module, origin: Origin) -> str:
     """What to do about a file whose conversion cannot be undone exactly."""
     if _record(model).undo.complete:
         return "--approximate undoes the swap with the weights as they are now, which is not the original network."
-    return f"Build the original again{'' if origin.source is None else f' from its source, {origin.source}'}."
+    if origin.source is None:
+        return "Build the original again."
+    return "Build the original again: " + " ".join(building(origin.source, origin.made_with))
 
 
 def _check_names(job: Job) -> None:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import Interrupted, OptionError, OutputError
-from . import options
+from ..errors import Fix, Interrupted, OptionError, OutputError, Text, plural
+from . import flags, options
 from .boundary import WRITTEN
 from .images import Asked, prepare
-from .networks import Wanted, check_converted, files_read, locate, open_network
+from .networks import Origin, Wanted, check_converted, files_read, locate, open_network, open_original, restored
 from .output import reporting
+from .retry import naming_the_original
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,7 +99,9 @@ def distil(
         target = output or Path(file).with_name(f"{Path(file).stem}-distilled.safetensors")
         state = target.with_name(f"{target.name}.training")
         if resume and not state.exists():
-            raise OptionError(f"there is no {state} to resume from", hint="Leave --resume out to begin anew.")
+            raise OptionError(
+                f"there is no {state} to resume from", hint=Text("Leave ", Fix("resume"), " out to begin anew.")
+            )
         from ..checkpoint import save
         from ..images import open_images
         from ..training.distillation import distil as train_model
@@ -108,7 +111,7 @@ def distil(
         other = (locate(ctx, original), original) if original else None
         ctx.with_resource(reserved(target, overwrite=force or resume, inputs=files_read((origin, wanted), other)))
         model, origin = open_network(origin, wanted, out)
-        teacher = open_network(*other, out)[0] if other else None
+        teacher, named = open_original(ctx, other[1], origin, wanted, out) if other else (None, restored(origin))
         folder = open_images(data, limit=images)
         preparation = prepare(model, origin, asked)
         _check_batch(batch_size, len(folder.files), data)
@@ -116,11 +119,13 @@ def distil(
         loaded = folder.batches(preparation.transform, batch_size, stack=preparation.stack)
         _move(device, model, teacher)
         try:
-            report = train_model(
-                model, teacher, loaded, steps=steps, batch_size=batch_size, lr=lr, temperature=temperature,
-                train=train, seed=seed, precision=precision, augment=augment, features=features,
-                progress=lambda step: out.status(_standing(step)), checkpoint=state, resume=state if resume else None,
-            )  # fmt: skip
+            with naming_the_original(ctx, origin.source, origin.made_with):
+                report = train_model(
+                    model, teacher, loaded, steps=steps, batch_size=batch_size, lr=lr, temperature=temperature,
+                    train=train, seed=seed, precision=precision, augment=augment, features=features,
+                    progress=lambda step: out.status(_standing(step)), checkpoint=state,
+                    resume=state if resume else None,
+                )  # fmt: skip
         except Interrupted as stop:
             report = stop.report
         out.step(f"writing {target}")
@@ -129,8 +134,13 @@ def distil(
         if not report.interrupted:
             state.unlink(missing_ok=True)
         out.show(
-            lambda: {"network": origin.to_dict(), "output": str(target), **report.to_dict()},
-            lambda page: _page(page, report, target),
+            lambda: {
+                "network": origin.to_dict(),
+                "reference": named.to_dict(),
+                "output": str(target),
+                **report.to_dict(),
+            },
+            lambda page: _page(page, report, named, target),
         )
         if report.interrupted:
             raise KeyboardInterrupt
@@ -138,7 +148,10 @@ def distil(
 
 def _check_batch(batch_size: int, images: int, data: Path) -> None:
     if images < batch_size:
-        raise OptionError(f"{data} has {images} images, fewer than a batch of {batch_size}", hint="Lower --batch-size.")
+        raise OptionError(
+            f"{data} has {plural(images, 'image')}, fewer than a batch of {batch_size}",
+            hint=Text("Lower ", Fix("batch_size"), "."),
+        )
 
 
 def _move(device: str | None, *models: nn.Module | None) -> None:
@@ -157,10 +170,10 @@ def _standing(progress: Progress) -> str:
     return f"distilling: step {progress.step} of {progress.steps}, loss {progress.loss:.3g}{agreement}"
 
 
-def _page(page: Page, report: DistillationReport, target: Path) -> None:
+def _page(page: Page, report: DistillationReport, original: Origin, target: Path) -> None:
     from .render import size
 
-    page.facts(*report.figures(), indent=0)
+    page.facts(("original", original.told), *report.figures(), indent=0)
     for note in report.notes:
-        page.line(("note: ", "dim"), note)
+        page.line(("note: ", "dim"), flags.told(note))
     page.line(("Written: ", "strong"), (str(target), "path"), f", {size(target.stat().st_size)}")

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import Interrupted
 from ..limits import check_workers
-from . import options, training
+from . import flags, options, training
 from .boundary import WRITTEN
 from .datasets import DataPlace
 from .images import Asked
@@ -261,7 +261,7 @@ def finetune(
                 raise
         out.show(
             lambda: {"network": origin.to_dict(), "output": str(folder), **report.to_dict()},
-            lambda page: training.show(page, report, folder),
+            lambda page: training.show(page, report, folder, origin),
         )
         if report.interrupted:
             ctx.meta[WRITTEN] = folder / STATE
@@ -273,4 +273,4 @@ def _warn(model: nn.Module, batch_size: int, freeze_stats: bool, out: Output) ->
 
     note = None if freeze_stats else small_batch_note(model, batch_size, int(os.environ.get("WORLD_SIZE", "1")))
     if note is not None:
-        out.note(note)
+        out.note(flags.told(note))

@@ -64,7 +64,7 @@ def inspect(
 
         rules = rules_of(None, pairs) if pairs else []
         origin = locate(ctx, wanted, default_weights="none")
-        model, origin = open_network(origin, wanted, out, values=bool(shapes))
+        model, origin = open_network(origin, wanted, out, values=bool(shapes), warn=False)
         out.step("looking for norms")
         found = inventory.inspect(model, example_inputs(model, shapes))
         matched = Matched(rules, assigned(found, rules, selected(found)))
@@ -156,7 +156,9 @@ def _row(run: Run[Layer], show_all: bool, roles: bool, rule: Sequence[str]) -> l
 
 
 def _groups(layer: Layer) -> str:
-    return f" ({layer.state.num_groups} groups)" if layer.state.num_groups else ""
+    from ..errors import plural
+
+    return f" ({plural(layer.state.num_groups, 'group')})" if layer.state.num_groups else ""
 
 
 def _summary(page: Page, origin: Origin, found: Inventory) -> None:
@@ -181,3 +183,5 @@ def _summary(page: Page, origin: Origin, found: Inventory) -> None:
             counted(layer.role for layer in found.layers),
             ("   for --rule 'role:NAME=NORM'", "dim"),
         )
+    if origin.file is None and origin.weights is not None and origin.weights.digest is not None:
+        page.line(("Weights: ", "strong"), str(origin.weights))

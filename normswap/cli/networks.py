@@ -12,11 +12,12 @@ import typer
 from ..errors import OptionError
 from . import options
 from .output import Output
+from .retry import repeated
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..sources import Source
+    from ..sources import Source, Weights
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,15 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a network comes from: `source` builds it; `file`, which normswap wrote, holds its weights and the swap."""
+    """Where a network comes from: `source` builds it; `file`, which normswap wrote, holds its weights and the swap.
+
+    asked: the weights to build it with. weights: those that it has, once it is opened.
+    """
 
     source: Source | None
     file: Path | None = None
-    weights: str | None = None
+    asked: str | None = None
+    weights: Weights | None = None
 
     def __str__(self) -> str:
         return str(self.file or self.source)
@@ -55,12 +60,26 @@ class Origin:
         """What results are named after."""
         return self.source.stem if self.source is not None else self.file.stem if self.file is not None else "model"
 
+    @property
+    def made_with(self) -> Weights | None:
+        """The weights of the original network, if they are known."""
+        from ..sources import Weights
+
+        return Weights.of(self.source.to_dict()) if self.source is not None else None
+
+    @property
+    def told(self) -> str:
+        """The network and its weights, for a line of a page."""
+        if self.file is None and self.source is None:
+            return str(self.weights)
+        return str(self) if self.weights is None or self.file is not None else f"{self} ({self.weights})"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
             "file": None if self.file is None else str(self.file),
             "source": None if self.source is None else self.source.to_dict(),
-            "weights": self.weights,
+            "weights": None if self.weights is None else self.weights.to_dict(),
         }
 
 
@@ -99,17 +118,19 @@ def locate(ctx: typer.Context, wanted: Wanted, *, default_weights: str = "DEFAUL
     if file is None:
         if wanted.source is not None:
             raise options.usage(ctx, f"--source goes with a file that normswap wrote; {wanted.text} is none")
-        source = sources.parse(wanted.text, args)
-        return Origin(source, weights=wanted.weights or default_weights)
+        return Origin(sources.parse(wanted.text, args), asked=wanted.weights or default_weights)
     for flag, given in (("--weights", wanted.weights), ("--arg", wanted.args)):
         if given and (flag == "--weights" or wanted.source is None):
             raise options.usage(ctx, f"{flag} goes with a network to build; {file} brings its own weights")
     manifest = checkpoint.read_manifest(file)
+    values = manifest["source"]
+    trained = any(entry.get("action") == "finetune" for entry in manifest["history"])
+    made_with = sources.Weights.of(values)
+    held = sources.Weights(str(file), random=made_with is not None and made_with.random and not trained)
     if wanted.source is not None:
         source = checkpoint.source_told(wanted.source, manifest)
-        return Origin(replace(source, args=args) if args else source, file)
-    values = manifest["source"]
-    return Origin(None if values is None else sources.Source.from_dict(values), file)
+        return Origin(replace(source, args=args) if args else source, file, weights=held)
+    return Origin(None if values is None else sources.Source.from_dict(values), file, weights=held)
 
 
 def files_read(*asked: tuple[Origin, Wanted] | None) -> list[Path]:
@@ -123,8 +144,10 @@ def files_read(*asked: tuple[Origin, Wanted] | None) -> list[Path]:
     return [path for path in map(Path, filter(None, found)) if path.exists()]
 
 
-def open_network(origin: Origin, wanted: Wanted, out: Output, *, values: bool = True) -> tuple[nn.Module, Origin]:
-    """Build or load it. Returns it, and the origin with what building has shown.
+def open_network(
+    origin: Origin, wanted: Wanted, out: Output, *, values: bool = True, warn: bool = True
+) -> tuple[nn.Module, Origin]:
+    """Build or load it. Returns it, and the origin with what building has shown. warn: of random weights.
 
     values=False leaves weights out that would have to be downloaded; a local checkpoint is read all the same.
     """
@@ -134,8 +157,16 @@ def open_network(origin: Origin, wanted: Wanted, out: Output, *, values: bool = 
 
         told = None if wanted.source is None else origin.source
         finite = {"allow_nonfinite": wanted.allow_nonfinite}
-        return checkpoint.load(origin.file, source=told, trust_code=wanted.trust_code, **finite), origin
-    out.step(f"building {origin}")
+        model = checkpoint.load(origin.file, source=told, trust_code=wanted.trust_code, **finite)
+    else:
+        out.step(f"building {origin}")
+        model, origin = _built(origin, wanted, out, values)
+    if warn and origin.weights is not None and origin.weights.random:
+        out.note(_warning(origin, wanted))
+    return model, origin
+
+
+def _built(origin: Origin, wanted: Wanted, out: Output, values: bool) -> tuple[nn.Module, Origin]:
     import torch
 
     from .. import sources
@@ -143,19 +174,79 @@ def open_network(origin: Origin, wanted: Wanted, out: Output, *, values: bool = 
     if origin.source is None:
         raise ValueError("an origin has a file or a source")
     torch.manual_seed(wanted.seed)
-    weights = origin.weights or "none"
-    local = weights != "none" and (bool(Path(weights).suffix) or Path(weights).exists() or origin.source.runs_code)
-    if values or local:
-        model, source = sources.build(
-            origin.source,
-            weights,
-            trust_pickle=wanted.trust_pickle,
-            allow_nonfinite=wanted.allow_nonfinite,
-            progress=out.live,
-        )
-    else:
-        model, source = sources.outline(origin.source, weights)
-    return model, replace(origin, source=source)
+    asked = origin.asked or "none"
+    local = asked != "none" and (origin.source.runs_code or sources.names_a_file(origin.source, asked))
+    if not (values or local):
+        model, source = sources.outline(origin.source, asked)
+        return model, replace(origin, source=source, weights=sources.NOT_READ)
+    model, source = sources.build(
+        origin.source,
+        asked,
+        trust_pickle=wanted.trust_pickle,
+        allow_nonfinite=wanted.allow_nonfinite,
+        progress=out.live,
+    )
+    file = asked not in ("none", "DEFAULT") and sources.names_a_file(origin.source, asked)
+    weights = sources.weights_of(model, source, asked, file=file, seed=wanted.seed)
+    return model, replace(origin, source=replace(source, weights=weights.to_dict()), weights=weights)
+
+
+def _warning(origin: Origin, wanted: Wanted) -> str:
+    if origin.file is not None:
+        return f"{origin} was made from random weights"
+    if wanted.weights is not None or origin.asked == "none":
+        return f"{origin} has random weights"
+    return f"{origin} has random weights, its factory's own; --weights FILE gives it trained ones"
+
+
+def open_original(
+    ctx: typer.Context, wanted: Wanted, made: Origin, of_made: Wanted, out: Output
+) -> tuple[nn.Module, Origin]:
+    """The network that the user names as the one that the file `made` was converted from.
+
+    A factory that draws its weights at random gives other ones each time; its original is then restored from the file.
+    Raises WeightsError, with the command that works, where that cannot be done.
+    """
+    from ..errors import RevertError, WeightsError
+
+    model, origin = open_network(locate(ctx, wanted), wanted, out)
+    theirs, weights = made.made_with, origin.weights
+    if made.file is None or theirs is None or weights is None or origin.file is not None or not _same(origin, made):
+        return model, origin
+    if theirs.digest is None or weights.digest == theirs.digest:
+        return model, origin
+    if not weights.random or wanted.weights is not None:
+        out.note(f"{origin.told}; {made} was made from other weights: {theirs}")
+        return model, origin
+    try:
+        model = original_of(open_network(made, of_made, out, warn=False)[0], made, "")
+    except RevertError as error:
+        way = "Its random weights are gone; --weights FILE takes a checkpoint of them."
+        if theirs.given is not None:
+            way = "Name its weights: " + repeated(ctx, drop=("--weights",), add=("--weights", theirs.given))
+        raise WeightsError(f"{origin.told}, not what {made} was made from: {theirs}", hint=way) from error
+    out.note(f"{origin} has other weights each time it is built; its original is restored from {made}")
+    return model, restored(made)
+
+
+def restored(made: Origin) -> Origin:
+    """The original of a file that normswap wrote, as the file's record restores it."""
+    from ..sources import Weights
+
+    theirs = made.made_with
+    name = f"{'' if theirs is None else f'{theirs}; '}as it was before the conversion of {made}"
+    return Origin(made.source, weights=replace(theirs or Weights(""), name=name))
+
+
+def _same(one: Origin, other: Origin) -> bool:
+    """Whether both are built by the same code with the same arguments."""
+    if one.source is None or other.source is None:
+        return False
+    mine, theirs = (
+        (source.kind, Path(source.name).resolve() if source.kind == "file" else source.name, dict(source.args))
+        for source in (one.source, other.source)
+    )
+    return mine == theirs
 
 
 def example_inputs(model: nn.Module, shapes: list[tuple[int, ...]]) -> tuple[Tensor, ...] | None:
@@ -170,12 +261,20 @@ def example_inputs(model: nn.Module, shapes: list[tuple[int, ...]]) -> tuple[Ten
 def original_of(model: nn.Module, origin: Origin, instead: str, *, approximate: bool = False) -> nn.Module:
     """The network that a converted one was made from. Changes the one given.
 
-    Raises RevertError, with `instead` as what to do, when it cannot be restored.
+    Raises RevertError, with `instead` as what to do, when it cannot be restored: by its record, and by the digest of
+    its weights, which tells changes that undo as cleanly as none, such as doubled weights.
     """
     from ..errors import RevertError
     from ..undo import revert
+    from ..weights import digest_of
 
     try:
-        return revert(model, strict=not approximate)
+        original = revert(model, strict=not approximate)
     except RevertError as error:
         raise RevertError(error.message, hint=instead) from error
+    theirs = origin.made_with
+    if not approximate and theirs is not None and theirs.digest not in (None, digest_of(original.state_dict())):
+        raise RevertError(
+            f"the weights changed since the conversion; {origin} does not lead back exactly", hint=instead
+        )
+    return original

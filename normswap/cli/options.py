@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import did_you_mean
 from ..limits import check_memory
-from ..values import SEEDS
+from ..values import MOST_SEED
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's own, under a name that all versions of typer have
 
@@ -72,7 +73,9 @@ TrustCode = Annotated[
     bool, typer.Option("--trust-code", help="Run the factory that a converted file names to build its network.")
 ]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept weights that hold NaN or Inf.")]
-Seed = Annotated[int, typer.Option(min=0, max=SEEDS, help="Seed of random weights and inputs.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=MOST_SEED, metavar="N", help="Seed of random weights and inputs.", show_default=True)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show warnings of libraries, and where an error happened.")]
@@ -214,7 +217,9 @@ def eps(ctx: typer.Context, text: str | None) -> float | str | None:
 def choice(ctx: typer.Context, flag: str, value: str, allowed: tuple[str, ...]) -> str:
     """One of a few words."""
     if value not in allowed:
-        raise typer.BadParameter(f"{value!r} is not one of {', '.join(allowed)}", ctx=ctx, param_hint=flag)
+        near = did_you_mean(value, allowed)
+        text = f"{value!r} is not one of {', '.join(allowed)}" + (f". {near}" if near else "")
+        raise typer.BadParameter(text, ctx=ctx, param_hint=flag)
     return value
 
 

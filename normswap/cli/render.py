@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import plural as plural
 from .terminal import is_terminal, printable
 
 T = TypeVar("T")
@@ -163,8 +164,3 @@ def number_range(values: Iterable[int]) -> str:
     """`64`, or `64-1760` where they differ."""
     low, high = min(values := list(values)), max(values)
     return str(low) if low == high else f"{low}-{high}"
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 layer`, `2 layers`."""
-    return f"{count} {noun}{'s' * (count != 1)}"

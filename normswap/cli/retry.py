@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import typer
 
-from ..errors import PlanError
+from ..errors import UNSET, PlanError, RevertError, Text
 from .boundary import ARGS
+from .flags import words
 
-_GROUPING = ("--groups", "--channels-per-group", "--indivisible")
+if TYPE_CHECKING:
+    from ..sources import Source, Weights
+
+_GROUPING = {
+    "indivisible": ("--indivisible",),
+    "channels_per_group": ("--groups", "--channels-per-group", "--indivisible"),
+    "groups": ("--groups", "--channels-per-group", "--indivisible"),
+}
+"""Options of the planning that each of these takes the place of."""
 
 
 @contextmanager
@@ -21,25 +30,49 @@ def with_commands(ctx: typer.Context) -> Iterator[None]:
     try:
         yield
     except PlanError as error:
-        if not getattr(error, "indivisible", False):
+        if not error.indivisible:
             raise
-        ways = _ways_out(error.hint or "", ctx.meta.get(ARGS, ()))
-        raise PlanError(error.summary, error.problems, hint=ways) from error
+        raise PlanError(error.summary, error.problems, hint=_ways_out(error.hint or "", ctx)) from error
 
 
-def _ways_out(hint: str, args: Sequence[str]) -> str:
-    """The Python API's hint with its arguments as commands; what it says of other problems stays."""
-    fitting = re.search(r"channels_per_group=(\d+)", hint)
-    others = [line for line in hint.splitlines() if not re.search(r"indivisible=|channels_per_group=|groups=", line)]
-    lines = ["The largest divisor below the number asked for, where that does not divide:"]
-    lines += ["  " + command(changed(args, ("--indivisible",), ("--indivisible", "nearest")))]
-    if fitting:
-        lines += [f"{fitting[1]} channels in each group, which fits every layer:"]
-        lines += ["  " + command(changed(args, _GROUPING, ("--channels-per-group", fitting[1])))]
-    else:
-        lines += ["A number that fits for each layer, of about 16 channels a group:"]
-        lines += ["  " + command(changed(args, _GROUPING, ("--groups", "auto")))]
-    return "\n".join(lines + others)
+def _ways_out(hint: str, ctx: typer.Context) -> Text:
+    """The hint, with the whole command below each line that gives an option of the planning."""
+    lines: list[str] = []
+    for line in Text(hint).lines():
+        lines.append(line)
+        lines += [
+            "  " + repeated(ctx, drop=_GROUPING[fix.option], add=words(fix))
+            for fix in line.fixes
+            if fix.option in _GROUPING and fix.value is not UNSET
+        ]
+    return Text.joined("\n", lines)
+
+
+@contextmanager
+def naming_the_original(ctx: typer.Context, source: Source | None, weights: Weights | None) -> Iterator[None]:
+    """Let an original that cannot be restored end in the command that names it."""
+    try:
+        yield
+    except RevertError as error:
+        way = repeated(ctx, drop=("--reference",), add=("--reference", *building(source, weights)))
+        raise RevertError(error.message, hint=f"Give the original as well: {way}") from error
+
+
+def building(source: Source | None, weights: Weights | None) -> list[str]:
+    """SOURCE with the options that make the same network of it again."""
+    if source is None:
+        return ["ORIGINAL"]
+    found = [str(source)]
+    for name, value in source.args.items():
+        found += ["--arg", f"{name}={value if isinstance(value, str) else repr(value)}"]
+    if weights is not None and weights.given is not None:
+        found += ["--weights", weights.given]
+    return found
+
+
+def repeated(ctx: typer.Context, *, drop: Sequence[str], add: Sequence[str]) -> str:
+    """The user's command line as `changed` changes it, to paste into a shell."""
+    return command(changed(ctx.meta.get(ARGS, ()), drop, add))
 
 
 def command(args: Sequence[str]) -> str:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import CheckpointError, OptionError
+from ..errors import CheckpointError, OptionError, plural
 from .images import Asked, Preparation, prepare
 from .networks import Origin, Wanted, open_network
 from .output import Output
-from .retry import with_commands
+from .retry import building, with_commands
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,7 +78,7 @@ def network_of(
     if origin.file is not None and swap.wanted:
         raise OptionError(
             f"{origin.file} is converted already",
-            hint=f"Leave --to out, or convert its source: {origin.source or 'the original network'}.",
+            hint=f"Leave --to out, or convert its source: {' '.join(building(origin.source, origin.made_with))}",
         )
     model, origin = open_network(origin, wanted, out)
     return model, origin, prepare(model, origin, asked)
@@ -104,7 +104,7 @@ def converted(
     if record is not None:
         for rule in record.plan.meta["rules"] if swap.wanted else ():
             if rule["pattern"] != "*":
-                out.note(f"{rule['pattern']} matched {rule['layers']} layers: {rule['target']}")
+                out.note(f"{rule['pattern']} matched {plural(rule['layers'], 'layer')}: {rule['target']}")
         record.source = None if origin.source is None else origin.source.to_dict()
     if swap.wanted and swap.images:
         out.step("calibrating")

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import OptionError
+from ..errors import OptionError, plural
+from . import flags
+from .networks import Origin
 from .output import Output
 
 if TYPE_CHECKING:
@@ -90,21 +92,25 @@ def _figure(report: FinetuneReport, name: str, value: float) -> tuple[str, str]:
     return label, f"{value:.4f}{before}, {report.over(name)}"
 
 
-def show(page: Page, report: FinetuneReport, folder: Path) -> None:
+def show(page: Page, report: FinetuneReport, folder: Path, origin: Origin) -> None:
     """What a run came to."""
     cut = f" of {report.planned}, interrupted" if report.interrupted else ""
     facts = [
-        ("trained", f"{report.steps} steps{cut}, {report.epochs:.3g} epochs, global batch {report.global_batch}"),
+        (
+            "trained",
+            f"{plural(report.steps, 'step')}{cut}, {report.epochs:.3g} epochs, global batch {report.global_batch}",
+        ),
         ("speed", f"{report.samples_per_second:.3g} images/s, {duration(report.seconds)} in all"),
     ]
+    facts += [] if origin.weights is None else [("from", origin.told)]
     facts += [_figure(report, name, value) for name, value in report.figures.items()]
     if report.best is not None:
         facts.append(("best", f"{report.best_name.replace('_', ' ')} {report.best:.4f} at step {report.best_at}"))
     if report.resumed_at == report.planned:
-        facts[:2] = [("trained", f"nothing: the run was complete, with {report.steps} steps")]
+        facts[:2] = [("trained", f"nothing: the run was complete, with {plural(report.steps, 'step')}")]
     page.facts(*facts, indent=0)
     for note in report.notes:
-        page.line(("note: ", "dim"), note)
+        page.line(("note: ", "dim"), flags.told(note))
     for bad in report.bad:
         page.line(("skipped: ", "bad"), bad)
     files = (report.best_file, report.last_file, report.curves, report.examples)

@@ -8,11 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import options
+from ..errors import plural
+from . import flags, options
 from .images import Asked, Preparation, prepare
-from .networks import Origin, Wanted, converted_file, example_inputs, locate, open_network, original_of
+from .networks import (
+    Origin,
+    Wanted,
+    converted_file,
+    example_inputs,
+    locate,
+    open_network,
+    open_original,
+    original_of,
+    restored,
+)
 from .output import Output, reporting
-from .retry import command
+from .retry import building, command
 
 if TYPE_CHECKING:
     from torch import nn
@@ -101,11 +112,12 @@ def _pair(
                 raise missing
             raise options.usage(ctx, f"give a second network, or a file that normswap wrote; {wanted.text} is none")
         origin = locate(ctx, wanted)
-        known = "ORIGINAL" if origin.source is None else str(origin.source)
-        instead = "Give the original as well: " + command(["verify", known, wanted.text])
+        original, *with_weights = building(origin.source, origin.made_with)
+        trust = ["--trust-code"] if wanted.trust_code else []
+        instead = "Give the original as well: " + command(["verify", original, wanted.text, *with_weights, *trust])
         first = original_of(open_network(origin, wanted, out)[0], origin, instead)
-        second, _ = open_network(origin, wanted, out)
-        return first, second, (Origin(origin.source, weights="original"), origin)
+        second, _ = open_network(origin, wanted, out, warn=False)
+        return first, second, (restored(origin), origin)
     other = replace(wanted, text=b, weights=None, args=())
     if wanted.source is not None and (files := [converted_file(one.text) for one in (wanted, other)]) != [None, None]:
         wanted, other = (
@@ -113,8 +125,8 @@ def _pair(
             for one, file in zip((wanted, other), files, strict=True)
         )
     places = locate(ctx, wanted), locate(ctx, other)
-    first, origin_a = open_network(places[0], wanted, out)
-    second, origin_b = open_network(places[1], other, out)
+    first, origin_a = open_original(ctx, wanted, places[1], other, out)
+    second, origin_b = open_original(ctx, other, places[0], wanted, out)
     return first, second, (origin_a, origin_b)
 
 
@@ -173,8 +185,8 @@ def _values(
 
 def _render(page: Page, report: Report, origins: tuple[Origin, Origin], inputs: str, show_all: bool) -> None:
     page.facts(
-        ("A", f"{origins[0]}{' (as it was before the conversion)' * (origins[0].weights == 'original')}"),
-        ("B", str(origins[1])),
+        ("A", origins[0].told),
+        ("B", origins[1].told),
         ("inputs", f"{report.images} {inputs}" if report.random_inputs else inputs),
         indent=0,
     )
@@ -182,12 +194,10 @@ def _render(page: Page, report: Report, origins: tuple[Origin, Origin], inputs: 
     page.gap()
     page.facts(*_figures(report), indent=0)
     for note in report.notes:
-        page.line(("note: ", "dim"), note)
+        page.line(("note: ", "dim"), flags.told(note))
 
 
 def _layers(page: Page, report: Report, show_all: bool) -> None:
-    from .render import plural
-
     if not report.layers:
         return
     rows = list(report.layers)
@@ -217,6 +227,9 @@ def _figures(report: Report) -> list[tuple[str, str]]:
         figures.append(("KL(A, B)", f"{report.kl:.3g} nats"))
     if report.labelled:
         figures.append(
-            ("accuracy", f"A {report.accuracy_a:.4f}, B {report.accuracy_b:.4f} on {report.labelled} labelled images")
+            (
+                "accuracy",
+                f"A {report.accuracy_a:.4f}, B {report.accuracy_b:.4f} on {plural(report.labelled, 'labelled image')}",
+            )
         )
     return figures

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..coco import CocoData, Picture, open_coco
-from ..errors import DataError
+from ..errors import DataError, Fix, Text
 from ..images import Unreadable as UnreadableImage
 from ..synthetic import Shapes
 from .samples import Unreadable
@@ -21,7 +21,7 @@ from .sets import TRAIN, VALIDATION, Sets, check_apart, held_note, part_of, size
 ANNOTATIONS = ("annotations.json", "_annotations.coco.json")
 _LAYOUT = (
     "Give a folder with annotations.json and images/, one with train/ and val/ of such, COCO's own "
-    "(annotations/instances_train2017.json and train2017/), or --annotations FILE with --data IMAGES."
+    "(annotations/instances_train2017.json and train2017/)."
 )
 _CONVENTION = "normswap.data.open_coco reads COCO files into it; labels begin with 1, 0 being the background."
 
@@ -146,7 +146,7 @@ def check_sample(image: Any, target: Any, classes: int) -> None:
     if low < 1 or high >= classes:
         raise DataError(
             f"{name} has labels from {low} to {high}, but the network knows 1 to {classes - 1}",
-            hint=f"--num-classes {high + 1} (num_classes={high + 1}) gives it a new head; 0 is the background.",
+            hint=Text(Fix("num_classes", high + 1), " gives it a new head; 0 is the background."),
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import DataError, OptionError
+from ..errors import DataError, Fix, OptionError, Text
 from ..heads import Head, find_head, scores_of
 from ..preprocess import Preprocess
 from ..surgery import device_and_dtype, matches
@@ -89,13 +89,13 @@ class Classification:
             raise OptionError(
                 f"the original network gives {found.classes} scores and the new head {wanted}: there is nothing to "
                 "distil",
-                hint="Leave --distill (distill=) out.",
+                hint=Text("Leave ", Fix("distill"), " out."),
             )
         if isinstance(sets.train, Tensors) and int(sets.train.labels.max()) >= (wanted or found.classes):
             raise DataError(
                 f"there is a label {int(sets.train.labels.max())}, and {wanted or found.classes} scores, for labels "
                 "from 0",
-                hint="num_classes= (--num-classes) gives the network a new head.",
+                hint=Text(Fix("num_classes", int(sets.train.labels.max()) + 1), " gives the network a new head."),
             )
         return fitted(model, found, sets.count, num_classes, seed)
 
@@ -171,5 +171,5 @@ def _check(labels: Tensor, scores: Tensor) -> None:
     if high >= scores.shape[1]:
         raise DataError(
             f"there is a label {high}, but the network gives {scores.shape[1]} scores, for labels from 0",
-            hint=f"--num-classes {high + 1} (num_classes={high + 1}) gives it a new head.",
+            hint=Text(Fix("num_classes", high + 1), " gives it a new head."),
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, Fix, Text
 
 
 def collate(items: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
@@ -21,7 +21,7 @@ def collate(items: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
         if x.shape != inputs[0].shape:
             raise DataError(
                 f"images of different sizes cannot form a batch: {tuple(inputs[0].shape)} and {tuple(x.shape)}",
-                hint="Give a size for all: --size 224.",
+                hint=Text("Give one size for all, such as ", Fix("size", 224), "."),
             )
     return torch.stack(inputs), torch.tensor([_label(y) for _, y in items])
 

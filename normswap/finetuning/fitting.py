@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..conversion import record_of
-from ..errors import OptionError
+from ..errors import Fix, OptionError, Text
 from ..heads import Head, resize_head
 from ..limits import check_memory
 from ..predictors import find_predictor
@@ -30,7 +30,7 @@ def fitted_predictor(
     if asked is not None:
         raise OptionError(
             f"where {type(model).__name__} has its class scores is not known, so it gets no new head",
-            hint="Build it with the right number of classes, and leave num_classes (--num-classes) out.",
+            hint=Text("Build it with the right number of classes, and leave ", Fix("num_classes"), " out."),
         )
     return None
 
@@ -47,7 +47,7 @@ def fitted(model: nn.Module, found: Head, in_data: int | None, asked: int | None
     if wanted is None or wanted == found.classes:
         return found
     if in_data is not None and wanted < in_data:
-        raise OptionError(f"the data has {in_data} classes, more than num_classes={wanted} (--num-classes)")
+        raise OptionError(Text(f"the data has {in_data} classes, more than ", Fix("num_classes", wanted)))
     _check_memory(model, found, wanted)
     head = replace(found, classes=wanted)
     torch.manual_seed(seed)

@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from shutil import rmtree
 
-from ..errors import CheckpointError, OptionError, OutputError
+from ..errors import CheckpointError, Fix, OptionError, OutputError, Text
 from ..locking import locked
 from ..writing import check_kept
 
@@ -74,16 +74,24 @@ def check_outside(folder: Path, places: Iterable[object]) -> None:
 
 def _check_folder(folder: Path, *, resume: bool, force: bool) -> None:
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file", hint="--output takes the folder of a run.")
+        raise OutputError(f"{folder} is a file", hint=Text(Fix("output"), " takes the folder of a run."))
     if resume:
         if not (folder / STATE).is_file():
             raise CheckpointError(
-                f"there is no {folder / STATE} to resume from", hint="Leave --resume out to begin anew."
+                f"there is no {folder / STATE} to resume from",
+                hint=Text("Leave ", Fix("resume"), " out to begin anew."),
             )
     elif folder.exists() and any((folder / name).exists() for name in (*_FILES, BOARD)) and not force:
         raise OutputError(
             f"{folder} holds a run already",
-            hint="--resume goes on with it, --force replaces it, --output names another folder.",
+            hint=Text(
+                Fix("resume", True),
+                " goes on with it, ",
+                Fix("overwrite", True),
+                " replaces it, ",
+                Fix("output"),
+                " names another folder.",
+            ),
         )
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not os.access(there, os.W_OK):

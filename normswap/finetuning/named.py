@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, OptionError
+from ..errors import DataError, Fix, OptionError, Text, did_you_mean
 from .samples import Transform
 from .sets import Sets, classes_of, split
 
@@ -38,7 +38,10 @@ def from_torchvision(name: str, root: Path, *, download: bool, seed: int) -> Set
 
     known = {c.lower(): c for c in datasets.__all__ if isinstance(getattr(datasets, c), type)}
     if name.lower() not in known:
-        raise OptionError(f"torchvision has no data set {name!r}", hint=f"It has {', '.join(sorted(known.values()))}.")
+        near = did_you_mean(name, known.values())
+        raise OptionError(
+            f"torchvision has no data set {name!r}", hint=near or f"It has {', '.join(sorted(known.values()))}."
+        )
     kind = getattr(datasets, known[name.lower()])
     parts = _parts_of(kind)
     opened = [_opened(kind, root, part, download) for part in parts]
@@ -75,5 +78,9 @@ def _opened(kind: type, root: Path, part: dict[str, Any], download: bool) -> Any
         return kind(**arguments)
     except Exception as error:  # missing files, no network, a package it needs
         where = f" under {root}" if "root" in arguments else ""
-        hint = "--download fetches it." if "download" in parameters and not download else "Put its files there."
+        hint = (
+            Text(Fix("download", True), " fetches it.")
+            if "download" in parameters and not download
+            else "Put its files there."
+        )
         raise DataError(f"{kind.__name__} cannot be opened{where}: {str(error).splitlines()[0]}", hint=hint) from error

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from ..errors import OptionError
+from ..errors import Fix, OptionError, Text
 from ..surgery import matches
 from ..training.optimizer import norm_parameters
 from .settings import Settings
@@ -47,7 +47,9 @@ def trained(
         raise OptionError(f"train must be a word or a pattern, got {train!r}")
     norms = norm_parameters(model)
     if train == "head" and head is None:
-        raise OptionError("the head of this network is not known", hint="Name its parameters: --train 'fc.*'")
+        raise OptionError(
+            "the head of this network is not known", hint=Text("Name its parameters: ", Fix("train", "fc.*"))
+        )
 
     def wanted(name: str, parameter: nn.Parameter) -> bool:
         if train == "norm":
@@ -59,7 +61,7 @@ def trained(
         names = ", ".join(sorted({n.split(".")[0] for n, _ in model.named_parameters()})[:12])
         raise OptionError(
             f"no parameter of the network matches {train!r}, which was to train",
-            hint=f"--train (train=) takes all, norm, head, or a pattern of names, which begin with {names}.",
+            hint=Text(Fix("train"), f" takes all, norm, head, or a pattern of names, which begin with {names}."),
         )
     found = {n: p for n, p in found.items() if p.requires_grad and (affine or p not in norms)}
     if not found:

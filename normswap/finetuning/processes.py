@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import NormswapError, OptionError
+from ..errors import Fix, NormswapError, OptionError, Text
 from .settings import PRECISIONS
 
 
@@ -58,9 +58,11 @@ def _check_device(device: str, precision: str) -> None:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
     if not there[device]:
         has = ", ".join(name for name in ("cuda", "mps", "cpu") if there[name])
-        raise OptionError(f"there is no {device} device here", hint=f"--device auto takes what there is: {has}.")
+        raise OptionError(
+            f"there is no {device} device here", hint=Text(Fix("device", "auto"), f" takes what there is: {has}.")
+        )
     if precision == "fp16" and _on_cpu(device):
-        raise OptionError("a CPU does not train in fp16", hint="--precision bf16 or fp32")
+        raise OptionError("a CPU does not train in fp16", hint=Text(Fix("precision", "bf16"), " or fp32."))
 
 
 def _on_cpu(device: str) -> bool:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import plural
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -78,7 +80,8 @@ class FinetuneReport:
 
     def __str__(self) -> str:
         cut = f" of {self.planned}, interrupted" if self.interrupted else ""
-        lines = [f"fine-tuned for {self.steps} steps{cut} ({self.epochs:.3g} epochs, global batch {self.global_batch})"]
+        much = f"{self.epochs:.3g} epochs, global batch {self.global_batch}"
+        lines = [f"fine-tuned for {plural(self.steps, 'step')}{cut} ({much})"]
         lines += [f"{name}: {value:.4g}, {self.over(name)}" for name, value in self.figures.items()]
         if self.best is not None:
             lines.append(f"best {self.best_name}: {self.best:.4f} at step {self.best_at}")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..conversion import convert, record_of
-from ..errors import DataError, Interrupted, OptionError
+from ..errors import DataError, Fix, Interrupted, OptionError, Text
 from ..lifting import lift
 from ..pinned import Pinned
 from ..registry import identify
@@ -189,7 +189,7 @@ def task_of(name: str, *, label_smoothing: float = 0.0, distill: float = 0.0) ->
     one_of("task", name, TASKS)
     if name != "classification" and distill:
         raise OptionError(
-            f"distill (--distill) goes with classification, not with {name}",
+            Text(Fix("distill"), f" goes with classification, not with {name}"),
             hint="normswap distil trains a detector or segmentation network after its original, without labels.",
         )
     if name == "classification":
@@ -197,9 +197,7 @@ def task_of(name: str, *, label_smoothing: float = 0.0, distill: float = 0.0) ->
     if name == "segmentation":
         return Segmentation(label_smoothing)
     if label_smoothing:
-        raise OptionError(
-            "label_smoothing (--label-smoothing) does not go with detection, whose losses are the network's"
-        )
+        raise OptionError(Text(Fix("label_smoothing"), " does not go with detection, whose losses are the network's"))
     return Detection()
 
 
@@ -210,19 +208,19 @@ def small_batch_note(model: nn.Module, batch_size: int, processes: int = 1) -> s
     count = names.count("bn") + (names.count("sync") if processes == 1 else 0)
     if not count or batch_size > 4:
         return None
-    shared = "; over several processes, --to sync shares the statistics" if processes > 1 else ""
-    return (
-        f"{count} BatchNorm layers will see batches of {batch_size}, whose statistics are poor. Better: --to gn, "
-        f"--to renorm, or --freeze-stats{shared}"
-    )
+    shared = "; over several processes, sync shares the statistics" if processes > 1 else ""
+    return Text(
+        f"{count} BatchNorm layer{'s' * (count != 1)} will see batches of {batch_size}, whose statistics are poor. "
+        "Better: convert to gn or renorm, or ", Fix("freeze_stats", True), shared,
+    )  # fmt: skip
 
 
 def _check_model(model: nn.Module, freeze_stats: bool) -> None:
     """What is wrong about the network whatever the data is."""
     if freeze_stats and not any(m._buffers.get("running_mean") is not None for m in model.modules()):
         raise OptionError(
-            "no norm of the network has running statistics, so there is nothing for freeze_stats (--freeze-stats)",
-            hint="freeze_affine (--freeze-affine) freezes gamma and beta.",
+            Text("no norm of the network has running statistics, so there is nothing for ", Fix("freeze_stats")),
+            hint=Text(Fix("freeze_affine", True), " freezes gamma and beta."),
         )
 
 
@@ -245,11 +243,11 @@ def _settled(
 
 def _steps(settings: Settings, epochs: int | None, steps: int | None) -> int:
     if epochs is not None and steps is not None:
-        raise OptionError("epochs and steps exclude each other (--epochs, --steps)")
+        raise OptionError(Text(Fix("epochs"), " and ", Fix("steps"), " exclude each other"))
     if settings.epoch == 0:
         raise DataError(
             f"the training set has {settings.samples} samples, fewer than a step takes ({settings.global_batch})",
-            hint="Lower --batch-size (batch_size=) or --accumulate (accumulate=).",
+            hint=Text("Lower ", Fix("batch_size"), " or ", Fix("accumulate"), "."),
         )
     if steps is not None:
         whole("steps", steps)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import DataError, first_line
+from ..errors import DataError, Fix, Text, first_line
 from .order import Key, Order, Turns
 
 _TRIES = 100
@@ -134,7 +134,7 @@ class Skipped:
             names = "\n".join(f"  {bad}" for bad in list(self.found.values())[:20])
             raise DataError(
                 f"{count} image{'s' * (count != 1)} cannot be read:\n{names}\n",
-                hint=f"Remove or replace them, or allow more than --max-bad {self._most} (max_bad=).",
+                hint=Text("Remove or replace them, or allow more than ", Fix("max_bad", self._most), "."),
             )
 
 
@@ -160,7 +160,7 @@ class Loader:
                 raise
             raise DataError(
                 f"reading the data failed in a worker process: {first_line(error)}",
-                hint="--workers 0 (workers=0) reads in the main process and shows where.",
+                hint=Text(Fix("workers", 0), " reads in the main process and shows where."),
             ) from error
 
 

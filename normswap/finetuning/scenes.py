@@ -150,7 +150,7 @@ def _checked(preprocess: Callable[[Any], Tensor] | None) -> Preprocess:
     if not isinstance(preprocess, Preprocess) or preprocess.channels != 3:
         raise OptionError(
             "segmentation changes masks with their images, so preprocess must be a normswap.data.Preprocess in colour",
-            hint="--mean and --std (Preprocess(mean=..., std=...)) give the normalisation.",
+            hint="Preprocess(mean=..., std=...) gives the normalisation.",
         )
     return preprocess
 

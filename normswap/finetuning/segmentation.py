@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import DataError, OptionError
+from ..errors import DataError, Fix, OptionError, Text
 from ..heads import Head
 from ..semantic import IGNORED
 from .fitting import fitted_predictor
@@ -175,7 +175,7 @@ def check_classes(masks: Tensor, classes: int | None) -> None:
         raise DataError(
             f"a mask has classes from {int(known.min())} to {int(known.max())}; the network knows 0 to "
             f"{(classes or 0) - 1}, and {IGNORED} is ignored",
-            hint=f"--num-classes {int(known.max()) + 1} (num_classes=) gives it a new head.",
+            hint=Text(Fix("num_classes", int(known.max()) + 1), " gives it a new head."),
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import OptionError
 from ..limits import check_workers
-from ..values import number, one_of, seed, whole
+from ..values import number, one_of, seed_value, whole
 from .folder import LAST
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -59,7 +59,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in _COUNTS:
             whole(name, getattr(self, name))
-        seed(self.seed)
+        seed_value("seed", self.seed)
         for name in (*_POSITIVE, *_FROM_ZERO, "clip_grad"):
             value = getattr(self, name)
             if name == "clip_grad" and value is None:

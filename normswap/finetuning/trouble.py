@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import DataError, NormswapError, TrainingError, first_line
+from ..errors import DataError, Fix, NormswapError, Text, TrainingError, first_line
 
 
 class NonFinite(Exception):
@@ -23,15 +23,27 @@ def explained(error: BaseException, where: str, device: torch.device, left: str)
     if isinstance(error, NonFinite):
         return TrainingError(
             f"the loss is {error.value} at step {error.step}; {left}",
-            hint="Try a smaller --lr (lr=), --clip-grad 1 (clip_grad=1.0), or --precision fp32.",
+            hint=Text("Try a smaller ", Fix("lr"), ", ", Fix("clip_grad", 1.0), ", or ", Fix("precision", "fp32"), "."),
         )
     if isinstance(error, DataError):
-        return DataError(f"{error.message}; {left}", hint=error.hint)
+        return DataError(Text(error.message, f"; {left}"), hint=error.hint)
     if is_memory(error):
         return TrainingError(
             f"{where} does not fit into the memory of {device}; {left}",
-            hint="Try a smaller --batch-size (batch_size=) with a larger --accumulate (accumulate=), "
-            "--precision bf16, or smaller images (--size).",
+            hint=Text(
+                "Try a smaller ",
+                Fix("batch_size"),
+                " with a larger ",
+                Fix("accumulate"),
+                ", ",
+                Fix("precision", "bf16"),
+                ", or smaller images.",
+            ),
+        )
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return TrainingError(
+            f"torch.compile cannot compile the network ({first_line(error)}); {left}",
+            hint=Text("Leave ", Fix("compile"), " out."),
         )
     if is_compiling(error):
         return TrainingError(
@@ -41,7 +53,7 @@ def explained(error: BaseException, where: str, device: torch.device, left: str)
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
         return TrainingError(
             "BatchNorm cannot train on a single value per channel, as it gets here",
-            hint="A larger --batch-size, frozen statistics (--freeze-stats), or another norm (--to gn).",
+            hint=Text("Try a larger ", Fix("batch_size"), ", ", Fix("freeze_stats", True), ", or another norm."),
         )
     return None
 

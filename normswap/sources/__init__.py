@@ -6,7 +6,6 @@ Architectures are built without weights, on no memory; weights are memory-mapped
 from __future__ import annotations
 
 import ast
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,25 +13,18 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from ..errors import NormswapError, SourceError
+from ..errors import Fix, NormswapError, SourceError, Text, did_you_mean
 from ..weights import State, check_finite, empty_parameters, has_empty_parameters, load_state, read_state
 from ..wrappers import unwrapped
 from . import factories, timm_models, torchvision_models, transformers_models
 from .factories import beside
+from .provenance import NOT_READ, Weights, weights_of
 from .source import KINDS, Source, build_error
 
 __all__ = [
-    "KINDS",
-    "Source",
-    "beside",
-    "build",
-    "build_empty",
-    "build_full",
-    "missing_file",
-    "outline",
-    "parse",
-    "parse_args",
-]
+    "KINDS", "NOT_READ", "Source", "Weights", "beside", "build", "build_empty", "build_full", "missing_file",
+    "names_a_file", "outline", "parse", "parse_args", "weights_of",
+]  # fmt: skip
 
 
 def parse(text: str, args: Mapping[str, Any] | None = None) -> Source:
@@ -64,7 +56,7 @@ def parse_args(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
-            raise SourceError(f"--arg needs key=value, got {pair!r}")
+            raise SourceError(Text(Fix("args"), f" needs KEY=VALUE, got {pair!r}"))
         try:
             result[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -90,7 +82,7 @@ def build(
     if weights == "none":
         source = _resolved(source)
         return build_full(source), source
-    if _names_a_file(source, weights):
+    if names_a_file(source, weights):
         state = read_state(weights, trust_pickle=trust_pickle, allow_nonfinite=allow_nonfinite)
         source = _resolved(source)
         if source.kind == "torchvision" and (entry := torchvision_models.published_file(source.name, weights)):
@@ -111,7 +103,7 @@ def outline(source: Source, weights: str = "none") -> tuple[nn.Module, Source]:
     """
     source = _resolved(source)
     if source.kind == "torchvision" and weights != "none":
-        local = _names_a_file(source, weights)
+        local = names_a_file(source, weights)
         find = torchvision_models.published_file if local else torchvision_models.published
         if (entry := find(source.name, weights)) is not None:
             source = replace(source, variant=entry.name)
@@ -162,7 +154,8 @@ def _completed(model: nn.Module, source: Source, state: State, origin: str) -> n
     return model
 
 
-def _names_a_file(source: Source, weights: str) -> bool:
+def names_a_file(source: Source, weights: str) -> bool:
+    """Whether `build` takes these weights for a checkpoint file."""
     if weights == "DEFAULT":
         return False
     path = Path(weights)
@@ -197,8 +190,8 @@ def missing_file(text: str) -> SourceError | None:
 def _unknown_name(text: str) -> NoReturn:
     if (missing := missing_file(text)) is not None:
         raise missing
-    near = difflib.get_close_matches(text, torchvision_models.names(), n=3, cutoff=0.6)
-    ways = [f"Did you mean {' or '.join(near)}?"] if near else []
+    near = did_you_mean(text, torchvision_models.names())
+    ways = [near] if near else []
     if Path(text).suffix in (".pth", ".pt", ".th", ".ckpt", ".bin"):
         ways = [f"A checkpoint needs its architecture: normswap convert SOURCE --weights {text}"]
     ways.append("A source is a torchvision name, timm:NAME, hf:ID, package.module:factory, file.py:factory, or a file")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import os
@@ -13,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import SourceError, first_line
+from ..errors import SourceError, did_you_mean, first_line
 from .source import Source
 
 
@@ -52,8 +51,7 @@ def _factory(source: Source) -> Callable[..., Any]:
         factory = getattr(factory, part, None)
     if factory is None:
         public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        near = difflib.get_close_matches(name, public, n=3, cutoff=0.5)
-        raise SourceError(f"{place} has no {name!r}", hint=f"Did you mean {' or '.join(near)}?" if near else None)
+        raise SourceError(f"{place} has no {name!r}", hint=did_you_mean(name, public))
     if not callable(factory):
         raise SourceError(f"{source} is {type(factory).__name__}, not a function or class that makes a model")
     return factory

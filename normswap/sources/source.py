@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import CheckpointError, SourceError, WeightsError, first_line
+from ..errors import CheckpointError, Fix, SourceError, Text, WeightsError, first_line
 
 KINDS = ("torchvision", "timm", "hf", "factory", "file")
 
@@ -18,6 +18,7 @@ class Source:
     kind: one of KINDS. name: a model's name, an ID or folder, or a module's or file's factory as `PLACE:FACTORY`.
     args: keyword arguments of the builder. variant: named weights that decide the architecture too (torchvision's
     COCO weights have a frozen BN). config: a transformers config and class, so that no hub is needed again.
+    weights: what the network was given, see `provenance.Weights`; it does not matter for rebuilding the architecture.
     """
 
     kind: str
@@ -25,6 +26,7 @@ class Source:
     args: Mapping[str, Any] = field(default_factory=dict)
     variant: str | None = None
     config: Mapping[str, Any] | None = None
+    weights: Mapping[str, Any] | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         prefix = {"timm": "timm:", "hf": "hf:"}.get(self.kind, "")
@@ -42,13 +44,14 @@ class Source:
         return self.kind in ("factory", "file")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """JSON values; `weights` where they are known."""
         return {
             "kind": self.kind,
             "name": self.name,
             "args": dict(self.args),
             "variant": self.variant,
             "config": self.config,
+            **({} if self.weights is None else {"weights": dict(self.weights)}),
         }
 
     @classmethod
@@ -67,7 +70,7 @@ def build_error(source: Source, error: BaseException) -> SourceError:
     """What to say when a builder, of whatever library, raises."""
     return SourceError(
         f"{source} cannot be built ({type(error).__name__}: {first_line(error)})",
-        hint="Arguments of its builder are given as --arg key=value.",
+        hint=Text("Arguments of its builder are given as ", Fix("args", {"KEY": "VALUE"}), "."),
     )
 
 
@@ -75,5 +78,11 @@ def offline_error(source: Source, tried: str, error: Exception) -> WeightsError:
     """What to say when published weights cannot be had."""
     return WeightsError(
         f"the weights of {source} cannot be downloaded: {tried} ({first_line(error)})",
-        hint="Ways out: --weights FILE with a checkpoint you have, or --weights none for random weights.",
+        hint=Text(
+            "Ways out: ",
+            Fix("weights", "FILE"),
+            " with a checkpoint you have, or ",
+            Fix("weights", "none"),
+            " for random weights.",
+        ),
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from ..errors import SourceError, WeightsError
+from ..errors import SourceError, WeightsError, did_you_mean
 from .hub import stop_retries
 from .source import Source, offline_error
 
@@ -24,9 +23,7 @@ def resolved(source: Source) -> Source:
     timm = _timm()
     if timm.is_model(source.name.partition(".")[0]):
         return source
-    near = difflib.get_close_matches(source.name, timm.list_models(), n=3, cutoff=0.6)
-    hint = f"Did you mean {' or '.join(near)}?" if near else None
-    raise SourceError(f"timm has no model {source.name!r}", hint=hint)
+    raise SourceError(f"timm has no model {source.name!r}", hint=did_you_mean(source.name, timm.list_models()))
 
 
 def pretrained(source: Source, weights: str, progress: bool) -> tuple[nn.Module, Source]:
@@ -35,7 +32,10 @@ def pretrained(source: Source, weights: str, progress: bool) -> tuple[nn.Module,
     source = resolved(source)
     name = source.name if weights == "DEFAULT" else f"{source.name.partition('.')[0]}.{weights}"
     if weights != "DEFAULT" and weights not in (tags := _tags(name)):
-        raise WeightsError(f"timm's {source.name} has no weights named {weights!r}; it has {', '.join(tags) or 'none'}")
+        raise WeightsError(
+            f"timm's {source.name} has no weights named {weights!r}; it has {', '.join(tags) or 'none'}",
+            hint=did_you_mean(weights, tags),
+        )
     source = replace(source, name=name)
     stop_retries()
     try:

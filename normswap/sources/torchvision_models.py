@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from urllib.error import HTTPError
 import torch
 from torch import nn
 
-from ..errors import WeightsError
+from ..errors import Fix, Text, WeightsError, did_you_mean
 from ..weights import State, empty_parameters, filled_parameters, read_state
 from .source import Source, build_error, offline_error
 
@@ -77,10 +76,9 @@ def published(name: str, weights: str) -> Any:
         return members.DEFAULT if weights == "DEFAULT" else members[weights]
     except (KeyError, AttributeError, ValueError):
         known = [w.name for w in get_model_weights(name)]
-    near = difflib.get_close_matches(weights, known, n=1, cutoff=0.4)
     raise WeightsError(
         f"{name} has no weights named {weights!r}; it has {', '.join(known) or 'none'}",
-        hint=f"Did you mean {near[0]}?" if near else "--weights none builds it with random weights.",
+        hint=did_you_mean(weights, known) or Text(Fix("weights", "none"), " builds it with random weights."),
     )
 
 

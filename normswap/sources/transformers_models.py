@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import SourceError, WeightsError, first_line
+from ..errors import Fix, SourceError, Text, WeightsError, first_line
 from .hub import stop_retries
 from .source import Source, offline_error
 
@@ -58,7 +58,7 @@ def pretrained(source: Source, weights: str, progress: bool) -> tuple[nn.Module,
     """The model with the weights of its hub ID or folder."""
     transformers = _transformers()
     if weights != "DEFAULT":
-        raise WeightsError(f"hf: models take --weights DEFAULT, none or FILE, got {weights!r}")
+        raise WeightsError(Text("hf: models take ", Fix("weights"), f" DEFAULT, none or FILE, got {weights!r}"))
     source = resolved(source)
     cls = _class(transformers, source)
     try:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..conversion import record_of
 from ..data import as_batches
-from ..errors import Interrupted, OptionError
+from ..errors import Fix, Interrupted, OptionError, Text
 from ..locking import locked
 from ..values import whole
 from ..wrappers import unwrapped
@@ -105,7 +105,9 @@ def distil(
     consistent" (teacher and student see the same view).
     """
     if data is None:
-        raise OptionError("distil needs images", hint="data=images, a tensor (N, C, H, W) or batches of them")
+        raise OptionError(
+            "distil needs images", hint=Text(Fix("data"), " takes a tensor (N, C, H, W), or batches of them.")
+        )
     model = unwrapped(model)
     settings = Settings(
         steps, batch_size, 1.0, temperature, train, weight_decay, seed, precision,

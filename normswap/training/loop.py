@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import TrainingError
+from ..errors import Fix, Text, TrainingError
 from .optimizer import one_cycle, set_rate
 
-SMALLER = "Try a smaller learning rate (lr=, --lr), or precision='fp32' (--precision fp32)."
+SMALLER = Text("Try a smaller learning rate, ", Fix("lr"), ", or ", Fix("precision", "fp32"), ".")
 _SKIPS = 20
 """So many steps in a row whose float16 gradients overflow end the run: lowering the loss scale does not help then."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..agreement import are_detections, floating
-from ..errors import DataError
+from ..errors import DataError, Fix, Text
 
 
 def divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
@@ -95,7 +95,7 @@ def _check(a: Mapping[str, Tensor], b: Mapping[str, Tensor], *, learning: bool) 
     if learning and not any(t.requires_grad for t in b.values()):
         raise DataError(
             "the network's output has no gradient: it is computed without one, or from layers that are not trained",
-            hint="Give the part that can be trained, or train='all'.",
+            hint=Text("Give the part that can be trained, or ", Fix("train", "all"), "."),
         )
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from ..errors import OptionError
+from ..errors import Fix, OptionError, Text
 from ..registry import identify
+from ..values import one_of
 
 WARM_UP = 0.1
 FINAL = 0.01
@@ -38,8 +39,7 @@ def trained_parameters(model: nn.Module, train: str) -> dict[str, nn.Parameter]:
     Raises OptionError for another word, when nothing is left to train, and for weights of half precision, in which
     small steps are lost to rounding.
     """
-    if train not in ("all", "norm"):
-        raise OptionError(f"train must be 'all' or 'norm', got {train!r}")
+    one_of("train", train, ("all", "norm"))
     norms = norm_parameters(model)
     found = {n: p for n, p in model.named_parameters() if p.requires_grad and (train == "all" or p in norms)}
     if not found:
@@ -51,7 +51,7 @@ def trained_parameters(model: nn.Module, train: str) -> dict[str, nn.Parameter]:
     if narrow is not None:
         raise OptionError(
             f"{narrow} is {found[narrow].dtype}, in which small steps are lost to rounding",
-            hint="Train in float32: model.float(); precision='bf16' (--precision bf16) still computes in half of it.",
+            hint=Text("Train in float32: model.float(); ", Fix("precision", "bf16"), " still computes in half of it."),
         )
     return found
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..values import number, one_of, seed, whole
+from ..values import number, one_of, seed_value, whole
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,7 +35,7 @@ class Settings:
     def __post_init__(self) -> None:
         whole("steps", self.steps)
         whole("batch_size", self.batch_size)
-        seed(self.seed)
+        seed_value("seed", self.seed)
         for name in ("lr", "temperature", "weight_decay", "features"):
             number(name, getattr(self, name), zero=name in ("weight_decay", "features"))
         if self.max_grad_norm is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conversion import record_of
-from ..errors import CheckpointError, OptionError, OutputError, first_line
+from ..errors import CheckpointError, Fix, OptionError, OutputError, Text, first_line
 from ..writing import atomic, check_writable
 
 FORMAT = 1
@@ -61,7 +61,7 @@ def load_state(
     if not isinstance(found, dict) or found.get("format") != FORMAT or "settings" not in found:
         raise CheckpointError(
             f"{path} is no training state of this version",
-            hint="Resume from the file that checkpoint= (--checkpoint) named.",
+            hint=Text("Resume from the file that ", Fix("checkpoint"), " named."),
         )
     if explain is not None:
         explain(found["settings"])
@@ -75,8 +75,11 @@ def _check(path: Path, found: dict[str, Any], settings: Mapping[str, Any], param
     if "network" in differing:
         raise OptionError(f"{path} is the state of another network, or of another conversion of this one")
     if differing:
-        was = ", ".join(f"{k}={theirs.get(k)!r} (now {settings[k]!r})" for k in differing)
-        raise OptionError(f"{path} is the state of a run with {was}", hint="Resume with the settings it began with.")
+        was = [Text(Fix(k, theirs.get(k)), f" (now {settings[k]!r})") for k in differing]
+        raise OptionError(
+            Text(f"{path} is the state of a run with ", Text.joined(", ", was)),
+            hint="Resume with the settings it began with.",
+        )
     shapes = {name: tuple(t.shape) for name, t in found["parameters"].items()}
     if shapes != {name: tuple(t.shape) for name, t in parameters.items()}:
         raise CheckpointError(f"the parameters in {path} do not fit the network")

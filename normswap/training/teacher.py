@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from torch import nn
 
 from ..conversion import check_order, record_of
-from ..errors import OptionError, RevertError
+from ..errors import Fix, OptionError, RevertError, Text
 from ..surgery import copied, evaluating, undisturbed
 from ..undo import revert
 
@@ -24,7 +24,7 @@ def original_of(model: nn.Module, reference: nn.Module | None) -> nn.Module:
         if reference is model or any(p in own for p in reference.parameters()):
             raise OptionError(
                 "the reference shares parameters with the model, so training would change it as well",
-                hint="Pass the original network, or leave reference out and it is rebuilt.",
+                hint=Text("Pass the original network, or leave ", Fix("reference"), " out and it is rebuilt."),
             )
         check_order(model, reference)
         return reference
@@ -32,7 +32,7 @@ def original_of(model: nn.Module, reference: nn.Module | None) -> nn.Module:
     if record is None:
         raise OptionError(
             "this model was not made by normswap.convert or normswap.load, so its original is not known",
-            hint="Pass the original network with reference=.",
+            hint=Text("Pass the original network as ", Fix("reference"), "."),
         )
     try:
         return revert(copied(model))
@@ -40,7 +40,8 @@ def original_of(model: nn.Module, reference: nn.Module | None) -> nn.Module:
         trained = any(entry.get("action") not in ("calibrate", None) for entry in record.history)
         reason = "the network was trained since its conversion" if trained else error.message
         raise RevertError(
-            f"the original network cannot be rebuilt: {reason}", hint="Pass the original network with reference=."
+            f"the original network cannot be rebuilt: {reason}",
+            hint=Text("Pass the original network as ", Fix("reference"), "."),
         ) from error
 
 

@@ -166,7 +166,7 @@ def test_batch_norm_at_a_small_batch_is_warned_of(cli: Cli) -> None:
     ran = finetune(cli)
     assert ran.code == 0, ran.err
     assert "2 BatchNorm layers will see batches of 2" in ran.err
-    assert "--to gn" in ran.err
+    assert "convert to gn or renorm, or --freeze-stats" in ran.err
 
 
 def test_a_torchvision_data_set_is_taken_by_name(cli: Cli, folder: Path) -> None:

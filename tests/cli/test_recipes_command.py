@@ -69,7 +69,7 @@ def test_an_unknown_name_is_an_error_with_the_names_and_a_near_match(cli: Cli, f
     ran = cli("recipes", "train_digit")
     assert (ran.code, ran.out) == (1, "")
     assert all(name in ran.err for name in NAMES)
-    assert "Did you mean 'train_digits'?" in ran.err
+    assert "Did you mean train_digits?" in ran.err
     assert sorted(folder.iterdir()) == before
 
 

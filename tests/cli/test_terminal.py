@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import typer
 
-from normswap.cli.boundary import _as_flags
+from normswap.cli.flags import written
 from normswap.cli.output import Output
 from normswap.cli.render import Page, number_range, plural, size
 from normswap.cli.retry import changed, command
 from normswap.cli.terminal import printable
+from normswap.errors import Fix, NormswapError, Text
 
 
 class Terminal(io.StringIO):
@@ -120,23 +121,42 @@ def test_a_progress_bar_passes_everything_on(terminal: Callable[[int], Terminal]
 
 
 @pytest.mark.parametrize(
-    ("api", "flags"),
+    ("fix", "python", "flags"),
     [
-        ('indivisible="nearest" takes the largest', "--indivisible nearest takes the largest"),
-        ("channels_per_group=16 fits every layer.", "--channels-per-group 16 fits every layer."),
-        ('transfer="copy" leaves them out', "--transfer copy leaves them out"),
-        ('leave a layer: rules={"PATH": "keep"}.', "leave a layer: --rule 'PATH=keep'."),
-        ("pass --trust-pickle (trust_pickle=True).", "pass --trust-pickle."),
-        ("--force (overwrite=True) replaces it", "--force replaces it"),
-        ("skip it with check=False (--no-check).", "skip it with --no-check."),
-        ("sources=/--from selects norms", "--from selects norms"),
-        ("undo it with (undo=False or --no-undo)", "undo it with (--no-undo)"),
-        ("Pass inplace=True to convert the model itself.", "Pass inplace=True to convert the model itself."),
-        ("running_var is negative (-0.5)", "running_var is negative (-0.5)"),
+        (Fix("groups", 32), "groups=32", "--groups 32"),
+        (Fix("indivisible", "nearest"), 'indivisible="nearest"', "--indivisible nearest"),
+        (Fix("train", "fc.*"), 'train="fc.*"', "--train 'fc.*'"),
+        (Fix("rules", {"PATH": "keep"}), 'rules={"PATH": "keep"}', "--rule 'PATH=keep'"),
+        (Fix("args", {"num_classes": 10}), 'args={"num_classes": 10}', "--arg num_classes=10"),
+        (Fix("trust_pickle", True), "trust_pickle=True", "--trust-pickle"),
+        (Fix("overwrite", True), "overwrite=True", "--force"),
+        (Fix("check", False), "check=False", "--no-check"),
+        (Fix("strict", False), "strict=False", "--approximate"),
+        (Fix("sources"), "sources", "--from"),
+        (Fix("batch_size"), "batch_size", "--batch-size"),
     ],
 )
-def test_the_words_of_the_api_become_flags(api: str, flags: str) -> None:
-    assert _as_flags(api) == flags
+def test_an_option_is_an_argument_in_python_and_a_flag_on_the_command_line(fix: Fix, python: str, flags: str) -> None:
+    assert str(fix) == python
+    assert written(fix) == flags
+
+
+def test_a_text_is_what_python_says_and_keeps_its_options_as_data() -> None:
+    text = Text("Lower ", Fix("batch_size"), ".\nOr give ", Text(Fix("model"), "."))
+    assert text == "Lower batch_size.\nOr give model."
+    assert text.written(lambda fix: f"<{fix.option}>") == "Lower <batch_size>.\nOr give <model>."
+    assert [line.fixes for line in text.lines()] == [(Fix("batch_size"),), (Fix("model"),)]
+    assert Text.joined(", ", ["a", Text(Fix("b")), "c"]).parts == ("a", ", ", Fix("b"), ", ", "c")
+
+
+def test_what_a_command_lacks_is_no_way_out_there() -> None:
+    hint = Text("Pass ", Fix("trust_code", True), ".\nElse pass the network as ", Fix("model"), ".")
+    error = NormswapError(Text(Fix("seed"), " must be less, groups=2 too"), hint=hint)
+    assert error.written(lambda fix: written(fix, {"--trust-code", "--seed"})) == (
+        "--seed must be less, groups=2 too\nPass --trust-code."
+    )
+    assert str(error) == "seed must be less, groups=2 too\nPass trust_code=True.\nElse pass the network as model."
+    assert error.hint == hint
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,7 @@ def test_a_class_can_be_registered_once() -> None:
 
 
 def test_an_unknown_norm_suggests_the_nearest() -> None:
-    with pytest.raises(OptionError, match=r"unknown norm 'frosen'; known: bn, sync, .*\nDid you mean 'frozen'\?"):
+    with pytest.raises(OptionError, match=r"unknown norm 'frosen'; known: bn, sync, .*\nDid you mean frozen\?"):
         get("frosen")
 
 
