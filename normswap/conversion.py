@@ -235,7 +235,11 @@ def _failure(result: Check, model: nn.Module, same: bool) -> SelfCheckError:
         )
     return SelfCheckError(
         f"the self-check failed at {result.where}: {_difference(result)}; nothing was kept",
-        hint="Give real example inputs (--input), or keep the layer with a rule; please report the network.",
+        hint=Text(
+            "Give real inputs with ",
+            Fix("example_inputs"),
+            ", or keep the layer with a rule; please report the network.",
+        ),
     )
 
 

@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from .errors import OptionError
+from .errors import Fix, OptionError, Text
 
 PER_CORE = 4
 """So many worker processes a core at most; beyond it they only wait for each other."""
@@ -43,16 +43,17 @@ def check_workers(workers: int) -> None:
     if workers > max(8, PER_CORE * there):
         raise OptionError(
             f"{workers} worker processes on {there} core{'s' * (there != 1)} would only wait for each other",
-            hint=f"--workers {there} (workers={there}), or leave it out.",
+            hint=Text(Fix("workers", there), ", or leave it out."),
         )
-    check_memory(workers * WORKER, f"{workers} worker processes", "Take fewer --workers (workers=).")
+    check_memory(workers * WORKER, f"{workers} worker processes", Text("Take fewer ", Fix("workers"), "."))
 
 
 def check_images(height: int, width: int, batch_size: int = 1) -> None:
     """Raise OptionError where not even a batch of RGB images of this size fits in memory, let alone a network."""
     images = "an image" if batch_size == 1 else f"a batch of {batch_size} images"
-    fewer = "smaller images (--size, size=)" + (" or a smaller --batch-size (batch_size=)" * (batch_size > 1))
-    check_memory(IMAGE * batch_size * 3 * height * width * 4, f"{images} of {height}x{width} pixels", f"Take {fewer}.")
+    smaller = [" or a smaller ", Fix("batch_size")] if batch_size > 1 else []
+    fewer = Text("Take smaller images with ", Fix("size"), *smaller, ".")
+    check_memory(IMAGE * batch_size * 3 * height * width * 4, f"{images} of {height}x{width} pixels", fewer)
 
 
 def check_memory(needed: float, what: str, hint: str) -> None:

@@ -143,7 +143,7 @@ def test_a_network_that_does_not_compile_is_told_in_one_sentence(monkeypatch: py
     model = classifier()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     data = (torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]))
-    with pytest.raises(TrainingError, match=r"torch.compile .*no C\+\+ compiler\)\nLeave --compile"):
+    with pytest.raises(TrainingError, match=r"torch.compile .*no C\+\+ compiler\)\nLeave compile"):
         normswap.finetune(model, data, batch_size=2, steps=1, device="cpu", compile=True)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

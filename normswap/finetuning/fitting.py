@@ -64,5 +64,5 @@ def _check_memory(model: nn.Module, found: Head, wanted: int) -> None:
     check_memory(
         4 * now * wanted / max(found.classes, 1),
         f"training a head for {wanted} classes",
-        "Take fewer --num-classes (num_classes=).",
+        Text("Take fewer with ", Fix("num_classes"), "."),
     )

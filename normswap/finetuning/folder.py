@@ -69,7 +69,10 @@ def check_outside(folder: Path, places: Iterable[object]) -> None:
     """What a run writes must not become data. Raises OptionError for a folder within one of the places."""
     for place in places:
         if isinstance(place, Path) and folder.resolve().is_relative_to(place.resolve()):
-            raise OptionError(f"the output folder {folder} is within the data, {place}", hint="Name another --output.")
+            raise OptionError(
+                f"the output folder {folder} is within the data, {place}",
+                hint=Text("Name another ", Fix("output"), "."),
+            )
 
 
 def _check_folder(folder: Path, *, resume: bool, force: bool) -> None:

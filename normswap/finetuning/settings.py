@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import OptionError
+from ..errors import Fix, OptionError, Text
 from ..limits import check_workers
 from ..values import number, one_of, seed_value, whole
 from .folder import LAST
@@ -110,15 +110,20 @@ def refuse(path: Path, was: Mapping[str, Any], settings: Settings) -> None:
         return  # which matters more, and has words of its own
     if differing & {"data", "samples"}:
         raise OptionError(
-            f"{path} is the state of a run on other data", hint="Resume with the --data (data=) that it began with."
+            f"{path} is the state of a run on other data",
+            hint=Text("Resume with the ", Fix("data"), " that it began with."),
         )
     if differing == {"steps"}:
         begun = replace(settings, steps=was["steps"])
         raise OptionError(
             f"{path} is the state of a run of {begun.length}, which cannot become one of {settings.length}: "
             "its learning rate falls to zero over its length",
-            hint=f"Resume with {begun.length_option}. To train for longer, begin another run from "
-            f"{path.with_name(LAST)}, in another --output (output=).",
+            hint=Text(
+                f"Resume with {begun.length_option}. To train for longer, begin another run from {path.with_name(LAST)}, "
+                "in another ",
+                Fix("output"),
+                ".",
+            ),
         )
 
 

@@ -40,15 +40,10 @@ def explained(error: BaseException, where: str, device: torch.device, left: str)
                 ", or smaller images.",
             ),
         )
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return TrainingError(
-            f"torch.compile cannot compile the network ({first_line(error)}); {left}",
-            hint=Text("Leave ", Fix("compile"), " out."),
-        )
     if is_compiling(error):
         return TrainingError(
             f"torch.compile cannot compile the network, at {where}; {left} ({first_line(error)})",
-            hint="Leave --compile (compile=) out.",
+            hint=Text("Leave ", Fix("compile"), " out."),
         )
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
         return TrainingError(

@@ -6,6 +6,7 @@ Architectures are built without weights, on no memory; weights are memory-mapped
 from __future__ import annotations
 
 import ast
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path

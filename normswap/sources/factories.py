@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import SourceError, did_you_mean, first_line
+from ..errors import Fix, SourceError, Text, did_you_mean, first_line
 from .source import Source
 
 
@@ -39,7 +39,7 @@ def beside(source: Source, file: Path) -> Source:
             return replace(source, name=f"{found}:{name}")
     raise SourceError(
         f"{file} is built by {source}, and {place} is neither in the current folder nor beside the file",
-        hint=f"--source (source=) says where it is: FOLDER/{Path(place).name}:{name}",
+        hint=Text(Fix("source"), f" says where it is: FOLDER/{Path(place).name}:{name}"),
     )
 
 
