@@ -120,7 +120,7 @@ def files_read(*asked: tuple[Origin, Wanted] | None) -> list[Path]:
         if origin.source is not None and origin.source.kind in ("file", "hf"):  # hf: perhaps a folder
             name = origin.source.name
             found.append(name.rpartition(":")[0] if origin.source.kind == "file" else name)
-    return [path for path in map(Path, filter(None, found)) if path.exists()]
+    return [path for path in (Path(place) for place in found if place) if path.exists()]
 
 
 def open_network(origin: Origin, wanted: Wanted, out: Output, *, values: bool = True) -> tuple[nn.Module, Origin]:
@@ -133,8 +133,10 @@ def open_network(origin: Origin, wanted: Wanted, out: Output, *, values: bool = 
         from .. import checkpoint
 
         told = None if wanted.source is None else origin.source
-        finite = {"allow_nonfinite": wanted.allow_nonfinite}
-        return checkpoint.load(origin.file, source=told, trust_code=wanted.trust_code, **finite), origin
+        model = checkpoint.load(
+            origin.file, source=told, trust_code=wanted.trust_code, allow_nonfinite=wanted.allow_nonfinite
+        )
+        return model, origin
     out.step(f"building {origin}")
     import torch
 
