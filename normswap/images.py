@@ -159,7 +159,7 @@ def _listed(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
     classes = [e for e in entries if e.is_dir()]
     seen = {identity(folder)}
     real = {identity(e.path) for e in classes} - seen  # walked in their own turn, whatever links lead to them
-    below = {}
+    below: dict[str, list[Path]] = {}
     for entry in classes:
         if (own := identity(entry.path)) in seen:
             _refuse_twice(folder, entry.name, below)

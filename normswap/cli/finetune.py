@@ -216,8 +216,8 @@ def finetune(
         folder = output or Path("runs", stem_of(origin, swap))
         if not helper:
             check_outside(folder, (Path(data), eval_data))
-            inputs = [*files_read((origin, wanted)), *filter(None, (annotations, eval_annotations))]
-            ctx.with_resource(run_folder(folder, resume=resume, force=force, inputs=inputs))
+            kept = [*files_read((origin, wanted)), *filter(None, (annotations, eval_annotations))]
+            ctx.with_resource(run_folder(folder, resume=resume, force=force, inputs=kept))
         doing = task_of(task, label_smoothing=label_smoothing, distill=distill)
         command = swap.described(origin, asked)
         if resume:

@@ -141,7 +141,7 @@ def files_read(*asked: tuple[Origin, Wanted] | None) -> list[Path]:
         if origin.source is not None and origin.source.kind in ("file", "hf"):  # hf: perhaps a folder
             name = origin.source.name
             found.append(name.rpartition(":")[0] if origin.source.kind == "file" else name)
-    return [path for path in map(Path, filter(None, found)) if path.exists()]
+    return [path for path in (Path(place) for place in found if place) if path.exists()]
 
 
 def open_network(
@@ -156,8 +156,9 @@ def open_network(
         from .. import checkpoint
 
         told = None if wanted.source is None else origin.source
-        finite = {"allow_nonfinite": wanted.allow_nonfinite}
-        model = checkpoint.load(origin.file, source=told, trust_code=wanted.trust_code, **finite)
+        model = checkpoint.load(
+            origin.file, source=told, trust_code=wanted.trust_code, allow_nonfinite=wanted.allow_nonfinite
+        )
     else:
         out.step(f"building {origin}")
         model, origin = _built(origin, wanted, out, values)

@@ -88,11 +88,11 @@ class Settings:
         return f"{epochs} ({steps})" if self._epochs * self.epoch == self.steps else steps
 
     @property
-    def length_option(self) -> str:
-        """What to type for it."""
+    def length_option(self) -> Fix:
+        """What to give for it."""
         whole_epochs = self._epochs * self.epoch == self.steps
         name, count = ("epochs", self._epochs) if whole_epochs else ("steps", self.steps)
-        return f"--{name} {count} ({name}={count})"
+        return Fix(name, count)
 
     @property
     def _epochs(self) -> int:
@@ -119,8 +119,9 @@ def refuse(path: Path, was: Mapping[str, Any], settings: Settings) -> None:
             f"{path} is the state of a run of {begun.length}, which cannot become one of {settings.length}: "
             "its learning rate falls to zero over its length",
             hint=Text(
-                f"Resume with {begun.length_option}. To train for longer, begin another run from {path.with_name(LAST)}, "
-                "in another ",
+                "Resume with ",
+                begun.length_option,
+                f". To train for longer, begin another run from {path.with_name(LAST)}, in another ",
                 Fix("output"),
                 ".",
             ),
