@@ -24,7 +24,7 @@ from small_networks import trained
 from torch import Tensor, nn
 
 import normswap
-from normswap.weights import load_state, read_state
+from normswap.sources.weights import load_state, read_state
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from resnet20 import resnet20

@@ -25,14 +25,15 @@ import torch
 from torch import nn
 
 import normswap
-from normswap import conversion, sources
-from normswap.example import guess_inputs
-from normswap.feeds import Feed, analyse, watched_modules
-from normswap.graph import record
-from normswap.inventory import Layer
-from normswap.selfcheck import observe, watched_paths
-from normswap.sources import torchvision_models
-from normswap.surgery import aliases
+from normswap.conversion import convert as conversion
+from normswap.conversion.self_check import observe, watched_paths
+from normswap.inspection.example_inputs import guess_inputs
+from normswap.inspection.inventory import Layer
+from normswap.modules.tree import aliases
+from normswap.sources import resolve as sources
+from normswap.sources import torchvision as torchvision_models
+from normswap.tracing.feeds import Feed, analyse, watched_modules
+from normswap.tracing.run import record
 
 warnings.filterwarnings("ignore")
 TARGETS = ("gn", "ln", "frozen", "fused")

@@ -25,7 +25,7 @@ from accuracy import accuracy, images
 from torch import Tensor, nn
 
 import normswap
-from normswap.weights import load_state, read_state
+from normswap.sources.weights import load_state, read_state
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from resnet20 import resnet20

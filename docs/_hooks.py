@@ -96,7 +96,7 @@ def _documented(name: str, public: Any) -> str:
 
 def recipe_headers() -> str:
     """What each recipe says of itself."""
-    from normswap.recipes import recipes
+    from normswap.cli.recipe_catalog import recipes
 
     return "\n\n".join(
         f"## {r.name}\n\n{_escape(r.title)}\n\n```text\n{r.command}\n```\n\n"
@@ -110,7 +110,7 @@ def recipe_headers() -> str:
 
 def norm_facts(name: str) -> str:
     """What `normswap norms` knows of one norm, and the options of its own."""
-    from normswap import registry
+    from normswap.norms import registry
 
     importlib.import_module("normswap.norms")  # registers them
     spec = registry.get(name)

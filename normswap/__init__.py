@@ -13,50 +13,50 @@ TYPE_CHECKING = False  # type checkers take it for true; typing's own would be m
 if TYPE_CHECKING:
     from typing import Any
 
-    from .calibration import calibrate as calibrate
-    from .calibration import estimate_statistics as estimate_statistics
-    from .checkpoint import load as load
-    from .checkpoint import save as save
-    from .conversion import convert as convert
+    from .calibration.calibrate import calibrate as calibrate
+    from .calibration.calibrate import estimate_statistics as estimate_statistics
+    from .checkpoint.saving import load as load
+    from .checkpoint.saving import save as save
+    from .comparison.verification import verify as verify
+    from .conversion.convert import convert as convert
+    from .conversion.revert import revert as revert
+    from .conversion.stabilize import stabilized as stabilized
+    from .distillation.distil import distil as distil
     from .errors import NormswapError as NormswapError
-    from .finetuning.run import finetune as finetune
+    from .finetuning.finetune import finetune as finetune
     from .freezing import FrozenDrift as FrozenDrift
     from .freezing import freeze as freeze
     from .freezing import frozen_drift as frozen_drift
     from .freezing import unfreeze as unfreeze
-    from .inventory import Inventory as Inventory
-    from .inventory import inspect as inspect
-    from .optimizers import RemapReport as RemapReport
-    from .optimizers import remap_optimizer as remap_optimizer
-    from .planning import Plan as Plan
-    from .planning import plan as plan
-    from .stabilizing import stabilized as stabilized
-    from .training.distillation import distil as distil
-    from .undo import revert as revert
-    from .verification import verify as verify
+    from .inspection.inventory import Inventory as Inventory
+    from .inspection.inventory import inspect as inspect
+    from .optimizers.remap import RemapReport as RemapReport
+    from .optimizers.remap import remap_optimizer as remap_optimizer
+    from .planning.plan import Plan as Plan
+    from .planning.plan import plan as plan
 
 _HOME = {
     "FrozenDrift": "freezing",
-    "Inventory": "inventory",
+    "Inventory": "inspection.inventory",
     "NormswapError": "errors",
-    "Plan": "planning",
-    "RemapReport": "optimizers",
-    "calibrate": "calibration",
-    "convert": "conversion",
-    "distil": "training.distillation",
-    "estimate_statistics": "calibration",
-    "finetune": "finetuning.run",
+    "Plan": "planning.plan",
+    "RemapReport": "optimizers.remap",
+    "calibrate": "calibration.calibrate",
+    "convert": "conversion.convert",
+    "distil": "distillation.distil",
+    "estimate_statistics": "calibration.calibrate",
+    "finetune": "finetuning.finetune",
     "freeze": "freezing",
     "frozen_drift": "freezing",
-    "inspect": "inventory",
-    "load": "checkpoint",
-    "plan": "planning",
-    "remap_optimizer": "optimizers",
-    "revert": "undo",
-    "save": "checkpoint",
-    "stabilized": "stabilizing",
+    "inspect": "inspection.inventory",
+    "load": "checkpoint.saving",
+    "plan": "planning.plan",
+    "remap_optimizer": "optimizers.remap",
+    "revert": "conversion.revert",
+    "save": "checkpoint.saving",
+    "stabilized": "conversion.stabilize",
     "unfreeze": "freezing",
-    "verify": "verification",
+    "verify": "comparison.verification",
 }
 
 _MODULES = ("data", "detection")

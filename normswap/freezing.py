@@ -13,9 +13,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from . import norms as _norms  # noqa: F401  (registers the norm types)
 from .errors import Fix, OptionError, Text
-from .pinned import ATTRIBUTE, Freeze, Pinned, freeze_of, frozen_tensors, pin, statistics_of, unpin
-from .registry import class_of, identify, looks_batch
-from .surgery import aliases, get, matches
+from .modules.frozen_class import ATTRIBUTE, Freeze, Pinned, freeze_of, frozen_tensors, pin, statistics_of, unpin
+from .modules.tree import aliases, get, matches
+from .norms.registry import class_of, identify, looks_batch
 
 Patterns = str | Iterable[str]
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, AveragedModel; torch.compile

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normswap.inventory import Inventory, inspect
+from normswap.inspection.inventory import Inventory, inspect
 
 
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:

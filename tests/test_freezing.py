@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normswap
 from normswap.errors import OptionError
-from normswap.inventory import inspect
+from normswap.inspection.inventory import inspect
 from normswap.norms.frozen import FrozenBatchNorm
 from normswap.norms.renorm import BatchRenorm
 from tests.helpers import bits, bn_eval, contents, fingerprint, randomized, relative

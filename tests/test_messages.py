@@ -12,10 +12,10 @@ import pytest
 import typer
 
 import normswap
+from normswap.arguments import one_of, seed_value
 from normswap.cli import app
-from normswap.cli.flags import words
+from normswap.cli.terminal.flags import words
 from normswap.errors import UNSET, Fix, NormswapError, did_you_mean, plural
-from normswap.values import one_of, seed_value
 
 PACKAGE = Path(normswap.__file__).parent
 LIBRARY = [p for p in sorted(PACKAGE.rglob("*.py")) if p.relative_to(PACKAGE).parts[0] not in ("cli", "demo")]

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..planning import Step
-from ..surgery import get
-from ..undo import LayerUndo, Undo, by_output_channel, fold_exactly, folded_bias, scaled, undo_layer
+from ..conversion.revert import LayerUndo, Undo, by_output_channel, fold_exactly, folded_bias, scaled, undo_layer
+from ..modules.tree import get
+from ..planning.plan import Step
 from .moments import Rows
-from .targets import Target, set_parameter, statistics_of
+from .norm_targets import Target, set_parameter, statistics_of
 
 LARGEST = 2.0
 """Sizes stay within 1/2 and 2, so that no channel dominates its group and learning rates keep their meaning."""

@@ -13,15 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import run_on
+from ..data.batches import run_on
 from ..errors import DataError
-from ..surgery import device_and_dtype
+from ..modules.tree import device_and_dtype
 from .balance import Spread
 from .lockstep import Lockstep
 from .moments import Moments, moments_of, rows_of
-from .refit import Refit
-from .report import LayerResult
-from .targets import (
+from .norm_targets import (
     Target,
     alive,
     apply_repair,
@@ -36,6 +34,8 @@ from .targets import (
     statistics_of,
     statistics_output,
 )
+from .refit import Refit
+from .report import LayerResult
 
 SETTLED = 1e-5
 MAX_PASSES = 10

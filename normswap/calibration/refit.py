@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..planning import Step
-from ..surgery import get
-from ..undo import LayerUndo, digest, undo_layer
-from .targets import Target, first_input
+from ..conversion.revert import LayerUndo, digest, undo_layer
+from ..modules.tree import get
+from ..planning.plan import Step
+from .norm_targets import Target, first_input
 
 RIDGE = 0.1
 """Of the mean power of an input: how strongly a weight is held where it is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..agreement import comparison_lines
+from ..comparison.outputs import comparison_lines
 
 
 @dataclass(frozen=True)

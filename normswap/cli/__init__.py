@@ -9,16 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from .boundary import Commands, report
-from .calibrate import calibrate
-from .convert import convert
-from .demo import demo
-from .distil import distil
-from .finetune import finetune
-from .inspect import inspect
-from .norms import norms
-from .recipes import recipes
-from .verify import verify
+from .commands.calibrate import calibrate
+from .commands.convert import convert
+from .commands.demo import demo
+from .commands.distil import distil
+from .commands.finetune import finetune
+from .commands.inspect import inspect
+from .commands.norms import norms
+from .commands.recipes import recipes
+from .commands.verify import verify
+from .terminal.errors import Commands, report
 
 app = typer.Typer(
     cls=Commands,

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..arguments import number, one_of, seed_value, whole
 from ..errors import Fix, OptionError, Text
-from ..limits import check_workers
-from ..values import number, one_of, seed_value, whole
-from .folder import LAST
+from ..machine.limits import check_workers
+from .output.layout import LAST
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 OPTIMIZERS = ("adamw", "sgd")

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..registry import register
-from ..spec import NormSpec, NormState, Options
-from ._common import as_parameter, read_statistics_norm, require_dims
+from ._building import as_parameter, read_statistics_norm, require_dims
+from .registry import register
+from .spec import NormSpec, NormState, Options
 
 BY_DIMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _DIMS = {cls: dims for dims, cls in BY_DIMS.items()}

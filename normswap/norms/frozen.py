@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules import per_channel
-from ..registry import register
-from ..spec import NormSpec, NormState, Options
-from ..surgery import evaluating
-from ._common import TAIL, affine_or_identity, read_statistics_norm
+from ..modules.tree import evaluating
+from ._building import TAIL, affine_or_identity, read_statistics_norm
+from ._wrappers import per_channel
+from .registry import register
+from .spec import NormSpec, NormState, Options
 
 _BUFFERS = {"weight", "bias", "running_mean", "running_var"}
 

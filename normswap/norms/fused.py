@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..modules import ChannelAffine
-from ..registry import register
-from ..spec import NormSpec, NormState, Options
-from ._common import affine_or_identity
+from ._building import affine_or_identity
+from ._wrappers import ChannelAffine
+from .registry import register
+from .spec import NormSpec, NormState, Options
 
 
 def scale_and_shift(state: NormState) -> tuple[torch.Tensor, torch.Tensor]:

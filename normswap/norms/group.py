@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import OptionError
-from ..registry import register
-from ..spec import Misfit, NormSpec, NormState, Options, Request
-from ._common import read_tail, with_affine
+from ._building import read_tail, with_affine
+from .registry import register
+from .spec import Misfit, NormSpec, NormState, Options, Request
 
 AUTO_CHANNELS_PER_GROUP = 16  # Wu and He 2018, table 3: 16 channels a group is their best fixed choice
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from ..registry import register
-from ..spec import NormSpec, NormState, Options
-from ._common import read_statistics_norm, require_dims, with_affine
+from ._building import read_statistics_norm, require_dims, with_affine
+from .registry import register
+from .spec import NormSpec, NormState, Options
 
 BY_DIMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 _DIMS = {cls: dims for dims, cls in BY_DIMS.items()}

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..registry import register
-from ..spec import NormSpec, NormState, Options
-from ._common import read_tail, with_affine
+from ._building import read_tail, with_affine
 from .group import build_group_norm
+from .registry import register
+from .spec import NormSpec, NormState, Options
 
 
 class ChannelLayerNorm(nn.Module):

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import OptionError
-from ..modules import per_channel
-from ..registry import register
-from ..spec import NormSpec, NormState, Options
-from ._common import read_statistics_norm
+from ._building import read_statistics_norm
+from ._wrappers import per_channel
 from .batch import build_with_statistics
+from .registry import register
+from .spec import NormSpec, NormState, Options
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..weights import digest_of
-from .source import Source
+from .spec import Source
+from .weights import digest_of
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _untrained(model: nn.Module, source: Source, digest: str, seed: int) -> bool
     ]
     if found:
         return all(bool(torch.eq(values, float(leaf == "running_var")).all()) for leaf, values in found)
-    from . import build_full
+    from .resolve import build_full
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)

@@ -1,1 +1,1 @@
-"""Train a converted network: distillation from the original."""
+"""What distilling and fine-tuning share."""

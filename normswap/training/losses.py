@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..agreement import are_detections, floating
+from ..comparison.outputs import are_detections, floating
 from ..errors import DataError, Fix, Text
 
 

@@ -7,10 +7,10 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from ..conversion import check_order, record_of
+from ..conversion.convert import check_order, record_of
+from ..conversion.revert import revert
 from ..errors import Fix, OptionError, RevertError, Text
-from ..surgery import copied, evaluating, undisturbed
-from ..undo import revert
+from ..modules.tree import copied, evaluating, undisturbed
 
 
 def original_of(model: nn.Module, reference: nn.Module | None) -> nn.Module:

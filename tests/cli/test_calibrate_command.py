@@ -32,8 +32,8 @@ def test_the_calibrated_file_has_the_moments_of_the_original(cli: Cli, images: P
     assert "tiny-gn-calibrated.safetensors" in ran.out
     calibrated = normswap.load("tiny-gn-calibrated.safetensors", trust_code=True)
     original = normswap.revert(normswap.load("tiny-gn.safetensors", trust_code=True))
-    from normswap.images import open_images
-    from normswap.preprocess import Preprocess
+    from normswap.data.image_folder import open_images
+    from normswap.data.preprocess import Preprocess
 
     batches = open_images(images).batches(Preprocess(mean=(0.0,), std=(1.0,)), 12)
     x = next(iter(batches))[0]

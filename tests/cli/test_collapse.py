@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from normswap.cli.collapse import collapse, local_names, spans
+from normswap.cli.terminal.problem_lines import collapse, local_names, spans
 
 
 def names(paths: list[str], *keys: object, **options: bool) -> list[str]:

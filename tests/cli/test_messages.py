@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ran import Cli
 
-from normswap.cli.collapse import problem_lines
+from normswap.cli.terminal.problem_lines import problem_lines
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import pytest
 from ran import Cli
 
 import normswap.norms  # noqa: F401  (registers them)
-from normswap.cli import app, options
-from normswap.registry import specs, targets
+from normswap.cli import app
+from normswap.cli.arguments import options
+from normswap.norms.registry import specs, targets
 
 
 def test_the_names_in_the_help_are_those_of_the_registry() -> None:

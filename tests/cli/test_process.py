@@ -56,7 +56,7 @@ def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str]) -> Non
         "try:\n"
         "    main()\n"
         "finally:\n"
-        "    heavy = {'torch', 'numpy', 'torchvision', 'normswap.cli.render'} & set(sys.modules)\n"
+        "    heavy = {'torch', 'numpy', 'torchvision', 'normswap.cli.terminal.render'} & set(sys.modules)\n"
         "    print('HEAVY', sorted(heavy))\n"
     )
     ran = run(sys.executable, "-c", code)
@@ -122,7 +122,7 @@ def test_under_nohup_a_run_outlives_its_terminal(folder: Path) -> None:
             process.wait(0.5)
 
 
-@pytest.mark.parametrize("module", ["typer", "normswap.cli.convert"])
+@pytest.mark.parametrize("module", ["typer", "normswap.cli.commands.convert"])
 def test_ctrl_c_while_the_command_line_is_imported_shows_no_traceback(module: str) -> None:
     code = (
         "import sys\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ran import Cli
 
-from normswap import recipes
+from normswap.cli import recipe_catalog as recipes
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.py"))

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import typer
 
-from normswap.cli.flags import written
-from normswap.cli.output import Output
-from normswap.cli.render import Page, number_range, plural, size
-from normswap.cli.retry import changed, command
-from normswap.cli.terminal import printable
-from normswap.errors import Fix, NormswapError, Text
+from normswap.cli.terminal.flags import written
+from normswap.cli.terminal.output import Output
+from normswap.cli.terminal.render import Page, number_range, size
+from normswap.cli.terminal.streams import printable
+from normswap.cli.terminal.suggestions import changed, command
+from normswap.errors import Fix, NormswapError, Text, plural
 
 
 class Terminal(io.StringIO):
@@ -178,7 +178,7 @@ def test_a_repeated_command_is_quoted_for_the_shell() -> None:
 
 def test_completion_offers_norm_names() -> None:
     from normswap.cli import app
-    from normswap.cli.options import norm_names, target_names
+    from normswap.cli.arguments.options import norm_names, target_names
 
     assert norm_names("ln") == ["ln", "ln-channel"]
     assert target_names("o") == ["original"]

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 import normswap
-from normswap.manifest import read_manifest
+from normswap.checkpoint.manifest import read_manifest
 
 CONVERT = ("--to", "gn", "--groups", 2)
 

@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models.convnext import LayerNorm2d
 
 from normswap.norms.layer import ChannelLayerNorm
-from normswap.registry import identify
+from normswap.norms.registry import identify
 
 
 def filled(channels: int = 6) -> ChannelLayerNorm:

@@ -15,9 +15,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import normswap
 import normswap.norms
 from normswap.errors import OptionError
-from normswap.modules import ChannelAffine
-from normswap.registry import get, identify, register, specs, targets
-from normswap.spec import Misfit, NormSpec, NormState, Request
+from normswap.norms._wrappers import ChannelAffine
+from normswap.norms.registry import get, identify, register, specs, targets
+from normswap.norms.spec import Misfit, NormSpec, NormState, Request
 
 C, GROUPS = 8, 2
 SHAPES = {"vectors": (5, C), "1d": (5, C, 6), "2d": (3, C, 4, 5), "3d": (2, C, 3, 4, 2)}

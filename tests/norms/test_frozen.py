@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from normswap.norms.frozen import FrozenBatchNorm
-from normswap.registry import identify
+from normswap.norms.registry import identify
 
 
 def filled(channels: int = 6, eps: float = 1e-3) -> FrozenBatchNorm:

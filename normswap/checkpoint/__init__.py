@@ -1,0 +1,1 @@
+"""The file of a converted network: weights, manifest, undo."""

@@ -1,0 +1,110 @@
+"""The manifest of a file that normswap wrote: what it says, and that nobody has edited it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..conversion.convert import Record
+from ..errors import CheckpointError
+from .source_recovery import source_of
+from .undo_tensors import undo_index
+
+FORMAT = 1
+KEY = "normswap"
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The manifest of a file that normswap wrote, checked. Raises CheckpointError."""
+    path = Path(path)
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder, not a file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
+    if text is None:
+        raise CheckpointError(
+            f"{path} was not written by normswap (it has no manifest)",
+            hint=f"A plain checkpoint goes with its architecture: normswap convert SOURCE --weights {path}",
+        )
+    try:
+        manifest = json.loads(text)
+        version = manifest["format"]
+        if isinstance(version, int) and version > FORMAT:
+            raise CheckpointError(
+                f"{path} has format {version}, this normswap {__version__} reads up to {FORMAT}",
+                hint="pip install --upgrade normswap",
+            )
+        if manifest["sha256"] != digest(manifest):
+            raise CheckpointError(f"the manifest of {path} was edited after normswap wrote it; it is not used")
+        for name in ("source", "plan", "check", "history", "ties", "no_grad", "channels_last", "undo"):
+            manifest[name]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the manifest of {path} is damaged: {type(error).__name__}: {error}") from error
+    return manifest
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether the file is safetensors with a normswap manifest, sound or not."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def make_manifest(
+    model: nn.Module, record: Record, ties: Mapping[str, str], channels_last: list[str]
+) -> dict[str, Any]:
+    """What goes into the file's metadata, JSON values. ties: see `checkpoint`. channels_last: tensors that lie so."""
+    source = record.source or source_of(model, record.plan, record.undo)
+    manifest = {
+        "format": FORMAT,
+        "versions": {"normswap": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "source": source,
+        "plan": record.plan.to_dict(),
+        "check": asdict(record.check),
+        "history": record.history,
+        "head": None if record.head is None else record.head.to_dict(),
+        "ties": dict(ties),
+        "no_grad": [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad],
+        "channels_last": channels_last,
+        "undo": undo_index(record.undo),
+    }
+    manifest = json.loads(json.dumps(manifest))  # keys that are numbers become texts, as they will be when read
+    return {**manifest, "sha256": digest(manifest)}
+
+
+def digest(manifest: Mapping[str, Any]) -> str:
+    """Tells an edited manifest; no protection against one made to deceive."""
+    body = {k: v for k, v in manifest.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Manifest and tensors. Raises CheckpointError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    manifest = read_manifest(path)
+    try:
+        return manifest, load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error

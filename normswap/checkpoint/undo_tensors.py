@@ -1,0 +1,68 @@
+"""What `revert` needs, as tensors of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..conversion.revert import LayerUndo, Undo
+
+PREFIX = "normswap.undo."
+
+
+def undo_index(undo: Undo) -> dict[str, Any] | None:
+    """What the undo tensors belong to; None when nothing was kept."""
+    if not undo.complete:
+        return None
+    return {
+        "norms": [list(n.paths) for n in undo.norms],
+        "layers": [layer.path for layer in undo.layers],
+        "no_grad": [
+            [k for k, p in n.module._parameters.items() if p is not None and not p.requires_grad] for n in undo.norms
+        ],
+    }
+
+
+def undo_tensors(undo: Undo) -> dict[str, Tensor]:
+    """By name, for the file; nothing when nothing was kept."""
+    if not undo.complete:
+        return {}
+    found: dict[str, Tensor] = {}
+    for i, norm in enumerate(undo.norms):
+        found |= {f"{PREFIX}norm.{i}.{name}": t for name, t in norm.tensors.items()}
+        changed = {n: t for n, t in norm.given.items() if norm.tensors.get(n) is not t}
+        found |= {f"{PREFIX}given.{i}.{name}": t for name, t in changed.items()}
+    for i, layer in enumerate(undo.layers):
+        parts = {n: getattr(layer, n) for n in ("scale", "shift", "bias", "correction", "weight", "given")}
+        found |= {f"{PREFIX}layer.{i}.{name}": t for name, t in parts.items() if t is not None}
+    return {name: tensor.clone() if tensor.numel() else tensor for name, tensor in found.items()}
+
+
+def fill_undo(undo: Undo, tensors: Mapping[str, Tensor], index: Mapping[str, Any] | None) -> None:
+    """Put what the file had into the undo record of a network that was just swapped again."""
+    if index is None:
+        undo.norms, undo.layers, undo.complete = [], [], False
+        return
+    for i, norm in enumerate(undo.norms):
+        norm.tensors = _under(tensors, f"norm.{i}.")
+        norm.given = {n: norm.tensors[n] for n in norm.given if n in norm.tensors} | _under(tensors, f"given.{i}.")
+        for name, parameter in norm.module._parameters.items():
+            if parameter is not None:
+                parameter.requires_grad_(name not in index["no_grad"][i])
+    undo.layers = [LayerUndo(path, **_layer_tensors(tensors, i)) for i, path in enumerate(index["layers"])]
+
+
+def check_undo(tensors: Mapping[str, Tensor], index: Mapping[str, Any] | None) -> None:
+    """Raise KeyError or TypeError when something to undo the conversion with is missing."""
+    for i, path in enumerate(() if index is None else index["layers"]):
+        LayerUndo(path, **_layer_tensors(tensors, i))
+
+
+def _layer_tensors(tensors: Mapping[str, Tensor], i: int) -> dict[str, Any]:
+    return {"bias": None, **_under(tensors, f"layer.{i}.")}
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(PREFIX + prefix) :]: v for k, v in tensors.items() if k.startswith(PREFIX + prefix)}

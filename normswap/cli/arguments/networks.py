@@ -1,0 +1,282 @@
+"""SOURCE on the command line -> a network: one that is built, or one from a file that normswap wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ...errors import OptionError
+from ..terminal.output import Output
+from ..terminal.suggestions import repeated
+from . import options
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ...sources.resolve import Source, Weights
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user said about one network. source: what builds it, where `text` is a converted file."""
+
+    text: str
+    weights: str | None = None
+    args: tuple[str, ...] = ()
+    trust_pickle: bool = False
+    trust_code: bool = False
+    allow_nonfinite: bool = False
+    seed: int = 0
+    source: str | None = None
+
+    def built_with(self) -> Iterable[Any]:
+        """Values of --arg."""
+        from ...sources.resolve import parse_args
+
+        return parse_args(list(self.args)).values()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a network comes from: `source` builds it; `file`, which normswap wrote, holds its weights and the swap.
+
+    asked: the weights to build it with. weights: those that it has, once it is opened.
+    """
+
+    source: Source | None
+    file: Path | None = None
+    asked: str | None = None
+    weights: Weights | None = None
+
+    def __str__(self) -> str:
+        return str(self.file or self.source)
+
+    @property
+    def stem(self) -> str:
+        """What results are named after."""
+        return self.source.stem if self.source is not None else self.file.stem if self.file is not None else "model"
+
+    @property
+    def made_with(self) -> Weights | None:
+        """The weights of the original network, if they are known."""
+        from ...sources.resolve import Weights
+
+        return Weights.of(self.source.to_dict()) if self.source is not None else None
+
+    @property
+    def told(self) -> str:
+        """The network and its weights, for a line of a page."""
+        if self.file is None and self.source is None:
+            return str(self.weights)
+        return str(self) if self.weights is None or self.file is not None else f"{self} ({self.weights})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "file": None if self.file is None else str(self.file),
+            "source": None if self.source is None else self.source.to_dict(),
+            "weights": None if self.weights is None else self.weights.to_dict(),
+        }
+
+
+def converted_file(text: str) -> Path | None:
+    """The path, if SOURCE names an existing file that is, by its name or its content, one that normswap wrote."""
+    path = Path(text)
+    if not path.is_file():
+        return None
+    if path.suffix == ".safetensors":
+        return path
+    from ...checkpoint.manifest import is_ours
+
+    return path if is_ours(path) else None
+
+
+def check_converted(text: str, what: str, hint: str) -> None:
+    """Raise SourceError for a file that is not there, and OptionError, with `hint`, for anything else not converted."""
+    if converted_file(text) is not None:
+        return
+    from ...sources.resolve import missing_file
+
+    if (missing := missing_file(text)) is not None:
+        raise missing
+    raise OptionError(f"{what}{text} is not a file that normswap wrote", hint=hint)
+
+
+def locate(ctx: typer.Context, wanted: Wanted, *, default_weights: str = "DEFAULT") -> Origin:
+    """Find out what SOURCE names, without building it.
+
+    Raises NormswapError, or a usage error for options that do not go with a converted file.
+    """
+    from ...checkpoint import saving as checkpoint
+    from ...sources import resolve as sources
+
+    file = converted_file(wanted.text)
+    args = sources.parse_args(list(wanted.args))
+    if file is None:
+        if wanted.source is not None:
+            raise options.usage(ctx, f"--source goes with a file that normswap wrote; {wanted.text} is none")
+        return Origin(sources.parse(wanted.text, args), asked=wanted.weights or default_weights)
+    for flag, given in (("--weights", wanted.weights), ("--arg", wanted.args)):
+        if given and (flag == "--weights" or wanted.source is None):
+            raise options.usage(ctx, f"{flag} goes with a network to build; {file} brings its own weights")
+    manifest = checkpoint.read_manifest(file)
+    values = manifest["source"]
+    trained = any(entry.get("action") == "finetune" for entry in manifest["history"])
+    made_with = sources.Weights.of(values)
+    held = sources.Weights(str(file), random=made_with is not None and made_with.random and not trained)
+    if wanted.source is not None:
+        source = checkpoint.source_told(wanted.source, manifest)
+        return Origin(replace(source, args=args) if args else source, file, weights=held)
+    return Origin(None if values is None else sources.Source.from_dict(values), file, weights=held)
+
+
+def files_read(*asked: tuple[Origin, Wanted] | None) -> list[Path]:
+    """The files and folders that these networks are made from, which no result of the same command may replace."""
+    found: list[str | Path | None] = []
+    for origin, wanted in filter(None, asked):
+        found += [origin.file, wanted.weights, *(value for value in wanted.built_with() if isinstance(value, str))]
+        if origin.source is not None and origin.source.kind in ("file", "hf"):  # hf: perhaps a folder
+            name = origin.source.name
+            found.append(name.rpartition(":")[0] if origin.source.kind == "file" else name)
+    return [path for path in (Path(place) for place in found if place) if path.exists()]
+
+
+def open_network(
+    origin: Origin, wanted: Wanted, out: Output, *, values: bool = True, warn: bool = True
+) -> tuple[nn.Module, Origin]:
+    """Build or load it. Returns it, and the origin with what building has shown. warn: of random weights.
+
+    values=False leaves weights out that would have to be downloaded; a local checkpoint is read all the same.
+    """
+    if origin.file is not None:
+        out.step(f"loading {origin}")
+        from ...checkpoint import saving as checkpoint
+
+        told = None if wanted.source is None else origin.source
+        model = checkpoint.load(
+            origin.file, source=told, trust_code=wanted.trust_code, allow_nonfinite=wanted.allow_nonfinite
+        )
+    else:
+        out.step(f"building {origin}")
+        model, origin = _built(origin, wanted, out, values)
+    if warn and origin.weights is not None and origin.weights.random:
+        out.note(_warning(origin, wanted))
+    return model, origin
+
+
+def _built(origin: Origin, wanted: Wanted, out: Output, values: bool) -> tuple[nn.Module, Origin]:
+    import torch
+
+    from ...sources import resolve as sources
+
+    if origin.source is None:
+        raise ValueError("an origin has a file or a source")
+    torch.manual_seed(wanted.seed)
+    asked = origin.asked or "none"
+    local = asked != "none" and (origin.source.runs_code or sources.names_a_file(origin.source, asked))
+    if not (values or local):
+        model, source = sources.outline(origin.source, asked)
+        return model, replace(origin, source=source, weights=sources.NOT_READ)
+    model, source = sources.build(
+        origin.source,
+        asked,
+        trust_pickle=wanted.trust_pickle,
+        allow_nonfinite=wanted.allow_nonfinite,
+        progress=out.live,
+    )
+    file = asked not in ("none", "DEFAULT") and sources.names_a_file(origin.source, asked)
+    weights = sources.weights_of(model, source, asked, file=file, seed=wanted.seed)
+    return model, replace(origin, source=replace(source, weights=weights.to_dict()), weights=weights)
+
+
+def _warning(origin: Origin, wanted: Wanted) -> str:
+    if origin.file is not None:
+        return f"{origin} was made from random weights"
+    if wanted.weights is not None or origin.asked == "none":
+        return f"{origin} has random weights"
+    return f"{origin} has random weights, its factory's own; --weights FILE gives it trained ones"
+
+
+def open_original(
+    ctx: typer.Context, wanted: Wanted, made: Origin, of_made: Wanted, out: Output
+) -> tuple[nn.Module, Origin]:
+    """The network that the user names as the one that the file `made` was converted from.
+
+    A factory that draws its weights at random gives other ones each time; its original is then restored from the file.
+    Raises WeightsError, with the command that works, where that cannot be done.
+    """
+    from ...errors import RevertError, WeightsError
+
+    model, origin = open_network(locate(ctx, wanted), wanted, out)
+    theirs, weights = made.made_with, origin.weights
+    if made.file is None or theirs is None or weights is None or origin.file is not None or not _same(origin, made):
+        return model, origin
+    if theirs.digest is None or weights.digest == theirs.digest:
+        return model, origin
+    if not weights.random or wanted.weights is not None:
+        out.note(f"{origin.told}; {made} was made from other weights: {theirs}")
+        return model, origin
+    try:
+        model = original_of(open_network(made, of_made, out, warn=False)[0], made, "")
+    except RevertError as error:
+        way = "Its random weights are gone; --weights FILE takes a checkpoint of them."
+        if theirs.given is not None:
+            way = "Name its weights: " + repeated(ctx, drop=("--weights",), add=("--weights", theirs.given))
+        raise WeightsError(f"{origin.told}, not what {made} was made from: {theirs}", hint=way) from error
+    out.note(f"{origin} has other weights each time it is built; its original is restored from {made}")
+    return model, restored(made)
+
+
+def restored(made: Origin) -> Origin:
+    """The original of a file that normswap wrote, as the file's record restores it."""
+    from ...sources.resolve import Weights
+
+    theirs = made.made_with
+    name = f"{'' if theirs is None else f'{theirs}; '}as it was before the conversion of {made}"
+    return Origin(made.source, weights=replace(theirs or Weights(""), name=name))
+
+
+def _same(one: Origin, other: Origin) -> bool:
+    """Whether both are built by the same code with the same arguments."""
+    if one.source is None or other.source is None:
+        return False
+    mine, theirs = (
+        (source.kind, Path(source.name).resolve() if source.kind == "file" else source.name, dict(source.args))
+        for source in (one.source, other.source)
+    )
+    return mine == theirs
+
+
+def example_inputs(model: nn.Module, shapes: list[tuple[int, ...]]) -> tuple[Tensor, ...] | None:
+    """Random inputs of the shapes that --input gives; None without any."""
+    if not shapes:
+        return None
+    from ...inspection.example_inputs import random_tensor
+
+    return tuple(random_tensor(shape, model) for shape in shapes)
+
+
+def original_of(model: nn.Module, origin: Origin, instead: str, *, approximate: bool = False) -> nn.Module:
+    """The network that a converted one was made from. Changes the one given.
+
+    Raises RevertError, with `instead` as what to do, when it cannot be restored: by its record, and by the digest of
+    its weights, which tells changes that undo as cleanly as none, such as doubled weights.
+    """
+    from ...conversion.revert import revert
+    from ...errors import RevertError
+    from ...sources.weights import digest_of
+
+    try:
+        original = revert(model, strict=not approximate)
+    except RevertError as error:
+        raise RevertError(error.message, hint=instead) from error
+    theirs = origin.made_with
+    if not approximate and theirs is not None and theirs.digest not in (None, digest_of(original.state_dict())):
+        raise RevertError(
+            f"the weights changed since the conversion; {origin} does not lead back exactly", hint=instead
+        )
+    return original

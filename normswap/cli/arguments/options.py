@@ -1,0 +1,229 @@
+"""Arguments and options that several commands share, and how their texts are read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ...arguments import MOST_SEED
+from ...errors import did_you_mean
+from ...machine.limits import check_memory
+
+UsageError: Any = typer.BadParameter.__bases__[0]  # click's own, under a name that all versions of typer have
+
+# As `registry.targets()` has them, which would need torch to be imported; a test compares the two.
+NORMS = ("bn", "sync", "frozen", "fused", "gn", "in", "ln", "ln-channel", "renorm")
+
+
+def norm_names(incomplete: str) -> list[str]:
+    """Completion of a norm's name."""
+    return [name for name in NORMS if name.startswith(incomplete)]
+
+
+def target_names(incomplete: str) -> list[str]:
+    """Completion of what --to takes."""
+    return [name for name in (*NORMS, "original") if name.startswith(incomplete)]
+
+
+SOURCE_HELP = (
+    "A torchvision name, timm:NAME, hf:ID, package.module:factory, file.py:factory, or a file that normswap wrote."
+)
+
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP, show_default=False)]
+Converted = Annotated[
+    str, typer.Argument(metavar="FILE", help="A file that normswap convert wrote.", show_default=False)
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEFAULT|none|FILE|NAME",
+        help="Weights: DEFAULT (a named model's best), none (random), a checkpoint, or a name such as IMAGENET1K_V1.",
+        show_default=False,
+    ),
+]
+Arg = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--arg", metavar="KEY=VALUE", help="An argument for the model's builder; repeatable.", show_default=False
+    ),
+]
+Input = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="N,C,H,W",
+        help="Shape of an input to run the network on, such as 1,3,224,224; repeat it for several arguments.",
+        show_default=False,
+    ),
+]
+BuiltBy = Annotated[
+    str | None,
+    typer.Option(
+        "--source",
+        metavar="SOURCE",
+        help="What builds the network of a converted file, such as file.py:factory, in place of what the file says.",
+        show_default=False,
+    ),
+]
+TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Run the code that a pickled checkpoint may hold.")]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="Run the factory that a converted file names to build its network.")
+]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept weights that hold NaN or Inf.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=MOST_SEED, metavar="N", help="Seed of random weights and inputs.", show_default=True)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show warnings of libraries, and where an error happened.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        metavar="balance|refit|moments",
+        help="How to calibrate; refit also fits the layers before the norms: closer with small groups, but slower.",
+    ),
+]
+Groups = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|auto", help="Groups of each gn layer; auto aims at 16 channels a group.", show_default="auto"
+    ),
+]
+ChannelsPerGroup = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Channels of each group, in place of --groups.", show_default=False),
+]
+Indivisible = Annotated[
+    str,
+    typer.Option(
+        metavar="error|nearest",
+        help="What to do where the channels do not divide: nearest takes the next divisor below.",
+    ),
+]
+Rule = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN=NORM",
+        help="The norm, or keep, for layers whose path or role (role:backbone, role:fpn, role:head) matches; "
+        "repeatable, the first match wins.",
+        show_default=False,
+    ),
+]
+METHODS = ("balance", "refit", "moments")
+Data = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Images, alone or in one subfolder for each class.", show_default=False),
+]
+Images = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Use at most so many of the images.", show_default=False)
+]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Images in a batch.")]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|H,W|native",
+        help="Size of the images; by default what the weights were trained with.",
+        show_default=False,
+    ),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(metavar="R,G,B", help="Mean to subtract, for values from 0 to 1; likewise.", show_default=False),
+]
+Std = Annotated[
+    str | None, typer.Option(metavar="R,G,B", help="Standard deviation to divide by; likewise.", show_default=False)
+]
+Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="Where to run, such as cuda.", show_default="cpu")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="OUT", help="The file to write.", show_default=False)
+]
+
+
+def shapes(ctx: typer.Context, texts: list[str] | None) -> list[tuple[int, ...]]:
+    """The shapes that --input gives. Raises OptionError for an input that no memory holds."""
+    found = [_numbers(ctx, "--input", text, int, "1,3,224,224") for text in texts or ()]
+    for shape in found:
+        check_memory(4 * math.prod(shape), f"an input of {'x'.join(map(str, shape))}", "Take a smaller --input.")
+    return found
+
+
+def image_size(ctx: typer.Context, text: str | None) -> tuple[int, int] | str | None:
+    """One number for a square, `H,W`, or `native`."""
+    if text is None or text == "native":
+        return text
+    sides = _numbers(ctx, "--size", text, int, "224, 480,640 or native")
+    if len(sides) > 2:
+        raise typer.BadParameter("give one number, or height and width", ctx=ctx, param_hint="--size")
+    return sides[0], sides[-1]
+
+
+def channel_values(ctx: typer.Context, flag: str, text: str | None) -> tuple[float, ...] | None:
+    """One number, or one for each colour."""
+    return None if text is None else _numbers(ctx, flag, text, float, "0.485,0.456,0.406")
+
+
+def _numbers(ctx: typer.Context, flag: str, text: str, kind: type, example: str) -> tuple[Any, ...]:
+    try:
+        values = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not like {example}", ctx=ctx, param_hint=flag) from None
+    if kind is int and min(values) < 1:
+        raise typer.BadParameter(f"every size must be at least 1, got {text!r}", ctx=ctx, param_hint=flag)
+    return values
+
+
+def rules(ctx: typer.Context, texts: list[str] | None) -> list[tuple[str, str]]:
+    """`pattern=norm` texts as pairs. The last `=` counts, since a path may hold one."""
+    pairs = []
+    for text in texts or ():
+        pattern, equals, norm = text.rpartition("=")
+        if not (equals and pattern and norm):
+            raise typer.BadParameter(
+                f"{text!r} is not PATTERN=NORM, such as 'layer4.*=frozen'", ctx=ctx, param_hint="--rule"
+            )
+        pairs.append((pattern, norm))
+    return pairs
+
+
+def groups(ctx: typer.Context, text: str | None) -> int | str | None:
+    """A positive number, or `auto`."""
+    if text is None or text == "auto":
+        return text
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise typer.BadParameter(f"{text!r} is neither a positive number nor auto", ctx=ctx, param_hint="--groups")
+    return value
+
+
+def eps(ctx: typer.Context, text: str | None) -> float | str | None:
+    """A finite number from 0, or `auto`."""
+    if text is None or text == "auto":
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise typer.BadParameter(f"{text!r} is neither a number from 0 nor auto", ctx=ctx, param_hint="--eps")
+    return value
+
+
+def choice(ctx: typer.Context, flag: str, value: str, allowed: tuple[str, ...]) -> str:
+    """One of a few words."""
+    if value not in allowed:
+        near = did_you_mean(value, allowed)
+        text = f"{value!r} is not one of {', '.join(allowed)}" + (f". {near}" if near else "")
+        raise typer.BadParameter(text, ctx=ctx, param_hint=flag)
+    return value
+
+
+def usage(ctx: typer.Context, message: str) -> Exception:
+    """An error of the call as a whole: exit code 2."""
+    error: Exception = UsageError(message, ctx)
+    return error

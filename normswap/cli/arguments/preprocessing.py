@@ -1,0 +1,118 @@
+"""How a network wants its images: from its library where that says it, else from --size, --mean and --std."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ...machine.limits import check_images
+from . import options
+from .networks import Origin
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ...data.preprocess import Preprocess
+
+
+@dataclass(frozen=True)
+class Asked:
+    """--size, --mean and --std, read; None where the user did not say."""
+
+    size: tuple[int, int] | str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(cls, ctx: typer.Context, size: str | None, mean: str | None, std: str | None) -> Asked:
+        """Raises a usage error for texts that are no numbers, and OptionError for images that no memory holds."""
+        sides = options.image_size(ctx, size)
+        if isinstance(sides, tuple):
+            given = (ctx.params.get(name) for name in ("batch_size", "images"))
+            check_images(*sides, min((count for count in given if count), default=1))
+        return cls(
+            sides,
+            options.channel_values(ctx, "--mean", mean),
+            options.channel_values(ctx, "--std", std),
+        )
+
+    def given(self) -> dict[str, Any]:
+        """What the user said, as arguments of Preprocess."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What turns a PIL image into the network's input. stack: whether images form one tensor, not a list."""
+
+    transform: Preprocess | Callable[[Any], Tensor]
+    stack: bool
+
+    def __str__(self) -> str:
+        from ...data.preprocess import Preprocess
+
+        if not isinstance(self.transform, Preprocess):
+            return "prepared as the published weights need it"
+        if not self.stack:
+            return "at their own size, values 0 to 1"
+        size = self.transform.size
+        size = size if isinstance(size, str) else f"{size[0]}x{size[1]}"
+        mean, std = (" ".join(f"{v:g}" for v in values) for values in (self.transform.mean, self.transform.std))
+        return f"size {size}, mean {mean}, std {std}"
+
+    def to_dict(self) -> dict[str, Any] | None:
+        """JSON values; None for a library's own callable."""
+        from ...data.preprocess import Preprocess
+
+        return self.transform.to_dict() if isinstance(self.transform, Preprocess) else None
+
+
+def prepare(model: nn.Module, origin: Origin, asked: Asked) -> Preparation:
+    """What the library says of the network's weights, with what the user says in its place."""
+    from ...data.preprocess import Preprocess
+
+    channels = _channels(model)
+    if type(getattr(model, "transform", None)).__name__ == "GeneralizedRCNNTransform":
+        return Preparation(replace(Preprocess.raw(channels), **asked.given()), stack=False)
+    said = _of_library(model, origin)
+    known = Preprocess.of(said) if said is not None else None
+    if said is not None and known is None and callable(said) and not asked.given():
+        return Preparation(said, stack=True)
+    base = known or Preprocess(channels=channels)
+    if asked.size is not None:
+        base = replace(base, resize=None)
+    return Preparation(replace(base, **asked.given()), stack=True)
+
+
+def _channels(model: nn.Module) -> int:
+    from torch import nn
+
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return 1 if first is not None and first.in_channels == 1 else 3
+
+
+def _of_library(model: nn.Module, origin: Origin) -> Any:
+    source = origin.source
+    if source is None:
+        return None
+    if source.kind == "torchvision" and source.variant is not None:
+        from torchvision.models import get_model_weights
+
+        return get_model_weights(source.name)[source.variant].transforms()
+    if source.kind == "timm":
+        return getattr(model, "pretrained_cfg", None)
+    if source.kind == "hf":
+        return _of_processor(source.name)
+    return None
+
+
+def _of_processor(name: str) -> Any:
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(name).to_dict()
+    except Exception:  # hub, network and file errors of several libraries; the usual preparation is then tried
+        return None

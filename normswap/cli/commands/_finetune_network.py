@@ -1,0 +1,121 @@
+"""What `normswap finetune` starts from: a network, converted and calibrated first if --to or --rule ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ...errors import CheckpointError, OptionError, plural
+from ..arguments.networks import Origin, Wanted, open_network
+from ..arguments.preprocessing import Asked, Preparation, prepare
+from ..terminal.output import Output
+from ..terminal.suggestions import building, with_commands
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...finetuning.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What --to and the options that go with it ask for. images: how many to calibrate on."""
+
+    to: str | None
+    rules: list[tuple[str, str]]
+    planning: dict[str, Any]
+    images: int
+
+    def described(self, origin: Origin, asked: Asked) -> dict[str, Any]:
+        """JSON values."""
+        source = None if origin.source is None else origin.source.to_dict()
+        swap = {"to": self.to, "rules": self.rules, **self.planning, "calibrate": self.images}
+        return {"source": source, "file": None if origin.file is None else str(origin.file), **swap, **asked.given()}
+
+    def check(self) -> None:
+        """Tell an unknown norm or role before a network is built."""
+        from ... import norms as _norms  # noqa: F401  (registers the norm types)
+        from ...planning.rules import rules_of
+
+        if self.wanted:
+            rules_of(self.to, self.rules)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the network is to be converted."""
+        return self.to is not None or bool(self.rules)
+
+
+def transform_of(task: Task, preparation: Preparation) -> Any:
+    """Detectors prepare their images themselves."""
+    return None if task.name == "detection" else preparation.transform
+
+
+def stem_of(origin: Origin, swap: Swap) -> str:
+    """What the folder of the run is called, if the user does not say."""
+    return f"{origin.stem}-{swap.to or 'mixed'}" if swap.wanted else origin.file.stem if origin.file else origin.stem
+
+
+def network_of(
+    wanted: Wanted, origin: Origin, swap: Swap, asked: Asked, out: Output, resumed: Path | None
+) -> tuple[nn.Module, Origin, Preparation]:
+    """The network to train, not converted yet; that of the run to go on with, where there is one."""
+    if resumed is not None:
+        from ...finetuning.output.layout import LAST
+
+        if not (resumed / LAST).exists():
+            raise CheckpointError(
+                f"there is no {resumed / LAST} to go on with", hint="Leave --resume out to begin anew."
+            )
+        if origin.file is None:  # the command names the code itself, and `keep_command` has seen that it is the same
+            wanted = replace(wanted, trust_code=True)
+        model, origin = open_network(Origin(origin.source, resumed / LAST), wanted, out)
+        return model, origin, prepare(model, origin, asked)
+    if origin.file is not None and swap.wanted:
+        raise OptionError(
+            f"{origin.file} is converted already",
+            hint=f"Leave --to out, or convert its source: {' '.join(building(origin.source, origin.made_with))}",
+        )
+    model, origin = open_network(origin, wanted, out)
+    return model, origin, prepare(model, origin, asked)
+
+
+def converted(
+    ctx: typer.Context, model: nn.Module, origin: Origin, swap: Swap, inputs: Iterator[Any], out: Output
+) -> nn.Module:
+    """inputs: batches to calibrate on."""
+    from ...calibration.calibrate import calibrate, estimate_statistics
+    from ...conversion.convert import convert, record_of
+    from ...conversion.preconditions import affine_moved, never_updated
+
+    batches = list(inputs) if swap.wanted and swap.images else []
+    if batches and never_updated(model) and affine_moved(model):
+        report = estimate_statistics(model, batches)
+        out.note(f"the running statistics were never updated: estimated on {report.images} training images")
+    out.step("converting" if swap.wanted else "preparing")
+    rules = swap.rules if swap.wanted else [("*", "keep")]
+    with with_commands(ctx):
+        model = convert(model, swap.to, rules=rules, inplace=True, check=swap.wanted, **swap.planning)
+    record = record_of(model)
+    if record is not None:
+        for rule in record.plan.meta["rules"] if swap.wanted else ():
+            if rule["pattern"] != "*":
+                out.note(f"{rule['pattern']} matched {plural(rule['layers'], 'layer')}: {rule['target']}")
+        record.source = None if origin.source is None else origin.source.to_dict()
+    if swap.wanted and swap.images:
+        out.step("calibrating")
+        report = calibrate(model, None, batches)
+        if report.layers:
+            note, before, after = (
+                f"calibrated on {report.images} training images",
+                report.drift_before,
+                report.drift_after,
+            )
+            if before is not None and after is not None:  # outputs of detectors differ in number, so there is none
+                note += f": relative error of the output {before:.3g}, after {after:.3g}"
+            out.note(note)
+    return model

@@ -1,0 +1,119 @@
+"""What `normswap finetune` shows of a run, and the command that a run was started with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ...errors import OptionError, plural
+from ..arguments.networks import Origin
+from ..terminal import flags
+from ..terminal.output import Output
+
+if TYPE_CHECKING:
+    from ...finetuning.output.report import FinetuneReport, Progress
+    from ..terminal.render import Page
+
+
+def options_of(ctx: typer.Context, **settled: Any) -> dict[str, Any]:
+    """All that the command was asked to do, by option, with what is `settled` where the user left it to normswap.
+
+    How it reports and whether it replaces or resumes a run is left out.
+    """
+    left_out = {"json", "quiet", "verbose", "force", "resume"}
+    given = {name: value for name, value in ctx.params.items() if name not in left_out}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in (given | settled).items()}
+
+
+def keep_command(folder: Path, asked: Mapping[str, Any], *, resume: bool) -> None:
+    """Note what was asked for; a run that goes on must be asked for the same, as far as it is in `asked`.
+
+    That is what made the network and prepares its images; the other settings are compared with the run's state.
+    Raises OptionError.
+    """
+    from ...files.writing import atomic
+    from ...finetuning.output.layout import COMMAND
+
+    path = folder / COMMAND
+    asked = json.loads(json.dumps(asked))
+    if not resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+        return
+    try:
+        was = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # of a run that Python started
+    differing = [name for name in asked if was.get(name) != asked[name]]
+    if differing:
+        found = ", ".join(f"{name} {was.get(name)!r} (now {asked[name]!r})" for name in differing)
+        raise OptionError(f"{folder} is a run with {found}", hint="Resume with the command that it began with.")
+
+
+class Teller:
+    """Shows progress: a line above the bar for a validation, else the bar itself.
+
+    command: noted with `keep_command` when the run has begun, None for one that goes on.
+    """
+
+    def __init__(self, bar: Any, out: Output, folder: Path, command: Mapping[str, Any] | None) -> None:
+        self._bar, self._out, self._folder, self._command = bar, out, folder, command
+
+    def __call__(self, progress: Progress) -> None:
+        if self._command is not None:
+            keep_command(self._folder, self._command, resume=False)
+            self._command = None
+        figures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in progress.figures.items())
+        if progress.validation:
+            self._out.note(f"epoch {progress.epoch:.3g}: {figures}")
+            return
+        left = "" if progress.seconds_left is None else f", {duration(progress.seconds_left)} left"
+        text = f"{figures}, {progress.samples_per_second:.3g} images/s, {progress.memory / 2**30:.2f} GiB{left}"
+        self._bar(progress.step, progress.steps, text)
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03`, or `2:03`."""
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def _figure(report: FinetuneReport, name: str, value: float) -> tuple[str, str]:
+    """One figure, and what it is over."""
+    kind = "validation" if name.startswith("val_") else "training"
+    before = f" (before {report.before[name]:.4f})" if name in report.before else ""
+    label = f"{kind} {name.removeprefix('val_')}".replace("_", " ")
+    return label, f"{value:.4f}{before}, {report.over(name)}"
+
+
+def show(page: Page, report: FinetuneReport, folder: Path, origin: Origin) -> None:
+    """What a run came to."""
+    cut = f" of {report.planned}, interrupted" if report.interrupted else ""
+    facts = [
+        (
+            "trained",
+            f"{plural(report.steps, 'step')}{cut}, {report.epochs:.3g} epochs, global batch {report.global_batch}",
+        ),
+        ("speed", f"{report.samples_per_second:.3g} images/s, {duration(report.seconds)} in all"),
+    ]
+    facts += [] if origin.weights is None else [("from", origin.told)]
+    facts += [_figure(report, name, value) for name, value in report.figures.items()]
+    if report.best is not None:
+        facts.append(("best", f"{report.best_name.replace('_', ' ')} {report.best:.4f} at step {report.best_at}"))
+    if report.resumed_at == report.planned:
+        facts[:2] = [("trained", f"nothing: the run was complete, with {plural(report.steps, 'step')}")]
+    page.facts(*facts, indent=0)
+    for note in report.notes:
+        page.line(("note: ", "dim"), flags.told(note))
+    for bad in report.bad:
+        page.line(("skipped: ", "bad"), bad)
+    files = (report.best_file, report.last_file, report.curves, report.examples)
+    page.line(("Written: ", "strong"), (str(folder), "path"), ": ", ", ".join(f.name for f in files if f is not None))
+    if report.interrupted:
+        page.line(("Next: ", "strong"), "the same command with --resume goes on from there")

@@ -1,0 +1,302 @@
+"""`normswap convert`: the main job. Build, plan, convert, prove, save."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..arguments import options
+from ..arguments.networks import (
+    Origin,
+    Wanted,
+    check_converted,
+    example_inputs,
+    files_read,
+    locate,
+    open_network,
+    original_of,
+)
+from ..arguments.preprocessing import Asked
+from ..terminal.errors import WRITTEN
+from ..terminal.output import Output, reporting
+from ..terminal.suggestions import building, command, with_commands
+from . import _convert_report as changes
+from ._estimate_statistics import Calibration, mend_statistics
+from .calibrate import IMAGES
+from .calibrate import run as run_calibration
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...conversion.convert import Record
+
+ORIGINAL = "original"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was asked of the conversion itself. planning: arguments of `normswap.plan`."""
+
+    to: str | None
+    rules: list[tuple[str, str]]
+    planning: dict[str, Any]
+    shapes: list[tuple[int, ...]]
+    check: bool
+    undo: bool
+    approximate: bool
+    dry_run: bool
+    output: Path | None
+    force: bool
+    calibration: Calibration | None
+
+
+def convert(
+    ctx: typer.Context,
+    source: options.Source,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NORM",
+            help=f"The norm to convert to: {', '.join(options.NORMS)}; or original, to undo a conversion.",
+            autocompletion=options.target_names,
+            show_default=False,
+        ),
+    ] = None,
+    groups: options.Groups = None,
+    channels_per_group: options.ChannelsPerGroup = None,
+    indivisible: options.Indivisible = "error",
+    transfer: Annotated[
+        str,
+        typer.Option(
+            metavar="fold|copy|reset",
+            help="fold carries the running statistics over, copy only γ and β, reset nothing.",
+        ),
+    ] = "fold",
+    eps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VALUE|auto",
+            help="eps of the new norms; fold scales γ by √(1 + eps). auto takes 1 where the input is standardised.",
+            show_default="1e-5",
+        ),
+    ] = None,
+    zero_init_residual: Annotated[
+        bool,
+        typer.Option(
+            "--zero-init-residual", help="γ = 0 in the last norm of each residual branch, to train from there."
+        ),
+    ] = False,
+    rule: options.Rule = None,
+    sources: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--from",
+            metavar="NORM",
+            help="Convert layers of this type only; repeatable. By default all with batch statistics.",
+            autocompletion=options.norm_names,
+            show_default=False,
+        ),
+    ] = None,
+    weights: options.Weights = None,
+    arg: options.Arg = None,
+    input_shape: options.Input = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Calibrate on these unlabelled images too.", show_default=False),
+    ] = None,
+    images: options.Images = None,
+    method: options.Method = "balance",
+    size: options.Size = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Skip the self-check.")] = False,
+    no_undo: Annotated[
+        bool, typer.Option("--no-undo", help="Keep nothing to undo the conversion with; the file is a little smaller.")
+    ] = False,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Undo a conversion although the network was trained since.")
+    ] = False,
+    output: options.Output = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and write nothing.")] = False,
+    built_by: options.BuiltBy = None,
+    trust_pickle: options.TrustPickle = False,
+    trust_code: options.TrustCode = False,
+    allow_nonfinite: options.AllowNonfinite = False,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Replace the norm layers of a network, carry over what they have learned, and write the result to a file.
+
+    \b
+    normswap convert resnet50 --to gn --groups 32
+    normswap convert resnet50 --rule 'layer4.*=frozen' --rule '*=gn'
+    normswap convert fasterrcnn_resnet50_fpn_v2 --rule 'role:backbone=frozen' --rule 'role:head=gn'
+    normswap convert nets.py:build --arg width=64 --weights mine.pth --to ln
+    normswap convert resnet50-gn.safetensors --to original
+    """
+    planning = {
+        "groups": options.groups(ctx, groups),
+        "channels_per_group": channels_per_group,
+        "indivisible": options.choice(ctx, "--indivisible", indivisible, ("error", "nearest")),
+        "transfer": options.choice(ctx, "--transfer", transfer, ("fold", "copy", "reset")),
+        "eps": options.eps(ctx, eps),
+        "sources": sources or None,
+        "zero_init_residual": zero_init_residual,
+        "missing_statistics": "error" if calibrate is None else "later",
+    }
+    asked = Asked.of(ctx, size, mean, std)
+    options.choice(ctx, "--method", method, options.METHODS)
+    if calibrate is None and (images is not None or method != "balance" or asked.given()):
+        raise options.usage(ctx, "--images, --method, --size, --mean and --std go with --calibrate")
+    job = Job(
+        to,
+        options.rules(ctx, rule),
+        planning,
+        options.shapes(ctx, input_shape),
+        check=not no_check,
+        undo=not no_undo,
+        approximate=approximate,
+        dry_run=dry_run,
+        output=output,
+        force=force,
+        calibration=None if calibrate is None else Calibration(calibrate, images or IMAGES, asked, method),
+    )
+    _check_combination(ctx, job)
+    wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
+    with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
+        out.step("loading PyTorch")
+        result = (_revert if to == ORIGINAL else _convert)(ctx, wanted, job, out)
+        out.show(result.to_dict, lambda page: changes.show(page, result))
+
+
+def _check_combination(ctx: typer.Context, job: Job) -> None:
+    """What is a contradiction whatever the network is an error of the call."""
+    if job.to is None and not job.rules:
+        norms = ", ".join(options.NORMS)
+        raise options.usage(ctx, f"say what to convert to, with --to NORM or --rule PATTERN=NORM; norms: {norms}")
+    if job.planning["groups"] is not None and job.planning["channels_per_group"] is not None:
+        raise options.usage(ctx, "--groups and --channels-per-group exclude each other")
+    if job.to != ORIGINAL:
+        if job.approximate:
+            raise options.usage(ctx, "--approximate goes with --to original")
+        return
+    usual = {"indivisible": "error", "transfer": "fold", "missing_statistics": "error"}
+    given = [name for name, value in job.planning.items() if value not in (None, False, usual.get(name))]
+    flags = ["--" + {"sources": "from"}.get(name, name.replace("_", "-")) for name in given]
+    flags += ["--rule"] if job.rules else []
+    flags = ["--calibrate" if flag == "--missing-statistics" else flag for flag in flags]
+    if flags:
+        raise options.usage(ctx, f"--to original undoes a conversion, which {' and '.join(flags)} cannot change")
+
+
+def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> changes.Result:
+    _check_names(job)
+    origin = locate(ctx, wanted)
+    target = _target(ctx, job, origin, wanted, job.to or "mixed")
+    model, origin = open_network(origin, wanted, out, values=not job.dry_run)
+    if origin.file is not None:
+        model = original_of(model, origin, _ways_on(origin))
+    out.step("planning")
+    from ...conversion.convert import convert as convert_model
+    from ...modules.tree import copied
+    from ...planning.plan import plan
+
+    inputs = example_inputs(model, job.shapes)
+    with with_commands(ctx):
+        made = plan(model, job.to, rules=job.rules, example_inputs=inputs, **job.planning)
+    mend_statistics(model, made, origin, job.calibration, out, dry_run=job.dry_run)
+    if job.dry_run:
+        return changes.Result(origin, made, target, written=False)
+    out.step("converting and checking" if job.check else "converting")
+    reference = copied(model) if job.calibration and not job.undo else None
+    model = convert_model(model, using=made, example_inputs=inputs, inplace=True, check=job.check, undo=job.undo)
+    record = _record(model)
+    report = None
+    if (wish := job.calibration) is not None:
+        report = run_calibration(model, reference, origin, wish.data, wish.images, 32, wish.asked, out, wish.method)
+    record.source = None if origin.source is None else origin.source.to_dict()
+    from ...checkpoint.saving import save
+
+    out.step(f"writing {target}")
+    save(model, target, overwrite=job.force)
+    ctx.meta[WRITTEN] = target
+    return changes.Result(
+        origin, made, target, written=True, check=record.check, calibration=report, undo=record.undo.complete
+    )
+
+
+def _revert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> changes.Result:
+    hint = "Give the converted file: normswap convert FILE --to original"
+    check_converted(wanted.text, "--to original undoes a conversion, and ", hint)
+    origin = locate(ctx, wanted)
+    target = _target(ctx, job, origin, wanted, ORIGINAL)
+    model, origin = open_network(origin, wanted, out)
+    out.step("undoing the conversion")
+    from ...checkpoint.saving import save_state
+
+    plan = _record(model).plan
+    ways = _ways_back(model, origin)
+    model = original_of(model, origin, ways, approximate=job.approximate)
+    if not job.dry_run:
+        out.step(f"writing {target}")
+        save_state(model, target, overwrite=job.force)
+        ctx.meta[WRITTEN] = target
+    written = not job.dry_run
+    return changes.Result(origin, plan, target, written, undone=True, approximate=job.approximate)
+
+
+def _record(model: nn.Module) -> Record:
+    from ...conversion.convert import record_of
+
+    record = record_of(model)
+    if record is None:
+        raise TypeError("a converted network has lost its record")
+    return record
+
+
+def _ways_on(origin: Origin) -> str:
+    """What to do about a file that is to be converted again, and whose conversion cannot be undone."""
+    ways = []
+    if origin.source is not None:
+        again = command(["convert", *building(origin.source, origin.made_with)])
+        ways.append(f"Convert what it was made from in its place: {again} ...")
+    ways.append(f'In Python, normswap.convert(normswap.load("{origin.file}"), ...) goes on from the network as it is.')
+    return "\n".join(ways)
+
+
+def _ways_back(model: nn.Module, origin: Origin) -> str:
+    """What to do about a file whose conversion cannot be undone exactly."""
+    if _record(model).undo.complete:
+        return "--approximate undoes the swap with the weights as they are now, which is not the original network."
+    if origin.source is None:
+        return "Build the original again."
+    return "Build the original again: " + " ".join(building(origin.source, origin.made_with))
+
+
+def _check_names(job: Job) -> None:
+    """Tell an unknown norm or role before a network is built."""
+    from ... import norms as _norms  # noqa: F401  (registers the norm types)
+    from ...norms.registry import get
+    from ...planning.rules import rules_of
+
+    rules_of(job.to, job.rules)
+    for name in job.planning["sources"] or ():
+        get(name)
+
+
+def _target(ctx: typer.Context, job: Job, origin: Origin, wanted: Wanted, suffix: str) -> Path:
+    """Where the result goes: known to be writable before any work is done, and ours until the command ends."""
+    from ...files.writing import check_name, reserved
+
+    target = job.output or Path(f"{origin.stem}-{suffix}.safetensors")
+    if job.dry_run:
+        check_name(target)
+    else:
+        ctx.with_resource(reserved(target, overwrite=job.force, inputs=files_read((origin, wanted))))
+    return target

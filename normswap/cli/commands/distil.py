@@ -1,0 +1,189 @@
+"""`normswap distil`: train a converted network to give the original's outputs, without labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ...errors import Fix, Interrupted, OptionError, OutputError, Text, plural
+from ..arguments import options
+from ..arguments.networks import (
+    Origin,
+    Wanted,
+    check_converted,
+    files_read,
+    locate,
+    open_network,
+    open_original,
+    restored,
+)
+from ..arguments.preprocessing import Asked, prepare
+from ..terminal import flags
+from ..terminal.errors import WRITTEN
+from ..terminal.output import reporting
+from ..terminal.suggestions import naming_the_original
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...distillation.report import DistillationReport, Progress
+    from ..terminal.render import Page
+
+
+def distil(
+    ctx: typer.Context,
+    file: options.Converted,
+    data: Annotated[
+        Path,
+        typer.Option(metavar="FOLDER", help="Images, alone or in one subfolder for each class.", show_default=False),
+    ],
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Training steps.")] = 300,
+    images: options.Images = None,
+    batch_size: options.BatchSize = 64,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            "--lr",
+            min=0,
+            metavar="RATE",
+            help="Largest step, relative to a parameter's size.",
+            show_default="0.02; less below 300 steps",
+        ),
+    ] = None,
+    temperature: Annotated[float, typer.Option(metavar="T", help="Temperature of the class scores.")] = 2.0,
+    features: Annotated[
+        float, typer.Option(min=0, metavar="W", help="Weight of the norms' outputs at first; 0: none.")
+    ] = 2.0,
+    train: Annotated[str, typer.Option(metavar="all|norm", help="All weights, or γ and β of the norms only.")] = "all",
+    precision: Annotated[
+        str, typer.Option(metavar="fp32|bf16|fp16", help="What is computed in on CUDA; a CPU takes fp32.")
+    ] = "fp32",
+    augment: Annotated[bool, typer.Option("--augment", help="Mirror and shift the images at random.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from where an interrupted run stopped.")] = False,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE", help="The original network; by default it is rebuilt from FILE.", show_default=False
+        ),
+    ] = None,
+    size: options.Size = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    weights: options.Weights = None,
+    arg: options.Arg = None,
+    device: options.Device = None,
+    output: options.Output = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+    built_by: options.BuiltBy = None,
+    trust_pickle: options.TrustPickle = False,
+    trust_code: options.TrustCode = False,
+    allow_nonfinite: options.AllowNonfinite = False,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Train a converted network to give the outputs of the network it was made from. The images need no labels.
+
+    Best after calibrate. The result goes to <FILE>-distilled.safetensors, or to --output. Ctrl-C writes what was
+    reached; the same command with --resume goes on from there. A part of the images is held back to measure on, and the
+    state that is nearest to the original on them is what is written. --weights and --arg are those of --reference.
+
+    \b
+    normswap distil resnet50-gn-calibrated.safetensors --data photos/ --steps 300
+    """
+    asked = Asked.of(ctx, size, mean, std)
+    options.choice(ctx, "--train", train, ("all", "norm"))
+    options.choice(ctx, "--precision", precision, ("fp32", "bf16", "fp16"))
+    if reference is None and (weights or arg):
+        raise options.usage(ctx, "--weights and --arg go with --reference")
+    wanted = Wanted(file, None, (), False, trust_code, allow_nonfinite, seed, built_by)
+    original = reference and Wanted(
+        reference, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed
+    )
+    with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
+        out.step("loading PyTorch")
+        check_converted(file, "", f"Convert the network first: normswap convert {file} --to gn")
+        target = output or Path(file).with_name(f"{Path(file).stem}-distilled.safetensors")
+        state = target.with_name(f"{target.name}.training")
+        if resume and not state.exists():
+            raise OptionError(
+                f"there is no {state} to resume from", hint=Text("Leave ", Fix("resume"), " out to begin anew.")
+            )
+        from ...checkpoint.saving import save
+        from ...data.image_folder import open_images
+        from ...distillation.distil import distil as train_model
+        from ...files.writing import reserved
+
+        origin = locate(ctx, wanted)
+        other = (locate(ctx, original), original) if original else None
+        ctx.with_resource(reserved(target, overwrite=force or resume, inputs=files_read((origin, wanted), other)))
+        model, origin = open_network(origin, wanted, out)
+        teacher, named = open_original(ctx, other[1], origin, wanted, out) if other else (None, restored(origin))
+        folder = open_images(data, limit=images)
+        preparation = prepare(model, origin, asked)
+        _check_batch(batch_size, len(folder.files), data)
+        # Shuffled by distil: in the folder's order, one class comes after the other.
+        loaded = folder.batches(preparation.transform, batch_size, stack=preparation.stack)
+        _move(device, model, teacher)
+        try:
+            with naming_the_original(ctx, origin.source, origin.made_with):
+                report = train_model(
+                    model, teacher, loaded, steps=steps, batch_size=batch_size, lr=lr, temperature=temperature,
+                    train=train, seed=seed, precision=precision, augment=augment, features=features,
+                    progress=lambda step: out.status(_standing(step)), checkpoint=state,
+                    resume=state if resume else None,
+                )  # fmt: skip
+        except Interrupted as stop:
+            report = stop.report
+        out.step(f"writing {target}")
+        save(model, target, overwrite=force or resume)
+        ctx.meta[WRITTEN] = target
+        if not report.interrupted:
+            state.unlink(missing_ok=True)
+        out.show(
+            lambda: {
+                "network": origin.to_dict(),
+                "reference": named.to_dict(),
+                "output": str(target),
+                **report.to_dict(),
+            },
+            lambda page: _page(page, report, named, target),
+        )
+        if report.interrupted:
+            raise KeyboardInterrupt
+
+
+def _check_batch(batch_size: int, images: int, data: Path) -> None:
+    if images < batch_size:
+        raise OptionError(
+            f"{data} has {plural(images, 'image')}, fewer than a batch of {batch_size}",
+            hint=Text("Lower ", Fix("batch_size"), "."),
+        )
+
+
+def _move(device: str | None, *models: nn.Module | None) -> None:
+    if device is None:
+        return
+    for model in models:
+        if model is not None:
+            try:
+                model.to(device)
+            except (RuntimeError, AssertionError) as error:
+                raise OutputError(f"cannot run on {device}: {str(error).splitlines()[0]}") from error
+
+
+def _standing(progress: Progress) -> str:
+    agreement = "" if progress.agreement is None else f", agreement {progress.agreement:.3f}"
+    return f"distilling: step {progress.step} of {progress.steps}, loss {progress.loss:.3g}{agreement}"
+
+
+def _page(page: Page, report: DistillationReport, original: Origin, target: Path) -> None:
+    from ..terminal.render import size
+
+    page.facts(("original", original.told), *report.figures(), indent=0)
+    for note in report.notes:
+        page.line(("note: ", "dim"), flags.told(note))
+    page.line(("Written: ", "strong"), (str(target), "path"), f", {size(target.stat().st_size)}")

@@ -1,0 +1,237 @@
+"""`normswap verify`: how far one network is from another, layer by layer and at the output."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ...errors import plural
+from ..arguments import options
+from ..arguments.networks import (
+    Origin,
+    Wanted,
+    converted_file,
+    example_inputs,
+    locate,
+    open_network,
+    open_original,
+    original_of,
+    restored,
+)
+from ..arguments.preprocessing import Asked, Preparation, prepare
+from ..terminal import flags
+from ..terminal.output import Output, reporting
+from ..terminal.suggestions import building, command
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...comparison.verification import Report
+    from ...data.batches import Batches
+    from ...data.image_folder import ImageData
+    from ..terminal.render import Page
+
+_WORST = 10
+
+
+def verify(
+    ctx: typer.Context,
+    a: Annotated[str, typer.Argument(metavar="A", help="The reference: " + options.SOURCE_HELP, show_default=False)],
+    b: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="B", help="The other; without it, A is a converted file and compared with its original."
+        ),
+    ] = None,
+    data: options.Data = None,
+    images: options.Images = None,
+    batch_size: options.BatchSize = 64,
+    size: options.Size = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    weights: options.Weights = None,
+    arg: options.Arg = None,
+    input_shape: options.Input = None,
+    show_all: Annotated[bool, typer.Option("--all", help="Every layer, in order, instead of the worst ten.")] = False,
+    device: options.Device = None,
+    built_by: options.BuiltBy = None,
+    trust_pickle: options.TrustPickle = False,
+    trust_code: options.TrustCode = False,
+    allow_nonfinite: options.AllowNonfinite = False,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Measure how far B's outputs are from A's: for each layer, at the output, and in accuracy on labelled images.
+
+    Without --data the inputs are random, which shows gross errors but says little about accuracy. --weights and --arg
+    are those of A.
+
+    \b
+    normswap verify resnet50-gn.safetensors
+    normswap verify resnet50 resnet50-gn.safetensors --data photos/
+    """
+    asked = Asked.of(ctx, size, mean, std)
+    shapes = options.shapes(ctx, input_shape)
+    if data is None and (images is not None or asked.given()):
+        raise options.usage(ctx, "--images, --size, --mean and --std go with --data")
+    if data is not None and shapes:
+        raise options.usage(ctx, "--input and --data exclude each other")
+    wanted = Wanted(a, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
+    with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
+        out.step("loading PyTorch")
+        from ...comparison import verification
+        from ...data.image_folder import open_images
+
+        folder = None if data is None else open_images(data, limit=images)
+        first, second, origins = _pair(ctx, wanted, b, out)
+        preparation = prepare(first, origins[0], asked)
+        batches = _batches(first, folder, preparation, batch_size, shapes, out)
+        if folder is None:
+            out.step("comparing")
+        report = verification.verify(first, second, batches, device=device)
+        report = replace(report, random_inputs=folder is None, notes=(*report.notes, *_untrained(first)))
+        used = preparation if folder is not None else None
+        out.show(
+            lambda: _values(report, origins, used, data),
+            lambda page: _render(page, report, origins, _description(folder, used), show_all),
+        )
+
+
+def _pair(
+    ctx: typer.Context, wanted: Wanted, b: str | None, out: Output
+) -> tuple[nn.Module, nn.Module, tuple[Origin, Origin]]:
+    """The two networks. With one file of ours, the first is what it was made from."""
+    from ...sources.resolve import missing_file
+
+    if b is None:
+        if converted_file(wanted.text) is None:
+            if (missing := missing_file(wanted.text)) is not None:
+                raise missing
+            raise options.usage(ctx, f"give a second network, or a file that normswap wrote; {wanted.text} is none")
+        origin = locate(ctx, wanted)
+        original, *with_weights = building(origin.source, origin.made_with)
+        trust = ["--trust-code"] if wanted.trust_code else []
+        instead = "Give the original as well: " + command(["verify", original, wanted.text, *with_weights, *trust])
+        first = original_of(open_network(origin, wanted, out)[0], origin, instead)
+        second, _ = open_network(origin, wanted, out, warn=False)
+        return first, second, (restored(origin), origin)
+    other = replace(wanted, text=b, weights=None, args=())
+    if wanted.source is not None and (files := [converted_file(one.text) for one in (wanted, other)]) != [None, None]:
+        wanted, other = (
+            replace(one, source=wanted.source if file else None)
+            for one, file in zip((wanted, other), files, strict=True)
+        )
+    places = locate(ctx, wanted), locate(ctx, other)
+    first, origin_a = open_original(ctx, wanted, places[1], other, out)
+    second, origin_b = open_original(ctx, other, places[0], wanted, out)
+    return first, second, (origin_a, origin_b)
+
+
+def _batches(
+    model: nn.Module,
+    folder: ImageData | None,
+    preparation: Preparation,
+    batch_size: int,
+    shapes: list[tuple[int, ...]],
+    out: Output,
+) -> Batches | None:
+    """Images, inputs of the shapes asked for, or None for inputs that verify finds itself."""
+    from ...data.batches import Batches
+
+    if folder is None:
+        inputs = example_inputs(model, shapes)
+        return None if inputs is None else Batches((inputs[0] if len(inputs) == 1 else (inputs, None),))
+    batches = folder.batches(preparation.transform, batch_size, stack=preparation.stack)
+    return Batches(out.track(batches, len(batches), "comparing batches"), folder.classes)
+
+
+def _untrained(model: nn.Module) -> list[str]:
+    """Random weights come with statistics of no data, which no norm that measures its input can agree with."""
+    import torch
+
+    from ...inspection.inventory import inspect
+
+    states = [layer.state for layer in inspect(model, feeds=False).layers if layer.state.has_statistics]
+    var = [state.running_var for state in states if state.running_var is not None]
+    mean = [state.running_mean for state in states if state.running_mean is not None]
+    if not var or not bool(torch.all(torch.cat(var) == 1)) or bool(torch.any(torch.cat(mean))):
+        return []
+    return [
+        "A has random weights and running statistics of no data (mean 0, variance 1), so a norm that takes its "
+        "statistics from the input has to differ from it; trained weights tell more"
+    ]
+
+
+def _description(folder: ImageData | None, preparation: Preparation | None) -> str:
+    if folder is None:
+        return "random inputs, which say little about accuracy; --data FOLDER compares on images"
+    return f"{folder}; {preparation}"
+
+
+def _values(
+    report: Report, origins: tuple[Origin, Origin], preparation: Preparation | None, data: Path | None
+) -> dict[str, Any]:
+    return {
+        "a": origins[0].to_dict(),
+        "b": origins[1].to_dict(),
+        "data": None if data is None else str(data),
+        "preprocess": None if preparation is None else preparation.to_dict(),
+        **report.to_dict(),
+    }
+
+
+def _render(page: Page, report: Report, origins: tuple[Origin, Origin], inputs: str, show_all: bool) -> None:
+    page.facts(
+        ("A", origins[0].told),
+        ("B", origins[1].told),
+        ("inputs", f"{report.images} {inputs}" if report.random_inputs else inputs),
+        indent=0,
+    )
+    _layers(page, report, show_all)
+    page.gap()
+    page.facts(*_figures(report), indent=0)
+    for note in report.notes:
+        page.line(("note: ", "dim"), flags.told(note))
+
+
+def _layers(page: Page, report: Report, show_all: bool) -> None:
+    if not report.layers:
+        return
+    rows = list(report.layers)
+    if not show_all:
+        rows = sorted(rows, key=lambda layer: -layer.error)[:_WORST]
+    hidden = len(report.layers) - len(rows)
+    page.gap()
+    page.table(
+        ("layer" if show_all else "worst layers", ">relative error", ">largest difference"),
+        (((x.path, "path"), f"{x.error:.3g}", f"{x.max_abs:.3g}") for x in rows),
+    )
+    if hidden:
+        page.line((f"{plural(hidden, 'layer')} more; --all shows every layer in order", "dim"))
+
+
+def _figures(report: Report) -> list[tuple[str, str]]:
+    figures = []
+    jump = next((layer for layer in report.layers if layer.path == report.first_jump), None)
+    if report.layers:
+        where = "none" if jump is None else f"{jump.path}, relative error {jump.error:.3g}"
+        figures.append(("first jump", where))
+    if report.error is not None and report.max_abs is not None:
+        figures.append(("output", f"relative error {report.error:.3g}, largest difference {report.max_abs:.3g}"))
+    if report.agreement is not None:
+        figures.append(("agreement" if report.error is not None else "boxes agree", f"{report.agreement:.4f}"))
+    if report.kl is not None:
+        figures.append(("KL(A, B)", f"{report.kl:.3g} nats"))
+    if report.labelled:
+        figures.append(
+            (
+                "accuracy",
+                f"A {report.accuracy_a:.4f}, B {report.accuracy_b:.4f} on {plural(report.labelled, 'labelled image')}",
+            )
+        )
+    return figures

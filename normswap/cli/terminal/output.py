@@ -1,0 +1,140 @@
+"""Where a command's words go: its result to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
+
+import typer
+
+from ..arguments.options import usage
+from .streams import Lasting, is_terminal, printable
+
+if TYPE_CHECKING:
+    from .render import Bar, Page
+
+T = TypeVar("T")
+_EVERY = 5.0  # seconds between lines of progress where there is no terminal
+
+
+class Output:
+    """What one run of a command says. `show` prints the result; `step`, `note` and `track` talk about the work."""
+
+    def __init__(self, stdout: TextIO, stderr: TextIO, *, as_json: bool, quiet: bool) -> None:
+        self._stdout, self._stderr = stdout, stderr
+        self._json, self._quiet = as_json, quiet
+        self.live = not quiet and is_terminal(stderr)
+        self._line = False
+        self._bar: Bar | None = None
+        self._said = 0.0
+
+    def step(self, what: str) -> None:
+        """Say what is being done: one line that is overwritten on a terminal, lines of their own elsewhere."""
+        if self._quiet:
+            return
+        self._clear()
+        self._stderr.write(printable(f"{what} …") + ("" if self.live else "\n"))
+        self._stderr.flush()
+        self._line = self.live
+
+    def note(self, text: str) -> None:
+        """Something the user should know that is no error."""
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.above(f"note: {text}")
+            return
+        self._clear()
+        self._stderr.write(f"note: {printable(text)}\n")
+
+    def status(self, what: str) -> None:
+        """Where a long work stands: a line that keeps changing on a terminal, a line now and then elsewhere."""
+        if time.monotonic() - self._said > (0.1 if self.live else _EVERY):
+            self._said = time.monotonic()
+            self.step(what)
+
+    def track(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
+        """Pass the items on while showing how many of `total` are done."""
+        self._clear()
+        if self.live:
+            from . import render
+
+            yield from render.progress(items, total, what, self._stderr)
+            return
+        said = time.monotonic()
+        for done, item in enumerate(items):
+            if time.monotonic() - said > _EVERY:
+                self.step(f"{what}: {done} of {total}")
+                said = time.monotonic()
+            yield item
+
+    @contextmanager
+    def bar(self, what: str) -> Iterator[Callable[[int, int, str], None]]:
+        """A progress bar for work that tells how far it is: a function of steps done, steps in all, and a text."""
+        self._clear()
+        if self.live:
+            from . import render
+
+            with render.bar(what, self._stderr) as self._bar:
+                try:
+                    yield self._bar
+                finally:
+                    self._bar = None
+            return
+        yield lambda done, total, text: self.status(f"{what}: step {done} of {total}, {text}")
+
+    def show(self, values: Callable[[], Mapping[str, Any]], page: Callable[[Page], None]) -> None:
+        """The result, on stdout: `values` as JSON if that was asked for, else what `page` puts on a page."""
+        self._clear()
+        if self._json:
+            self._stdout.write(json.dumps(values(), indent=2, allow_nan=False) + "\n")
+        elif not self._quiet:
+            from .render import Page
+
+            page(Page(self._stdout))
+        self._stdout.flush()
+
+    def _clear(self) -> None:
+        if self._line:
+            self._stderr.write("\r\x1b[2K")
+            self._line = False
+
+    def close(self) -> None:
+        """Leave no half line behind."""
+        self._clear()
+        self._stderr.flush()
+
+
+@contextmanager
+def reporting(ctx: typer.Context, *, as_json: bool, quiet: bool, verbose: bool) -> Iterator[Output]:
+    """Within it, stdout is the result's alone: what libraries and the user's own code print goes to stderr.
+
+    Warnings of libraries are shown with --verbose only.
+    """
+    if quiet and verbose:
+        raise usage(ctx, "--quiet and --verbose exclude each other")
+    ctx.meta[VERBOSE] = verbose
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a narrow encoding must not stop the work
+            stream.reconfigure(errors="backslashreplace")
+    stderr = cast(TextIO, Lasting(sys.stderr))
+    output = Output(sys.stdout, stderr, as_json=as_json, quiet=quiet)
+    with ExitStack() as stack:
+        stack.callback(output.close)
+        stack.enter_context(redirect_stderr(stderr))
+        if quiet:
+            stack.enter_context(redirect_stderr(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+        stack.enter_context(redirect_stdout(sys.stderr))
+        if not verbose:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        yield output
+
+
+VERBOSE = "normswap.verbose"

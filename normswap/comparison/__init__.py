@@ -1,0 +1,1 @@
+"""How far two networks are from each other."""

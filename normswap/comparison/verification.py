@@ -1,0 +1,220 @@
+"""Measure how far one network is from another, layer by layer and at the output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import Batches, as_batches, images_in
+from ..errors import DataError, Fix, OptionError, Text, did_you_mean, first_line
+from ..inspection.example_inputs import guess_inputs, random_tensor, runs
+from ..modules.tree import device_and_dtype, evaluating, undisturbed
+from ..modules.wrappers import unwrapped
+from .layers import Difference, LayerTally, comparable_paths, images_at_once, parts
+from .outputs import OutputTally
+
+JUMP = 10.0
+"""A layer jumps when its error is so many times the largest error before it."""
+
+_RANDOM_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Report:
+    """How far network b is from network a.
+
+    images: how many both have seen; random_inputs: whether those were random numbers for want of data.
+    error, max_abs: of all floating outputs together, as in `Difference`; None for detections, which have no fixed
+        shape. outputs: each of the output's tensors. layers: in the order in which a runs them.
+    first_jump: the first layer whose error is over ten times the largest before it, and over what rounding explains
+        (1e-4 in float32): where the networks part. None if none does.
+    agreement: share of images (of pixels for a segmentation) with the same best class; for detectors, the F1 of b's
+        boxes against a's at IoU 0.5 and score 0.5. kl: KL(a || b) in nats, mean over the same. None for other networks.
+    accuracy_a, accuracy_b: top-1 on the `labelled` images that came with a label; None without any.
+    notes: what could not be compared, and why.
+    """
+
+    images: int
+    random_inputs: bool
+    error: float | None
+    max_abs: float | None
+    outputs: tuple[Difference, ...]
+    layers: tuple[Difference, ...]
+    first_jump: str | None
+    agreement: float | None = None
+    kl: float | None = None
+    accuracy_a: float | None = None
+    accuracy_b: float | None = None
+    labelled: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> Difference | None:
+        """The layer with the largest error; None if no layer was compared."""
+        return max(self.layers, key=lambda layer: layer.error, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values. An infinite error, which JSON cannot hold, is the text "inf"."""
+        return _jsonable(asdict(self))
+
+    def __str__(self) -> str:
+        what = "random inputs (no data given)" if self.random_inputs else "images" if self.images != 1 else "image"
+        lines = [f"{self.images} {what}", *self._about_outputs()]
+        if self.labelled:
+            lines.append(f"accuracy: {self.accuracy_a:.4f} -> {self.accuracy_b:.4f} on {self.labelled} labelled images")
+        if self.layers:
+            lines.append(f"layers: {len(self.layers)} compared, {self._about_layers()}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def _about_layers(self) -> str:
+        worst = self.worst
+        if worst is None or worst.error == 0:
+            return "all equal"
+        text = f"worst {worst.path} ({worst.error:.3g})"
+        if self.first_jump is None:
+            return f"{text}, nowhere a jump"
+        at = next(layer.error for layer in self.layers if layer.path == self.first_jump)
+        return f"{text}, first jump at {self.first_jump} ({at:.3g})"
+
+    def _about_outputs(self) -> list[str]:
+        parts = [] if self.error is None else [f"relative error {self.error:.3g}, largest {self.max_abs:.3g}"]
+        if self.agreement is not None:
+            parts.append(f"{'agreement' if self.error is not None else 'boxes agree: F1'} {self.agreement:.4f}")
+        if self.kl is not None:
+            parts.append(f"KL {self.kl:.3g}")
+        return ["output: " + ", ".join(parts)] if parts else []
+
+
+@torch.no_grad()
+def verify(
+    a: nn.Module, b: nn.Module, data: Any = None, *, batch_size: int = 64, device: torch.device | str | None = None
+) -> Report:
+    """Run both networks on the same images and measure how far b is from a. Leaves both as they were.
+
+    data: see `as_batches`; without any, random inputs that a is found to take. device: where both run (and come back
+    from); by default each where it is. Both run in eval mode without gradients; images are cast to each one's dtype.
+    Norms, and convolutions and linear layers into which nothing was folded, are compared where both networks have
+    them under the same path. Memory does not grow with the number of images, and a batch whose layer outputs would
+    fill more than 1 GiB runs in parts. Layers under `roi_heads` are left out: what a two-stage detector feeds them
+    depends on the proposals.
+
+    Raises DataError when a network cannot run on the data, no input is known, or the outputs do not compare, and
+    OptionError for a device that does not exist.
+    """
+    a, b = unwrapped(a), unwrapped(b)
+    batches = _random_batches(a) if data is None else as_batches(data, batch_size, once=True)
+    tally = OutputTally(None if batches.classes is None else len(batches.classes))
+    layers = LayerTally(comparable_paths(a, b))
+    images = 0
+    with ExitStack() as stack:
+        for model in (a, b):
+            stack.enter_context(_moved(model, device))
+            stack.enter_context(evaluating(model))
+            stack.enter_context(undisturbed(model))
+        most = 0
+        for args, labels in batches:
+            most = most or images_at_once(a, args, layers.paths)
+            for part, part_labels in parts(args, labels, most):
+                tally.add(*layers.run(a, b, part), part_labels)
+                images += images_in(part)
+    return _report(tally, layers, images, data is None, max(_rounding(a), _rounding(b)))
+
+
+def _random_batches(model: nn.Module) -> Batches:
+    inputs = guess_inputs(model)
+    if inputs is None:
+        raise DataError(
+            f"no input is known that {type(model).__name__} runs on, so the networks cannot be compared without data",
+            hint=Text("Give images with ", Fix("data"), "."),
+        )
+    if len(inputs) == 1 and isinstance(inputs[0], Tensor):
+        more = (random_tensor((_RANDOM_IMAGES, *inputs[0].shape[1:]), model),)
+        inputs = more if runs(model, more) else inputs
+    return Batches((inputs[0] if len(inputs) == 1 else (inputs, None),))
+
+
+@contextmanager
+def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None]:
+    """The model on a device; afterwards the same tensors hold the same storage as before."""
+    if device is None:
+        yield
+        return
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [tensor.data for tensor in tensors]
+    try:
+        try:
+            for tensor in tensors:
+                tensor.data = tensor.data.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise OptionError(
+                f"device {str(device)!r} cannot be used: {first_line(error)}",
+                hint=did_you_mean(str(device).partition(":")[0], ("cpu", "cuda", "mps"))
+                if str(device).partition(":")[0] not in ("cpu", "cuda", "mps")
+                else None,
+            ) from error
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
+
+
+def _rounding(model: nn.Module) -> float:
+    """A relative error that rounding alone may cause. On CUDA, float32 convolutions keep ten bits (TF32)."""
+    device, dtype = device_and_dtype(model)
+    unit = 2.0**-10 if device.type == "cuda" and dtype == torch.float32 else torch.finfo(dtype).eps
+    return max(1e-4, 10 * unit)
+
+
+def first_jump(layers: Iterable[Difference], floor: float = 1e-4) -> str | None:
+    """The first layer whose error exceeds both `floor` and ten times the largest error before it."""
+    largest = 0.0
+    for layer in layers:
+        if layer.error > max(floor, JUMP * largest):
+            return layer.path
+        largest = max(largest, layer.error)
+    return None
+
+
+def _report(tally: OutputTally, layers: LayerTally, images: int, random_inputs: bool, rounding: float) -> Report:
+    detector = tally.boxes is not None
+    differences = layers.differences(without="roi_heads" if detector else None)
+    notes = list(tally.notes)
+    if not layers.paths:
+        notes.append("no layer has the same path in both networks; only the outputs were compared")
+    if layers.uneven:
+        count, example = len(layers.uneven), min(layers.uneven)
+        what = "a layer was" if count == 1 else f"{count} layers were"
+        notes.append(f"{what} left out, since the outputs differ in number or shape: {example}{' ...' * (count > 1)}")
+    if detector and tally.agreement() is None:
+        notes.append("neither network finds a box with a score over 0.5")
+    total = tally.total()
+    rates = [count / tally.labelled if tally.labelled else None for count in tally.correct]
+    return Report(
+        images,
+        random_inputs,
+        None if total is None else total.relative,
+        None if total is None else total.largest,
+        tuple(Difference(name or "output", d.relative, d.largest) for name, d in tally.outputs.items()),
+        differences,
+        first_jump(differences, rounding),
+        tally.agreement(),
+        tally.divergence / tally.samples if tally.samples else None,
+        rates[0],
+        rates[1],
+        tally.labelled,
+        tuple(notes),
+    )
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: _jsonable(v) for k, v in value.items()}
+    return [_jsonable(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,1 @@
+"""Carrying out a plan: checks, transfer, proof, record, and the way back."""

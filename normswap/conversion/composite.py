@@ -1,0 +1,111 @@
+"""Records of converted parts -> one record of the network that holds them, which can then be saved and reverted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+
+from torch import nn
+
+from ..planning.plan import Plan
+from .convert import Record, record_of
+from .record_attribute import put_record
+from .revert import Undo
+from .self_check import Check
+
+Rename = Callable[[str], str | None]
+
+
+def lift(model: nn.Module) -> Record | None:
+    """Let a network that holds converted parts have their record, in place; the parts' own go. Returns it.
+
+    A converted network keeps its own record; None for one that holds no converted part. Without it, a detector on a
+    converted backbone could neither be saved nor reverted, and would train without `stabilized`.
+    """
+    record = lifted(model)
+    if record is not None and record_of(model) is None:
+        for part in _parts(model).values():
+            put_record(part, None)
+        put_record(model, record)
+    return record
+
+
+def lifted(model: nn.Module) -> Record | None:
+    """The record that `lift` gives a network, which is left as it is."""
+    own = record_of(model)
+    if own is not None:
+        return own
+    records = [
+        moved(record, partial(_below, path)) for path, part in _parts(model).items() if (record := record_of(part))
+    ]
+    return _joined(records) if len(records) > 1 else records[0] if records else None
+
+
+def _parts(model: nn.Module) -> dict[str, nn.Module]:
+    """Converted parts by their paths, but none that is within another one."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if record_of(module) is not None and not any(path.startswith(f"{outer}.") for outer in found):
+            found[path] = module
+    return found
+
+
+def moved(record: Record, rename: Rename) -> Record:
+    """A record with other paths. rename: old path -> new path, None for a module that is not there any more."""
+    plan, undo = record.plan, record.undo
+    steps = [
+        replace(step, path=path, aliases=_renamed(step.aliases, rename), producers=_renamed(step.producers, rename))
+        for step in plan.steps
+        if (path := rename(step.path)) is not None
+    ]
+    kept = [replace(each, path=path) for each in plan.kept if (path := rename(each.path)) is not None]
+    norms = [replace(norm, paths=paths) for norm in undo.norms if (paths := _renamed(norm.paths, rename))]
+    layers = [replace(layer, path=path) for layer in undo.layers if (path := rename(layer.path)) is not None]
+    factors = {path: factor for old, factor in record.factors.items() if (path := rename(old)) is not None}
+    head = None if record.head is None or (at := rename(record.head.path)) is None else replace(record.head, path=at)
+    return Record(
+        replace(plan, steps=tuple(steps), kept=tuple(kept)),
+        Undo(norms, layers, undo.complete),
+        record.check,
+        history=list(record.history),
+        previous=None if record.previous is None else moved(record.previous, rename),
+        head=head,
+        factors=factors,
+    )
+
+
+def moved_out(record: Record, prefix: str, there: Collection[str]) -> Record:
+    """The record of what is below `prefix`, which is now a network with the modules `there`."""
+
+    def rename(path: str) -> str | None:
+        inner = path.removeprefix(prefix) if path.startswith(prefix) else None
+        return inner if inner in there else None
+
+    return moved(record, rename)
+
+
+def _below(part: str, path: str) -> str:
+    return f"{part}.{path}" if path else part
+
+
+def _renamed(paths: tuple[str, ...], rename: Rename) -> tuple[str, ...]:
+    return tuple(new for path in paths if (new := rename(path)) is not None)
+
+
+def _joined(records: list[Record]) -> Record:
+    """One record of several parts, of which one may have a new head.
+
+    What was converted twice is reverted to the state in between.
+    """
+    plans, undos = [r.plan for r in records], [r.undo for r in records]
+    steps, kept = (tuple(chain.from_iterable(each)) for each in zip(*((p.steps, p.kept) for p in plans), strict=True))
+    layers = sum(r.check.layers for r in records)
+    check = Check(None, reason="each part was checked by itself", layers=layers, total=len(steps))
+    complete = all(u.complete for u in undos)
+    undo = Undo([n for u in undos for n in u.norms], [x for u in undos for x in u.layers], complete)
+    history = [entry for r in records for entry in r.history]
+    factors = {path: factor for r in records for path, factor in r.factors.items()}
+    head = next((r.head for r in records if r.head is not None), None)
+    return Record(Plan(steps, kept, plans[0].transfer), undo, check, history=history, head=head, factors=factors)

@@ -1,0 +1,164 @@
+"""Train a converted network at the learning rates of its original: weights at their old size, centralized gradients.
+
+Folding divides a layer's weights by the deviation of each channel. The network computes the same, but gradients grow
+by the factor by which weights shrink, so that a learning rate is worth its square: rates that suited the original
+wreck the converted network. A norm that follows its sample does not notice `(W, b)` times c if its `eps` is taken
+times c^2. With c a power of two, both are exact in floating point, back and forth.
+
+Inputs that are positive, as behind a ReLU, let every step shift the mean of whole channels. In training a BN takes
+this shift out again; a norm over groups of channels does not, nor does a frozen BN. A gradient without its mean over
+each output channel's weights hardly has it (Yong et al. 2020, "Gradient Centralization").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..modules.tree import get
+from ..planning.plan import Step
+from .apply import inner_norm
+from .convert import record_of
+from .revert import by_output_channel
+
+_LIMIT = 2.0**10
+_TINY = 1e-30
+
+
+@torch.no_grad()
+def factors_of(model: nn.Module) -> dict[str, float]:
+    """For each converted norm by its path, the power of two that brings the layers before it nearest to their old norm.
+
+    Norms with running statistics, and all norms of a network that keeps no undo record, are left out; so are all of
+    one that is stabilized already.
+    """
+    record = record_of(model)
+    if record is None or not record.undo.complete or record.factors:
+        return {}
+    scales = {layer.path: layer.scale for layer in record.undo.layers}
+    found = {}
+    for step in record.plan.steps:
+        if not _applies(model, step) or not all(path in scales for path in step.producers):
+            continue
+        now = before = 0.0
+        for path in step.producers:
+            layer: Any = get(model, path)
+            weight = _whole(layer.weight.detach()).double()
+            scale = by_output_channel(layer, scales[path].to(weight)).abs().clamp_min(_TINY)
+            now += float(weight.square().sum())
+            before += float((weight / scale).square().sum())
+        if now > 0 and 0 < before < math.inf:
+            factor = 2.0 ** round(math.log2(math.sqrt(before / now)))
+            found[step.path] = min(max(factor, 1 / _LIMIT), _LIMIT)
+    return {path: factor for path, factor in found.items() if factor != 1}
+
+
+@torch.no_grad()
+def rescale(model: nn.Module, factors: Mapping[str, float], *, back: bool = False, values: bool = True) -> None:
+    """Multiply weight and bias of the layers before each norm by its factor, and its `eps` by the square; in place.
+
+    values=False leaves weights and biases, which come from elsewhere.
+    """
+    record = record_of(model)
+    if record is None:
+        return
+    for step in record.plan.steps:
+        factor = factors.get(step.path, 1.0)
+        if factor == 1:
+            continue
+        factor = 1 / factor if back else factor
+        for path in step.producers if values else ():
+            layer: Any = get(model, path)
+            layer.weight.mul_(factor)
+            layer.bias.mul_(factor)
+        norm: Any = inner_norm(get(model, step.path))
+        norm.eps = norm.eps * factor**2
+        total = record.factors.pop(step.path, 1.0) * factor
+        if total != 1:
+            record.factors[step.path] = total
+
+
+@contextmanager
+def stabilized(model: nn.Module) -> Iterator[nn.Module]:
+    """Within it, the network trains at the learning rates that its original takes; for a training loop of your own.
+
+        with normswap.stabilized(gn_model):
+            train(gn_model)
+
+    Folded layers in front of `gn`, `ln`, `ln-channel` and `in` have their weights at about the size that they had
+    before the fold (times a power of two, with `eps` to match, so that outputs stay as they are), and the gradients
+    of these weights have no mean over each output channel. Build the optimizer before or within, all the same. At
+    the end weights and `eps` go back; `normswap.save` within it saves the network as it is outside. Networks without
+    such layers, and those converted with undo=False, train as they are. `finetune` does this by itself.
+
+    model: a converted network, or any module that holds one, such as DistributedDataParallel or a compiled network.
+    A state dict taken within it belongs to a network within it: `eps` is in no state dict.
+    """
+    with ExitStack() as stack:
+        for root in [m for m in model.modules() if record_of(m) is not None]:
+            stack.enter_context(_stabilized(root))
+        yield model
+
+
+@contextmanager
+def _stabilized(root: nn.Module) -> Iterator[None]:
+    nested = bool(factors_in(root))
+    rescale(root, factors_of(root))
+    trained = [] if nested else [weight for weight in folded_weights(root) if weight.requires_grad]
+    hooks = [weight.register_post_accumulate_grad_hook(centralize) for weight in trained]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if not nested:
+            rescale(root, dict(factors_in(root)), back=True)
+
+
+@contextmanager
+def at_own_size(model: nn.Module) -> Iterator[None]:
+    """Undo what `stabilized` does to the values, for a moment."""
+    roots = [(m, dict(factors_in(m))) for m in model.modules() if record_of(m) is not None]
+    for root, factors in roots:
+        rescale(root, factors, back=True)
+    try:
+        yield
+    finally:
+        for root, factors in roots:
+            rescale(root, factors)
+
+
+def factors_in(model: nn.Module) -> Mapping[str, float]:
+    """The factors that are in effect now."""
+    record = record_of(model)
+    return {} if record is None else record.factors
+
+
+def folded_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of the layers that feed norms which follow their sample, those that `centralize` is for."""
+    record = record_of(model)
+    steps = [] if record is None else [step for step in record.plan.steps if _applies(model, step)]
+    layers: list[Any] = [get(model, path) for step in steps for path in step.producers]
+    return [layer.weight for layer in layers if layer.weight.dim() > 1 and layer.weight[0].numel() > 1]
+
+
+def centralize(weight: Tensor) -> None:
+    """Take the mean over each output channel's weights `(C, ...)` out of the gradient, in place."""
+    if weight.grad is not None:
+        weight.grad.sub_(weight.grad.mean(dim=tuple(range(1, weight.dim())), keepdim=True))
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """Put together from all processes, where it is sharded."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
+def _applies(model: nn.Module, step: Step) -> bool:
+    norm: Any = inner_norm(get(model, step.path))
+    follows = norm._buffers.get("running_mean") is None and isinstance(getattr(norm, "eps", None), float)
+    return step.transfer == "fold" and bool(step.producers) and follows

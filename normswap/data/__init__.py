@@ -1,0 +1,53 @@
+"""Reading images, boxes and masks; what `data=` takes. The names here are public."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .coco import CocoData as CocoData
+    from .coco import open_coco as open_coco
+    from .image_folder import ImageBatches as ImageBatches
+    from .image_folder import ImageData as ImageData
+    from .image_folder import open_images as open_images
+    from .preprocess import Preprocess as Preprocess
+    from .segmentation_masks import MaskData as MaskData
+    from .segmentation_masks import open_masks as open_masks
+    from .synthetic_shapes import Shapes as Shapes
+    from .synthetic_shapes import shapes as shapes
+    from .synthetic_shapes import write_shapes as write_shapes
+
+_HOME = {
+    "CocoData": "coco",
+    "ImageBatches": "image_folder",
+    "ImageData": "image_folder",
+    "MaskData": "segmentation_masks",
+    "Preprocess": "preprocess",
+    "Shapes": "synthetic_shapes",
+    "open_coco": "coco",
+    "open_images": "image_folder",
+    "open_masks": "segmentation_masks",
+    "shapes": "synthetic_shapes",
+    "write_shapes": "synthetic_shapes",
+}
+
+__all__ = [
+    "CocoData",
+    "ImageBatches",
+    "ImageData",
+    "MaskData",
+    "Preprocess",
+    "Shapes",
+    "open_coco",
+    "open_images",
+    "open_masks",
+    "shapes",
+    "write_shapes",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

@@ -1,0 +1,217 @@
+"""What `data=` and `--data` accept -> batches of (forward's arguments, labels)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from ..arguments import whole
+from ..errors import DataError, NormswapError, first_line, plural
+from ..modules.tree import device_and_dtype
+from .image_folder import ImageData, open_images
+
+Batch = tuple[tuple[Any, ...], Tensor | None]
+
+_INPUTS = ("pixel_values", "pixel_values_videos", "image", "images", "input", "inputs", "x", "data", "video", "img")
+_LABELS = ("label", "labels", "target", "targets", "y", "class", "fine_label")
+_ACCEPTED = (
+    "data takes a tensor (N, C, H, W), a DataLoader or another iterable of batches, or a folder; a batch is a tensor, "
+    "(x, y), a dict with a key such as 'pixel_values' or 'image', or a list of images (C, H, W)"
+)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Iterates over `(args, labels)`, any number of times.
+
+    args: the positional arguments of the network's forward; labels: int64 `(N,)`, or None where there are none, or
+    what comes with the inputs is not one class for each of them (boxes, masks, several labels). Nothing is moved
+    to another device or dtype: see `placed`. classes: the names the labels count, where the source knows them.
+    """
+
+    source: Iterable[Any]
+    classes: tuple[str, ...] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Raises DataError for a batch it cannot read, and when there is none."""
+        empty = True
+        for item in self.source:
+            args, labels = _split(item)
+            if images_in(args) > 0:
+                empty = False
+                yield args, labels
+        if empty:
+            raise DataError("data holds no image", hint="A generator can be read only once; give list(...) of it.")
+
+
+def as_batches(data: Any, batch_size: int = 64, *, once: bool = False) -> Batches:
+    """Read what the Python API accepts as `data=`.
+
+    data: a tensor `(N, *)`, cut into batches of `batch_size`; a Dataset of samples, likewise (with boxes, as from
+    `open_coco`: batches are lists of images); a DataLoader or another iterable of batches, which keep their size; an
+    `ImageData` or a folder's path, read with the default `Preprocess`.
+    A batch is a tensor, `(x, y)`, a dict (the values of the first known keys, such as "pixel_values" and "labels"),
+    or a list of images `(C, H, W)` with 1, 3 or 4 channels, as torchvision's detectors take; x may be any of these,
+    or a tuple of tensors for a forward with several arguments.
+    once: the caller iterates a single time. Otherwise a generator, which can be read only once, is read into memory.
+
+    Raises OptionError for a batch size below 1, and DataError, saying what is accepted, for anything else.
+    """
+    whole("batch_size", batch_size)
+    if isinstance(data, Batches):
+        return data
+    if isinstance(data, (str, os.PathLike)):
+        data = open_images(data)
+    if isinstance(data, ImageData):
+        data = data.batches(batch_size=batch_size)
+    if isinstance(data, Tensor):
+        if data.dim() == 0:
+            raise DataError("data is a single number, not a batch", hint=_ACCEPTED)
+        return Batches(data.split(batch_size) if len(data) else ())
+    if isinstance(data, Mapping):
+        return Batches((data,))
+    classes = _classes_of(data)
+    if isinstance(data, Dataset) and not isinstance(data, DataLoader):
+        data = DataLoader(data, batch_size=batch_size, collate_fn=collated)
+    if not isinstance(data, Iterable):
+        raise DataError(f"data is {_described(data)}", hint=_ACCEPTED)
+    if isinstance(data, Iterator) and not once:
+        data = list(data)
+    return Batches(data, classes)
+
+
+def collated(items: Sequence[Any]) -> Any:
+    """A batch of a Dataset's samples: as torch stacks them; images that come with boxes, as lists of both.
+
+    Such images differ in size and in how many boxes they have, and torchvision's detectors take lists.
+    """
+    if all(isinstance(i, (tuple, list)) and len(i) == 2 and _has_boxes(i[1]) for i in items):
+        return [list(column) for column in zip(*items, strict=True)]
+    return default_collate(list(items))
+
+
+def _has_boxes(target: Any) -> bool:
+    return isinstance(target, Mapping) and "boxes" in target
+
+
+def images_in(args: Sequence[Any]) -> int:
+    """How many images (samples) one batch's arguments hold."""
+    first = args[0]
+    return len(first) if isinstance(first, (list, Tensor)) else 1
+
+
+def placed(args: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The arguments on a device, floating tensors in a dtype; tuples and lists keep their structure."""
+    if isinstance(args, Tensor):
+        return args.to(device, dtype if args.is_floating_point() else args.dtype)
+    if isinstance(args, (list, tuple)):
+        return type(args)(placed(item, device, dtype) for item in args)
+    return args
+
+
+def _classes_of(data: Any) -> tuple[str, ...] | None:
+    """Class names, where an image folder stands behind the data (ours, or torchvision's in a DataLoader)."""
+    names = getattr(data, "classes", None) or getattr(getattr(data, "dataset", None), "classes", None)
+    return tuple(map(str, names)) if isinstance(names, (list, tuple)) else None
+
+
+def _split(item: Any) -> Batch:
+    """One item of an iterable -> (args, labels)."""
+    if isinstance(item, Tensor) or _are_images(item):
+        return _args(item), None
+    if isinstance(item, Mapping):
+        labels = next((item[key] for key in _LABELS if key in item), None)
+        args = _args(item)
+        return args, _labels(labels, images_in(args))
+    if isinstance(item, (list, tuple)):
+        if len(item) == 1:
+            return _split(item[0])
+        if len(item) == 2:
+            args = _args(item[0])
+            return args, _labels(item[1], images_in(args))
+        raise DataError(f"a batch of data is {_described(item)}; expected x or (x, y)", hint=_ACCEPTED)
+    raise DataError(f"a batch of data is {_described(item)}", hint=_ACCEPTED)
+
+
+def _args(x: Any) -> tuple[Any, ...]:
+    if isinstance(x, Tensor):
+        if x.dim() == 0:
+            raise DataError("a batch of data is a single number", hint=_ACCEPTED)
+        if x.dtype == torch.uint8:
+            raise DataError(
+                "the images are uint8; a network takes floating values",
+                hint="images / 255 for detectors, which normalise by themselves; else as the network was trained, for "
+                "example (images / 255 - mean) / std.",
+            )
+        return (x,)
+    if _are_images(x):
+        return ([*map(_one, map(_args, x))],)
+    if isinstance(x, Mapping):
+        key = next((key for key in _INPUTS if key in x), None)
+        if key is None:
+            keys = ", ".join(repr(key) for key in x)
+            raise DataError(f"a batch of data has the keys {keys}, none of which is known as the input", hint=_ACCEPTED)
+        return _args(x[key])
+    if isinstance(x, (list, tuple)) and x and all(isinstance(part, Tensor) for part in x):
+        return tuple(_one(_args(part)) for part in x)
+    raise DataError(f"the input in a batch of data is {_described(x)}", hint=_ACCEPTED)
+
+
+def _one(args: tuple[Any, ...]) -> Any:
+    return args[0]
+
+
+def _are_images(x: Any) -> bool:
+    """A list of single images, as torchvision's detectors take. A DataLoader's `[x, y]` is a list as well."""
+    return (
+        isinstance(x, (list, tuple))
+        and len(x) > 0
+        and all(isinstance(i, Tensor) and i.dim() == 3 and i.shape[0] in (1, 3, 4) for i in x)
+    )
+
+
+def _labels(y: Any, count: int) -> Tensor | None:
+    """int64 `(N,)` if y holds one whole number for each sample, else None."""
+    if isinstance(y, (list, tuple)) and y and all(isinstance(v, int) and not isinstance(v, bool) for v in y):
+        y = torch.tensor(y)
+    if not isinstance(y, Tensor) or y.shape != (count,):
+        return None
+    whole = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+    return y.long() if whole else None
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        kinds = ", ".join(type(item).__name__ for item in value[:4])
+        return f"a {type(value).__name__} of {len(value)} ({kinds}{', ...' if len(value) > 4 else ''})"
+    return f"of type {type(value).__name__}"
+
+
+CHECK_IMAGES = (
+    "Check the size and channels of the images. Each element of data is a batch: one tensor (N, C, H, W), or, for "
+    "torchvision's detectors, a list of images, so that a single batch is data=[images]."
+)
+
+
+def run_on(call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], *, fewer: str) -> Any:
+    """`call` on one batch of forward's arguments, placed where `model` is and in its dtype.
+
+    Raises DataError for whatever it raises on inputs it was not made for; `fewer` says how to need less memory.
+    """
+    try:
+        return call(*placed(args, *device_and_dtype(model)))
+    except NormswapError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise DataError(f"a batch of {plural(images_in(args), 'image')} does not fit in memory", hint=fewer) from error
+    except Exception as error:  # whatever a stranger's forward raises
+        raise DataError(
+            f"{type(model).__name__} cannot run on the data ({type(error).__name__}: {first_line(error)})",
+            hint=CHECK_IMAGES,
+        ) from error

@@ -1,0 +1,322 @@
+"""A folder of images -> batches: class subfolders (labelled) or images alone (unlabelled)."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence, Set
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..arguments import whole
+from ..errors import DataError, Fix, Text, listed, plural
+from .preprocess import Preprocess, canonical, eight_bit
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_SPLITS = frozenset("train training val valid validation dev test testing eval".split())
+_NAMED = 10
+_LOOK_AHEAD = 2000  # how many files more are tried once one is unreadable, so as to report them together
+
+Transform = Callable[["Image"], Tensor]
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """The images of a folder, in the order of torchvision's `ImageFolder` (sorted by class, then by path).
+
+    labels: one number for each of `files`, an index into `classes`; both are None when the folder has no classes.
+    found: how many images the folder holds, of which `files` may be a selection.
+    """
+
+    folder: Path
+    files: tuple[Path, ...]
+    labels: tuple[int, ...] | None = None
+    classes: tuple[str, ...] | None = None
+    found: int = 0
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __str__(self) -> str:
+        count = f"{len(self.files)} of " * (len(self.files) < self.found) + plural(self.found, "image")
+        classes = f" in {len(self.classes)} class{'es' * (len(self.classes) != 1)}" if self.classes else ", no labels"
+        return f"{self.folder}: {count}{classes}"
+
+    def batches(self, transform: Transform | None = None, batch_size: int = 64, *, stack: bool = True) -> ImageBatches:
+        """Batches of `(images, labels)`; may be iterated any number of times, and reads the files each time.
+
+        images: float32 `(N, C, H, W)`, or a list of `(C, H, W)` with stack=False (what torchvision's detectors take).
+        labels: int64 `(N,)`, or None. transform: a `Preprocess` (the default one if None), or a callable that takes a
+        PIL image in mode RGB and returns a tensor `(C, H, W)`, such as `weights.transforms()`.
+
+        While iterating, raises DataError for images that cannot be read, named and counted, for images of different
+        sizes with stack=True, and for a transform that fails.
+        """
+        whole("batch_size", batch_size)
+        return ImageBatches(self, transform or Preprocess(), batch_size, stack)
+
+
+@dataclass(frozen=True)
+class ImageBatches:
+    """What `ImageData.batches` returns; its length is the number of batches."""
+
+    data: ImageData
+    transform: Transform
+    batch_size: int
+    stack: bool
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes that the labels count."""
+        return self.data.classes
+
+    def __len__(self) -> int:
+        return -(-len(self.data) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor | None]]:
+        data, size = self.data, self.batch_size
+        transform = self._settled()
+        # Decoding releases the interpreter's lock: threads read the next batch while the network is at work.
+        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        try:
+            coming = [pool.submit(_load, file, transform) for file in data.files[:size]]
+            for start in range(0, len(data), size):
+                batch = coming
+                coming = [pool.submit(_load, file, transform) for file in data.files[start + size : start + 2 * size]]
+                images = self._images(batch, start, pool)
+                labels = None if data.labels is None else torch.tensor(data.labels[start : start + size])
+                yield (_stacked(images, data.files[start : start + size]) if self.stack else images), labels
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _settled(self) -> Transform:
+        """With the size "auto" decided once, so that one odd image does not get another size than the rest."""
+        if not isinstance(self.transform, Preprocess) or self.transform.size != "auto":
+            return self.transform
+        # An unreadable file is reported with all others when its turn comes.
+        sizes = (_size(file) for file in self.data.files[:_LOOK_AHEAD])
+        size = next((s for s in sizes if s is not None), None)
+        return self.transform if size is None else self.transform.settled(*size)
+
+    def _images(self, batch: list[Future[Tensor]], start: int, pool: ThreadPoolExecutor) -> list[Tensor]:
+        try:
+            return [future.result() for future in batch]
+        except Unreadable:
+            files = self.data.files
+            stop = min(len(files), start + _LOOK_AHEAD)
+            problems = [p for p in pool.map(_problem, files[start:stop]) if p is not None]
+            looked_at = f"{stop}" if stop == len(files) else f"the first {stop}"
+            names = [f"{_short(file, self.data.folder)}: {reason}" for file, reason in problems]
+            summary = f"{len(problems)} of {looked_at} images in {self.data.folder} cannot be read:"
+            raise DataError(listed(summary, names), hint="Remove or replace them.") from None
+
+
+def open_images(folder: str | os.PathLike[str], *, limit: int | None = None, seed: int = 0) -> ImageData:
+    """List the images of a folder: one subfolder for each class, or images alone. Reads none of them.
+
+    limit: take at most so many, spread evenly over the classes, chosen at random by `seed`, always the same ones.
+    Names that begin with a dot are left out. Links to folders are followed, each real folder once.
+
+    Raises DataError, saying what was found instead, when the folder does not hold images in one of the two ways, and
+    OptionError for a limit below 1.
+    """
+    if limit is not None:
+        whole("the number of images", limit)
+    folder = Path(folder)
+    here, below = _listed(folder)
+    filled = {name: files for name, files in below.items() if files}
+    _refuse_unusable(folder, here, below, filled)
+    if here:
+        chosen = _spread([0] * len(here), limit, seed)
+        return ImageData(folder, tuple(here[i] for i in chosen), found=len(here))
+    files = [file for listed in filled.values() for file in listed]
+    labels = [label for label, listed in enumerate(filled.values()) for _ in listed]
+    chosen = _spread(labels, limit, seed)
+    return ImageData(
+        folder, tuple(files[i] for i in chosen), tuple(labels[i] for i in chosen), tuple(filled), found=len(files)
+    )
+
+
+def _listed(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
+    """The images in the folder itself, and those anywhere below each of its subfolders."""
+    if not folder.exists():
+        raise DataError(f"there is no folder {folder}", hint="Give a folder of images or of class folders.")
+    if not folder.is_dir():
+        raise DataError(f"{folder} is a file, not a folder", hint=f"Give the folder that holds it: {folder.parent}")
+    try:
+        entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror or error}") from error
+    here = [Path(e.path) for e in entries if e.is_file() and _is_image(e.name)]
+    classes = [e for e in entries if e.is_dir()]
+    seen = {identity(folder)}
+    real = {identity(e.path) for e in classes} - seen  # walked in their own turn, whatever links lead to them
+    below: dict[str, list[Path]] = {}
+    for entry in classes:
+        if (own := identity(entry.path)) in seen:
+            _refuse_twice(folder, entry.name, below)
+            continue  # a link to the folder itself
+        below[entry.name] = _images_below(Path(entry.path), seen | real - {own})
+        seen |= {own}
+    return here, below
+
+
+def _refuse_twice(folder: Path, name: str, below: dict[str, list[Path]]) -> None:
+    for other in below:
+        if os.path.samefile(folder / other, folder / name):
+            raise DataError(
+                f"{folder} holds {other!r} and {name!r}, which are one and the same folder",
+                hint="One of them is a link; each class needs images of its own.",
+            )
+
+
+def identity(path: str | os.PathLike[str]) -> object:
+    """What is the same for two paths if they lead to one file or folder, through links of either kind."""
+    try:
+        found = os.stat(path)
+    except OSError:  # a link that leads nowhere: told when it is read
+        return os.fspath(path)
+    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)  # 0: a file system without numbers
+
+
+def _images_below(top: Path, seen: Set[object]) -> list[Path]:
+    """The images anywhere below a folder. Each real folder is visited once, by its own path if that is below `top`.
+
+    seen: folders that are left out.
+    """
+    found: dict[str, list[str]] = {}
+    visited, links = set(seen), [str(top)]
+    while links:
+        later: list[str] = []
+        for place in links:
+            for root, folders, names in os.walk(place):
+                if (own := identity(root)) in visited:
+                    folders.clear()
+                    continue
+                visited.add(own)
+                found[root] = names
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                later += [path for path in (os.path.join(root, name) for name in folders) if os.path.islink(path)]
+        links = later
+    return [Path(root, name) for root in sorted(found) for name in sorted(found[root]) if _is_image(name)]
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def _refuse_unusable(
+    folder: Path, here: list[Path], below: dict[str, list[Path]], filled: dict[str, list[Path]]
+) -> None:
+    splits = [name for name in filled if name.lower() in _SPLITS]
+    if splits and (len(splits) == len(filled) or any(_holds_classes(folder / s, filled[s]) for s in splits)):
+        raise DataError(
+            f"{folder} holds {_quoted(splits)}, which are parts of a data set, not classes",
+            hint="Give one of them: " + " or ".join(str(folder / name) for name in splits),
+        )
+    if here and filled:
+        raise DataError(
+            f"{folder} holds both images ({len(here)}) and folders of images ({_quoted(filled)})",
+            hint="Keep either images alone or one subfolder for each class, and move the rest out.",
+        )
+    if not here and not filled:
+        raise DataError(f"there is no image in {folder}", hint=f"Known are {' '.join(EXTENSIONS)}")
+    if filled and len(filled) < len(below):
+        raise DataError(
+            f"{folder} holds class folders without any image: {_quoted([n for n in below if n not in filled])}",
+            hint="Their place decides the numbers of the other classes; fill them, or move out what is no class.",
+        )
+
+
+def _holds_classes(folder: Path, files: list[Path]) -> bool:
+    return all(file.parent != folder for file in files) and len({f.relative_to(folder).parts[0] for f in files}) > 1
+
+
+def _quoted(names: Sequence[str] | dict[str, Any]) -> str:
+    names = list(names)
+    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(repr(name) for name in names[:_NAMED]) + rest
+
+
+def _spread(labels: Sequence[int], limit: int | None, seed: int) -> list[int]:
+    """Indices of `limit` items in rising order: by turns the next of each class, in a random order within the class."""
+    if limit is None or limit >= len(labels):
+        return list(range(len(labels)))
+    generator = random.Random(seed)
+    key = [generator.random() for _ in labels]
+    turn = [0] * len(labels)
+    taken: dict[int, int] = {}
+    for i in sorted(range(len(labels)), key=key.__getitem__):
+        turn[i] = taken[labels[i]] = taken.get(labels[i], 0) + 1
+    return sorted(sorted(range(len(labels)), key=lambda i: (turn[i], key[i]))[:limit])
+
+
+class Unreadable(Exception):
+    """A file that is no whole image; `ImageBatches` turns it into a DataError over all of them."""
+
+
+def decode(file: Path) -> Image:
+    """The picture in one of the modes of `canonical`. Raises `Unreadable`, with the reason in a few words."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return canonical(image)
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, ...
+        raise Unreadable(reason_of(error, file)) from error
+
+
+def reason_of(error: Exception, file: Path) -> str:
+    """Why a file could not be read, in the decoder's words without the file's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].replace(f" {str(file)!r}", "")
+
+
+def _size(file: Path) -> tuple[int, int] | None:
+    try:
+        return decode(file).size
+    except Unreadable:
+        return None
+
+
+def _problem(file: Path) -> tuple[Path, str] | None:
+    try:
+        decode(file)
+    except Unreadable as error:
+        return file, str(error)
+    return None
+
+
+def _load(file: Path, transform: Transform) -> Tensor:
+    image = decode(file)
+    try:
+        x = transform(image if isinstance(transform, Preprocess) else eight_bit(image))
+    except Exception as error:  # a stranger's callable
+        raise DataError(f"the transform failed on {file}: {type(error).__name__}: {error}") from error
+    if not isinstance(x, Tensor) or x.dim() != 3:
+        got = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise DataError(f"the transform returned {got} for {file}; expected a tensor (C, H, W)")
+    return x
+
+
+def _stacked(images: list[Tensor], files: Sequence[Path]) -> Tensor:
+    for image, file in zip(images, files, strict=True):
+        if image.shape != images[0].shape:
+            raise DataError(
+                f"images of different sizes cannot form a batch: {files[0].name} is {tuple(images[0].shape)}, "
+                f"{file.name} is {tuple(image.shape)}",
+                hint=Text("Give one size for all, such as ", Fix("size", 224), ", or ", Fix("batch_size", 1), "."),
+            )
+    return torch.stack(images)
+
+
+def _short(file: Path, folder: Path) -> str:
+    return str(file.relative_to(folder))

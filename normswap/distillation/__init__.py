@@ -1,0 +1,1 @@
+"""Train a converted network: distillation from the original."""

@@ -1,0 +1,191 @@
+"""Distil a converted network from its original, on images without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..arguments import whole
+from ..conversion.convert import record_of
+from ..data.batches import as_batches
+from ..errors import Fix, Interrupted, OptionError, Text
+from ..files.locking import locked
+from ..files.writing import check_writable
+from ..modules.wrappers import unwrapped
+from ..training.parameters import trained_parameters, training_only
+from ..training.run_state import digest, load_state
+from ..training.teacher import original_of, side_by_side
+from .judging import Look
+from .report import DistillationReport, Progress
+from .run import Run
+from .settings import Settings
+from .stream import Compared, Stream, stream_of
+
+LR, FULL = 0.02, 300
+"""The largest step of a value, as a share of its parameter's root mean square, in a run of `FULL` steps or more."""
+UNCHANGED = (
+    "no state that was measured came nearer to the original, so the network is as it was: take more images, more "
+    "steps, or a smaller learning rate"
+)
+FEATURES = 2.0
+"""How much the outputs of the norms inside count, beside the networks' outputs."""
+
+
+def distil(
+    model: nn.Module,
+    reference: nn.Module | None = None,
+    data: Any = None,
+    *,
+    steps: int = 300,
+    batch_size: int = 64,
+    lr: float | None = None,
+    temperature: float = 2.0,
+    train: str = "all",
+    weight_decay: float = 0.01,
+    seed: int = 0,
+    precision: str = "fp32",
+    max_grad_norm: float | None = 1.0,
+    augment: bool = False,
+    loss: str = "auto",
+    features: float = FEATURES,
+    eval_data: Any = None,
+    progress: Callable[[Progress], None] | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 50,
+    resume: str | Path | None = None,
+) -> DistillationReport:
+    """Train `model` to give the outputs of the network it was converted from, without labels. In place.
+
+    The loss between the original's outputs and the model's on the same images: for class scores `(N, K)`
+    `T^2 KL(softmax(original / T) || softmax(model / T))`; for every other floating tensor of a tensor, list, tuple,
+    dict or dataclass `||a - b||^2 / ||a||^2`; for torchvision's detectors the latter over the feature maps and the
+    dense heads' outputs, since boxes have no gradient (a two-stage detector's RoI heads are not trained). AdamW, a
+    linear warm-up over the first tenth of the steps, then a cosine; gamma, beta and biases do not decay.
+
+    Both networks run in eval mode, the way they are used: no dropout, no auxiliary heads, running statistics that
+    stay as they are; only recurrent layers of the model are in train mode, as cuDNN needs it for gradients. Start from
+    a calibrated network: it is nearer.
+
+    model: from `convert` or `load`, weights in float32. reference: the original network, never changed; by default it
+    is rebuilt from what the conversion kept. data: images without labels (labels are not looked at), anything
+    `normswap.data.as_batches` takes. A tensor, Dataset or folder is shuffled; an iterable of batches keeps its order,
+    and is iterated again when it ends. batch_size: for data that is not in batches yet.
+    lr: the largest learning rate, relative to the root mean square of each parameter, which a step moves by about this
+    share at most; by default what suits the number of steps (see `suited_rate`). A share suits layers of any width, and
+    whatever was folded into them. train: "all" parameters that require a gradient, or those of the "norm" layers.
+    precision: "bf16" or "fp16" computes in autocast on CUDA; on a CPU it is float32 always.
+    max_grad_norm: limit of the gradient's norm, None for no limit. augment: mirror and shift images `(N, C, H, W)` at
+    random, the same for both networks; off, since it gained nothing measurable, and mirrors text and digits.
+    loss: "match" takes the second formula for class scores as well. features: the weight, falling linearly to 0, of the
+    second formula's mean over the outputs of all converted norms, on half of each batch; 0 compares outputs alone.
+    eval_data: what the report's loss, drift, agreement and, with labels, accuracy are measured on; by default a part of
+    data that is held back from training for it (see `stream_of`), or, of an iterable that gives its batches in an order
+    of its own, some of them. At the start, at the end and ten times between the model is compared with its original on
+    these images, and it keeps the state with the smallest loss among those that decide no fewer images as the original
+    does than at the start; the start counts. progress: called after each step.
+    checkpoint: a file to which the state of the run is written every `checkpoint_every` steps, when it is interrupted
+    and at its end; resume: such a file, to go on from: the weights are then those of a run without interruption, on a
+    CPU bit for bit, if model, data and settings are those it began with.
+
+    The same seed gives the same weights, on a CPU bit for bit. Random state, training flags, `requires_grad`,
+    gradients, hooks and the reference stay as they are.
+
+    Raises OptionError, DataError, RevertError (no reference given and none to be rebuilt) or CheckpointError before
+    anything has changed; TrainingError when loss or gradients are not finite, and `Interrupted`, a KeyboardInterrupt
+    with a report, on Ctrl-C. Whatever it raises, the model has the nearest state that was measured, and its history
+    tells of it.
+
+    Source: Hinton, Vinyals and Dean 2015; Beyer et al. 2022, "Knowledge distillation: a good teacher is patient and
+    consistent" (teacher and student see the same view).
+    """
+    if data is None:
+        raise OptionError(
+            "distil needs images", hint=Text(Fix("data"), " takes a tensor (N, C, H, W), or batches of them.")
+        )
+    model = unwrapped(model)
+    settings = Settings(
+        steps, batch_size, 1.0, temperature, train, weight_decay, seed, precision,
+        max_grad_norm, augment, loss, digest(model), features,
+    )  # fmt: skip
+    settings = replace(settings, lr=suited_rate(steps) if lr is None else lr)
+    whole("checkpoint_every", checkpoint_every)
+    if checkpoint is not None:
+        check_writable(Path(checkpoint), overwrite=True)
+    parameters = trained_parameters(model, train)
+    reference = original_of(model, None if reference is None else unwrapped(reference))
+    data = list(data) if isinstance(data, Iterator) else data
+    stream = stream_of(data, batch_size, seed, hold=eval_data is None)
+    alone = nullcontext() if checkpoint is None else locked(Path(checkpoint))
+    with alone, side_by_side(reference, model), training_only(model, parameters):
+        work = Run(model, reference, settings, stream, parameters, _compared(stream, settings, eval_data))
+        if checkpoint is not None:
+            work.checkpoint, work.every = Path(checkpoint), checkpoint_every
+        if resume is not None:
+            work.resume(load_state(Path(resume), vars(settings), parameters))
+        try:
+            work.finish(progress)
+        except KeyboardInterrupt:
+            raise Interrupted(_report(work, interrupted=True)) from None
+        finally:
+            _remember(model, work)
+        return _report(work)
+
+
+def suited_rate(steps: int) -> float:
+    """The default learning rate of a run of so many steps: `LR`, and in a short run less, with its length squared.
+
+    What the first steps disturb needs a few hundred more to come right again. A network far from its original may gain
+    from more than that in a short run.
+    """
+    return LR * min(1.0, steps / FULL) ** 2
+
+
+def _compared(stream: Stream, settings: Settings, eval_data: Any) -> Compared:
+    """What is held back or given; without either, some batches, at a small part of the run's cost."""
+    if eval_data is None:
+        return stream.compared(max(1, settings.steps // 20))
+    batches = as_batches(eval_data, settings.batch_size)
+    return Compared(batches, "of eval_data", None if batches.classes is None else len(batches.classes))
+
+
+def _report(work: Run, *, interrupted: bool = False) -> DistillationReport:
+    first, best = work.judge.first, work.judge.final()
+    values: dict[str, Any] = {f"{name}_before": value for name, value in _figures(first).items()}
+    values |= {f"{name}_after": value for name, value in _figures(best).items()}
+    if first.tally.labelled:
+        values["accuracy_original"] = first.tally.correct[0] / first.tally.labelled
+    notes = (*work.notes, *first.tally.notes)
+    if best.step == 0 and work.loop.step:
+        notes += (UNCHANGED,)
+    begun, ended = work.losses
+    return DistillationReport(
+        work.loop.step, work.settings.steps, work.stream.images, begun, ended, work.judge.images,
+        interrupted=interrupted, resumed_at=work.resumed_at, notes=notes, kept=best.step,
+        compared_on=work.judge.compared.origin, **values,
+    )  # fmt: skip
+
+
+def _figures(look: Look) -> dict[str, float | None]:
+    tally, total = look.tally, look.tally.total()
+    return {
+        "eval_loss": look.loss,
+        "drift": None if total is None else total.relative,
+        "agreement": tally.agreement(),
+        "accuracy": tally.correct[1] / tally.labelled if tally.labelled else None,
+    }
+
+
+def _remember(model: nn.Module, work: Run) -> None:
+    """Note in the network's history what was done, also when it was cut short; nothing where nothing came of it."""
+    record, kept = record_of(model), work.judge.best.step
+    if record is None or kept == 0:
+        return
+    settings = work.settings
+    entry = {"action": "distil", "steps": work.loop.step, "planned": settings.steps, "kept": kept}
+    entry |= {"train": settings.train, "lr": settings.lr, "seed": settings.seed, "loss": list(work.losses)}
+    record.history.append(entry)

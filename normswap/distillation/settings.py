@@ -1,0 +1,45 @@
+"""What decides the result of a distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..arguments import number, one_of, seed_value, whole
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `distil` by which one run differs from another; a resumed run must have the same.
+
+    network: a digest of the architecture and of how it was converted.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    temperature: float
+    train: str
+    weight_decay: float
+    seed: int
+    precision: str
+    max_grad_norm: float | None
+    augment: bool
+    loss: str
+    network: str
+    features: float = 0.0
+
+    def __post_init__(self) -> None:
+        whole("steps", self.steps)
+        whole("batch_size", self.batch_size)
+        seed_value("seed", self.seed)
+        for name in ("lr", "temperature", "weight_decay", "features"):
+            number(name, getattr(self, name), zero=name in ("weight_decay", "features"))
+        if self.max_grad_norm is not None:
+            number("max_grad_norm", self.max_grad_norm)
+        one_of("precision", self.precision, tuple(PRECISIONS))
+        one_of("loss", self.loss, ("auto", "match"))
+        one_of("train", self.train, ("all", "norm"))

@@ -1,0 +1,231 @@
+"""What `data=` of a detector's fine-tuning accepts -> a training and a validation set with the same categories."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...data.coco import CocoData, Picture, open_coco
+from ...data.image_folder import Unreadable as UnreadableImage
+from ...data.synthetic_shapes import Shapes
+from ...errors import DataError, Fix, Text
+from .loader import Unreadable
+from .splits import TRAIN, VALIDATION, Sets, check_apart, held_note, part_of, sized, split
+
+ANNOTATIONS = ("annotations.json", "_annotations.coco.json")
+_LAYOUT = (
+    "Give a folder with annotations.json and images/, one with train/ and val/ of such, COCO's own "
+    "(annotations/instances_train2017.json and train2017/)."
+)
+_CONVENTION = "normswap.data.open_coco reads COCO files into it; labels begin with 1, 0 being the background."
+
+
+@dataclass(frozen=True)
+class Boxed:
+    """Images with boxes that normswap reads or draws itself. flip: mirror half of them, boxes and masks too."""
+
+    data: CocoData | Shapes
+    flip: bool = False
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def folder(self) -> Path:
+        """Of the images, if they are files; otherwise an AttributeError, as for anything without files."""
+        return self.data.folder  # type: ignore[union-attr]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The images, if they are files."""
+        return tuple(self.folder / picture.name for picture in self.data.pictures)  # type: ignore[union-attr]
+
+    @property
+    def labels(self) -> tuple[Any, ...]:
+        """Of each image, with its boxes; for pictures that are drawn, what they are drawn by."""
+        if isinstance(self.data, Shapes):
+            return (repr(self.data),)
+        return tuple((p.labels, p.boxes) for p in self.data.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        """Raises `Unreadable` for an image that is broken, or has a mask that is."""
+        if isinstance(self.data, Shapes):
+            image, target = self.data[index]
+        else:
+            name = self.data.pictures[index].name
+            try:
+                image, target = self.data.read(index)
+            except UnreadableImage as error:
+                raise Unreadable(name, str(error)) from error
+            except DataError as error:
+                raise Unreadable(name, error.message) from error
+        return flipped(image, target) if self.flip else (image, target)
+
+
+def flipped(image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Image `(C, H, W)`, boxes and masks mirrored together, or none of them, at even chances."""
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
+
+    size = (image.shape[-2], image.shape[-1])
+    wrapped = {"boxes": tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)}
+    if "masks" in target:
+        wrapped["masks"] = tv_tensors.Mask(target["masks"])
+    picture, changed = v2.RandomHorizontalFlip()(tv_tensors.Image(image), wrapped)
+    return picture.as_subclass(Tensor), {**target, **{k: v.as_subclass(Tensor) for k, v in changed.items()}}
+
+
+def open_boxes(data: Any, eval_data: Any = None, *, masks: bool = False, seed: int = 0) -> Sets:
+    """Training data, and validation data if there is any. masks: read masks too.
+
+    data: a folder (see `finetune`), a `CocoData` or `Shapes`, or a map-style Dataset in torchvision's convention;
+    eval_data: likewise. Of a CocoData without validation data a tenth becomes that, always the same by `seed`.
+
+    Raises DataError, saying what was found, for data that cannot be used.
+    """
+    train, validation = data, eval_data
+    if isinstance(data, (str, os.PathLike)):
+        train, found = _opened(Path(data), masks)
+        validation = found if eval_data is None else eval_data
+    if isinstance(validation, (str, os.PathLike)):
+        validation = _single(Path(validation), masks)
+    note: list[str] = []
+    if isinstance(train, CocoData):
+        note += train.notes
+        _check_objects(train)
+        if validation is None:
+            train, validation, said = _split(train, seed)
+            note.append(said)
+        elif isinstance(validation, CocoData):
+            note += [f"{validation.annotations.name}: {text}" for text in validation.notes]
+            check_apart(*(Boxed(part).files for part in (train, validation)))
+            validation = _aligned(train, validation)
+    if isinstance(validation, CocoData):
+        _check_objects(validation)
+        validation = replace(validation, crowds=True)
+    sets = [None if part is None else _set(name, part) for name, part in (("data", train), ("eval_data", validation))]
+    classes = getattr(train, "categories", None)
+    return Sets(sets[0], sets[1], tuple(map(str, classes)) if classes else None, "; ".join(note))
+
+
+def check_sample(image: Any, target: Any, classes: int) -> None:
+    """Raise DataError for what torchvision's detectors would fail on. classes: with the background."""
+    if not isinstance(image, Tensor) or image.dim() != 3 or not image.is_floating_point():
+        got = f"a {image.dtype} tensor {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise DataError(f"an image is {got}; a detector takes float (C, H, W) in [0, 1]", hint=_CONVENTION)
+    if not isinstance(target, Mapping) or not {"boxes", "labels"} <= set(target):
+        got = f"has the keys {', '.join(map(str, target))}" if isinstance(target, Mapping) else type(target).__name__
+        raise DataError(f"a target {'' if isinstance(target, Mapping) else 'is '}{got}; it needs boxes and labels",
+                        hint=_CONVENTION)  # fmt: skip
+    boxes, labels = target["boxes"], target["labels"]
+    if not isinstance(boxes, Tensor) or not isinstance(labels, Tensor):
+        raise DataError(f"boxes and labels are {type(boxes).__name__} and {type(labels).__name__}, not tensors")
+    name = f"image {target['image_id']}" if "image_id" in target else "an image"
+    if boxes.shape != (len(labels), 4) or labels.dtype != torch.int64:
+        raise DataError(
+            f"{name} has boxes {tuple(boxes.shape)} and {labels.dtype} labels {tuple(labels.shape)}; expected (n, 4) "
+            "and int64 (n,)",
+            hint=_CONVENTION,
+        )
+    masks = target.get("masks")
+    if masks is not None and tuple(masks.shape) != (len(labels), *image.shape[1:]):
+        raise DataError(
+            f"{name} is {tuple(image.shape)} with {len(labels)} objects; its masks are {tuple(masks.shape)}"
+        )
+    if not len(labels):
+        return
+    if not torch.isfinite(boxes).all() or (boxes[:, 2:] <= boxes[:, :2]).any():
+        raise DataError(f"{name} has a box that is no x1 < x2, y1 < y2: {boxes.tolist()}", hint="Leave such boxes out.")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 1 or high >= classes:
+        raise DataError(
+            f"{name} has labels from {low} to {high}, but the network knows 1 to {classes - 1}",
+            hint=Text(Fix("num_classes", high + 1), " gives it a new head; 0 is the background."),
+        )
+
+
+# --- folders ------------------------------------------------------------------------------------------------------
+
+
+def _opened(folder: Path, masks: bool) -> tuple[CocoData, CocoData | None]:
+    """The training data in a folder, and the validation data where there is some."""
+    first, second = part_of(folder, TRAIN), part_of(folder, VALIDATION)
+    if first is not None and _files_in(first):
+        return _single(first, masks), None if second is None else _single(second, masks)
+    original = [_of_coco(folder, names) for names in (TRAIN, VALIDATION)]
+    if original[0]:
+        train, validation = (None if place is None else open_coco(*place, masks=masks) for place in original)
+        if train is not None:
+            return train, validation
+    return _single(folder, masks), None
+
+
+def _single(folder: Path, masks: bool) -> CocoData:
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.is_file() else "is not there"
+        raise DataError(f"{folder} {what}", hint=_LAYOUT)
+    place = _files_in(folder)
+    if place is None:
+        raise DataError(f"{folder} holds no {' or '.join(ANNOTATIONS)}", hint=_LAYOUT)
+    return open_coco(*place, masks=masks)
+
+
+def _files_in(folder: Path) -> tuple[Path, Path] | None:
+    """An annotation file and the folder of its images."""
+    file = next((folder / name for name in ANNOTATIONS if (folder / name).is_file()), None)
+    if file is None:
+        return None
+    return file, folder / "images" if (folder / "images").is_dir() else folder
+
+
+def _of_coco(folder: Path, names: Sequence[str]) -> tuple[Path, Path] | None:
+    """`annotations/instances_train2017.json` and `train2017/`, as COCO comes."""
+    files = [f for name in names for f in sorted((folder / "annotations").glob(f"instances_{name}*.json"))]
+    places = [(file, folder / file.stem.removeprefix("instances_")) for file in files]
+    return next(((file, images) for file, images in places if images.is_dir()), None)
+
+
+def _split(data: CocoData, seed: int) -> tuple[CocoData, CocoData | None, str]:
+    count = len(data)
+    if count < 2:
+        return data, None, "a single image, so there is nothing to validate on"
+    kept, held = split(count, seed, [bool(picture.boxes) for picture in data.pictures], Boxed(data).files)
+    parts = [replace(data, pictures=tuple(data.pictures[i] for i in part)) for part in (kept, held)]
+    return parts[0], parts[1], held_note(len(held), count, seed)
+
+
+def _aligned(train: CocoData, validation: CocoData) -> CocoData:
+    """With the training data's labels; categories are told by their names."""
+    if validation.categories == train.categories:
+        return validation
+    unknown = [name for name in validation.categories if name not in train.categories]
+    if unknown:
+        raise DataError(
+            f"{validation.annotations} has categories that {train.annotations} lacks: {', '.join(unknown[:10])}",
+            hint="Both files need the same list of categories.",
+        )
+    number = {i + 1: train.categories.index(name) + 1 for i, name in enumerate(validation.categories)}
+    pictures = tuple(_relabelled(p, number) for p in validation.pictures)
+    return replace(validation, pictures=pictures, categories=train.categories, category_ids=train.category_ids)
+
+
+def _relabelled(picture: Picture, number: Mapping[int, int]) -> Picture:
+    crowds = None if picture.crowds is None else _relabelled(picture.crowds, number)
+    return replace(picture, labels=tuple(number[label] for label in picture.labels), crowds=crowds)
+
+
+def _check_objects(data: CocoData) -> None:
+    if not any(p.boxes for p in data.pictures):
+        raise DataError(f"none of the {len(data)} images of {data.annotations} has an object")
+
+
+def _set(name: str, data: Any) -> Any:
+    if isinstance(data, (CocoData, Shapes)):
+        return Boxed(data)
+    return sized(name, data, "Give a folder, a CocoData, or a Dataset with __len__ and __getitem__.")

@@ -1,0 +1,152 @@
+"""What `data=` of a classifier's fine-tuning accepts -> a training and a validation set with the same classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...data.image_folder import ImageData, decode, open_images
+from ...data.image_folder import Unreadable as UnreadableImage
+from ...errors import DataError
+from .augmentation import Plain, settled
+from .collate import check_input
+from .loader import Tensors, Transform, Unreadable, spread
+from .splits import TRAIN, VALIDATION, Sets, check_apart, classes_of, held_note, part_of, sized, split
+from .torchvision_named import Named
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Image files with labels, read when asked for; transform: PIL image -> float tensor `(C, H, W)`."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    labels: tuple[int, ...]
+    transform: Transform | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Raises `Unreadable` for a file that is no whole image."""
+        file = self.files[index]
+        try:
+            image = decode(file)
+        except UnreadableImage as error:
+            raise Unreadable(str(file.relative_to(self.folder.parent)), str(error)) from error
+        return (image if self.transform is None else self.transform(image)), self.labels[index]
+
+    @classmethod
+    def of(cls, data: ImageData, numbers: Sequence[int]) -> Pictures:
+        """numbers: the label that each class of `data` gets."""
+        return cls(data.folder, data.files, tuple(numbers[label] for label in data.labels or ()))
+
+    def chosen(self, indices: Sequence[int]) -> Pictures:
+        """A part of them."""
+        return replace(self, files=tuple(self.files[i] for i in indices), labels=tuple(self.labels[i] for i in indices))
+
+
+def open_sets(data: Any, eval_data: Any = None, *, seed: int = 0) -> Sets:
+    """Read what the Python API accepts: training data, and validation data if there is any.
+
+    data: a folder with one subfolder for each class, or with `train` and `val` folders of such; a pair of tensors
+    `(N, *)` and int64 `(N,)`; or a map-style Dataset whose items are (input, label). eval_data: likewise. A single
+    folder of classes is split, a tenth for validation, spread evenly over the classes, always the same by `seed`.
+
+    Raises DataError, saying what was found, for data that cannot be used.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        if eval_data is not None and not isinstance(eval_data, (str, os.PathLike)):
+            raise DataError(
+                f"data is a folder and eval_data of type {type(eval_data).__name__}", hint="Give folders for both."
+            )
+        return _folders(Path(data), None if eval_data is None else Path(eval_data), seed)
+    return Sets(_set("data", data), None if eval_data is None else _set("eval_data", eval_data), classes_of(data))
+
+
+def transformed(sets: Sets, train: Transform, validation: Transform) -> Sets:
+    """With these transforms of PIL images, where the sets are pictures in files."""
+    pairs = ((sets.train, train), (sets.validation, validation))
+    first, second = (replace(s, transform=t) if isinstance(s, (Pictures, Named)) else s for s, t in pairs)
+    return replace(sets, train=first, validation=second)
+
+
+def some_inputs(sets: Sets, prepare: Transform, count: int, batch_size: int) -> Iterator[Tensor]:
+    """Batches `(N, C, H, W)` of up to `count` training images, spread over the whole set, without random changes."""
+    source = sets.train
+    if isinstance(source, Pictures):
+        prepare = settled(prepare, source.files)
+    if isinstance(source, (Pictures, Named)):
+        source = replace(source, transform=Plain(prepare))
+    found: list[Tensor] = []
+    for item in spread(source, count):
+        found.append(torch.as_tensor(item[0]))
+        if len(found) == batch_size:
+            yield torch.stack(found)
+            found = []
+    if found:
+        yield torch.stack(found)
+
+
+def _folders(folder: Path, evaluation: Path | None, seed: int) -> Sets:
+    train = part_of(folder, TRAIN)
+    if evaluation is None and train is not None:
+        evaluation = part_of(folder, VALIDATION)
+    first = _classed(train or folder)
+    names = first.classes or ()
+    if len(names) < 2:
+        raise DataError(
+            f"{first.folder} has a single class, {names[0]!r}, so there is nothing to tell apart",
+            hint="Give a folder with one subfolder for each class.",
+        )
+    pictures = Pictures.of(first, range(len(names)))
+    if evaluation is not None:
+        second = _classed(evaluation)
+        unknown = [name for name in second.classes or () if name not in names]
+        if unknown:
+            raise DataError(
+                f"{second.folder} has classes that {first.folder} lacks: {', '.join(map(repr, unknown[:10]))}",
+                hint="Add them to the training images, or take them out of the validation images.",
+            )
+        check_apart(first.files, second.files)
+        numbers = [names.index(name) for name in second.classes or ()]
+        note = "" if evaluation.name in VALIDATION[:3] else f"{evaluation} is what training is validated on"
+        return Sets(pictures, Pictures.of(second, numbers), names, note)
+    kept, held = split(len(pictures), seed, pictures.labels, pictures.files)
+    if not held:
+        note = "no class has two images, so that none is held back, and there is no validation"
+        return Sets(pictures, None, names, note)
+    note = held_note(len(held), len(pictures), seed)
+    return Sets(pictures.chosen(kept), pictures.chosen(held), names, note)
+
+
+def _classed(folder: Path) -> ImageData:
+    data = open_images(folder)
+    if data.classes is None:
+        raise DataError(
+            f"{folder} holds images without classes", hint="Training needs labels: one subfolder for each class."
+        )
+    return data
+
+
+def _set(name: str, data: Any) -> Any:
+    """A map-style set of (input, label)."""
+    if isinstance(data, (tuple, list)) and len(data) == 2 and all(hasattr(t, "shape") for t in data):
+        inputs, labels = (torch.as_tensor(t) for t in data)
+        if len(inputs) != len(labels) or labels.dim() != 1:
+            raise DataError(f"{name} has {len(inputs)} inputs and labels of shape {tuple(labels.shape)}")
+        if len(inputs) == 0:
+            raise DataError(f"{name} holds no sample")
+        if labels.is_floating_point() or int(labels.min()) < 0:
+            raise DataError(f"the labels of {name} are not whole numbers from 0", hint="y.long()")
+        check_input(inputs)
+        return Tensors(inputs, labels.long())
+    return sized(
+        name, data, "Give a folder, a pair of tensors (inputs, labels), or a Dataset with __len__ and __getitem__."
+    )

@@ -1,0 +1,191 @@
+"""What `data=` of a segmentation network's fine-tuning accepts, and random changes of image and mask together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...arguments import one_of
+from ...data.image_folder import Unreadable as UnreadableImage
+from ...data.preprocess import Preprocess
+from ...data.segmentation_masks import IGNORED, MaskData, open_masks
+from ...errors import DataError, OptionError
+from .augmentation import AUGMENT
+from .loader import Unreadable
+from .splits import TRAIN, VALIDATION, Sets, check_apart, held_note, part_of, sized, split
+
+_SCALES = (0.5, 2.0)
+_LARGEST = 480
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Images and masks from files, normalised and resized as `prepare` says. changes: "none", or see `AUGMENT`.
+
+    The shorter side becomes that of `prepare.resize` or `prepare.size`, if they are numbers; masks are resized only in
+    training, so that validation is at their own size. "flip" mirrors half of the images; "auto" also scales them by
+    0.5 to 2 and cuts a random piece of the size `crop` out, ignored pixels where there is no image, as torchvision's
+    reference does.
+    """
+
+    data: MaskData
+    prepare: Preprocess = field(default_factory=Preprocess)
+    changes: str = "none"
+    crop: tuple[int, int] = (_LARGEST, _LARGEST)
+    training: bool = False
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def folder(self) -> Path:
+        """Of the images and masks."""
+        return self.data.folder
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The images."""
+        return self.data.files
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Raises `Unreadable` for an image or a mask that is broken."""
+        try:
+            image, mask = self.data.read(index)
+        except UnreadableImage as error:
+            raise Unreadable(str(self.data.files[index].relative_to(self.data.folder)), str(error)) from error
+        size = self._size(*image.shape[1:])
+        image = _resized(image, size)
+        if self.training:
+            mask = _resized(mask[None], size, nearest=True)[0]
+            image, mask = self._changed(image, mask)
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.prepare.mean, self.prepare.std))
+        image = (image - mean) / std
+        if self.training and self.changes == "auto":
+            image, mask = self._cropped(image, mask)
+        return image, mask
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        side = _side(self.prepare)
+        scale = 1.0 if side is None else side / min(height, width)
+        if self.training and self.changes == "auto":
+            low, high = _SCALES
+            scale *= low + (high - low) * float(torch.rand(()))
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def _changed(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        if self.changes == "none" or torch.rand(()) < 0.5:
+            return image, mask
+        return image.flip(-1), mask.flip(-1)
+
+    def _cropped(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = self.crop
+        missing = (0, max(0, width - mask.shape[1]), 0, max(0, height - mask.shape[0]))
+        image = torch.nn.functional.pad(image, missing)
+        mask = torch.nn.functional.pad(mask, missing, value=IGNORED)
+        top = int(torch.randint(mask.shape[0] - height + 1, ()))
+        left = int(torch.randint(mask.shape[1] - width + 1, ()))
+        part = (slice(top, top + height), slice(left, left + width))
+        return image[:, part[0], part[1]], mask[part]
+
+
+def open_scenes(data: Any, eval_data: Any = None, *, seed: int = 0) -> Sets:
+    """Training data, and validation data if there is any.
+
+    data: a folder that `open_masks` reads, or with `train` and `val` folders of such; a `MaskData`; or a map-style
+    Dataset of (image, mask). eval_data: likewise. Without validation data a tenth of the files becomes that, always
+    the same by `seed`. Raises DataError for data that cannot be used.
+    """
+    train, validation = data, eval_data
+    if isinstance(data, (str, os.PathLike)):
+        folder = Path(data)
+        first = part_of(folder, TRAIN)
+        train = open_masks(first or folder)
+        second = part_of(folder, VALIDATION) if first is not None and eval_data is None else None
+        validation = second if second is not None else eval_data
+    if isinstance(validation, (str, os.PathLike)):
+        validation = open_masks(validation)
+    note, names = "", None
+    if isinstance(train, MaskData):
+        highest = [d.count_classes() for d in (train, validation) if isinstance(d, MaskData)]
+        if max(highest) < 1:
+            raise DataError(f"all pixels of the masks in {train.folder} are ignored ({IGNORED})")
+        names = tuple(f"class {i}" for i in range(max(highest)))
+        if isinstance(validation, MaskData):
+            check_apart(train.files, validation.files)
+        if validation is None and len(train) > 1:
+            count = len(train)
+            kept, held = split(count, seed, files=train.files)
+            train, validation = train.chosen(kept), train.chosen(held)
+            note = held_note(len(held), count, seed)
+    sets = [None if part is None else _set(name, part) for name, part in (("data", train), ("eval_data", validation))]
+    return Sets(sets[0], sets[1], names, note)
+
+
+def prepared_scenes(sets: Sets, preprocess: Callable[[Any], Tensor] | None, augment: str) -> Sets:
+    """With changes of the training images, where they are files; crops have the size of `preprocess`, or up to 480."""
+    one_of("augment", augment, AUGMENT)
+    prepare = _checked(preprocess)
+    train, validation = (
+        replace(s, prepare=prepare) if isinstance(s, Scenes) else s for s in (sets.train, sets.validation)
+    )
+    if isinstance(train, Scenes):
+        train = replace(train, changes=augment, training=True, crop=_crop(train.data, prepare))
+    return replace(sets, train=train, validation=validation)
+
+
+def plain(data: Any, preprocess: Callable[[Any], Tensor] | None) -> Any:
+    """The same set without random changes."""
+    return replace(data, prepare=_checked(preprocess), changes="none") if isinstance(data, Scenes) else data
+
+
+def _checked(preprocess: Callable[[Any], Tensor] | None) -> Preprocess:
+    if preprocess is None:
+        return Preprocess()
+    if not isinstance(preprocess, Preprocess) or preprocess.channels != 3:
+        raise OptionError(
+            "segmentation changes masks with their images, so preprocess must be a normswap.data.Preprocess in colour",
+            hint="Preprocess(mean=..., std=...) gives the normalisation.",
+        )
+    return preprocess
+
+
+def _side(prepare: Preprocess) -> int | None:
+    """What the shorter side is resized to; None leaves images as they are."""
+    if prepare.resize is not None:
+        return prepare.resize if isinstance(prepare.resize, int) else min(prepare.resize)
+    return None if isinstance(prepare.size, str) else min(prepare.size)
+
+
+def _crop(data: MaskData, prepare: Preprocess) -> tuple[int, int]:
+    if not isinstance(prepare.size, str):
+        return prepare.size
+    from PIL import Image
+
+    with Image.open(data.files[0]) as first:  # `open_masks` has seen that it opens
+        width, height = first.size
+    side = _side(prepare)
+    scale = 1.0 if side is None else side / min(height, width)
+    return min(_LARGEST, round(height * scale)), min(_LARGEST, round(width * scale))
+
+
+def _resized(image: Tensor, size: tuple[int, int], *, nearest: bool = False) -> Tensor:
+    if tuple(image.shape[-2:]) == size:
+        return image
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional
+
+    mode = InterpolationMode.NEAREST if nearest else InterpolationMode.BILINEAR
+    found: Tensor = functional.resize(image, list(size), interpolation=mode, antialias=not nearest)
+    return found
+
+
+def _set(name: str, data: Any) -> Any:
+    if isinstance(data, MaskData):
+        return Scenes(data)
+    return sized(name, data, "Give a folder, a MaskData, or a Dataset with __len__ and __getitem__.")

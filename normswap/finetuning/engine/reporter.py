@@ -1,0 +1,114 @@
+"""What a run tells as it goes: progress to the caller, figures and pages to its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..output.metrics_log import Journal
+from ..output.report import Progress
+from ..settings import Place, Settings
+from ..tasks.base import Panel
+from .meters import BETWEEN, Clock, Window, memory
+
+_BETWEEN_PAGES = 20.0  # seconds: drawing takes about one
+
+
+class Telling:
+    """main: whether this process is the one that tells; the others only sum up.
+
+    began: the step at which the run began or was resumed. clock: stopped for what is not training. window: the first
+    and the last of the steps that the figures of the last look are over.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        place: Place,
+        device: torch.device,
+        *,
+        main: bool,
+        tell: Callable[[Progress], None] | None,
+    ) -> None:
+        self.settings, self.main, self.clock = settings, main, Clock()
+        self._place, self._device, self._tell = place, device, tell if main else None
+        self._window = Window()
+        self.window: tuple[int, int] | None = None
+        self._journal: Journal | None = None
+
+    def begin(self, step: int) -> None:
+        """From now on the clock runs."""
+        self.began = step
+        self.clock.start()
+
+    def open(self) -> None:
+        """From now on figures are written down."""
+        folder = self._place.output if self.main else None
+        self._journal = Journal(folder, step=self.began, tensorboard=self._place.tensorboard and self.main)
+
+    def end(self) -> None:
+        """Close the files."""
+        if self._journal is not None:
+            self._journal.close()
+
+    def step(self, step: int, loss: Tensor, sums: list[dict[str, Tensor]], samples: int) -> None:
+        """One step is done; on a GPU its figures stay there until `look`."""
+        self._window.add(step, loss, sums, samples)
+
+    def check(self) -> None:
+        """Raise NonFinite if a loss since the last look was not finite."""
+        if self._window.steps:
+            self._window.check()
+
+    def look(self, step: int, rate: float, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Means over the steps since the last look and over all processes, written down. Raises NonFinite."""
+        window = self._window
+        if not window.steps:
+            return {}
+        window.check()
+        figures = window.figures(total)
+        speed = self.clock.lap(window.samples * self.settings.processes)
+        self._write(step, {**figures, "lr": rate, "samples_per_second": round(speed, 2)})
+        self.window = (window.last - window.steps + 1, window.last)
+        self._window = Window()
+        return figures
+
+    def validated(self, step: int, figures: dict[str, float]) -> None:
+        """Write down and tell the figures of a validation."""
+        self._write(step, figures)
+        if self._tell is not None:
+            self._tell(self._progress(step, figures, validation=True))
+
+    def progress(self, step: int, figures: dict[str, float]) -> None:
+        """Tell where the run stands, several times a second at most. figures: the last ones that were read."""
+        if self._tell is not None and self.clock.since_told() > BETWEEN:
+            self._tell(self._progress(step, self._window.now() or figures))
+
+    def pages_due(self) -> bool:
+        """Whether it is time to draw again."""
+        return self.clock.since_drawn() > _BETWEEN_PAGES
+
+    def draw(self, folder: Path, panels: tuple[Panel, ...]) -> None:
+        """Write curves.png."""
+        if self._journal is not None:
+            self._journal.draw(panels, folder.name)
+        self.clock.drawn()
+
+    def speed(self, step: int) -> float:
+        """Samples a second in all of training so far, over all processes."""
+        return self.clock.speed(self.settings.global_batch, step - self.began)
+
+    def _write(self, step: int, figures: dict[str, Any]) -> None:
+        if self.main and self._journal is not None:
+            self._journal.write({"step": step, "epoch": round(step / self.settings.epoch, 4), **figures})
+
+    def _progress(self, step: int, figures: dict[str, float], *, validation: bool = False) -> Progress:
+        left = self.clock.left(step - self.began, self.settings.steps - step)
+        epoch = step / self.settings.epoch
+        return Progress(
+            step, self.settings.steps, epoch, figures, self.speed(step), memory(self._device), left, validation
+        )

@@ -1,0 +1,265 @@
+"""`normswap.finetune`: what was asked for -> a network, a task, data, settings -> a run."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..arguments import one_of, whole
+from ..conversion.composite import lift
+from ..conversion.convert import convert, record_of
+from ..conversion.stabilize import stabilized
+from ..errors import DataError, Fix, Interrupted, OptionError, Text
+from ..modules.frozen_class import Pinned
+from ..modules.tree import restored_on_error
+from ..norms.registry import identify
+from ..training.parameters import training_only
+from ..training.run_state import digest
+from ..training.teacher import original_of
+from .datasets.splits import Sets
+from .engine.accelerator import processes
+from .engine.freezing import frozen, modes_kept
+from .engine.optimizer import default_rate, trained
+from .engine.trainer import Job, Trainer
+from .output.layout import check_outside, run_folder
+from .output.report import FinetuneReport, Progress
+from .settings import Place, Settings
+from .tasks.base import Task
+from .tasks.classification import Classification
+from .tasks.detection import Detection
+from .tasks.segmentation import Segmentation
+
+EPOCHS = 10
+TASKS = ("classification", "detection", "segmentation")
+
+
+@torch.enable_grad()
+def finetune(
+    model: nn.Module,
+    data: Any,
+    eval_data: Any = None,
+    *,
+    task: str = "classification",
+    output: str | Path | None = None,
+    batch_size: int = 2,
+    epochs: int | None = None,
+    steps: int | None = None,
+    accumulate: int = 1,
+    lr: float | None = None,
+    optimizer: str = "adamw",
+    weight_decay: float = 0.01,
+    warmup: float = 0.05,
+    clip_grad: float | None = 1.0,
+    train: str = "all",
+    freeze_stats: bool = False,
+    freeze_affine: bool = False,
+    distill: float = 0.0,
+    reference: nn.Module | None = None,
+    ema: float = 0.0,
+    label_smoothing: float = 0.0,
+    num_classes: int | None = None,
+    augment: str = "auto",
+    preprocess: Callable[[Any], torch.Tensor] | None = None,
+    stabilize: bool = True,
+    precision: str = "fp32",
+    device: str = "auto",
+    channels_last: bool | None = None,
+    compile: bool = False,
+    workers: int | None = None,
+    seed: int = 0,
+    max_bad: int = 10,
+    tensorboard: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> FinetuneReport:
+    """Train a network on labelled images, boxes or masks, at batches of any size. In place.
+
+    data: a folder with `train` and `val` folders, or without, when a tenth of its images is held back for validation;
+    or a map-style Dataset. eval_data: likewise. task says what is in them:
+    "classification": one subfolder of images for each class; samples are (input, label). Also a pair of tensors,
+    inputs `(N, *)` and int64 labels `(N,)`.
+    "detection", for networks in torchvision's convention, `model(images, targets)` -> a dict of losses: what
+    `normswap.data.open_coco` reads; in a folder, `annotations.json` with the images beside it or in `images/`, or
+    COCO's own layout. Samples are (image, target); see `CocoData`.
+    "segmentation", for networks that give scores `(N, K, H, W)`, or a dict with them as `out`: what
+    `normswap.data.open_masks` reads. Samples are (image, mask); see `MaskData`.
+    output: a folder for metrics.jsonl, curves.png, last.safetensors, best.safetensors and the state of the run, which
+    is written at the start, after every epoch and when the run is stopped. None writes nothing. resume: go on from
+    the state in `output`, on a CPU bit for bit as if there had been no interruption. overwrite: replace an older run.
+
+    batch_size: samples of one forward pass in each process; a step sums up `accumulate` of them in all processes.
+    epochs (default 10) or steps: the length. lr: the largest learning rate, by default scaled by the global batch
+    (see `default_rate`); it rises over the first `warmup` share of the steps and follows a cosine to zero.
+    optimizer: "adamw" or "sgd" (Nesterov momentum 0.9). weight_decay: of weights; gamma, beta and biases do not decay.
+    clip_grad: limit of the gradient's norm, None for none.
+    stabilize: train folded layers at the size that their weights had before the fold, with centralized gradients; then
+    a converted network takes the learning rates of its original (see `stabilized`; False is for comparison).
+    train: "all", "norm" (gamma and beta), "head", or a pattern of parameter names; norms outside of it keep their
+    running statistics. freeze_stats, freeze_affine: freeze running statistics, or gamma and beta, of all norms.
+    distill: share of the loss that follows the scores of the original network, `reference`, by default rebuilt.
+    ema: decay of an average of the weights, such as 0.999; the average is then what is validated, saved and returned.
+    num_classes: a new head for another number of classes (detection: with the background, as in torchvision); by
+    default where the data has another number.
+    augment: "auto" (random crop, mirroring; detection: mirroring), "flip" or "none", for pictures in files; your own
+    Dataset stays as it is. preprocess: PIL image -> tensor `(C, H, W)`, by default `Preprocess()`; detectors do that.
+    precision: "fp32", "bf16" or "fp16". device: "auto", "cpu", "cuda", "mps".
+    max_bad: so many unreadable images are skipped. progress: told of the run several times a second.
+
+    Under torchrun or accelerate launch each process takes its share of every step, and the figures count each sample
+    once. The same seed gives the same network, on a CPU bit for bit. Needs the extra `normswap[train]`.
+
+    Raises OptionError, DataError, OutputError, CheckpointError before anything has changed; TrainingError for a loss
+    that is not finite or too little memory: the network is then that of the last checkpoint. Ctrl-C, SIGTERM and
+    SIGHUP end the step and save the state; then Ctrl-C raises `Interrupted`, a KeyboardInterrupt with a report, and the
+    others do what they did before.
+    """
+    folder = None if output is None else Path(output)
+    if resume and folder is None:
+        raise OptionError("resume needs the output folder of the run to go on with")
+    _check_model(model, freeze_stats)
+    place = Place(folder, device, workers, channels_last, compile, max_bad, tensorboard=tensorboard)
+    settings = Settings(
+        steps=1, batch_size=batch_size, accumulate=accumulate, processes=1, samples=1, optimizer=optimizer,
+        lr=1.0 if lr is None else lr, weight_decay=weight_decay, warmup=warmup, clip_grad=clip_grad, train=train,
+        distill=distill, ema=ema, label_smoothing=label_smoothing, precision=precision, stabilize=stabilize, seed=seed,
+        network="", task=task, augment=augment, prepare=_name_of(preprocess),
+        frozen=" ".join(name for name, on in (("statistics", freeze_stats), ("affine", freeze_affine)) if on),
+    )  # fmt: skip
+    doing = task_of(task, label_smoothing=label_smoothing, distill=distill)
+    sets = data if isinstance(data, Sets) else doing.open(model, data, eval_data, seed=seed)
+    if folder is not None:
+        check_outside(folder, (getattr(part, "folder", None) for part in (sets.train, sets.validation)))
+    settings = replace(settings, data=sets.digest)
+    sets = doing.prepared(sets, preprocess, augment)
+    with ExitStack() as stack:
+        accelerator = stack.enter_context(processes(device, precision))
+        if folder is not None and accelerator.is_main_process:  # before anything takes time
+            stack.enter_context(run_folder(folder, resume=resume, force=overwrite))
+        keep = stack.enter_context(restored_on_error(model))
+        settings = _settled(settings, accelerator, len(sets.train), epochs, steps, lr)
+        place = replace(place, workers=_workers(place, accelerator))
+        if folder is not None and lift(model) is None:
+            model = convert(model, rules={"*": "keep"}, inplace=True, check=False)  # so that it can be saved
+        model.to(accelerator.device)
+        if distill and isinstance(doing, Classification):
+            doing.teacher = original_of(model, reference).to(accelerator.device).eval()
+        fitted_before = getattr(record_of(model), "head", None)
+        head = doing.fit(model, sets, num_classes, seed)
+        parameters = trained(model, train, doing.head_parameters(model, head), affine=not freeze_affine)
+        settings = replace(settings, network=digest(model))
+        accelerator.wait_for_everyone()
+        flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        scope = frozen(model, parameters, stats=freeze_stats, affine=freeze_affine)
+        trainer: Trainer | None = None
+        sized = stabilized(model) if stabilize else nullcontext()
+        try:
+            with scope as notes, modes_kept(model), training_only(model, parameters), sized:
+                trainer = Trainer(model, Job(doing, settings, place, sets), parameters, flags, accelerator, progress)
+                report = trainer.run(resume=resume)
+        finally:
+            if trainer is not None and trainer.keeper.saved is not None:
+                keep()
+    if head is not None and getattr(record_of(model), "head", None) != fitted_before:
+        where = f", {head.path}" if head.path else ""
+        notes.insert(0, f"the network got a new head for {head.classes} classes{where}")
+    if report.best_at == 0 and report.steps == settings.steps:
+        notes.append("validation found no network better than the one that training began with; best is that one")
+    if not freeze_stats and (small := small_batch_note(model, batch_size, settings.processes)):
+        notes.append(small)
+    report = replace(report, notes=tuple(notes))
+    if trainer.stopped_by == signal.SIGINT:
+        raise Interrupted(report)
+    if trainer.stopped_by is not None:
+        signal.raise_signal(trainer.stopped_by)
+    return report
+
+
+def task_of(name: str, *, label_smoothing: float = 0.0, distill: float = 0.0) -> Task:
+    """A task by its name. Raises OptionError for an unknown one, or an option that does not go with it."""
+    one_of("task", name, TASKS)
+    if name != "classification" and distill:
+        raise OptionError(
+            Text(Fix("distill"), f" goes with classification, not with {name}"),
+            hint="normswap distil trains a detector or segmentation network after its original, without labels.",
+        )
+    if name == "classification":
+        return Classification(label_smoothing, distill=distill)
+    if name == "segmentation":
+        return Segmentation(label_smoothing)
+    if label_smoothing:
+        raise OptionError(Text(Fix("label_smoothing"), " does not go with detection, whose losses are the network's"))
+    return Detection()
+
+
+def small_batch_note(model: nn.Module, batch_size: int, processes: int = 1) -> str | None:
+    """What to say to someone who trains BatchNorm layers on batches of 1 to 4 samples."""
+    moving = [module for module in model.modules() if not isinstance(module, Pinned)]
+    names = [spec.name for module in moving if (spec := identify(module)) is not None]
+    count = names.count("bn") + (names.count("sync") if processes == 1 else 0)
+    if not count or batch_size > 4:
+        return None
+    shared = "; over several processes, sync shares the statistics" if processes > 1 else ""
+    return Text(
+        f"{count} BatchNorm layer{'s' * (count != 1)} will see batches of {batch_size}, whose statistics are poor. "
+        "Better: convert to gn or renorm, or ", Fix("freeze_stats", True), shared,
+    )  # fmt: skip
+
+
+def _check_model(model: nn.Module, freeze_stats: bool) -> None:
+    """What is wrong about the network whatever the data is."""
+    if freeze_stats and not any(m._buffers.get("running_mean") is not None for m in model.modules()):
+        raise OptionError(
+            Text("no norm of the network has running statistics, so there is nothing for ", Fix("freeze_stats")),
+            hint=Text(Fix("freeze_affine", True), " freezes gamma and beta."),
+        )
+
+
+def _name_of(preprocess: Any) -> str:
+    """The same in every run: functions by their names, not by where they lie in memory."""
+    name = getattr(preprocess, "__qualname__", None)
+    if name is not None:
+        return f"{preprocess.__module__}.{name}"
+    return "" if preprocess is None else re.sub(r" at 0x[0-9a-fA-F]+", "", str(preprocess))
+
+
+def _settled(
+    settings: Settings, accelerator: Any, samples: int, epochs: int | None, steps: int | None, lr: float | None
+) -> Settings:
+    """With what depends on the data and on how many processes there are."""
+    settings = replace(settings, processes=accelerator.num_processes, samples=samples)
+    settings = replace(settings, steps=_steps(settings, epochs, steps))
+    return settings if lr is not None else replace(settings, lr=default_rate(settings.optimizer, settings.global_batch))
+
+
+def _steps(settings: Settings, epochs: int | None, steps: int | None) -> int:
+    if epochs is not None and steps is not None:
+        raise OptionError(Text(Fix("epochs"), " and ", Fix("steps"), " exclude each other"))
+    if settings.epoch == 0:
+        raise DataError(
+            f"the training set has {settings.samples} samples, fewer than a step takes ({settings.global_batch})",
+            hint=Text("Lower ", Fix("batch_size"), " or ", Fix("accumulate"), "."),
+        )
+    if steps is not None:
+        whole("steps", steps)
+        return steps
+    whole("epochs", EPOCHS if epochs is None else epochs)
+    return (EPOCHS if epochs is None else epochs) * settings.epoch
+
+
+def _workers(place: Place, accelerator: Any) -> int:
+    """On a GPU, up to 8 processes that read images; on a CPU none, since training takes all of it."""
+    if place.workers is not None:
+        return place.workers
+    if accelerator.device.type == "cpu":
+        return 0
+    return min(8, (os.cpu_count() or 1) // accelerator.num_processes)

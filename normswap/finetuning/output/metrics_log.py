@@ -1,0 +1,114 @@
+"""What a run writes down as it goes: metrics.jsonl, curves.png, TensorBoard's files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ...errors import OutputError
+from ...files.writing import atomic
+from ..tasks.base import Panel
+from .layout import BOARD, CURVES, METRICS
+from .plots import canvas_of, save_canvas
+
+
+class Journal:
+    """Figures of a run, one JSON object a line: `{"step": 40, "epoch": 0.4, "loss": 0.7, ...}`.
+
+    Lines with `val_...` come from a validation. A resumed run first drops what lies beyond its step, so that the file
+    ends up as that of a run without interruption. With no folder, nothing is written.
+    """
+
+    def __init__(self, folder: Path | None, *, step: int = 0, tensorboard: bool = False) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self._path = None if folder is None else folder / METRICS
+        self._board: Any = None
+        if self._path is not None:
+            if step and self._path.exists():
+                self.lines = [line for line in _read(self._path) if line["step"] <= step]
+            with atomic(self._path) as temporary:
+                temporary.write_text("".join(_text(line) for line in self.lines))
+        if tensorboard and folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / BOARD), purge_step=step + 1 if step else None)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Add figures, rounded to what they mean."""
+        line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
+        self.lines.append(line)
+        if self._path is not None:
+            try:
+                with self._path.open("a") as file:
+                    file.write(_text(line))
+            except OSError as error:
+                raise OutputError(f"{self._path} cannot be written: {error.strerror or error}") from error
+        if self._board is not None:
+            for name, value in line.items():
+                if name not in ("step", "epoch"):
+                    self._board.add_scalar(name.replace("val_", "validation/"), value, line["step"])
+
+    def close(self) -> None:
+        """Let TensorBoard's file be complete."""
+        if self._board is not None:
+            self._board.close()
+
+    def draw(self, panels: Sequence[Panel], title: str) -> bool:
+        """Write curves.png, two panels a row. False without matplotlib or a folder."""
+        if self._path is None or not self.lines:
+            return False
+        canvas = canvas_of(10, 6.4)
+        if canvas is None:
+            return False
+        canvas.suptitle(title)
+        axes = canvas.subplots(len(panels) // 2, 2, sharex=True)
+        for place, panel in zip(axes.flat, panels, strict=True):
+            _plot(place, self.lines, panel)
+        for place in axes[-1]:
+            place.set_xlabel("epoch")
+        save_canvas(canvas, self._path.with_name(CURVES))
+        return True
+
+
+def _plot(axes: Any, lines: list[dict[str, Any]], panel: Panel) -> None:
+    names = dict.fromkeys(name for line in lines for name in line if any(fnmatchcase(name, n) for n in panel.names))
+    axes.set_title(panel.title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.margins(y=0.12)  # room for the last value
+    if not names:
+        axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes, color="grey")
+    both = len(names) == 2 and sum(name.startswith("val_") for name in names) == 1
+    for name in names:
+        points = [(line["epoch"], line[name]) for line in lines if name in line]
+        x, y = zip(*points, strict=True)
+        usual = "tab:orange" if name.startswith("val_") else "tab:blue"
+        colour = usual if len(names) == 1 or both else None
+        label = name.removeprefix("loss_").replace("_", " ")
+        marker = "o" if name.startswith("val_") or len(points) == 1 else None
+        axes.plot(x, y, color=colour, marker=marker, lw=1.5, label=label)
+        if len(points) < 30 and len(names) == 1:
+            axes.annotate(
+                f"{y[-1]:.3g}", (x[-1], y[-1]), textcoords="offset points", xytext=(0, 6), ha="right", fontsize=8
+            )
+    if len(names) > 1:
+        axes.legend(fontsize=8)
+
+
+def _text(line: dict[str, Any]) -> str:
+    return json.dumps(line) + "\n"
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The whole lines; a last one cut short by a crash is left out."""
+    found = []
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+            line["step"] + 0
+        except (ValueError, KeyError, TypeError):
+            break
+        found.append(line)
+    return found

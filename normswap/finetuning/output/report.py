@@ -1,0 +1,88 @@
+"""What a fine-tuning tells: while it runs, and when it ends."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import plural
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, as `progress=` is told of it, several times a second at most.
+
+    step: of `steps`. epoch: passes over the training set so far. figures: means over the last steps (loss, accuracy),
+    or, when `validation`, over the validation set. samples_per_second: over all processes, of the last steps.
+    memory: bytes, peak on the GPU or now on the CPU. seconds_left: None until it can be told.
+    """
+
+    step: int
+    steps: int
+    epoch: float
+    figures: dict[str, float]
+    samples_per_second: float
+    memory: int
+    seconds_left: float | None
+    validation: bool = False
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """The result of `finetune`.
+
+    steps: how many were done, of `planned`; processes: how many trained together. figures: the last of training, means
+    over the steps from the first to the last of `window`, and of validation, over `validation_images` at the step
+    `validated_at`, which after an interruption is an earlier one; best: the best validation figure, `best_at`: the step
+    it was reached at. last_file, best_file, state, curves, examples: the files written, None where there is no output
+    folder. bad: samples that could not be read.
+    """
+
+    steps: int
+    planned: int
+    epochs: float
+    processes: int
+    global_batch: int
+    lr: float
+    seconds: float
+    samples_per_second: float
+    figures: dict[str, float]
+    before: dict[str, float]
+    best_name: str
+    best: float | None = None
+    best_at: int | None = None
+    last_file: Path | None = None
+    best_file: Path | None = None
+    state: Path | None = None
+    curves: Path | None = None
+    examples: Path | None = None
+    interrupted: bool = False
+    resumed_at: int = 0
+    window: tuple[int, int] | None = None
+    validated_at: int | None = None
+    validation_images: int = 0
+    bad: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def over(self, name: str) -> str:
+        """What one of the figures is over, as `steps 181 to 200`."""
+        if name.startswith("val_"):
+            many = "s" * (self.validation_images != 1)
+            return f"over {self.validation_images} image{many} at step {self.validated_at}"
+        first, last = self.window or (0, 0)
+        return f"over steps {first} to {last}" if first < last else f"of step {last}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        values = asdict(self) | {"bad": list(self.bad), "notes": list(self.notes)}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+    def __str__(self) -> str:
+        cut = f" of {self.planned}, interrupted" if self.interrupted else ""
+        much = f"{self.epochs:.3g} epochs, global batch {self.global_batch}"
+        lines = [f"fine-tuned for {plural(self.steps, 'step')}{cut} ({much})"]
+        lines += [f"{name}: {value:.4g}, {self.over(name)}" for name, value in self.figures.items()]
+        if self.best is not None:
+            lines.append(f"best {self.best_name}: {self.best:.4f} at step {self.best_at}")
+        return "\n".join([*lines, *self.notes])

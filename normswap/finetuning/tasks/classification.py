@@ -1,0 +1,175 @@
+"""Classification: images and one label each, cross-entropy, accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...data.preprocess import Preprocess
+from ...errors import DataError, Fix, OptionError, Text
+from ...heads.classifier import Head, find_head, scores_of
+from ...modules.tree import device_and_dtype, matches
+from ...training.losses import divergence
+from ..datasets.augmentation import Plain, settled, training_transform
+from ..datasets.collate import collate
+from ..datasets.labelled import Pictures, open_sets, some_inputs, transformed
+from ..datasets.loader import Tensors, spread
+from ..datasets.splits import Sets
+from .base import Outcome, Panel, Reduce, on_device
+from .head import fitted
+
+AUXILIARY = 0.3
+"""The weight of auxiliary classifiers' losses (Szegedy et al. 2014, section 5)."""
+TEMPERATURE = 2.0
+
+
+@dataclass
+class Classification:
+    """Cross-entropy on labels, and, with a teacher, `distill` of the loss on the teacher's scores instead.
+
+    teacher: the original network, in eval mode, never changed; its share of the loss is
+    `T^2 KL(softmax(teacher / T) || softmax(model / T))` at T = 2 (Hinton, Vinyals and Dean 2015).
+    """
+
+    label_smoothing: float = 0.0
+    teacher: nn.Module | None = None
+    distill: float = 0.0
+
+    name: ClassVar[str] = "classification"
+    best: ClassVar[str] = "val_accuracy"
+    at_once: ClassVar[int] = 32
+    compiled_part: ClassVar[str | None] = None
+    panels: ClassVar[tuple[Panel, ...]] = (
+        Panel("training loss", ("loss",)),
+        Panel("validation loss", ("val_loss",)),
+        Panel("training accuracy", ("accuracy",)),
+        Panel("validation accuracy", ("val_accuracy",)),
+    )
+
+    def open(self, model: nn.Module, data: Any, eval_data: Any, *, seed: int) -> Sets:
+        """See `open_sets`."""
+        return open_sets(data, eval_data, seed=seed)
+
+    def prepared(self, sets: Sets, preprocess: Callable[[Any], Tensor] | None, augment: str) -> Sets:
+        """With random crops and mirroring in training, as `augment` says, for pictures in files."""
+        prepare = preprocess or Preprocess()
+        train = training_transform(prepare, augment)  # its check of the word, also for data without pictures
+        if isinstance(sets.train, Pictures):
+            prepare = settled(prepare, sets.train.files)
+            train = training_transform(prepare, augment)
+        return transformed(sets, train, Plain(prepare))
+
+    def inputs(self, sets: Sets, preprocess: Callable[[Any], Tensor] | None, count: int) -> Iterator[Tensor]:
+        """Batches `(N, C, H, W)`."""
+        return some_inputs(sets, preprocess or Preprocess(), count, self.at_once)
+
+    def fit(self, model: nn.Module, sets: Sets, num_classes: int | None, seed: int) -> Head | None:
+        """The last layer; None for a network whose scores no layer is seen to make. Raises OptionError."""
+        first = list(spread(sets.train, 1)) or list(spread(sets.train, 64))
+        if not first:
+            raise DataError("none of the training images that were tried can be read")
+        inputs, _ = self.collate(first[:1])
+        device, dtype = device_and_dtype(model)
+        if inputs.is_floating_point() and inputs.dtype != dtype:
+            raise DataError(f"the network is {dtype}, its inputs are {inputs.dtype}", hint="model.float() trains best.")
+        try:
+            found = find_head(model, (on_device(inputs, device),))
+        except OptionError:
+            if num_classes is not None:
+                raise
+            return None
+        wanted = num_classes if num_classes is not None else sets.count
+        if self.distill and wanted is not None and wanted != found.classes:
+            raise OptionError(
+                f"the original network gives {found.classes} scores and the new head {wanted}: there is nothing to "
+                "distil",
+                hint=Text("Leave ", Fix("distill"), " out."),
+            )
+        if isinstance(sets.train, Tensors) and int(sets.train.labels.max()) >= (wanted or found.classes):
+            raise DataError(
+                f"there is a label {int(sets.train.labels.max())}, and {wanted or found.classes} scores, for labels "
+                "from 0",
+                hint=Text(Fix("num_classes", int(sets.train.labels.max()) + 1), " gives the network a new head."),
+            )
+        return fitted(model, found, sets.count, num_classes, seed)
+
+    def head_parameters(self, model: nn.Module, head: Head | None) -> Collection[str] | None:
+        """Those of the last layer."""
+        return None if head is None else [n for n, _ in model.named_parameters() if matches(head.path, n)]
+
+    def collate(self, items: Sequence[Any]) -> Any:
+        """`(N, *)` and int64 `(N,)`."""
+        return collate(items)
+
+    def outcome(self, forward: Callable[..., Any], content: Any) -> Outcome:
+        """The loss on one batch, and how many are right. Raises DataError for labels without a score."""
+        inputs, labels = content
+        output = forward(inputs)
+        scores = scores_of(output).float()
+        _check(labels, scores)
+        loss = F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing)
+        for more in _auxiliary(output):
+            if more.shape[1] != scores.shape[1]:
+                continue  # of the classes that the network had before it got a new head
+            loss = loss + AUXILIARY * F.cross_entropy(more.float(), labels, label_smoothing=self.label_smoothing)
+        if self.teacher is not None and self.distill:
+            with torch.no_grad():
+                wanted = scores_of(self.teacher(inputs))
+            loss = (1 - self.distill) * loss + self.distill * divergence(wanted.to(scores), scores, TEMPERATURE)
+        return Outcome(loss, {"accuracy": (scores.detach().argmax(1) == labels).sum()})
+
+    def meter(self) -> Accuracy:
+        """Loss and accuracy over a validation set."""
+        return Accuracy()
+
+    def draw(self, network: nn.Module, content: Any, path: Path) -> bool:
+        """No page of examples."""
+        return False
+
+
+class Accuracy:
+    """Mean cross-entropy and share of right answers, exact over any number of processes and uneven parts."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    def add(self, model: nn.Module, content: Any) -> None:
+        """One batch."""
+        inputs, labels = content
+        scores = scores_of(model(inputs)).float()
+        _check(labels, scores)
+        loss = F.cross_entropy(scores, labels, reduction="sum")
+        right = (scores.argmax(1) == labels).sum()
+        sums = torch.stack([loss.double().cpu(), right.double().cpu(), torch.tensor(float(len(labels))).double()])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def result(self, total: Reduce) -> dict[str, float]:
+        """`val_loss` and `val_accuracy`."""
+        sums = total(self._sums if self._sums is not None else torch.zeros(3, dtype=torch.float64))
+        loss, right, count = sums.tolist()
+        if not count:
+            raise DataError("no validation image could be read")
+        return {"val_loss": loss / count, "val_accuracy": right / count}
+
+
+def _auxiliary(output: Any) -> list[Tensor]:
+    """Scores of auxiliary classifiers in the tuples of torchvision's GoogLeNet and Inception."""
+    names = [n for n in getattr(output, "_fields", ()) if n.startswith("aux")]
+    return [t for n in names if isinstance(t := getattr(output, n), Tensor)]
+
+
+def _check(labels: Tensor, scores: Tensor) -> None:
+    if labels.device.type != "cpu":
+        return  # asking would make the device wait; `check_labels` has looked at what could be known before
+    high = int(labels.max())
+    if high >= scores.shape[1]:
+        raise DataError(
+            f"there is a label {high}, but the network gives {scores.shape[1]} scores, for labels from 0",
+            hint=Text(Fix("num_classes", high + 1), " gives it a new head."),
+        )

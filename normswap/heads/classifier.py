@@ -1,0 +1,112 @@
+"""The layer that gives a classifier's scores: finding it, and a new one for another number of classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OptionError
+from ..modules.tree import evaluating, get, replace, undisturbed
+from .dense import resize_predictor
+
+Layer = nn.Linear | nn.Conv2d
+
+
+@dataclass(frozen=True)
+class Head:
+    """Where the scores come from.
+
+    path: a linear layer or 1x1 convolution with as many outputs as there are classes; for detectors and segmentation
+    networks, what `find_predictor` finds.
+    """
+
+    path: str
+    classes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; `Head(**values)` is the inverse."""
+        return {"path": self.path, "classes": self.classes}
+
+
+def find_head(model: nn.Module, inputs: tuple[Any, ...]) -> Head:
+    """The last linear layer or convolution to run that has as many outputs as the network gives scores.
+
+    inputs: forward's arguments, one batch. Raises OptionError for a network that gives no scores `(N, K)`, or whose
+    scores no such layer makes.
+    """
+    ran: list[tuple[str, int]] = []
+    names = {m: n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    hooks = [m.register_forward_hook(lambda m, _, out: ran.append((names[m], _outputs(m)))) for m in names]
+    try:
+        with undisturbed(model), evaluating(model), torch.no_grad():
+            scores = scores_of(model(*inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = next((path for path, outputs in reversed(ran) if outputs == scores.shape[1]), None)
+    if found is None:
+        raise OptionError(
+            f"no linear layer of the network gives its {scores.shape[1]} scores, so its head is not known",
+            hint="Give the network its new head before it is converted.",
+        )
+    return Head(found, scores.shape[1])
+
+
+def resize_head(model: nn.Module, head: Head) -> None:
+    """Put a new layer for `head.classes` classes in the place of the old one, initialised as torch does.
+
+    dtype, device, training flag and whether there is a bias stay. On the meta device no values are drawn.
+    """
+    old = get(model, head.path)
+    if isinstance(old, nn.Linear):
+        if old.out_features == head.classes:
+            return
+        new: Layer = nn.Linear(
+            old.in_features, head.classes, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
+        )
+    elif isinstance(old, nn.Conv2d):
+        if old.out_channels == head.classes:
+            return
+        build: Any = nn.Conv2d  # whose stubs take no tuple of any length
+        new = build(
+            old.in_channels,
+            head.classes,
+            old.kernel_size,
+            old.stride,
+            old.padding,
+            old.dilation,
+            bias=old.bias is not None,
+            device=old.weight.device,
+            dtype=old.weight.dtype,
+        )
+    elif resize_predictor(old, head.classes):
+        return
+    else:
+        raise OptionError(f"{head.path} is a {type(old).__name__}, not a linear layer or a convolution")
+    new.train(old.training)
+    replace(model, [head.path], new)
+    for holder in (model, getattr(model, "config", None)):  # where timm and transformers note the number
+        for name in ("num_classes", "num_labels"):
+            if getattr(holder, name, None) == _outputs(old):
+                setattr(holder, name, head.classes)
+
+
+def scores_of(output: Any) -> Tensor:
+    """A classifier's scores `(N, K)` in what its forward gives: the tensor itself, or its `logits`.
+
+    Raises OptionError for anything else. Auxiliary outputs (GoogLeNet, Inception in train mode) are left out.
+    """
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if found is None and isinstance(output, dict):
+        found = output.get("logits")
+    if not isinstance(found, Tensor) or found.dim() != 2:
+        got = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(output).__name__
+        raise OptionError(f"the network gives {got}; a classifier gives scores (N, classes)")
+    return found
+
+
+def _outputs(layer: nn.Module) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else int(getattr(layer, "out_channels", 0))

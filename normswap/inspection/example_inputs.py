@@ -1,0 +1,158 @@
+"""Example inputs for a network nobody gave any for: a guess from its first layers, tried out."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..modules.tree import device_and_dtype, evaluating, undisturbed
+
+_SIDE = 160
+
+
+def guess_inputs(model: nn.Module) -> tuple[Any, ...] | None:
+    """Random inputs that `model(*inputs)` runs on in eval mode, or None when no guess does.
+
+    Images `(1, C, 64, 64)`, clips or volumes `(1, C, 16, 64, 64)`, sequences `(1, C, 256)`, vectors `(2, C)` or a few
+    of them `(2, 16, C)`, with C from the first layer; numbers of words `(2, 16)` for an embedding. Then the size that
+    the network's configuration names (timm's `pretrained_cfg`, transformers' `config`), other usual sizes, and sound
+    `(1, 16000)`. torchvision's detectors get a list of images. A forward of several arguments gets the same for each.
+    The same input each time.
+    """
+    for inputs in _candidates(model):
+        if runs(model, inputs):
+            return inputs
+    return None
+
+
+def runs(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
+    """Whether the model's forward takes these inputs. Leaves the model and the random state as they were."""
+    try:
+        with evaluating(model), undisturbed(model), torch.no_grad():
+            shrink_images(model)
+            model(*inputs)
+    except Exception:  # a stranger's forward raises whatever it likes on inputs it was not made for
+        return False
+    return True
+
+
+def shrink_images(model: nn.Module) -> None:
+    """Let a detector of torchvision work on small images, where it would enlarge them to 800 pixels and more.
+
+    For a caller within `undisturbed`, which puts the sizes back.
+    """
+    transform: Any = getattr(model, "transform", None)
+    if _is_detector(model) and not transform.fixed_size:
+        transform.min_size = tuple(min(side, _SIDE) for side in transform.min_size)
+        transform.max_size = min(transform.max_size, 2 * _SIDE)
+
+
+def _is_detector(model: nn.Module) -> bool:
+    return type(getattr(model, "transform", None)).__name__ == "GeneralizedRCNNTransform"
+
+
+def random_tensor(shape: tuple[int, ...], model: nn.Module) -> torch.Tensor:
+    """Standard normal values of `shape`, on the model's device and in its dtype, from a fixed seed."""
+    device, dtype = device_and_dtype(model)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return values.to(device=device, dtype=dtype)
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[Any, ...]]:
+    firsts = _first_layers(model)
+    if not firsts:
+        for shape in _shapes_of_norm(model):
+            yield (random_tensor(shape, model),)
+        return
+    if _is_detector(model):
+        yield ([random_tensor((firsts[0].in_channels, 128, 160), model).sigmoid()],)
+    times = _required_arguments(model)
+    for layer in firsts:
+        if isinstance(layer, nn.Embedding):
+            words = torch.randint(layer.num_embeddings, (2, 16), generator=torch.Generator().manual_seed(0))
+            yield (words.to(device_and_dtype(model)[0]),) * times
+        else:
+            for shape in _shapes_for(layer, _named_size(model)):
+                yield (random_tensor(shape, model),) * times
+    if any(getattr(layer, "in_channels", 0) == 1 for layer in firsts):  # sound, of which the network makes a map itself
+        for shape in ((1, 16000), (1, 1, 16000), (1, 48000)):
+            yield (random_tensor(shape, model),) * times
+
+
+def _first_layers(model: nn.Module) -> list[Any]:
+    """The first layer of each kind that can be the network's first, in the order of the modules."""
+    kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.RNNBase)
+    firsts = {kind: next((m for m in model.modules() if isinstance(m, kind)), None) for kind in kinds}
+    order = list(model.modules())
+    return sorted((m for m in firsts.values() if m is not None), key=order.index)
+
+
+def _shapes_for(layer: Any, named: tuple[int, ...] | None) -> list[tuple[int, ...]]:
+    """Shapes that networks with such a first layer take, the likeliest first. named: by the configuration."""
+    if isinstance(layer, nn.RNNBase):
+        return [(2, 16, layer.input_size)]
+    if isinstance(layer, nn.Linear):
+        count = layer.in_features
+        squares = [(2, c, math.isqrt(count // c), math.isqrt(count // c)) for c in (1, 3)]
+        return [(2, count), (2, 16, count), *(s for s in squares if math.prod(s) == 2 * count)]
+    shapes = [(1, layer.in_channels, *size) for size in _SIZES[len(layer.kernel_size)]]
+    return (
+        shapes if named is None or len(named) != len(layer.kernel_size) + 1 else [shapes[0], (1, *named), *shapes[1:]]
+    )
+
+
+_SIZES: dict[int, list[tuple[int, ...]]] = {
+    1: [(256,), (4096,), (16000,), (1000,), (64,), (48000,)],
+    2: [
+        (64, 64),
+        (224, 224),
+        (256, 256),
+        (299, 299),
+        (32, 32),
+        (28, 28),
+        (96, 96),
+        (128, 128),
+        (384, 384),
+        (16, 16),
+        (8, 8),
+    ],
+    3: [(16, 64, 64), (16, 112, 112), (16, 224, 224), (32, 32, 32), (64, 64, 64), (96, 96, 96)],
+}
+
+
+def _named_size(model: nn.Module) -> tuple[int, ...] | None:
+    """`(C, H, W)` by the configuration that timm or transformers gave the network."""
+    config: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if config is not None:
+        size = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
+        return _numbers(size)
+    config = getattr(model, "config", None)
+    side, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+    return _numbers((channels, side, side) if isinstance(side, int) else (channels, *side) if side else None)
+
+
+def _numbers(size: Any) -> tuple[int, ...] | None:
+    known = isinstance(size, (list, tuple)) and all(isinstance(n, int) and n > 0 for n in size)
+    return tuple(size) if known else None
+
+
+def _required_arguments(model: nn.Module) -> int:
+    """How many arguments the forward must be given; the same input serves for each (two frames, two views)."""
+    empty = inspect.Parameter.empty
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(model.forward).parameters.values()
+    return max(1, sum(p.default is empty and p.kind in named for p in parameters))
+
+
+def _shapes_of_norm(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    """For networks of norms and activations alone."""
+    counts = (getattr(m, name, 0) for m in model.modules() for name in ("num_features", "num_channels"))
+    channels = next((int(count) for count in counts if count), None)
+    if channels is not None:
+        for size in ((8, 8), (8,), (4, 8, 8), ()):
+            yield (2, channels, *size)

@@ -1,0 +1,150 @@
+"""The norm types normswap knows: register one, find one by name or by a module."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..errors import OptionError, did_you_mean
+from ..modules.frozen_class import beneath
+from .spec import NormSpec, NormState, Options
+
+_BY_NAME: dict[str, NormSpec] = {}
+_BY_CLASS: dict[type, NormSpec] = {}
+_BY_CLASS_NAME: dict[str, NormSpec] = {}
+
+
+def register(spec: NormSpec) -> NormSpec:
+    """Make a norm type known under its name and its module classes. Raises ValueError when one is taken."""
+    if spec.name in _BY_NAME:
+        raise ValueError(f"a norm named {spec.name!r} is already registered")
+    taken = [c for c in spec.classes if c in _BY_CLASS] + [n for n in spec.class_names if n in _BY_CLASS_NAME]
+    if taken:
+        raise ValueError(f"{taken[0]} is already registered")
+    _BY_NAME[spec.name] = spec
+    _BY_CLASS.update(dict.fromkeys(spec.classes, spec))
+    _BY_CLASS_NAME.update(dict.fromkeys(spec.class_names, spec))
+    _of_class.cache_clear()
+    return spec
+
+
+def specs() -> tuple[NormSpec, ...]:
+    """Every registered norm type, in order of registration."""
+    return tuple(_BY_NAME.values())
+
+
+def targets() -> tuple[str, ...]:
+    """Names that `to=` and rules accept."""
+    return tuple(spec.name for spec in _BY_NAME.values() if spec.build is not None)
+
+
+_USUAL = {
+    "batchnorm": "bn", "groupnorm": "gn", "layernorm": "ln", "instancenorm": "in", "syncbn": "sync",
+    "syncbatchnorm": "sync", "frozenbn": "frozen", "frozenbatchnorm": "frozen", "batchrenorm": "renorm",
+}  # fmt: skip
+"""What people call the norms."""
+
+
+def get(name: str) -> NormSpec:
+    """The norm type of that name. Raises OptionError, with near matches, for an unknown one."""
+    spec = _BY_NAME.get(name)
+    if spec is None or spec.build is None:
+        hint = did_you_mean(name, targets(), usual=_USUAL)
+        raise OptionError(f"unknown norm {name!r}; known: {', '.join(targets())}", hint=hint)
+    return spec
+
+
+def build(spec: NormSpec, state: NormState, options: Options) -> nn.Module:
+    """A module of that type from a layer's state. Raises OptionError for a type that is a source only."""
+    if spec.build is None:
+        raise OptionError(f"{spec.name} cannot be built; known targets: {', '.join(targets())}")
+    return spec.build(state, options)
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The module's class; for a parametrized or a frozen module, the class it had before."""
+    cls = type(module)
+    return beneath(cls.__mro__[1] if parametrize.is_parametrized(module) else cls)
+
+
+def identify(module: nn.Module) -> NormSpec | None:
+    """The norm type of a module, or None if it is not a norm that normswap knows.
+
+    A subclass counts as its base only if it inherits `forward` unchanged: then it computes the same. So does an
+    instance only without a `forward` of its own.
+    """
+    if "forward" in module.__dict__:
+        return None
+    cls: Any = class_of(module)
+    if (known := _of_class(cls, cls.forward)) is not None:
+        return known
+    if looks_batch(module):
+        for spec in _BY_NAME.values():
+            if spec.matches is not None and spec.matches(module):
+                return spec
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_class(cls: type[nn.Module], forward: object) -> NormSpec | None:
+    """The norm type of a class whose `forward` that is (a class may get another one while a program runs)."""
+    for candidate in cls.__mro__:
+        if getattr(candidate, "forward", None) is not forward:
+            break
+        spec = _BY_CLASS.get(candidate) or _BY_CLASS_NAME.get(f"{candidate.__module__}.{candidate.__qualname__}")
+        if spec is not None:
+            return spec
+    return None
+
+
+def why_suspicious(module: nn.Module) -> str | None:
+    """Why a module that `identify` does not know looks like a norm with batch statistics; None if it does not."""
+    batch_like = isinstance(module, nn.modules.batchnorm._NormBase) or looks_batch(module)
+    pair = None if batch_like else _statistics_like(module)
+    if not (batch_like or pair) or identify(module) is not None:
+        return None
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance, so what it computes is not known"
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return f"{class_of(module).__name__} overrides the forward of a norm class that normswap knows"
+    if pair is not None:
+        return f"{class_of(module).__name__} holds {' and '.join(pair)}, and normswap does not know its formula"
+    return f"{class_of(module).__name__} has running statistics, but normswap does not know its formula"
+
+
+def _statistics_like(module: nn.Module) -> tuple[str, str] | None:
+    """The names of two tensors that no gradient moves and that may be mean and variance of channels, as `ra_mean`.
+
+    A `std` counts beside a running or moving mean alone: `mean` and `std` mostly prepare images.
+    """
+    tensors: dict[str, Tensor | None] = {**module._buffers, **module._parameters}
+    if not any("mean" in name for name in tensors):
+        return None
+    fixed = {name: t for name, t in tensors.items() if t is not None and not t.requires_grad and _is_vector(t)}
+    for name in fixed:
+        if (found := _MEAN.search(name)) is None:
+            continue
+        before, after = name[: found.start()], name[found.end() :]
+        for word in ("var", "variance", *(("std",) if _RUNNING.search(name) else ())):
+            other = f"{before}{word}{after}"
+            if other in fixed and fixed[other].shape == fixed[name].shape:
+                return name, other
+    return None
+
+
+_MEAN = re.compile(r"(?<![a-z])mean(?![a-z])")
+_RUNNING = re.compile(r"(?<![a-z])(running|moving|ra|ema|pop|population|avg)(?![a-z])")
+
+
+def _is_vector(tensor: Tensor) -> bool:
+    """Whether one dimension alone is larger than 1: a value for each channel."""
+    return sum(size > 1 for size in tensor.shape) == 1
+
+
+def looks_batch(module: nn.Module) -> bool:
+    """Whether a module holds running statistics by the name that every library gives them."""
+    return "running_var" in module._buffers

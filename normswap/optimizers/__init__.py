@@ -1,0 +1,1 @@
+"""What became of each parameter, and optimizers that follow."""

@@ -1,0 +1,210 @@
+"""SOURCE -> network: torchvision names, `timm:NAME`, `hf:ID`, `package.module:factory`, `file.py:factory`.
+
+Architectures are built without weights, on no memory; weights are memory-mapped into them. One file a kind of source.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import nn
+
+from ..errors import Fix, NormswapError, SourceError, Text, did_you_mean
+from ..modules.wrappers import unwrapped
+from . import (
+    timm as timm_models,
+)
+from . import (
+    torchvision as torchvision_models,
+)
+from . import (
+    transformers as transformers_models,
+)
+from . import (
+    user_code as factories,
+)
+from .provenance import NOT_READ, Weights, weights_of
+from .spec import KINDS, Source, build_error
+from .user_code import beside
+from .weights import State, check_finite, empty_parameters, has_empty_parameters, load_state, read_state
+
+__all__ = [
+    "KINDS", "NOT_READ", "Source", "Weights", "beside", "build", "build_empty", "build_full", "missing_file",
+    "names_a_file", "outline", "parse", "parse_args", "weights_of",
+]  # fmt: skip
+
+
+def parse(text: str, args: Mapping[str, Any] | None = None) -> Source:
+    """Read a SOURCE. Raises SourceError, with near matches, for one that cannot be."""
+    args = dict(args or {})
+    prefix, _, rest = text.partition(":")
+    if prefix in ("timm", "hf") and rest:
+        return Source(prefix, rest, args)
+    file, _, factory = text.rpartition(":")
+    if file.endswith(".py") and factory:  # a colon may be in the folder's name
+        return Source("file", text, args)
+    if rest and all(part.isidentifier() for part in (*prefix.split("."), *rest.split("."))):
+        return Source("factory", text, args)
+    if rest:
+        raise SourceError(
+            f"{text!r} is no source",
+            hint="A source is a torchvision name, timm:NAME, hf:ID, package.module:factory or path/to/file.py:factory.",
+        )
+    if text.endswith(".py"):
+        raise SourceError(f"{text} names a file but no factory in it", hint=f"For example {text}:build_model")
+    if text not in torchvision_models.names():
+        _unknown_name(text)
+    return Source("torchvision", text, args)
+
+
+def parse_args(pairs: list[str]) -> dict[str, Any]:
+    """`key=value` texts as keyword arguments; values as Python literals where they are, else as text."""
+    result = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise SourceError(Text(Fix("args"), f" needs KEY=VALUE, got {pair!r}"))
+        try:
+            result[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            result[key] = value
+    return result
+
+
+def build(
+    source: Source,
+    weights: str = "DEFAULT",
+    *,
+    trust_pickle: bool = False,
+    allow_nonfinite: bool = False,
+    progress: bool = True,
+) -> tuple[nn.Module, Source]:
+    """Build the network with its weights. Returns it, and the source with what building it has shown.
+
+    weights: `DEFAULT` (a named model's best, a factory's own), `none` (random), a checkpoint file, or the name of
+    one of the model's published weights, such as `IMAGENET1K_V1`.
+
+    Raises SourceError or WeightsError.
+    """
+    if weights == "none":
+        source = _resolved(source)
+        return build_full(source), source
+    if names_a_file(source, weights):
+        state = read_state(weights, trust_pickle=trust_pickle, allow_nonfinite=allow_nonfinite)
+        source = _resolved(source)
+        if source.kind == "torchvision" and (entry := torchvision_models.published_file(source.name, weights)):
+            return torchvision_models.with_state(source, entry, state)
+        model = build_empty(source)
+        load_state(model, state, str(weights))
+        return _completed(model, source, state, weights), source
+    model, source = _pretrained(source, weights, progress)
+    if not allow_nonfinite:
+        check_finite(model.state_dict(), f"the weights of {source}")
+    return model, source
+
+
+def outline(source: Source, weights: str = "none") -> tuple[nn.Module, Source]:
+    """The architecture that goes with `weights`, without their values: no weights are downloaded or read.
+
+    Returns what `build` returns. Raises SourceError or WeightsError.
+    """
+    source = _resolved(source)
+    if source.kind == "torchvision" and weights != "none":
+        local = names_a_file(source, weights)
+        find = torchvision_models.published_file if local else torchvision_models.published
+        if (entry := find(source.name, weights)) is not None:
+            source = replace(source, variant=entry.name)
+    return build_empty(source), source
+
+
+def build_empty(source: Source) -> nn.Module:
+    """The architecture alone: parameters on the meta device, buffers real."""
+    try:
+        with empty_parameters():
+            return _built(source)
+    except SystemExit as error:
+        raise build_error(source, error) from error
+    except Exception:  # perhaps the builder computes with its parameters' values, as `detection.detector` does
+        return build_full(source)
+
+
+def build_full(source: Source) -> nn.Module:
+    """Run the source's builder without weights: what it initialises is random. Raises SourceError."""
+    try:
+        return _built(source)
+    except NormswapError:
+        raise
+    except (Exception, SystemExit) as error:  # a stranger's code raises whatever it likes
+        raise build_error(source, error) from error
+
+
+def _built(source: Source) -> nn.Module:
+    builder: Callable[[Source], Any] = {
+        "torchvision": torchvision_models.architecture,
+        "timm": timm_models.architecture,
+        "hf": transformers_models.architecture,
+        "factory": factories.architecture,
+        "file": factories.architecture,
+    }[source.kind]
+    model = builder(source)
+    if not isinstance(model, nn.Module):
+        raise SourceError(f"{source} returned {type(model).__name__}, not a torch.nn.Module")
+    return unwrapped(model)
+
+
+def _completed(model: nn.Module, source: Source, state: State, origin: str) -> nn.Module:
+    """Where values are missing that no state dict holds, build the network in full and load it again."""
+    if not has_empty_parameters(model):
+        return model
+    model = build_full(source)
+    load_state(model, state, origin)
+    return model
+
+
+def names_a_file(source: Source, weights: str) -> bool:
+    """Whether `build` takes these weights for a checkpoint file."""
+    if weights == "DEFAULT":
+        return False
+    path = Path(weights)
+    looks = path.suffix in (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pkl", ".tar") or "/" in weights
+    return looks or path.exists() or source.kind in ("factory", "file")
+
+
+def _pretrained(source: Source, weights: str, progress: bool) -> tuple[nn.Module, Source]:
+    if source.runs_code:
+        return build_full(source), source
+    library = {"torchvision": torchvision_models, "timm": timm_models, "hf": transformers_models}[source.kind]
+    return library.pretrained(source, weights, progress)
+
+
+def _resolved(source: Source) -> Source:
+    """With what is needed to rebuild it without a hub."""
+    library = {"timm": timm_models, "hf": transformers_models}.get(source.kind)
+    return source if library is None else library.resolved(source)
+
+
+def missing_file(text: str) -> SourceError | None:
+    """What to say of a SOURCE that must be a file that normswap wrote, by its name, and is not there."""
+    path = Path(text)
+    if path.suffix != ".safetensors" or path.exists():
+        return None
+    there = sorted(p.name for p in path.parent.glob("*.safetensors")) if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, n=3, cutoff=0.5)
+    names = " or ".join(str(path.with_name(name)) for name in near)
+    return SourceError(f"{text} does not exist", hint=f"Did you mean {names}?" if near else None)
+
+
+def _unknown_name(text: str) -> NoReturn:
+    if (missing := missing_file(text)) is not None:
+        raise missing
+    near = did_you_mean(text, torchvision_models.names())
+    ways = [near] if near else []
+    if Path(text).suffix in (".pth", ".pt", ".th", ".ckpt", ".bin"):
+        ways = [f"A checkpoint needs its architecture: normswap convert SOURCE --weights {text}"]
+    ways.append("A source is a torchvision name, timm:NAME, hf:ID, package.module:factory, file.py:factory, or a file")
+    raise SourceError(f"unknown model {text!r}", hint="\n".join(ways) + " normswap wrote.")

@@ -1,0 +1,96 @@
+"""The user's own architectures: `package.module:factory` and `path/to/file.py:factory`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import Fix, SourceError, Text, did_you_mean, first_line
+from .spec import Source
+
+
+def architecture(source: Source) -> Any:
+    """Run the factory. What it returns is whatever its author wrote; the caller checks it."""
+    return _factory(source)(**source.args)
+
+
+def beside(source: Source, file: Path) -> Source:
+    """Where the code of a converted file is: as the file says, from the current folder; else beside the file itself.
+
+    A module there becomes importable. Raises SourceError for a Python file that is in neither place.
+    """
+    place, _, name = source.name.rpartition(":")
+    if source.kind == "factory":
+        top = place.partition(".")[0]
+        here = any((Path(top + end)).exists() for end in ("", ".py"))
+        if not here and importlib.util.find_spec(top) is None and str(file.parent.resolve()) not in sys.path:
+            sys.path.append(str(file.parent.resolve()))
+    if source.kind != "file" or Path(place).is_file():
+        return source
+    for found in (file.parent / place, file.parent / Path(place).name):
+        if found.is_file():
+            return replace(source, name=f"{found}:{name}")
+    raise SourceError(
+        f"{file} is built by {source}, and {place} is neither in the current folder nor beside the file",
+        hint=Text(Fix("source"), f" says where it is: FOLDER/{Path(place).name}:{name}"),
+    )
+
+
+def _factory(source: Source) -> Callable[..., Any]:
+    place, _, name = source.name.rpartition(":")
+    module = _module_from_file(place) if source.kind == "file" else _module(place)
+    factory: Any = module
+    for part in name.split("."):
+        factory = getattr(factory, part, None)
+    if factory is None:
+        public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise SourceError(f"{place} has no {name!r}", hint=did_you_mean(name, public))
+    if not callable(factory):
+        raise SourceError(f"{source} is {type(factory).__name__}, not a function or class that makes a model")
+    return factory
+
+
+def _module(name: str) -> Any:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise SourceError(f"module {name!r} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # code of the user's module
+        raise SourceError(f"importing {name!r} failed ({type(error).__name__}: {first_line(error)})") from error
+
+
+def _module_from_file(place: str) -> Any:
+    path = Path(place)
+    if not path.is_file():
+        raise SourceError(f"{place} does not exist" if not path.exists() else f"{place} is not a file")
+    name = f"normswap_source_{path.stem}_{abs(hash(str(path.resolve())))}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise SourceError(f"{place} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    complete = False
+    sys.path.insert(0, str(path.resolve().parent))  # a script may import its neighbours
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # code of the user's file
+        raise SourceError(f"running {place} failed ({type(error).__name__}: {first_line(error)})") from error
+    else:
+        complete = True
+    finally:
+        if not complete:
+            sys.modules.pop(name, None)
+        with suppress(ValueError):  # the script removed it itself
+            sys.path.remove(str(path.resolve().parent))
+    return module

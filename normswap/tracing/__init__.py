@@ -1,0 +1,1 @@
+"""Which layer feeds which norm: symbolic and recorded runs, and what follows from them."""

@@ -1,0 +1,243 @@
+"""Conclusions from the runs of `graph.py`: what feeds each norm, and whether its statistics can be folded into it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ..modules.storage import sharers
+from .calls import Run, dims_of, out_channels, producer_kind
+from .residual import PASSTHROUGH_CLASSES, ends_branch
+from .run import Region, is_below
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What one norm's input is.
+
+    kind: `conv`, `conv_transpose`, `linear`, `sum`, `concat`, `input`, `norm`, `other`, or `unknown` (no run showed
+    it). producers: paths of the layers the statistics can be folded into, empty unless `foldable`. reason: why it
+    is not foldable. last_of_branch: it is the last norm of a residual branch. dims: spatial dimensions of the input;
+    positions: their product where a run showed it (1 for a pooled map or a vector).
+    """
+
+    kind: str
+    producers: tuple[str, ...] = ()
+    foldable: bool = False
+    reason: str = ""
+    last_of_branch: bool = False
+    dims: int | None = None
+    positions: int | None = None
+
+
+UNKNOWN = Feed("unknown", reason="no run of the network showed what feeds it")
+
+
+def analyse(
+    paths: Mapping[nn.Module, list[str]],
+    regions: Iterable[Region],
+    norms: Mapping[str, int],
+    doubtful: Iterable[str] = (),
+) -> dict[str, Feed]:
+    """What feeds each norm. `paths`: every module with its aliases; `norms`: path -> channels.
+
+    Every call of a norm and of the layer before it counts, in every region: one use elsewhere, and it is not
+    foldable.
+    """
+    canonical = {alias: names[0] for names in paths.values() for alias in names}
+    modules = {names[0]: module for module, names in paths.items()}
+    owners = sharers(p for module in paths for p in module._parameters.values() if p is not None)
+    runs = [Run(region, canonical, modules) for region in regions]
+    norm_calls: dict[str, list[tuple[Run, int]]] = defaultdict(list)
+    layer_users: dict[str, Users] = defaultdict(dict)
+    for run in runs:
+        for index, name in enumerate(run.names):
+            kind = run.calls[index].kind
+            if run.norm(index, norms) is not None:
+                norm_calls[name].append((run, index))
+            elif kind == "module":
+                users = [(run.norm(u, norms), run.calls[u].way) for u in run.users[index]]
+                for user, way in users or [(None, run.calls[index].way)]:
+                    _add(layer_users[name], user, way)
+            elif kind == "parameter":
+                _add(layer_users[canonical.get(name.rpartition(".")[0], "")], None, run.calls[index].way)
+    doubts = tuple(canonical.get(d, d) for d in doubtful)
+    found = {
+        path: _feed_of(path, norms, norm_calls[path], layer_users, modules, owners, doubts)
+        for path in norms
+        if norm_calls[path]
+    }
+    called = {name for run in runs for name, call in zip(run.names, run.calls, strict=True) if call.kind == "module"}
+    unreached = {p: n for p, n in norms.items() if p not in found and not _has_own(p, n, called, modules)}
+    return {path: _sure(path, found[path], unreached, called, modules) if path in found else UNKNOWN for path in norms}
+
+
+def _sure(
+    path: str, feed: Feed, unreached: Mapping[str, int], called: set[str], modules: Mapping[str, nn.Module]
+) -> Feed:
+    """The feed, not foldable if the producers may feed something else that no run has reached."""
+    for producer in feed.producers:
+        layer = modules[producer]
+        for other, channels in unreached.items():
+            same = channels == out_channels(layer) and len({dims_of(layer), dims_of(modules[other])} - {None}) < 2
+            if same:
+                reason = f"no run of the network showed what feeds {other}, which may be {producer}"
+                return replace(feed, producers=(), foldable=False, reason=reason)
+        if other := _instead(path, producer, called, modules):
+            reason = f"no run of the network called {other}, which may stand in its place"
+            return replace(feed, producers=(), foldable=False, reason=reason)
+    return feed
+
+
+def _has_own(path: str, channels: int, called: set[str], modules: Mapping[str, nn.Module]) -> bool:
+    """Whether beside a norm that nobody calls there is a layer that nobody calls either, and that fits it."""
+    parent = path.rpartition(".")[0]
+    beside = (f"{parent}.{name}" if parent else name for name in modules[parent]._modules)
+    layers = (modules[p] for p in beside if p in modules and p not in called)
+    return any(producer_kind(layer) is not None and out_channels(layer) == channels for layer in layers)
+
+
+def _instead(path: str, producer: str, called: set[str], modules: Mapping[str, nn.Module]) -> str:
+    """A part that nobody has called, in a list or dict of parts of which the norm, but not the layer, is in another."""
+    parts = path.split(".")
+    for n in range(1, len(parts)):
+        holder = ".".join(parts[:n])
+        if isinstance(modules.get(holder), (nn.ModuleDict, nn.ModuleList)) and not is_below(producer, holder):
+            members = [f"{holder}.{name}" for name, child in modules[holder]._modules.items() if child is not None]
+            idle = [m for m in members if not any(is_below(name, m) for name in called)]
+            if idle:
+                return idle[0]
+    return ""
+
+
+Users = dict[str | None, str]
+"""Who reads a layer's output: paths of norms, None for anything else; each with the way that leads there."""
+
+
+def _add(users: Users, user: str | None, way: str) -> None:
+    users[user] = min(way, users.get(user, way))  # no way at all, the empty text, comes first
+
+
+def _feed_of(
+    path: str,
+    norms: Mapping[str, int],
+    calls: list[tuple[Run, int]],
+    layer_users: Mapping[str, Users],
+    modules: Mapping[str, nn.Module],
+    owners: Mapping[int, int],
+    doubts: tuple[str, ...],
+) -> Feed:
+    first = [(run, i) for run, i in calls if not run.calls[i].way] or calls
+    kind = _kind(first, norms)
+    positions, dims = _extent(first)
+    last = all(ends_branch(run, i) for run, i in first)
+    sources = [(run, run.source(i)) for run, i in calls if not run.open(i)]
+    producers = tuple(dict.fromkeys(run.names[s] for run, s in sources if s is not None))
+    reason = ""
+    if _kind(calls, norms) != kind:
+        way = min(run.calls[i].way for run, i in calls if _kind([(run, i)], norms) != kind)
+        reason = f"{way}, its input is another"
+    elif kind not in ("conv", "conv_transpose", "linear"):
+        reason = f"its input is {_WORDS.get(kind, 'not the output of one layer')}"
+    elif modules[path]._forward_pre_hooks:
+        reason = "a forward pre-hook stands before it"
+    else:
+        for producer in producers:
+            reason = reason or _why_not(producer, path, norms[path], layer_users, modules, owners)
+            reason = reason or _hooked_between(producer, path, modules)
+        if any(is_below(p, d) for p in (path, *producers) for d in doubts):
+            reason = reason or "its owner's forward does not trace, and may use the layer elsewhere"
+    vectors = dims_of(modules[path]) in (None, 1)
+    if kind == "linear" and (not vectors or any((run.calls[i].input_shape or (0, 0))[2:] for run, i in calls)):
+        reason = reason or "a linear layer's channels are its last dimension, the norm's its second"
+    foldable = not reason
+    return Feed(kind, producers if foldable else (), foldable, reason, last, dims, positions)
+
+
+def _kind(calls: list[tuple[Run, int]], norms: Mapping[str, int]) -> str:
+    """What the norm is fed by in all of these calls; those that do not show it count only where none does."""
+    shown = [(run, run.source(i)) for run, i in calls if not run.open(i)]
+    kinds = {"other" if s is None else run.kind(s, norms) for run, s in shown} or {"input"}
+    return kinds.pop() if len(kinds) == 1 else "other"
+
+
+_WORDS = {
+    "sum": "a sum",
+    "concat": "a concatenation",
+    "input": "the input of the network or of the part of it that traces",
+    "norm": "the output of another norm",
+}
+
+
+def _why_not(
+    producer: str,
+    path: str,
+    channels: int,
+    layer_users: Mapping[str, Users],
+    modules: Mapping[str, nn.Module],
+    owners: Mapping[int, int],
+) -> str:
+    layer = modules[producer]
+    weight = layer._parameters.get("weight")
+    sizes = {dims_of(layer), dims_of(modules[path])} - {None}
+    if len(sizes) > 1:
+        return f"the norm reads the output of {producer} in other dimensions than it was made"
+    if weight is None:
+        return f"the weight of {producer} is computed, not a parameter"
+    if owners[id(weight)] > 1:
+        return f"the weight of {producer} is shared with another layer"
+    others = [way for user, way in layer_users[producer].items() if user != path]
+    if others:
+        return ", ".join([*filter(None, [min(others)]), f"the output of {producer} is used elsewhere too"])
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return f"a hook on {producer} sees its output or input"
+    if out_channels(layer) != channels:
+        return f"{producer} has {out_channels(layer)} output channels, the norm {channels}"
+    bias = layer._parameters.get("bias")
+    if (bias is None and layer.bias is not None) or (bias is not None and owners[id(bias)] > 1):
+        return f"the bias of {producer} is computed or shared"
+    return ""
+
+
+def _hooked_between(producer: str, path: str, modules: Mapping[str, nn.Module]) -> str:
+    """A hook on a module that holds the layer but not the norm, or the norm but not the layer, sees what is folded."""
+    for held, other, table in ((producer, path, "_forward_hooks"), (path, producer, "_forward_pre_hooks")):
+        parts = held.split(".")
+        for ancestor in (".".join(parts[:n]) for n in range(1, len(parts))):
+            holder = modules.get(ancestor)
+            if holder is not None and not is_below(other, ancestor) and getattr(holder, table):
+                return f"a hook on {ancestor} sees what lies between {producer} and the norm"
+    return ""
+
+
+def _extent(calls: list[tuple[Run, int]]) -> tuple[int | None, int | None]:
+    shapes = [run.calls[i].input_shape for run, i in calls]
+    extents = [shape[2:] for shape in shapes if shape is not None]
+    if extents:
+        return min(_product(e) for e in extents), max(1, len(extents[0]))
+    sources = [(run, run.source(i)) for run, i in calls]
+    dims = {run.dims(s) if s is not None else None for run, s in sources}
+    return None, dims.pop() if len(dims) == 1 else None
+
+
+def _product(sizes: Iterable[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def watched_modules(paths: Mapping[nn.Module, list[str]], norms: Iterable[str]) -> dict[nn.Module, str]:
+    """The modules a recorded run takes whole: the norms, the layers that can be folded, and dropouts."""
+    names = set(norms)
+    return {
+        module: aliases_[0]
+        for module, aliases_ in paths.items()
+        if aliases_[0] in names
+        or producer_kind(module) is not None
+        or isinstance(module, nn.modules.dropout._DropoutNd)
+        or type(module).__name__ in PASSTHROUGH_CLASSES
+    }

@@ -1,0 +1,599 @@
+"""`normswap.finetune` on the real digits network: what trains, what stays, what is written, what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import normswap
+from normswap.conversion.stabilize import factors_of
+from normswap.demo.digits import split
+from normswap.demo.network import pretrained
+from normswap.errors import CheckpointError, DataError, Interrupted, OptionError, OutputError, TrainingError
+from normswap.finetuning.engine.checkpointer import Standing
+from normswap.finetuning.engine.optimizer import averaged, default_rate, rate_at
+from normswap.finetuning.settings import Settings
+
+SMALL = {"batch_size": 2, "steps": 10, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """40 training and 50 validation digits."""
+    train, test = split()
+    return (train.images[:40], train.labels[:40]), (test.images[:50], test.labels[:50])
+
+
+@pytest.fixture
+def gn() -> nn.Module:
+    return normswap.convert(pretrained(), "gn", groups=4)
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def stop_at(step: int, number: int = signal.SIGINT) -> Any:
+    """Progress that presses Ctrl-C after a step."""
+
+    def progress(p: Any) -> None:
+        if p.step >= step and not p.validation:
+            signal.raise_signal(number)
+
+    return progress
+
+
+@pytest.fixture
+def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let progress be told of every step, however fast they are."""
+    monkeypatch.setattr("normswap.finetuning.engine.reporter.BETWEEN", -1.0)
+
+
+def settings(**more: Any) -> Settings:
+    fixed: dict[str, Any] = {"batch_size": 2, "accumulate": 1, "processes": 1, "samples": 40, "optimizer": "adamw"}
+    fixed |= {"weight_decay": 0.0, "clip_grad": None, "train": "all", "distill": 0.0, "ema": 0.0, "seed": 0}
+    return Settings(**fixed, label_smoothing=0.0, precision="fp32", stabilize=True, network="", **more)
+
+
+@pytest.mark.parametrize(("steps", "warm"), [(100, 10), (100, 0), (40, 5)])
+def test_the_rate_rises_in_equal_parts_from_one_part_and_falls_along_a_cosine(steps: int, warm: int) -> None:
+    rates = [rate_at(step, settings(steps=steps, lr=0.4, warmup=warm / steps)) for step in range(steps)]
+    assert rates[:warm] == pytest.approx([0.4 * part / (warm + 1) for part in range(1, warm + 1)])
+    left = steps - warm
+    assert rates[warm:] == pytest.approx([0.2 * (1 + math.cos(math.pi * k / left)) for k in range(left)])
+    assert max(rates) == rates[warm] == 0.4
+
+
+def test_the_average_follows_the_weights_fast_at_first_and_then_by_the_decay() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    values = [math.sin(i) for i in range(60)]
+    average, expected = averaged(model, 0.8), 0.0
+    for count, value in enumerate(values):
+        with torch.no_grad():
+            model.weight.fill_(value)
+        average.update_parameters(model)
+        decay = 0.0 if count == 0 else min(0.8, (1 + count) / (10 + count))
+        expected = decay * expected + (1 - decay) * value
+        assert average.module.weight.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("value", "loss", "better"),
+    [(0.6, 9.0, True), (0.4, 0.1, False), (0.5, 0.9, True), (0.5, 1.0, False), (0.5, 1.1, False), (0.5, None, False)],
+)
+def test_of_two_networks_that_are_equally_accurate_the_one_with_less_loss_is_the_best(
+    value: float, loss: float | None, better: bool
+) -> None:
+    assert Standing(best=0.5, best_loss=1.0).better(value, loss) == better
+    assert Standing().better(value, loss)
+
+
+def test_the_best_file_is_that_of_the_smaller_loss_where_the_accuracy_is_the_same(
+    gn: nn.Module, data: Any, tmp_path: Path
+) -> None:
+    x = data[0][0]
+    few = (x[:4], gn.eval()(x[:4]).argmax(1))  # all right from the beginning
+    report = normswap.finetune(gn, few, few, output=tmp_path / "run", batch_size=2, epochs=3, lr=1e-3, device="cpu")
+    losses = {line["step"]: line["val_loss"] for line in lines(tmp_path / "run") if "val_loss" in line}
+    assert report.best == 1.0
+    assert report.best_at == min(losses, key=losses.__getitem__) > 0
+
+
+@pytest.mark.usefixtures("every_step")
+def test_every_figure_says_what_it_is_over_also_after_a_stop(gn: nn.Module, data: Any) -> None:
+    train, validation = data
+    with pytest.raises(Interrupted) as caught:
+        normswap.finetune(gn, train, validation, batch_size=2, epochs=2, device="cpu", progress=stop_at(26))
+    report = caught.value.report
+    assert (report.steps, report.window, report.validated_at, report.validation_images) == (26, (21, 26), 20, 50)
+    assert report.over("loss") == "over steps 21 to 26"
+    assert report.over("val_accuracy") == "over 50 images at step 20"
+    assert "over steps 21 to 26" in str(report)
+
+
+def test_training_lowers_the_loss_on_a_new_task(data: Any) -> None:
+    (x, y), _ = data
+    model = normswap.convert(pretrained(), "gn", groups=4)
+    parity = (x, y % 2)  # even or odd: the old head knows nothing of it
+    report = normswap.finetune(model, parity, parity, batch_size=4, epochs=6, num_classes=2, lr=2e-3)
+    assert report.before["val_accuracy"] < 0.8
+    assert report.figures["val_accuracy"] > 0.9
+    assert model.classifier.out_features == 2
+
+
+def test_validation_figures_are_those_of_the_network(gn: nn.Module, data: Any) -> None:
+    train, (x, y) = data
+    report = normswap.finetune(gn, train, (x, y), **SMALL)
+    with torch.no_grad():
+        scores = gn.eval()(x)
+    assert report.figures["val_accuracy"] == pytest.approx(float((scores.argmax(1) == y).float().mean()))
+    assert report.figures["val_loss"] == pytest.approx(float(F.cross_entropy(scores, y)), rel=1e-5)
+
+
+def test_one_sgd_step_is_the_formula(data: Any) -> None:
+    (x, y), _ = data
+    model, twin = (normswap.convert(pretrained(), "gn", groups=4) for _ in range(2))
+    normswap.finetune(
+        model, (x, y), batch_size=40, steps=1, lr=0.01, optimizer="sgd", weight_decay=0.1, warmup=0.0,
+        clip_grad=None, label_smoothing=0.2, stabilize=False,
+    )  # fmt: skip
+    twin.train()
+    share = torch.full((40, 10), 0.02).scatter(1, y[:, None], 0.82)  # smoothing by hand
+    loss = -(share * twin(x).log_softmax(1)).sum(1).mean()
+    loss.backward()
+    for name, p in twin.named_parameters():
+        decay = 0.1 if p.dim() > 1 else 0.0
+        gradient = p.grad + decay * p.detach()
+        expected = p.detach() - 0.01 * (gradient + 0.9 * gradient)  # Nesterov's first step
+        torch.testing.assert_close(model.get_parameter(name).detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulated_batches_equal_one_large_batch(data: Any) -> None:
+    models = [normswap.convert(pretrained(), "gn", groups=4) for _ in range(2)]
+    for model, batch_size, accumulate in zip(models, (8, 2), (1, 4), strict=True):
+        normswap.finetune(model, data[0], batch_size=batch_size, accumulate=accumulate, steps=4, lr=1e-3)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_network_and_another_seed_another(data: Any) -> None:
+    found = []
+    for seed in (3, 3, 4):
+        model = normswap.convert(pretrained(), "gn", groups=4)
+        normswap.finetune(model, data[0], **SMALL, seed=seed)
+        found.append(model)
+    assert not changed(found[1], tensors(found[0]))
+    assert changed(found[2], tensors(found[0]))
+
+
+def test_the_callers_random_state_does_not_matter(data: Any) -> None:
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = normswap.convert(pretrained(), "gn", groups=4)
+        normswap.finetune(model, data[0], **SMALL)
+        found.append(model)
+    assert not changed(found[1], tensors(found[0]))
+
+
+@pytest.mark.parametrize(
+    ("train", "touched"),
+    [
+        ("norm", lambda name: ".bn" in name or name.startswith("bn") or "shortcut.1" in name),
+        ("head", lambda name: name.startswith("classifier")),
+        ("blocks.4.*", lambda name: name.startswith("blocks.4.")),
+        ("classifier.bias", lambda name: name == "classifier.bias"),
+    ],
+)
+def test_only_what_was_asked_for_trains(gn: nn.Module, data: Any, train: str, touched: Any) -> None:
+    before = tensors(gn)
+    normswap.finetune(gn, data[0], **SMALL, train=train)
+    assert changed(gn, before) == {name for name in before if touched(name)}
+    assert all(p.requires_grad for p in gn.parameters())
+
+
+def test_statistics_outside_of_what_trains_stay(data: Any) -> None:
+    model = pretrained()
+    before = tensors(model)
+    normswap.finetune(model, data[0], **SMALL, train="blocks.4.*")
+    assert all(name.startswith("blocks.4.") for name in changed(model, before))
+    assert "blocks.4.bn1.running_mean" in changed(model, before)
+
+
+def test_frozen_statistics_and_affine_do_not_move(data: Any) -> None:
+    model = pretrained()
+    before = tensors(model)
+    report = normswap.finetune(model, data[0], **SMALL, freeze_stats=True, freeze_affine=True)
+    norms = {n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert {name.rpartition(".")[0] for name in changed(model, before)}.isdisjoint(norms)
+    assert any("nothing moved" in note for note in report.notes)
+    assert model.bn.train().training  # no longer frozen
+    assert model.bn.weight.requires_grad
+
+
+def test_batch_norm_at_small_batches_gets_a_note(data: Any) -> None:
+    report = normswap.finetune(pretrained(), data[0], **SMALL)
+    assert any("freeze_stats=True" in note and "12 BatchNorm layers" in note for note in report.notes)
+    assert not normswap.finetune(pretrained(), data[0], batch_size=8, steps=1).notes
+
+
+def test_batch_norm_on_single_values_says_what_to_do() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    data = torch.randn(8, 1, 2, 2), torch.randint(2, (8,))
+    with pytest.raises(TrainingError, match="single value per channel") as error:
+        normswap.finetune(model, data, batch_size=1, steps=2)
+    assert "freeze_stats=True" in str(error.value)
+
+
+def test_modes_and_gradients_come_back(gn: nn.Module, data: Any) -> None:
+    gn.train()
+    gn.blocks[1].eval()
+    modes = {n: m.training for n, m in gn.named_modules()}
+    normswap.finetune(gn, *data, **SMALL)
+    assert modes == {n: m.training for n, m in gn.named_modules()}
+    assert all(p.grad is None for p in gn.parameters())
+
+
+def test_the_average_is_what_is_returned(data: Any) -> None:
+    plain, averaged = (normswap.convert(pretrained(), "gn", groups=4) for _ in range(2))
+    start = tensors(plain)
+    settings = {"batch_size": 40, "steps": 2, "lr": 1e-3, "optimizer": "sgd", "warmup": 0.0, "stabilize": False}
+    weights = []
+    for steps in (1, 2):
+        model = normswap.convert(pretrained(), "gn", groups=4)
+        _first_steps(model, data[0], steps)
+        weights.append(tensors(model))
+    normswap.finetune(averaged, data[0], **settings, ema=0.5)
+    # The average begins with the weights after the first step; then the decay is min(0.5, 2 / 11).
+    decay = 2 / 11
+    name = "blocks.0.conv1.weight"
+    expected = decay * weights[0][name] + (1 - decay) * weights[1][name]
+    torch.testing.assert_close(averaged.state_dict()[name], expected, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(start[name], expected)
+
+
+def _first_steps(model: nn.Module, data: tuple[Tensor, Tensor], count: int) -> None:
+    """The first steps of a run of two, by hand: SGD with a cosine, batch of all 40 samples, clipped to norm 1."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, nesterov=True)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    model.train()
+    for step in range(count):
+        optimizer.zero_grad()
+        F.cross_entropy(model(data[0]), data[1]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for p in weights:
+            p.grad += 0.01 * p.detach()
+        optimizer.param_groups[0]["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / 2))
+        optimizer.step()
+
+
+def test_the_teacher_pulls_the_network_towards_it(data: Any) -> None:
+    (x, y), _ = data
+    wrong = (x, (y + 1) % 10)  # labels that contradict the teacher
+    distances = []
+    teacher = pretrained()
+    before = tensors(teacher)
+    for share in (0.0, 1.0):
+        model = normswap.convert(pretrained(), "gn", groups=4)
+        normswap.finetune(model, wrong, batch_size=8, steps=20, distill=share, reference=teacher)
+        with torch.no_grad():
+            distances.append(float((model.eval()(x) - teacher(x)).norm()))
+    assert distances[1] < distances[0] / 2
+    assert not changed(teacher, before)
+
+
+def test_the_original_is_rebuilt_as_teacher(gn: nn.Module, data: Any) -> None:
+    report = normswap.finetune(gn, *data, **SMALL, distill=0.5)
+    assert report.figures["val_accuracy"] > 0.8
+
+
+def test_stabilized_sgd_is_sgd_on_weights_of_the_old_size(data: Any) -> None:
+    """By hand, on the folded weights themselves: the gradient, centralized, counts 1/c^2 where the weight is 1/c."""
+    (x, y), _ = data
+    model, twin = (normswap.convert(pretrained(), "gn", groups=4) for _ in range(2))
+    settings = {"batch_size": 40, "steps": 1, "lr": 1e-3, "optimizer": "sgd", "warmup": 0.0, "weight_decay": 0.0}
+    normswap.finetune(model, (x, y), **settings, clip_grad=None)
+    factors = factors_of(twin)
+    by_layer = {path: factors.get(s.path, 1.0) for s in twin._normswap.plan.steps for path in s.producers}
+    assert len(set(by_layer.values())) > 1
+    twin.train()
+    F.cross_entropy(twin(x), y).backward()
+    for name, p in twin.named_parameters():
+        layer, _, leaf = name.rpartition(".")
+        gradient = p.grad
+        if layer in by_layer and leaf == "weight":
+            gradient = gradient - gradient.mean((1, 2, 3), keepdim=True)
+        expected = p.detach() - 1e-3 * 1.9 * gradient / by_layer.get(layer, 1.0) ** 2
+        torch.testing.assert_close(model.get_parameter(name).detach(), expected, rtol=1e-4, atol=1e-6)
+    assert [m.eps for m in model.modules() if isinstance(m, nn.GroupNorm)] == [1e-5] * 12
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_files(gn: nn.Module, data: Any, tmp_path: Path) -> None:
+    report = normswap.finetune(gn, *data, batch_size=4, epochs=2, output=tmp_path / "run")
+    folder = tmp_path / "run"
+    assert {p.name for p in folder.iterdir()} == {
+        "best.safetensors", "curves.png", "last.safetensors", "metrics.jsonl", "state.pt",
+    }  # fmt: skip
+    last = normswap.load(report.last_file, model=pretrained())
+    assert not changed(last, tensors(gn))
+    assert all(p.requires_grad for p in last.parameters())
+    history = last._normswap.history
+    assert [entry["action"] for entry in history] == ["finetune"]
+    assert history[0]["steps"] == 20
+    found = lines(folder)
+    assert [line["step"] for line in found if "val_accuracy" in line] == [0, 10, 20]
+    assert found[-1]["val_accuracy"] == pytest.approx(report.figures["val_accuracy"], rel=1e-5)
+
+
+def test_the_best_network_is_kept(gn: nn.Module, data: Any, tmp_path: Path) -> None:
+    report = normswap.finetune(gn, *data, batch_size=4, epochs=3, output=tmp_path / "run", lr=0.05)  # too large a rate
+    found = {line["step"]: line["val_accuracy"] for line in lines(tmp_path / "run") if "val_accuracy" in line}
+    assert report.best == pytest.approx(max(found.values()), rel=1e-5)
+    best = normswap.load(report.best_file, model=pretrained())
+    x, y = data[1]
+    with torch.no_grad():
+        assert float((best(x).argmax(1) == y).float().mean()) == pytest.approx(report.best)
+
+
+def test_a_new_head_is_loaded_with_the_file(data: Any, tmp_path: Path) -> None:
+    (x, y), _ = data
+    model = normswap.convert(pretrained(), "gn", groups=4)
+    report = normswap.finetune(model, (x, y % 3), num_classes=3, output=tmp_path / "run", **SMALL)
+    loaded = normswap.load(report.last_file, model=pretrained())
+    assert loaded.classifier.out_features == 3
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), model.eval()(x))
+    again = normswap.save(loaded, tmp_path / "again.safetensors")
+    assert normswap.load(again, model=pretrained()).classifier.out_features == 3
+
+
+def test_a_folder_with_a_run_is_not_overwritten(gn: nn.Module, data: Any, tmp_path: Path) -> None:
+    normswap.finetune(gn, data[0], **SMALL, output=tmp_path)
+    with pytest.raises(OutputError, match="holds a run already"):
+        normswap.finetune(gn, data[0], **SMALL, output=tmp_path)
+    normswap.finetune(gn, data[0], **SMALL, output=tmp_path, overwrite=True)
+    assert [line["step"] for line in lines(tmp_path)] == [10]
+
+
+def test_tensorboard_gets_the_same_figures(gn: nn.Module, data: Any, tmp_path: Path) -> None:
+    normswap.finetune(gn, *data, **SMALL, output=tmp_path, tensorboard=True)
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+# --- stopping and going on ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("optimizer", "ema"), [("adamw", 0.9), ("sgd", 0.0)])
+@pytest.mark.usefixtures("every_step")
+def test_a_stopped_run_goes_on_bit_for_bit(data: Any, tmp_path: Path, optimizer: str, ema: float) -> None:
+    settings = {"batch_size": 4, "epochs": 2, "optimizer": optimizer, "ema": ema, "lr": 1e-3, "label_smoothing": 0.1}
+    whole, cut = (_with_dropout() for _ in range(2))
+    normswap.finetune(whole, *data, **settings, output=tmp_path / "whole")
+    for step in (3, 14):  # within the first epoch, and within the second
+        with pytest.raises(Interrupted) as stopped:
+            normswap.finetune(cut, *data, **settings, output=tmp_path / "cut", progress=stop_at(step), resume=step > 3)
+        assert stopped.value.report.steps in (step, step + 1)
+        cut = _with_dropout()
+    report = normswap.finetune(cut, *data, **settings, output=tmp_path / "cut", resume=True)
+    assert report.resumed_at in (14, 15)
+    assert not changed(cut, tensors(whole))
+    ends = [[line for line in lines(tmp_path / name) if "val_loss" in line] for name in ("whole", "cut")]
+    assert ends[0] == ends[1]
+
+
+def _with_dropout() -> nn.Module:
+    model = normswap.convert(pretrained(), "gn", groups=4)
+    model.classifier = nn.Sequential(nn.Dropout(0.3), model.classifier)
+    return model
+
+
+@pytest.mark.usefixtures("every_step")
+def test_sigterm_saves_and_then_does_what_it_did_before(gn: nn.Module, data: Any, tmp_path: Path) -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        report = normswap.finetune(gn, data[0], **SMALL, output=tmp_path, progress=stop_at(4, signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
+    assert report.interrupted
+    assert (tmp_path / "state.pt").is_file()
+
+
+def test_resuming_needs_the_same_settings_and_a_state(gn: nn.Module, data: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="resume from"):
+        normswap.finetune(gn, data[0], **SMALL, output=tmp_path / "none", resume=True)
+    normswap.finetune(gn, data[0], **SMALL, output=tmp_path / "run")
+    with pytest.raises(OptionError, match="lr="):
+        normswap.finetune(gn, data[0], **SMALL, output=tmp_path / "run", resume=True, lr=0.5)
+    other = normswap.convert(pretrained(), "gn", groups=8)
+    with pytest.raises(OptionError, match="another network"):
+        normswap.finetune(other, data[0], **SMALL, output=tmp_path / "run", resume=True)
+    (tmp_path / "run" / "state.pt").write_bytes(b"PK")
+    with pytest.raises(CheckpointError, match="not a complete"):
+        normswap.finetune(gn, data[0], **SMALL, output=tmp_path / "run", resume=True)
+
+
+# --- trouble --------------------------------------------------------------------------------------------------------
+
+
+class Poisoned(torch.utils.data.Dataset):
+    """NaN in one sample."""
+
+    def __init__(self, data: tuple[Tensor, Tensor], index: int) -> None:
+        self.data, self.index = data, index
+
+    def __len__(self) -> int:
+        return len(self.data[0])
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.data[0][i] * (math.nan if i == self.index else 1.0), int(self.data[1][i])
+
+
+def test_a_loss_that_is_not_finite_names_step_and_checkpoint(gn: nn.Module, data: Any, tmp_path: Path) -> None:
+    before = tensors(gn)
+    with pytest.raises(TrainingError, match=r"the loss is nan at step \d+; the last good checkpoint is .*state.pt"):
+        normswap.finetune(gn, Poisoned(data[0], 7), batch_size=2, epochs=1, output=tmp_path)
+    assert not changed(gn, before)  # that of the last checkpoint, the start
+    assert all(bool(t.isfinite().all()) for t in gn.state_dict().values())
+
+
+def test_without_a_folder_the_network_goes_back_too(gn: nn.Module, data: Any) -> None:
+    before = tensors(gn)
+    with pytest.raises(TrainingError, match="the network is as it was before"):
+        normswap.finetune(gn, Poisoned(data[0], 7), batch_size=2, epochs=1)
+    assert not changed(gn, before)
+
+
+def test_labels_beyond_the_scores_name_the_head(gn: nn.Module, data: Any) -> None:
+    (x, y), _ = data
+    with pytest.raises(DataError, match="num_classes="):
+        normswap.finetune(gn, (x, y + 5), **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"batch_size": 0}, "batch_size"),
+        ({"lr": -1.0}, "lr"),
+        ({"lr": math.nan}, "lr"),
+        ({"optimizer": "adam"}, "optimizer"),
+        ({"epochs": 1, "steps": 1}, "exclude each other"),
+        ({"epochs": 0}, "epochs"),
+        ({"clip_grad": 0.0}, "clip_grad"),
+        ({"distill": 1.5}, "distill"),
+        ({"ema": 1.0}, "ema"),
+        ({"train": "layer9.*"}, "layer9"),
+        ({"device": "gpu"}, "device"),
+        ({"precision": "fp8"}, "precision"),
+        ({"precision": "fp16", "device": "cpu"}, "fp16"),
+        ({"augment": "mixup"}, "augment"),
+        ({"workers": -1}, "workers"),
+        ({"num_classes": 1}, "num_classes"),
+        ({"resume": True}, "output"),
+        ({"freeze_stats": True}, "running statistics"),
+        ({"batch_size": 41}, "fewer than a step takes"),
+    ],
+)
+def test_a_wrong_argument_changes_nothing(gn: nn.Module, data: Any, wrong: dict[str, Any], words: str) -> None:
+    before, modes = tensors(gn), [m.training for m in gn.modules()]
+    with pytest.raises(normswap.NormswapError, match=words):
+        normswap.finetune(gn, data[0], **{"batch_size": 2, **wrong})
+    assert not changed(gn, before)
+    assert modes == [m.training for m in gn.modules()]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [iter([1]), {"x": 1}, (torch.ones(3, 1, 8, 8), torch.ones(2)), (torch.ones(0, 1, 8, 8), torch.ones(0)), 5, []],
+    ids=lambda value: type(value).__name__,
+)
+def test_data_that_cannot_be_used_is_named(gn: nn.Module, data: Any) -> None:
+    with pytest.raises(DataError):
+        normswap.finetune(gn, data, **SMALL)
+
+
+def test_a_network_without_scores_is_refused(data: Any) -> None:
+    model = normswap.convert(pretrained(), "gn", groups=4).blocks
+    with pytest.raises(OptionError, match="scores"):
+        normswap.finetune(model, (torch.randn(4, 16, 8, 8), torch.zeros(4, dtype=torch.long)), batch_size=2, steps=1)
+
+
+def test_the_default_rate_grows_with_the_batch() -> None:
+    assert default_rate("adamw", 8) == pytest.approx(2 * default_rate("adamw", 2))
+    assert default_rate("sgd", 8) == pytest.approx(4 * default_rate("sgd", 2))
+
+
+# --- what strangers tried -------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_replaced_only_when_the_new_one_has_begun(gn: nn.Module, data: Any, tmp_path: Path) -> None:
+    normswap.finetune(gn, data[0], **SMALL, output=tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for wrong in ({"freeze_stats": True}, {"train": "nowhere"}, {"num_classes": 2}):
+        with pytest.raises(normswap.NormswapError):
+            normswap.finetune(gn, data[0], **SMALL, output=tmp_path, overwrite=True, **wrong)
+    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert gn.classifier.out_features == 10
+
+
+def test_bad_data_in_the_middle_loses_nothing(gn: nn.Module, data: Any, tmp_path: Path) -> None:
+    class OddLabel(Poisoned):
+        def __getitem__(self, i: int) -> tuple[Tensor, int]:
+            return self.data[0][i], 99 if i == self.index else int(self.data[1][i])
+
+    with pytest.raises(DataError, match=r"label 99.*the last good checkpoint is .*, of step \d+"):
+        normswap.finetune(gn, OddLabel(data[0], 7), batch_size=2, epochs=1, output=tmp_path)
+    report = normswap.finetune(gn, data[0], batch_size=2, epochs=1, output=tmp_path / "other")
+    order = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert 0 < order["step"] < report.steps
+
+
+@pytest.mark.parametrize("labels", [torch.rand(40) * 3, torch.full((40,), -1)], ids=["floating", "negative"])
+def test_labels_that_are_none_are_refused(gn: nn.Module, data: Any, labels: Tensor) -> None:
+    with pytest.raises(DataError, match="whole numbers from 0"):
+        normswap.finetune(gn, (data[0][0], labels), **SMALL)
+
+
+def test_arrays_train_and_wrong_kinds_are_explained(gn: nn.Module, data: Any) -> None:
+    (x, y), _ = data
+    assert normswap.finetune(gn, (x.numpy(), y.numpy()), **SMALL).steps == 10
+    for inputs, words in ((x.byte(), "uint8"), (x.double(), "float64")):
+        with pytest.raises(DataError, match=words):
+            normswap.finetune(gn, (inputs, y), **SMALL)
+    for samples, words in (([(x[0], 1, 2)], "pair"), ([("a", 1)], "not a tensor"), ([(x[0], 1.5)], "whole numbers")):
+        with pytest.raises(DataError, match=words):
+            normswap.finetune(gn, samples * 4, **SMALL)
+
+
+def test_training_ignores_that_gradients_are_switched_off(gn: nn.Module, data: Any) -> None:
+    before = tensors(gn)
+    with torch.no_grad():
+        normswap.finetune(gn, data[0], **SMALL)
+    assert changed(gn, before)
+
+
+def test_what_the_user_froze_stays_frozen_and_is_reported(data: Any) -> None:
+    model = normswap.freeze(pretrained(), affine=False)
+    report = normswap.finetune(model, data[0], **SMALL)
+    assert list(report.notes) == ["12 frozen layers: nothing moved"]  # and no word on small batches
+    assert normswap.frozen_drift(model).largest == 0
+
+
+def test_memory_that_runs_out_says_what_to_try(gn: nn.Module, data: Any, tmp_path: Path) -> None:
+    class Hungry(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms, self.calls = gn, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += self.training
+            if self.calls > 5:
+                torch.empty(2**58)
+            return self.norms(x)
+
+    model = Hungry()
+    with pytest.raises(TrainingError, match="step 6 does not fit into the memory") as error:
+        normswap.finetune(model, data[0], **SMALL)
+    assert "batch_size" in str(error.value)
+    assert "step 5" in str(error.value)
