@@ -33,7 +33,7 @@ from normswap.modules.tree import aliases
 from normswap.sources import resolve as sources
 from normswap.sources import torchvision as torchvision_models
 from normswap.tracing.feeds import Feed, analyse, watched_modules
-from normswap.tracing.run import record
+from normswap.tracing.recorded import record
 
 warnings.filterwarnings("ignore")
 TARGETS = ("gn", "ln", "frozen", "fused")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .optimizers.remap import RemapReport as RemapReport
     from .optimizers.remap import remap_optimizer as remap_optimizer
     from .planning.plan import Plan as Plan
-    from .planning.plan import plan as plan
+    from .planning.planner import plan as plan
 
 _HOME = {
     "FrozenDrift": "freezing",

@@ -12,12 +12,13 @@ from torch.utils import _pytree as pytree
 
 from ..arguments import whole
 from ..comparison.outputs import OutputTally
-from ..conversion.convert import check_order, record_of
+from ..conversion.record import check_order, record_of
 from ..conversion.revert import revert
 from ..data.batches import as_batches, images_in
 from ..errors import DataError, Fix, OptionError, RevertError, Text
 from ..modules.frozen_class import Pinned
-from ..modules.tree import copied, evaluating, undisturbed
+from ..modules.restore import evaluating, undisturbed
+from ..modules.tree import copied
 from ..modules.wrappers import unwrapped
 from ..norms.registry import identify
 from .matching import Args, Matching, Original, forward, free_memory

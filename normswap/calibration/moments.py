@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..conversion.revert import wide
+from ..conversion.exact_scaling import wide
 
 # Where E[x^2] is this many times the variance, float32 sums of squares lose too much; such channels are centred first.
 _OFFSET = 25.0

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from ..conversion.apply import inner_norm
-from ..conversion.convert import record_of
-from ..conversion.revert import wide
+from ..conversion.exact_scaling import wide
+from ..conversion.record import record_of
 from ..errors import Fix, NormswapError, OptionError, Text
 from ..modules.tree import get
 from ..norms._wrappers import per_channel

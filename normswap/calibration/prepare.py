@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..arguments import one_of
-from ..conversion.convert import Record, record_of
-from ..conversion.revert import LayerUndo
+from ..conversion.record import Record, record_of
+from ..conversion.undo_record import LayerUndo
 from ..errors import Fix, OptionError, Text
 from ..modules.tree import get
 from ..norms.registry import get as norm_type

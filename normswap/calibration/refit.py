@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..conversion.revert import LayerUndo, digest, undo_layer
+from ..conversion.undo_record import LayerUndo, digest, undo_layer
 from ..modules.tree import get
 from ..planning.plan import Step
 from .norm_targets import Target, first_input

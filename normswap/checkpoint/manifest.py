@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..conversion.convert import Record
+from ..conversion.record import Record
 from ..errors import CheckpointError
 from .source_recovery import source_of
 from .undo_tensors import undo_index

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from ..conversion.apply import apply, inner_norm
 from ..conversion.composite import lifted
-from ..conversion.convert import Record, record_of
 from ..conversion.preconditions import check_fit
-from ..conversion.record_attribute import put_record
-from ..conversion.revert import Undo
+from ..conversion.record import Record, put_record, record_of
 from ..conversion.self_check import Check
 from ..conversion.stabilize import at_own_size
+from ..conversion.undo_record import Undo
 from ..errors import CheckpointError, Fix, NormswapError, OptionError, PlanError, Text, WeightsError
 from ..files.writing import reserved, write_safetensors
 from ..heads.classifier import Head, resize_head

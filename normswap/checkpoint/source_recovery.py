@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..conversion.apply import apply
-from ..conversion.revert import Undo
+from ..conversion.undo_record import Undo
 from ..errors import NormswapError
 from ..planning.plan import Plan
 from ..sources.resolve import Source, build_empty

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..conversion.revert import LayerUndo, Undo
+from ..conversion.undo_record import LayerUndo, Undo
 
 PREFIX = "normswap.undo."
 

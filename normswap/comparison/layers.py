@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion.convert import record_of
+from ..conversion.record import record_of
 from ..data.batches import CHECK_IMAGES, Batch, images_in, placed
 from ..errors import DataError, Fix, Text, first_line, plural
 from ..inspection.inventory import inspect

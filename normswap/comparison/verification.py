@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..data.batches import Batches, as_batches, images_in
 from ..errors import DataError, Fix, OptionError, Text, did_you_mean, first_line
 from ..inspection.example_inputs import guess_inputs, random_tensor, runs
-from ..modules.tree import device_and_dtype, evaluating, undisturbed
+from ..modules.restore import evaluating, undisturbed
+from ..modules.tree import device_and_dtype
 from ..modules.wrappers import unwrapped
 from .layers import Difference, LayerTally, comparable_paths, images_at_once, parts
 from .outputs import OutputTally

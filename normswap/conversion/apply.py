@@ -12,7 +12,8 @@ from torch.nn.utils import parametrize
 
 from ..errors import PlanError
 from ..modules.frozen_class import ATTRIBUTE, WANTED, hand_over
-from ..modules.tree import adopt, device_and_dtype, replace
+from ..modules.hooks import adopt
+from ..modules.tree import device_and_dtype, replace
 from ..modules.tree import get as module_at
 from ..norms._building import TAIL
 from ..norms._wrappers import ChannelAffine, NormSequence
@@ -20,7 +21,8 @@ from ..norms.fused import scale_and_shift
 from ..norms.registry import build, get, identify
 from ..norms.spec import NormState
 from ..planning.plan import Plan, Step
-from .revert import TENSORS, LayerUndo, NormUndo, Undo, by_output_channel, fold_exactly, folded_bias, scaled, wide
+from .exact_scaling import by_output_channel, fold_exactly, folded_bias, scaled, wide
+from .undo_record import TENSORS, LayerUndo, NormUndo, Undo
 
 # Attributes that norm classes set on themselves; everything else on a norm was put there by its user.
 _OWN_ATTRIBUTES = frozenset(

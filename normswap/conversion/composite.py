@@ -10,10 +10,9 @@ from itertools import chain
 from torch import nn
 
 from ..planning.plan import Plan
-from .convert import Record, record_of
-from .record_attribute import put_record
-from .revert import Undo
+from .record import Record, put_record, record_of
 from .self_check import Check
+from .undo_record import Undo
 
 Rename = Callable[[str], str | None]
 

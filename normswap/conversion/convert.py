@@ -1,4 +1,4 @@
-"""Convert a network: plan, check, apply, prove; and what a converted network remembers of it."""
+"""Convert a network: plan, check, apply, prove."""
 
 from __future__ import annotations
 
@@ -6,71 +6,25 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import DataError, Fix, NormswapError, OptionError, SelfCheckError, Text, first_line
-from ..heads.classifier import Head
 from ..inspection.example_inputs import guess_inputs
 from ..inspection.inventory import as_inputs
 from ..modules.tree import check_module, copied, device_and_dtype
 from ..modules.wrappers import check_wrapper, rewrapped, unwrapped
-from ..norms.registry import identify
-from ..planning.plan import Plan, plan
+from ..planning.plan import Plan
+from ..planning.planner import plan
 from ..planning.rules import Rules
 from .apply import apply
 from .preconditions import affine_moved, check_fit, check_values, needs_statistics, never_updated
-from .record_attribute import ATTRIBUTE, put_record
-from .revert import Undo, revert
+from .record import ATTRIBUTE, Record, put_record, record_of
+from .revert import revert
 from .self_check import TOLERANCE, Check, Observations, applicable, compare, observe, repeats, watched_paths
-
-
-@dataclass
-class Record:
-    """What a converted network knows about its conversion; kept on the root as `_normswap`.
-
-    source: how to rebuild the original architecture (see `sources.Source.to_dict`), None when only its caller can.
-    previous: of the conversion before this one, when a converted network was converted again. head: the last layer,
-    where it was replaced since for another number of classes. factors: by which layers are larger for the time of a
-    training (see `stabilizing`).
-    """
-
-    plan: Plan
-    undo: Undo
-    check: Check
-    source: dict[str, Any] | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
-    previous: Record | None = None
-    head: Head | None = None
-    factors: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether `calibrate` has re-fitted the norms since the conversion."""
-        return any(entry.get("action") == "calibrate" for entry in self.history)
-
-
-def record_of(model: nn.Module) -> Record | None:
-    """The record of a converted network, or None."""
-    return model.__dict__.get(ATTRIBUTE)
-
-
-def check_order(model: nn.Module, reference: nn.Module) -> None:
-    """Raise OptionError where, by its record, the reference was converted from a network such as the model."""
-    record = record_of(reference)
-    if record is None or not record.plan.steps:
-        return
-    modules = dict(model.named_modules(remove_duplicate=False))
-    changed = [step for step in record.plan.steps if step.source != step.target and step.path in modules]
-    now = [(norm.name if (norm := identify(modules[step.path])) else None) for step in changed]
-    if changed and now == [step.source for step in changed]:
-        raise OptionError(
-            "the reference was converted from a network such as the model: the two are swapped",
-            hint="First the converted network, which is changed; then its original, with reference=.",
-        )
+from .undo_record import Undo
 
 
 def convert(

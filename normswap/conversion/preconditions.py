@@ -19,7 +19,7 @@ from ..norms.spec import NormState
 from ..planning.plan import Plan, Step
 from ..tracing.calls import out_channels, producer_kind
 from .apply import read, scales_gamma, standardization
-from .revert import by_output_channel, folded_bias, scaled, wide
+from .exact_scaling import by_output_channel, folded_bias, scaled, wide
 
 
 def check_fit(model: nn.Module, plan: Plan) -> None:

@@ -1,185 +1,19 @@
-"""What a conversion keeps so that it can be undone bit for bit, and undoing it.
-
-A folded weight `W' = round(W * s)` does not determine `W`: `round(W' / s)` may be one unit in the last place off. Two
-bits per weight say which way, so an exact undo costs a sixteenth of the folded float32 weights instead of a copy.
-"""
+"""Undo a conversion, bit for bit."""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import Fix, RevertError, Text
-from ..modules.tree import aliases, hand_over_hooks, replace
+from ..modules.hooks import hand_over_hooks
+from ..modules.tree import aliases, replace
 from ..modules.wrappers import check_wrapper, rewrapped, unwrapped
-from .record_attribute import ATTRIBUTE, put_record
-
-_INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-
-
-@dataclass
-class NormUndo:
-    """The original norm module of a step, with copies of its tensors (the new norm shares its parameters).
-
-    given: what the new norm's tensors were right after the conversion, to tell whether they moved since.
-    """
-
-    paths: tuple[str, ...]
-    module: nn.Module
-    tensors: dict[str, Tensor]
-    given: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class LayerUndo:
-    """How to get the weight and bias of a folded layer back.
-
-    scale, shift: what was applied per output channel, `(C,)`. correction: packed two-bit corrections (uint8), or
-    None where `weight` holds the original whole (when rounding went further than one unit). bias: the original.
-    given: a layer that was fitted anew is no longer its original scaled; its `digest` then, to tell whether it moved.
-    """
-
-    path: str
-    scale: Tensor
-    shift: Tensor
-    bias: Tensor | None
-    correction: Tensor | None = None
-    weight: Tensor | None = None
-    given: Tensor | None = None
-
-
-@dataclass
-class Undo:
-    """Everything `revert` needs. `complete` is False when it was not asked for, or did not survive."""
-
-    norms: list[NormUndo] = field(default_factory=list)
-    layers: list[LayerUndo] = field(default_factory=list)
-    complete: bool = True
-
-
-def by_output_channel(layer: Any, vector: Tensor) -> Tensor:
-    """View `(C,)` so that it broadcasts over the weight of a convolution, transposed convolution or linear layer."""
-    weight = layer.weight
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        # (in, out / groups, *k): input channels are ordered by group, and so are the output channels they make.
-        per_input = vector.view(layer.groups, 1, -1).expand(layer.groups, weight.shape[0] // layer.groups, -1)
-        return per_input.reshape(weight.shape[0], -1, *([1] * (weight.dim() - 2)))
-    return vector.view(-1, *([1] * (weight.dim() - 1)))
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """At least float32."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-
-
-def scaled(weight: Tensor, factor: Tensor) -> Tensor:
-    """`weight * factor` rounded to the weight's dtype, computed in at least float32."""
-    return (wide(weight) * factor).to(weight.dtype)
-
-
-def _unscaled(weight: Tensor, factor: Tensor) -> Tensor:
-    return (wide(weight) / factor).to(weight.dtype)
-
-
-_BLOCK = 1 << 16  # elements worked on at a time, so that what a block needs stays in the cache
-
-
-@torch.no_grad()
-def fold_exactly(weight: Tensor, factor: Tensor) -> Tensor | None:
-    """Replace `weight` by `weight * factor` in place; return two bits per element that `unfold` undoes it with.
-
-    Returns None, and leaves the weight as it was, where rounding goes further than one unit in the last place
-    (underflow, overflow): then only a copy can undo it.
-    """
-    integer = _INTEGER[weight.element_size()]
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    rows = max(1, _BLOCK * len(weight) // max(1, weight.numel()))
-    for start in range(0, len(weight), rows):
-        part, by = weight[start : start + rows], factor[start : start + rows]
-        folded = scaled(part, by)
-        code = part.view(integer).sub(_unscaled(folded, by).view(integer)).add_(1)
-        low, high = torch.aminmax(code)
-        if low < 0 or high > 2:  # this block is as it was; those before it are exact to undo
-            weight[:start] = _corrected(weight[:start], factor[:start], codes[:start])
-            return None
-        part.copy_(folded)
-        codes[start : start + rows] = code
-    return _packed(codes)
-
-
-def unfold(packed: Tensor, folded: Tensor, factor: Tensor) -> Tensor:
-    """The weight that `fold_exactly` was given, from what it returned and what it left."""
-    quarters = torch.cat([packed >> shift & 3 for shift in (0, 2, 4, 6)])
-    return _corrected(folded, factor, quarters[: folded.numel()].view(folded.shape))
-
-
-def _corrected(folded: Tensor, factor: Tensor, codes: Tensor) -> Tensor:
-    integer = _INTEGER[folded.element_size()]
-    return (_unscaled(folded, factor).view(integer) + codes.to(integer) - 1).view(folded.dtype)
-
-
-def _packed(codes: Tensor) -> Tensor:
-    """Four codes a byte: the quarters of the flat codes side by side, which vectorises."""
-    flat = codes.reshape(-1)
-    if missing := -flat.numel() % 4:
-        flat = nn.functional.pad(flat, (0, missing))
-    a, b, c, d = flat.view(4, -1)
-    return a | b << 2 | c << 4 | d << 6
-
-
-def _packed_size(weight: Tensor) -> int:
-    return -(-weight.numel() // 4)
-
-
-@torch.no_grad()
-def undo_layer(layer: Any, record: LayerUndo) -> tuple[Tensor, Tensor | None] | None:
-    """The layer's original weight and bias; None when it was changed since it was folded.
-
-    Folding the recovered weight again must give the layer's present weight to the bit, which tells a trained layer
-    from an untouched one without having kept a checksum.
-    """
-    device = layer.weight.device
-    scale, shift = record.scale.to(device), record.shift.to(device)
-    bias = None if record.bias is None else record.bias.to(device)
-    factor = by_output_channel(layer, scale)
-    if record.weight is not None:
-        weight = record.weight.to(device)
-    elif record.correction is not None and _packed_size(layer.weight) == record.correction.numel():
-        weight = unfold(record.correction.to(device), layer.weight.detach(), factor)
-    else:
-        return None
-    if record.given is not None:
-        return (weight, bias) if torch.equal(digest(layer), record.given.cpu()) else None
-    again = folded_bias(bias, scale, shift, layer.weight.dtype)
-    if not _same_bits(scaled(weight, factor), layer.weight) or not _same_bits(again, layer.bias):
-        return None
-    return weight, bias
-
-
-def digest(layer: Any) -> Tensor:
-    """The SHA-256 of a layer's weight and bias, `(32,)` uint8."""
-    made = hashlib.sha256()
-    for tensor in (layer.weight, layer.bias):
-        made.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return torch.tensor(list(made.digest()), dtype=torch.uint8)
-
-
-def _same_bits(a: Tensor, b: Tensor | None) -> bool:
-    """Equal in shape, dtype and every bit, so that NaN equals itself."""
-    if b is None or a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    integer = _INTEGER[a.element_size()]
-    return torch.equal(a, b) or torch.equal(a.view(integer), b.view(integer))
-
-
-def folded_bias(bias: Tensor | None, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
-    """`b' = b * scale + shift`, `(C,)`, in the layer's dtype."""
-    return shift.to(dtype) if bias is None else (wide(bias) * scale + shift).to(dtype)
+from .exact_scaling import by_output_channel, unscaled, wide
+from .record import ATTRIBUTE, put_record
+from .undo_record import LayerUndo, NormUndo, Undo, undo_layer
 
 
 def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
@@ -257,7 +91,7 @@ def _restore_layer(layer: Any, record: LayerUndo, original: tuple[Tensor, Tensor
     if original is None:
         scale, shift = record.scale.to(layer.weight.device), record.shift.to(layer.weight.device)
         bias = None if record.bias is None else ((wide(layer.bias) - shift) / scale).to(layer.bias.dtype)
-        original = _unscaled(layer.weight, by_output_channel(layer, scale)), bias
+        original = unscaled(layer.weight, by_output_channel(layer, scale)), bias
     weight, old_bias = original
     layer.weight.data.copy_(weight)
     if old_bias is None:

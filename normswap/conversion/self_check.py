@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..inspection.example_inputs import shrink_images
-from ..modules.tree import evaluating, get, seed_everything, undisturbed
+from ..modules.restore import evaluating, seed_everything, undisturbed
+from ..modules.tree import get
 from ..norms._wrappers import per_channel
 from ..planning.plan import Plan, Step
 from .apply import inner_norm

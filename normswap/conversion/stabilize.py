@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from ..modules.tree import get
 from ..planning.plan import Step
 from .apply import inner_norm
-from .convert import record_of
-from .revert import by_output_channel
+from .exact_scaling import by_output_channel
+from .record import record_of
 
 _LIMIT = 2.0**10
 _TINY = 1e-30

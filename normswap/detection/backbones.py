@@ -15,10 +15,10 @@ from torchvision.ops import Conv2dNormActivation
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork
 
 from ..conversion.composite import moved_out
-from ..conversion.convert import record_of
-from ..conversion.record_attribute import put_record
+from ..conversion.record import put_record, record_of
 from ..errors import OptionError, first_line
-from ..modules.tree import device_and_dtype, evaluating, undisturbed
+from ..modules.restore import evaluating, undisturbed
+from ..modules.tree import device_and_dtype
 
 NormLayer = Callable[[int], nn.Module]
 _SIZES = (128, 224, 256, 320)  # of a probing image; some networks take one size only, or none so small

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..arguments import whole
-from ..conversion.convert import record_of
+from ..conversion.record import record_of
 from ..data.batches import as_batches
 from ..errors import Fix, Interrupted, OptionError, Text
 from ..files.locking import locked

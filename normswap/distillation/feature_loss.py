@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion.convert import record_of
+from ..conversion.record import record_of
 from ..modules.tree import get
 from ..training.losses import distance
 

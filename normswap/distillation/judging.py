@@ -14,9 +14,10 @@ from ..comparison.outputs import OutputTally, floating
 from ..data.batches import images_in
 from ..errors import DataError
 from ..training.losses import loss_of
+from ..training.seeding import seed_step
 from .outputs import is_detector, outputs_of, run
 from .settings import Settings
-from .stream import Args, Compared, seed_step
+from .stream import Args, Compared
 
 LOOKS = 10
 """So many times a run is measured on its way, at its start and its end besides."""

@@ -15,6 +15,7 @@ from ..modules.tree import device_and_dtype
 from ..training.losses import agreement_of, loss_of
 from ..training.parameters import adamw, one_cycle
 from ..training.run_state import save_state
+from ..training.seeding import seed_step
 from .augmentation import augmented
 from .feature_loss import Features
 from .judging import LOOKS, Judge, check_finite
@@ -22,7 +23,7 @@ from .loop import SMALLER, Loop
 from .outputs import outputs_of, run
 from .report import Progress
 from .settings import PRECISIONS, Settings
-from .stream import Args, Compared, Stream, seed_step
+from .stream import Args, Compared, Stream
 
 
 class Run:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ..data.batches import Batch, Batches, as_batches, collated, images_in
 from ..data.image_folder import ImageBatches, ImageData, open_images
 from ..errors import DataError
+from ..training.seeding import seed_step
 
 Args = tuple[Any, ...]
 Epoch = Callable[[int, int], Iterator[Args]]
@@ -33,17 +34,6 @@ class Compared:
     batches: Iterable[Batch] = ()
     origin: str = ""
     classes: int | None = None
-
-
-def seed_step(seed: int, step: int) -> None:
-    """Seed torch's random state for one step: all that is random in it depends on nothing that went before."""
-    value = (seed * 0x9E3779B1 + step * 0x85EBCA77 + 1) % 2**63
-    torch.default_generator.manual_seed(value)
-    # torch.manual_seed would note a traceback at every call for a CUDA that is not in use yet.
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(value)
-    if torch.backends.mps.is_available():
-        torch.mps.manual_seed(value)
 
 
 @dataclass(frozen=True)

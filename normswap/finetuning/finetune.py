@@ -16,11 +16,12 @@ from torch import nn
 
 from ..arguments import one_of, whole
 from ..conversion.composite import lift
-from ..conversion.convert import convert, record_of
+from ..conversion.convert import convert
+from ..conversion.record import record_of
 from ..conversion.stabilize import stabilized
 from ..errors import DataError, Fix, Interrupted, OptionError, Text
 from ..modules.frozen_class import Pinned
-from ..modules.tree import restored_on_error
+from ..modules.restore import restored_on_error
 from ..norms.registry import identify
 from ..training.parameters import training_only
 from ..training.run_state import digest

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from ..modules.tree import evaluating, get, replace, undisturbed
+from ..modules.restore import evaluating, undisturbed
+from ..modules.tree import get, replace
 from .dense import resize_predictor
 
 Layer = nn.Linear | nn.Conv2d

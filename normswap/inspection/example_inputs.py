@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modules.tree import device_and_dtype, evaluating, undisturbed
+from ..modules.restore import evaluating, undisturbed
+from ..modules.tree import device_and_dtype
 
 _SIDE = 160
 

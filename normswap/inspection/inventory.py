@@ -18,7 +18,9 @@ from ..norms.registry import class_of, identify, why_suspicious
 from ..norms.spec import NormSpec, NormState
 from ..tracing.calls import producer_kind
 from ..tracing.feeds import UNKNOWN, Feed, analyse, watched_modules
-from ..tracing.run import Region, record, trace
+from ..tracing.recorded import record
+from ..tracing.run import Region
+from ..tracing.symbolic import trace
 from .example_inputs import guess_inputs
 from .norm_shapes import positions_by_guess, vectors_only
 from .roles import roles_of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..modules.tree import evaluating, undisturbed
+from ..modules.restore import evaluating, undisturbed
 from .example_inputs import guess_inputs, shrink_images
 
 Shapes = dict[str, list[tuple[int, ...]]]

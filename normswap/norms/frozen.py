@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules.tree import evaluating
+from ..modules.restore import evaluating
 from ._building import TAIL, affine_or_identity, read_statistics_norm
 from ._wrappers import per_channel
 from .registry import register

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..conversion.apply import scales_gamma
-from ..conversion.convert import Record, record_of
-from ..conversion.revert import by_output_channel
+from ..conversion.exact_scaling import by_output_channel
+from ..conversion.record import Record, record_of
 from ..errors import OptionError
 from ..modules.tree import get
 from ..planning.plan import Step

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from ..conversion.convert import Record
-from ..conversion.revert import scaled
+from ..conversion.exact_scaling import scaled
+from ..conversion.record import Record
 from ..errors import Fix, OptionError, Text
 from .parameter_map import Changes, converted, names_before, records_since
 

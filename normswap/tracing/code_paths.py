@@ -20,7 +20,8 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
-from ..modules.tree import attributes_restored, kept_by, reachable_from
+from ..modules.attributes import kept_by, reachable_from
+from ..modules.restore import attributes_restored
 
 MOST = 16
 """Ways of one module that are tried; code that decides more often counts as not traceable."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion.convert import record_of
+from ..conversion.record import record_of
 from ..errors import CheckpointError, Fix, OptionError, OutputError, Text, first_line
 from ..files.writing import atomic, check_writable
 

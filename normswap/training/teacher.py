@@ -7,10 +7,11 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from ..conversion.convert import check_order, record_of
+from ..conversion.record import check_order, record_of
 from ..conversion.revert import revert
 from ..errors import Fix, OptionError, RevertError, Text
-from ..modules.tree import copied, evaluating, undisturbed
+from ..modules.restore import evaluating, undisturbed
+from ..modules.tree import copied
 
 
 def original_of(model: nn.Module, reference: nn.Module | None) -> nn.Module:

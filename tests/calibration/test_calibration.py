@@ -21,7 +21,7 @@ from normswap.calibration.moments import Moments, moments_of
 from normswap.calibration.norm_targets import targets_of
 from normswap.calibration.refit import fitted
 from normswap.conversion.apply import inner_norm
-from normswap.conversion.convert import record_of
+from normswap.conversion.record import record_of
 from normswap.detection import detector
 from normswap.errors import DataError, NormswapError, OptionError, RevertError
 from normswap.modules.tree import get

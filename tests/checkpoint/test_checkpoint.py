@@ -21,7 +21,7 @@ from torchvision.models import DenseNet, get_model
 import normswap
 from normswap.checkpoint.manifest import digest, is_ours, read_manifest
 from normswap.checkpoint.saving import load, save, save_state
-from normswap.conversion.convert import record_of
+from normswap.conversion.record import record_of
 from normswap.conversion.revert import revert
 from normswap.errors import CheckpointError, NormswapError, OutputError, RevertError, WeightsError
 from normswap.files import writing

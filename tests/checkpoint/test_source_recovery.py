@@ -16,7 +16,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 import normswap
 from normswap.checkpoint.saving import load, save
 from normswap.checkpoint.source_recovery import source_of
-from normswap.conversion.convert import record_of
+from normswap.conversion.record import record_of
 
 IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

@@ -15,7 +15,7 @@ from torchvision import models
 
 import normswap
 from normswap.conversion.composite import lift
-from normswap.conversion.convert import record_of
+from normswap.conversion.record import record_of
 from normswap.conversion.stabilize import factors_in
 from normswap.detection import detector
 from normswap.errors import WeightsError

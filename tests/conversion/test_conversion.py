@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import normswap
-from normswap.conversion.convert import Record, record_of
+from normswap.conversion.record import Record, record_of
 from normswap.errors import DataError, NormswapError, OptionError, PlanError, SelfCheckError
 from normswap.norms.frozen import FrozenBatchNorm
 from normswap.planning.plan import Plan

@@ -12,7 +12,7 @@ from helpers import Net, Residual, bits, classes, contents, conv_bn, randomized,
 from torch import Tensor, nn
 
 import normswap
-from normswap.conversion.revert import fold_exactly, unfold
+from normswap.conversion.exact_scaling import fold_exactly, unfold
 from normswap.errors import RevertError
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -148,7 +148,7 @@ def awkward(shape: tuple[int, ...], dtype: torch.dtype, where: str) -> tuple[Ten
 def test_a_weight_is_folded_whole_and_comes_back_or_stays_as_it_was(
     dtype: torch.dtype, where: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("normswap.conversion.revert._BLOCK", 32)
+    monkeypatch.setattr("normswap.conversion.exact_scaling._BLOCK", 32)
     for shape in [(1, 3, 1, 1), (9, 2, 3, 3), (40, 5, 1, 2)] * 4:
         weight, factor = awkward(shape, dtype, where)
         if channels_last:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.models import detection as zoo
 
 import normswap
-from normswap.conversion.convert import record_of
+from normswap.conversion.record import record_of
 from normswap.data import open_coco, shapes, write_shapes
 from normswap.errors import DataError, NormswapError, OptionError
 from normswap.finetuning.datasets.coco import flipped

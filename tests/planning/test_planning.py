@@ -16,7 +16,8 @@ from torch.nn import functional as F
 import normswap
 from normswap.errors import CheckpointError, OptionError, PlanError
 from normswap.norms.spec import Options
-from normswap.planning.plan import Plan, Step, describe, plan
+from normswap.planning.plan import Plan, Step, describe
+from normswap.planning.planner import plan
 from normswap.planning.rules import Rule
 
 

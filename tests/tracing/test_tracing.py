@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normswap
 from normswap.inspection.inventory import inspect
-from normswap.modules.tree import leaves_of
+from normswap.modules.attributes import leaves_of
 
 
 def branch(y: Tensor) -> Tensor:

@@ -89,8 +89,9 @@ def converted(
 ) -> nn.Module:
     """inputs: batches to calibrate on."""
     from ...calibration.calibrate import calibrate, estimate_statistics
-    from ...conversion.convert import convert, record_of
+    from ...conversion.convert import convert
     from ...conversion.preconditions import affine_moved, never_updated
+    from ...conversion.record import record_of
 
     batches = list(inputs) if swap.wanted and swap.images else []
     if batches and never_updated(model) and affine_moved(model):

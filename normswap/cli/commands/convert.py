@@ -31,7 +31,7 @@ from .calibrate import run as run_calibration
 if TYPE_CHECKING:
     from torch import nn
 
-    from ...conversion.convert import Record
+    from ...conversion.record import Record
 
 ORIGINAL = "original"
 
@@ -205,7 +205,7 @@ def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> chang
     out.step("planning")
     from ...conversion.convert import convert as convert_model
     from ...modules.tree import copied
-    from ...planning.plan import plan
+    from ...planning.planner import plan
 
     inputs = example_inputs(model, job.shapes)
     with with_commands(ctx):
@@ -252,7 +252,7 @@ def _revert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> change
 
 
 def _record(model: nn.Module) -> Record:
-    from ...conversion.convert import record_of
+    from ...conversion.record import record_of
 
     record = record_of(model)
     if record is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ...checkpoint.saving import save
-from ...conversion.convert import record_of
+from ...conversion.record import record_of
 from ...conversion.stabilize import factors_in, rescale
 from ...training.run_state import load_state, save_state
 from ..output.layout import BEST, LAST, STATE

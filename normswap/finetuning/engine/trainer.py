@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...distillation.stream import seed_step
 from ...errors import DataError
-from ...modules.tree import evaluating, undisturbed
+from ...modules.restore import evaluating, undisturbed
+from ...training.seeding import seed_step
 from ..datasets.loader import Loaded, Loader, Samples, Skipped, spread
 from ..datasets.sampler import Order, Turns
 from ..datasets.splits import Sets

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from ...arguments import whole
-from ...conversion.convert import record_of
-from ...conversion.record_attribute import put_record
+from ...conversion.record import put_record, record_of
 from ...errors import Fix, OptionError, Text
 from ...heads.classifier import Head, resize_head
 from ...heads.dense import find_predictor

@@ -1,0 +1,101 @@
+"""Multiply weights so that the multiplication can be undone bit for bit.
+
+A folded weight `W' = round(W * s)` does not determine `W`: `round(W' / s)` may be one unit in the last place off. Two
+bits per weight say which way, so an exact undo costs a sixteenth of the folded float32 weights instead of a copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def by_output_channel(layer: Any, vector: Tensor) -> Tensor:
+    """View `(C,)` so that it broadcasts over the weight of a convolution, transposed convolution or linear layer."""
+    weight = layer.weight
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        # (in, out / groups, *k): input channels are ordered by group, and so are the output channels they make.
+        per_input = vector.view(layer.groups, 1, -1).expand(layer.groups, weight.shape[0] // layer.groups, -1)
+        return per_input.reshape(weight.shape[0], -1, *([1] * (weight.dim() - 2)))
+    return vector.view(-1, *([1] * (weight.dim() - 1)))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def scaled(weight: Tensor, factor: Tensor) -> Tensor:
+    """`weight * factor` rounded to the weight's dtype, computed in at least float32."""
+    return (wide(weight) * factor).to(weight.dtype)
+
+
+def unscaled(weight: Tensor, factor: Tensor) -> Tensor:
+    return (wide(weight) / factor).to(weight.dtype)
+
+
+_BLOCK = 1 << 16  # elements worked on at a time, so that what a block needs stays in the cache
+
+
+@torch.no_grad()
+def fold_exactly(weight: Tensor, factor: Tensor) -> Tensor | None:
+    """Replace `weight` by `weight * factor` in place; return two bits per element that `unfold` undoes it with.
+
+    Returns None, and leaves the weight as it was, where rounding goes further than one unit in the last place
+    (underflow, overflow): then only a copy can undo it.
+    """
+    integer = _INTEGER[weight.element_size()]
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    rows = max(1, _BLOCK * len(weight) // max(1, weight.numel()))
+    for start in range(0, len(weight), rows):
+        part, by = weight[start : start + rows], factor[start : start + rows]
+        folded = scaled(part, by)
+        code = part.view(integer).sub(unscaled(folded, by).view(integer)).add_(1)
+        low, high = torch.aminmax(code)
+        if low < 0 or high > 2:  # this block is as it was; those before it are exact to undo
+            weight[:start] = _corrected(weight[:start], factor[:start], codes[:start])
+            return None
+        part.copy_(folded)
+        codes[start : start + rows] = code
+    return _packed(codes)
+
+
+def unfold(packed: Tensor, folded: Tensor, factor: Tensor) -> Tensor:
+    """The weight that `fold_exactly` was given, from what it returned and what it left."""
+    quarters = torch.cat([packed >> shift & 3 for shift in (0, 2, 4, 6)])
+    return _corrected(folded, factor, quarters[: folded.numel()].view(folded.shape))
+
+
+def _corrected(folded: Tensor, factor: Tensor, codes: Tensor) -> Tensor:
+    integer = _INTEGER[folded.element_size()]
+    return (unscaled(folded, factor).view(integer) + codes.to(integer) - 1).view(folded.dtype)
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """Four codes a byte: the quarters of the flat codes side by side, which vectorises."""
+    flat = codes.reshape(-1)
+    if missing := -flat.numel() % 4:
+        flat = nn.functional.pad(flat, (0, missing))
+    a, b, c, d = flat.view(4, -1)
+    return a | b << 2 | c << 4 | d << 6
+
+
+def packed_size(weight: Tensor) -> int:
+    return -(-weight.numel() // 4)
+
+
+def same_bits(a: Tensor, b: Tensor | None) -> bool:
+    """Equal in shape, dtype and every bit, so that NaN equals itself."""
+    if b is None or a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    integer = _INTEGER[a.element_size()]
+    return torch.equal(a, b) or torch.equal(a.view(integer), b.view(integer))
+
+
+def folded_bias(bias: Tensor | None, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """`b' = b * scale + shift`, `(C,)`, in the layer's dtype."""
+    return shift.to(dtype) if bias is None else (wide(bias) * scale + shift).to(dtype)

@@ -1,0 +1,145 @@
+"""Run a network and leave no trace: training flags, attributes, buffers, random state."""
+
+from __future__ import annotations
+
+import operator
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attributes import _slots_of, kept_by
+
+
+@contextmanager
+def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Run with every module in eval (or train) mode; each module's own flag is restored."""
+    flags = [(module, module.training) for module in model.modules() if module.training != training]
+    for module, _ in flags:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward pass leaves behind: attributes of the modules, buffers, random states.
+
+    Lists, dicts, sets and objects among the attributes get their members back, buffers changed in place their values;
+    the random states are those of torch, Python and NumPy.
+    """
+    values = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
+    with torch.random.fork_rng(devices=_cuda_devices(model)), _other_random_states(), attributes_restored(model):
+        try:
+            yield
+        finally:
+            for buffer, version, value in values:
+                if buffer._version != version:
+                    buffer.data.copy_(value)
+
+
+@contextmanager
+def _other_random_states() -> Iterator[None]:
+    numpy = sys.modules.get("numpy")
+    before = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        if numpy:
+            numpy.random.set_state(before[1])
+
+
+def seed_everything(model: nn.Module) -> None:
+    """Set the random states of torch, on the model's device too, of Python and of NumPy; for use in `undisturbed`."""
+    torch.default_generator.manual_seed(0)
+    for device in _cuda_devices(model):
+        torch.cuda.default_generators[device].manual_seed(0)
+    random.seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
+
+
+@contextmanager
+def attributes_restored(model: nn.Module) -> Iterator[None]:
+    """Put the modules' attributes back as they were, lists, dicts and sets among them with their members."""
+    containers = list(_containers(model))
+    before = [dict(c) if isinstance(c, dict) else list(c) for c in containers]
+    slots = [(value, _slots_of(value)) for value in kept_by(model) if _slots_of(value)]
+    try:
+        yield
+    finally:
+        for container, members in zip(containers, before, strict=True):
+            _restore(container, members)
+        for value, slot_values in slots:
+            for name in _slots_of(value).keys() - slot_values.keys():
+                object.__delattr__(value, name)
+            for name, member in slot_values.items():
+                object.__setattr__(value, name, member)
+
+
+@contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Put the modules back as they were, with their attributes, if the block fails. Yields what calls that off."""
+    containers = list(_containers(model))
+    before = [dict(c) if isinstance(c, dict) else list(c) for c in containers]
+    wanted = True
+
+    def keep() -> None:
+        nonlocal wanted
+        wanted = False
+
+    try:
+        yield keep
+    except BaseException:
+        if wanted:
+            for container, members in zip(containers, before, strict=True):
+                _restore(container, members)
+        raise
+
+
+Container = list[Any] | dict[Any, Any] | set[Any] | deque[Any]
+
+
+def _containers(model: nn.Module) -> Iterator[Container]:
+    """The modules' own tables, and every list, dict and set among their attributes, nested ones included.
+
+    So are the tables of objects of the network's own, a cache or a state, say.
+    """
+    for module in model.modules():
+        yield module.__dict__
+        yield module._parameters
+        yield module._buffers
+        yield module._modules
+    yield from (v for v in kept_by(model) if isinstance(v, (list, dict, set, deque)))
+
+
+def _restore(container: Container, before: dict[Any, Any] | list[Any]) -> None:
+    if isinstance(container, dict) and isinstance(before, dict):
+        if container.keys() != before.keys() or not _identical(container.values(), before.values()):
+            container.clear()
+            container.update(before)
+    elif len(container) != len(before) or not _identical(container, before):
+        container.clear()
+        if isinstance(container, (list, deque)):
+            container.extend(before)
+        else:
+            container.update(before)
+
+
+def _identical(now: Iterable[Any], before: Iterable[Any]) -> bool:
+    """Whether all members are the same objects; nobody's `__eq__` is asked, because a tensor's is no yes or no."""
+    return all(map(operator.is_, now, before))
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    first = next(model.parameters(), None)
+    return [first.device.index or 0] if first is not None and first.device.type == "cuda" else []
