@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import normswap
-from normswap.conversion import convert as conversion
+from normswap.conversion.convert import _double as double
 from normswap.conversion.self_check import observe, watched_paths
 from normswap.inspection.example_inputs import guess_inputs
 from normswap.inspection.inventory import Layer
@@ -156,7 +156,7 @@ def convert_one(model: nn.Module, target: str, inputs: object, row: Row) -> None
         if error > 1e-4:  # random weights can blow rounding up; float64 tells it from a real difference
             wide = copy.deepcopy(model).double()
             converted = normswap.convert(wide, using=plan, check=False)
-            error = output_error(wide, converted, plan, conversion._double(inputs))
+            error = output_error(wide, converted, plan, double(inputs))
         row.worst_exact = max(row.worst_exact, error)
 
 

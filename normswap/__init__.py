@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 TYPE_CHECKING = False  # type checkers take it for true; typing's own would be most of what importing this costs
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ _HOME = {
     "frozen_drift": "freezing",
     "inspect": "inspection.inventory",
     "load": "checkpoint.saving",
-    "plan": "planning.plan",
+    "plan": "planning.planner",
     "remap_optimizer": "optimizers.remap",
     "revert": "conversion.revert",
     "save": "checkpoint.saving",

@@ -13,8 +13,17 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from . import norms as _norms  # noqa: F401  (registers the norm types)
 from .errors import Fix, OptionError, Text
-from .modules.frozen_class import ATTRIBUTE, Freeze, Pinned, freeze_of, frozen_tensors, pin, statistics_of, unpin
-from .modules.tree import aliases, get, matches
+from .modules.frozen_class import (
+    ATTRIBUTE,
+    Freeze,
+    FrozenStatistics,
+    freeze_of,
+    frozen_tensors,
+    pin,
+    statistics_of,
+    unpin,
+)
+from .modules.tree import aliases, matches, module_at
 from .norms.registry import class_of, identify, looks_batch
 
 Patterns = str | Iterable[str]
@@ -121,7 +130,7 @@ def unfreeze(
         memory = freeze_of(module)
         if memory is None:
             continue
-        if stats and isinstance(module, Pinned):
+        if stats and isinstance(module, FrozenStatistics):
             unpin(module, memory, _parent(model, path))
             memory.training = None
             _forget(memory, [name for name, _ in statistics_of(module)])
@@ -201,7 +210,7 @@ def _no_match(patterns: list[str], paths: list[str]) -> OptionError:
 
 
 def _parent(model: nn.Module, path: str) -> nn.Module | None:
-    return get(model, path.rpartition(".")[0]) if path else None
+    return module_at(model, path.rpartition(".")[0]) if path else None
 
 
 # --- statistics -----------------------------------------------------------------------------------------------------
@@ -252,7 +261,7 @@ def _check_tensors(found: Mapping[str, nn.Module]) -> None:
 def _hold_statistics(model: nn.Module, path: str, module: nn.Module, memory: Freeze) -> None:
     for name, tensor in statistics_of(module):
         memory.tensors.setdefault(name, tensor.detach().clone())
-    if not isinstance(module, Pinned):
+    if not isinstance(module, FrozenStatistics):
         parent = _parent(model, path)
         memory.training = (module.training, None if parent is None else parent.training)
         pin(module)

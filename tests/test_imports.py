@@ -1,4 +1,4 @@
-"""Imports go one way, in the order of docs/architecture.md, and nothing heavy is imported before it is needed."""
+"""Imports go one way, by the floors of docs/architecture.md, and nothing heavy is imported before it is needed."""
 
 from __future__ import annotations
 
@@ -17,20 +17,18 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torchvision", "timm", "transformers", "accelerate", "matplotlib", "safetensors", "rich", "typer"}
 
 
-def order() -> list[str]:
-    """Files and folders in the order of the first table in docs/architecture.md; `normswap` is the package itself."""
-    text = (ROOT / "docs" / "architecture.md").read_text("utf-8").partition("\n## ")[0]
-    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
-    return [name.rstrip("/") for row in rows for name in re.findall(r"`([^`]+)`", row)]
+def floors(heading: str) -> list[list[str]]:
+    """Names by floor, from the lowest, as the table under a heading of docs/architecture.md has them."""
+    text = (
+        (ROOT / "docs" / "architecture.md").read_text("utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    )
+    rows = [line.split("|")[2] for line in text.splitlines() if re.match(r"\| *\d", line)]
+    assert rows, heading
+    return [re.findall(r"`([^`/]+)/?`", row) for row in rows]
 
 
-def layer_of(parts: tuple[str, ...]) -> str:
-    """The row of a module, from its path below the package."""
-    return {"__init__": "normswap", "__main__": "cli"}.get(parts[0], parts[0])
-
-
-def imported_layers(path: Path) -> Iterator[str]:
-    """The rows of what a file imports from normswap, by a relative or an absolute import, anywhere in it."""
+def modules_imported(path: Path) -> Iterator[tuple[str, ...]]:
+    """What a file imports from normswap, as parts below the package, anywhere in it."""
     here = ["normswap", *path.relative_to(PACKAGE).parent.parts]
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -38,39 +36,75 @@ def imported_layers(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = here[: len(here) - node.level + 1] if node.level else []
             base = base + (node.module.split(".") if node.module else [])
-            names = [[*base, alias.name] for alias in node.names] if len(base) == 1 else [base]
+            names = [[*base, alias.name] for alias in node.names]
         else:
             continue
         for name in names:
-            if name[0] == "normswap" and name[1:] and name[1] != "__version__":
-                is_file = (PACKAGE / name[1]).is_dir() or (PACKAGE / f"{name[1]}.py").exists()
-                yield layer_of(tuple(name[1:])) if is_file else "normswap"
+            if name[0] == "normswap":
+                while len(name) > 1 and not is_module(name[1:]):
+                    name = name[:-1]
+                yield tuple(name[1:])
 
 
-def test_every_file_has_its_place_in_the_order() -> None:
-    layers = {layer_of(path.relative_to(PACKAGE).with_suffix("").parts) for path in FILES}
-    assert layers <= set(order()), "add the file to the table in docs/architecture.md"
+def is_module(parts: list[str]) -> bool:
+    place = PACKAGE.joinpath(*parts)
+    return place.is_dir() or place.with_suffix(".py").is_file()
 
 
-def test_every_place_in_the_order_has_its_file() -> None:
-    for name in set(order()) - {"normswap"}:
-        assert (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file(), name
+def place_of(path: Path, below: Path = PACKAGE) -> str:
+    """A file's floor: the folder or file right below the package."""
+    return path.relative_to(below).with_suffix("").parts[0]
+
+
+HOUSE = floors("Floors")
+TRAINER = floors("Fine-tuning")
+
+
+def test_every_file_and_folder_has_a_floor_and_only_those() -> None:
+    names = [name for floor in HOUSE for name in floor]
+    assert sorted(names) == sorted({place_of(path) for path in FILES}), "docs/architecture.md has the floors"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_file_imports_only_what_comes_before_it(path: Path) -> None:
-    places = {name: place for place, name in reversed(list(enumerate(order())))}
-    mine = layer_of(path.relative_to(PACKAGE).with_suffix("").parts)
-    place = places.get(mine, len(places))  # what has no place yet is reported once, above
-    late = {layer for layer in imported_layers(path) if layer != mine and places.get(layer, -1) >= place}
-    assert late == set(), f"{mine} comes before {late}"
+def test_a_file_imports_only_from_lower_floors(path: Path) -> None:
+    level = {name: number for number, floor in enumerate(HOUSE) for name in floor}
+    mine = place_of(path)
+    theirs = {parts[0] if parts else "__init__" for parts in modules_imported(path)}
+    assert {name for name in theirs if name != mine and level[name] >= level[mine]} == set()
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "finetuning").rglob("*.py")), ids=lambda path: path.stem)
+def test_within_fine_tuning_a_file_imports_only_from_lower_floors(path: Path) -> None:
+    level = {name: number for number, floor in enumerate(TRAINER) for name in floor}
+    mine = place_of(path, PACKAGE / "finetuning")
+    theirs = {parts[1] for parts in modules_imported(path) if parts[:1] == ("finetuning",) and len(parts) > 1}
+    assert {name for name in theirs if name != mine and level[name] >= level[mine]} == set()
+
+
+def test_no_more_than_eight_files_lie_directly_in_the_package() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 8
+
+
+def test_no_package_offers_a_function_under_the_name_of_one_of_its_files() -> None:
+    """It would hide the file from `import`."""
+    for init in PACKAGE.rglob("__init__.py"):
+        beside = {path.stem for path in init.parent.glob("*.py")} | {
+            p.name for p in init.parent.iterdir() if p.is_dir()
+        }
+        found = re.findall(r"^_HOME = \{(.*?)^\}", init.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+        assert not beside & set(re.findall(r'"(\w+)":', found[0] if found else "")), init
+
+
+def test_only_the_record_s_own_file_touches_the_attribute_that_holds_it() -> None:
+    touching = {str(path.relative_to(PACKAGE)) for path in FILES if '"_normswap"' in path.read_text("utf-8")}
+    assert touching == {"conversion/record.py"}
 
 
 def test_the_core_imports_no_other_library_at_the_top_of_a_file() -> None:
-    names = order()
-    core = names[: names.index("conversion") + 1]
+    core = {name for floor in HOUSE[: next(n for n, f in enumerate(HOUSE) if "conversion" in f) + 1] for name in floor}
+    light = core - {"sources", "data", "heads", "files"}
     for path in FILES:
-        if layer_of(path.relative_to(PACKAGE).with_suffix("").parts) in core:
+        if place_of(path) in light:
             top = ast.parse(path.read_text("utf-8")).body
             found = {a.name.split(".")[0] for n in top if isinstance(n, ast.Import) for a in n.names}
             found |= {str(n.module).split(".")[0] for n in top if isinstance(n, ast.ImportFrom) and not n.level}
@@ -102,6 +136,11 @@ def test_every_public_name_exists() -> None:
 
     for name in normswap.__all__:
         assert getattr(normswap, name) is not None
+    for module in (normswap.data, normswap.detection):
+        for name in module.__all__:
+            assert getattr(module, name) is not None
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            _ = module.nothing
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = normswap.nothing
     assert set(dir(normswap)) >= set(normswap.__all__)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..conversion.exact_scaling import by_output_channel, fold_exactly, folded_bias, scaled
 from ..conversion.undo_record import LayerUndo, Undo, undo_layer
-from ..modules.tree import get
+from ..modules.tree import module_at
 from ..planning.plan import Step
 from .moments import Rows
 from .norm_targets import Target, set_parameter, statistics_of
@@ -129,12 +129,12 @@ def rescale(model: nn.Module, target: Target, step: Step, factor: Tensor, undo: 
     records = {record.path: record for record in undo.layers} if undo is not None else {}
     changed = []
     if step.transfer == "prescale":
-        standardize = get(model, step.path).get_submodule("standardize")
+        standardize = module_at(model, step.path).get_submodule("standardize")
         for name in ("scale", "shift"):
             buffer = standardize.get_buffer(name)
             buffer.copy_(buffer * factor)
     for path in step.producers:
-        record = _rescale_layer(get(model, path), factor, records.get(path))
+        record = _rescale_layer(module_at(model, path), factor, records.get(path))
         if record is not None:
             changed.append(record)
     state = target.state

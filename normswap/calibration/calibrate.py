@@ -16,7 +16,7 @@ from ..conversion.record import check_order, record_of
 from ..conversion.revert import revert
 from ..data.batches import as_batches, images_in
 from ..errors import DataError, Fix, OptionError, RevertError, Text
-from ..modules.frozen_class import Pinned
+from ..modules.frozen_class import FrozenStatistics
 from ..modules.restore import evaluating, undisturbed
 from ..modules.tree import copied
 from ..modules.wrappers import unwrapped
@@ -114,7 +114,7 @@ def estimate_statistics(
     """
     model = unwrapped(model)
     found = [(path, m, spec) for path, m in model.named_modules() if (spec := identify(m)) is not None]
-    held = [(path, m, spec) for path, m, spec in found if spec.name in _MOVING and not isinstance(m, Pinned)]
+    held = [(path, m, spec) for path, m, spec in found if spec.name in _MOVING and not isinstance(m, FrozenStatistics)]
     targets = [Target(path, spec.name, m, None, True, False) for path, m, spec in held if spec.read(m).has_statistics]
     if not targets:
         raise OptionError(f"{type(model).__name__} has no running statistics to estimate")

@@ -17,7 +17,7 @@ from ..conversion.apply import inner_norm
 from ..conversion.exact_scaling import wide
 from ..conversion.record import record_of
 from ..errors import Fix, NormswapError, OptionError, Text
-from ..modules.tree import get
+from ..modules.tree import module_at
 from ..norms._wrappers import per_channel
 from ..norms.registry import identify
 from ..norms.spec import NormState
@@ -62,7 +62,7 @@ def targets_of(model: nn.Module, reference: nn.Module | None) -> list[Target]:
         steps = [(s.path, s.transfer) for s in record.plan.steps if not s.zero_init]
     found = []
     for path, transfer in steps:
-        norm = inner_norm(get(model, path))
+        norm = inner_norm(module_at(model, path))
         spec = identify(norm)
         if spec is None or spec.name == "frozen":
             continue
@@ -92,7 +92,7 @@ def _original(reference: nn.Module | None, path: str) -> nn.Module | None:
     if reference is None:
         return None
     try:
-        module = get(reference, path)
+        module = module_at(reference, path)
     except KeyError:
         module = None
     if module is None or identify(module) is None:

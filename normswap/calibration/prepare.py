@@ -12,8 +12,8 @@ from ..arguments import one_of
 from ..conversion.record import Record, record_of
 from ..conversion.undo_record import LayerUndo
 from ..errors import Fix, OptionError, Text
-from ..modules.tree import get
-from ..norms.registry import get as norm_type
+from ..modules.tree import module_at
+from ..norms.registry import norm_named as norm_type
 from ..planning.plan import SOFT, Step
 from .balance import can_balance, factors, rescale
 from .matching import Original
@@ -59,7 +59,7 @@ class Preparation:
     def modules(self) -> list[nn.Module]:
         """Everything that calibration may change."""
         steps = self.steps if self.method == "refit" else self.balanced
-        layers = [get(self.model, path) for step in steps.values() for path in (*step.producers, step.path)]
+        layers = [module_at(self.model, path) for step in steps.values() for path in (*step.producers, step.path)]
         return [*(target.norm for target in self.targets), *layers]
 
     @torch.no_grad()

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..conversion.undo_record import LayerUndo, digest, undo_layer
-from ..modules.tree import get
+from ..conversion.undo_record import LayerUndo, layer_digest, undo_layer
+from ..modules.tree import module_at
 from ..planning.plan import Step
 from .norm_targets import Target, first_input
 
@@ -76,7 +76,7 @@ class Refit:
 
     def undo(self) -> LayerUndo:
         """How to get the layer back to what it was before the conversion."""
-        return replace(self.record, given=digest(self.layer))
+        return replace(self.record, given=layer_digest(self.layer))
 
     @torch.no_grad()
     def solve(self) -> None:
@@ -108,7 +108,7 @@ def refits_of(
         step = steps.get(target.path)
         if step is None or step.transfer != "fold" or len(step.producers) != 1 or target.original is None:
             continue
-        layer, record = get(model, step.producers[0]), records.get(step.producers[0])
+        layer, record = module_at(model, step.producers[0]), records.get(step.producers[0])
         original = undo_layer(layer, record) if record is not None and can_fit(layer) else None
         if record is not None and original is not None:
             kept = LayerUndo(record.path, record.scale, record.shift, record.bias, weight=original[0].clone())

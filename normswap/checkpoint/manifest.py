@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
 from ..conversion.record import Record
 from ..errors import CheckpointError
+from ..version import __version__
 from .source_recovery import source_of
 from .undo_tensors import undo_index
 

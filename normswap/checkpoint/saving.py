@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conversion.apply import apply, inner_norm
-from ..conversion.composite import lifted
+from ..conversion.composite import combined_record
 from ..conversion.preconditions import check_fit
 from ..conversion.record import Record, put_record, record_of
 from ..conversion.self_check import Check
@@ -22,7 +22,7 @@ from ..conversion.undo_record import Undo
 from ..errors import CheckpointError, Fix, NormswapError, OptionError, PlanError, Text, WeightsError
 from ..files.writing import reserved, write_safetensors
 from ..heads.classifier import Head, resize_head
-from ..modules.tree import get, replace
+from ..modules.tree import module_at, replace_module
 from ..modules.wrappers import unwrapped
 from ..planning.plan import Plan
 from ..sources.resolve import Source, beside, build_empty, build_full, parse
@@ -42,7 +42,7 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path
     False, or is being written by somebody else.
     """
     model = unwrapped(model)
-    record = lifted(model)
+    record = combined_record(model)
     if record is None:
         raise NormswapError(
             "only a network from normswap.convert or normswap.load can be saved", hint="Convert it first."
@@ -232,7 +232,7 @@ def _retie(root: nn.Module, ties: Mapping[str, str]) -> None:
 
 def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
-    return get(root, path), leaf
+    return module_at(root, path), leaf
 
 
 def _swapped(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Undo]:
@@ -252,7 +252,10 @@ def _swapped(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path: 
         ) from error
     model = _of_dtype(model, tensors)
     added = [
-        layer for step in plan.steps for p in step.producers if (layer := get(model, p))._parameters["bias"] is None
+        layer
+        for step in plan.steps
+        for p in step.producers
+        if (layer := module_at(model, p))._parameters["bias"] is None
     ]
     root, undo = apply(model, plan, keep_undo=True, structure_only=True)
     _add_affine(root, plan, tensors)
@@ -260,7 +263,7 @@ def _swapped(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path: 
         load_state(root, tensors, str(path), cast=False)
     except WeightsError:
         for norm in undo.norms:
-            replace(root, norm.paths, norm.module)
+            replace_module(root, norm.paths, norm.module)
         for layer in added:
             layer._parameters["bias"] = None
         raise
@@ -275,7 +278,7 @@ def _swaps(plan: Plan) -> list[tuple[Any, ...]]:
 def _add_affine(root: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     """A norm without gamma and beta has got them since, if the file holds them: from `calibrate`."""
     for step in plan.steps:
-        outer = get(root, step.path)
+        outer = module_at(root, step.path)
         norm = inner_norm(outer)
         prefix = ".".join(part for part in (step.path, "" if norm is outer else "norm") if part)
         for name in ("weight", "bias"):

@@ -41,7 +41,7 @@ app.command(short_help="Show the whole story on handwritten digits, in under a m
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from .. import __version__
+        from ..version import __version__
 
         typer.echo(f"normswap {__version__}")
         raise typer.Exit

@@ -15,7 +15,7 @@ from ..conversion.record import record_of
 from ..data.batches import CHECK_IMAGES, Batch, images_in, placed
 from ..errors import DataError, Fix, Text, first_line, plural
 from ..inspection.inventory import inspect
-from ..modules.tree import aliases, device_and_dtype, get
+from ..modules.tree import aliases, device_and_dtype, module_at
 from .outputs import Deviation, floating
 
 MEMORY = 2**30
@@ -112,7 +112,7 @@ def _run(
 
     with ExitStack() as stack:
         for path in paths:
-            stack.callback(get(model, path).register_forward_hook(hook_for(path)).remove)
+            stack.callback(module_at(model, path).register_forward_hook(hook_for(path)).remove)
         try:
             return model(*placed(args, *device_and_dtype(model)))
         except torch.OutOfMemoryError as error:

@@ -13,12 +13,11 @@ from torch.nn.utils import parametrize
 from ..errors import PlanError
 from ..modules.frozen_class import ATTRIBUTE, WANTED, hand_over
 from ..modules.hooks import adopt
-from ..modules.tree import device_and_dtype, replace
-from ..modules.tree import get as module_at
+from ..modules.tree import device_and_dtype, module_at, replace_module
 from ..norms._building import TAIL
 from ..norms._wrappers import ChannelAffine, NormSequence
 from ..norms.fused import scale_and_shift
-from ..norms.registry import build, get, identify
+from ..norms.registry import build, identify, norm_named
 from ..norms.spec import NormState
 from ..planning.plan import Plan, Step
 from .exact_scaling import by_output_channel, fold_exactly, folded_bias, scaled, wide
@@ -75,7 +74,7 @@ def apply(model: nn.Module, plan: Plan, *, keep_undo: bool, structure_only: bool
         new = _replacement(model, step, old, state)
         _change_gamma(inner_norm(new), step, state, changed)
         hand_over(inner_norm(new), old)
-        model = replace(model, (step.path, *step.aliases), new)
+        model = replace_module(model, (step.path, *step.aliases), new)
         if keep_undo:
             undo.norms.append(NormUndo((step.path, *step.aliases), old, before, _given(inner_norm(new), before)))
     return model, undo
@@ -158,7 +157,7 @@ def _replacement(model: nn.Module, step: Step, old: nn.Module, state: NormState)
         norm: Any = nn.Identity()
         norm.training = state.training
     else:
-        norm = build(get(step.target), state, step.options)
+        norm = build(norm_named(step.target), state, step.options)
         _keep_parametrizations(old, norm)
     new = norm
     if standardize is not None or state.tail:

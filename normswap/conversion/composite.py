@@ -17,13 +17,13 @@ from .undo_record import Undo
 Rename = Callable[[str], str | None]
 
 
-def lift(model: nn.Module) -> Record | None:
+def adopt_part_records(model: nn.Module) -> Record | None:
     """Let a network that holds converted parts have their record, in place; the parts' own go. Returns it.
 
     A converted network keeps its own record; None for one that holds no converted part. Without it, a detector on a
     converted backbone could neither be saved nor reverted, and would train without `stabilized`.
     """
-    record = lifted(model)
+    record = combined_record(model)
     if record is not None and record_of(model) is None:
         for part in _parts(model).values():
             put_record(part, None)
@@ -31,13 +31,15 @@ def lift(model: nn.Module) -> Record | None:
     return record
 
 
-def lifted(model: nn.Module) -> Record | None:
+def combined_record(model: nn.Module) -> Record | None:
     """The record that `lift` gives a network, which is left as it is."""
     own = record_of(model)
     if own is not None:
         return own
     records = [
-        moved(record, partial(_below, path)) for path, part in _parts(model).items() if (record := record_of(part))
+        renamed_record(record, partial(_below, path))
+        for path, part in _parts(model).items()
+        if (record := record_of(part))
     ]
     return _joined(records) if len(records) > 1 else records[0] if records else None
 
@@ -51,7 +53,7 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def moved(record: Record, rename: Rename) -> Record:
+def renamed_record(record: Record, rename: Rename) -> Record:
     """A record with other paths. rename: old path -> new path, None for a module that is not there any more."""
     plan, undo = record.plan, record.undo
     steps = [
@@ -69,20 +71,20 @@ def moved(record: Record, rename: Rename) -> Record:
         Undo(norms, layers, undo.complete),
         record.check,
         history=list(record.history),
-        previous=None if record.previous is None else moved(record.previous, rename),
+        previous=None if record.previous is None else renamed_record(record.previous, rename),
         head=head,
         factors=factors,
     )
 
 
-def moved_out(record: Record, prefix: str, there: Collection[str]) -> Record:
+def extracted_record(record: Record, prefix: str, there: Collection[str]) -> Record:
     """The record of what is below `prefix`, which is now a network with the modules `there`."""
 
     def rename(path: str) -> str | None:
         inner = path.removeprefix(prefix) if path.startswith(prefix) else None
         return inner if inner in there else None
 
-    return moved(record, rename)
+    return renamed_record(record, rename)
 
 
 def _below(part: str, path: str) -> str:

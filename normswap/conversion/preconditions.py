@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import Fix, PlanError, Text, plural
-from ..modules.tree import aliases
-from ..modules.tree import get as module_at
+from ..modules.tree import aliases, module_at
 from ..norms.fused import scale_and_shift
-from ..norms.registry import get, identify
+from ..norms.registry import identify, norm_named
 from ..norms.spec import NormState
 from ..planning.plan import Plan, Step
 from ..tracing.calls import out_channels, producer_kind
@@ -43,7 +42,7 @@ def check_fit(model: nn.Module, plan: Plan) -> None:
 
 
 def _misfits(module: nn.Module, step: Step) -> Iterator[str]:
-    spec, target = identify(module), get(step.target)
+    spec, target = identify(module), norm_named(step.target)
     if spec is None or spec.name != step.source:
         yield f"it is {type(module).__name__}, the plan says {step.source}"
         return

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import Fix, RevertError, Text
 from ..modules.hooks import hand_over_hooks
-from ..modules.tree import aliases, replace
+from ..modules.tree import aliases, replace_module
 from ..modules.wrappers import check_wrapper, rewrapped, unwrapped
 from .exact_scaling import by_output_channel, unscaled, wide
 from .record import ATTRIBUTE, put_record
@@ -67,7 +67,7 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
         _restore_tensors(norm, now)
         norm.module.training = now.training
         hand_over_hooks(norm.module, now)
-        model = replace(model, norm.paths, norm.module)
+        model = replace_module(model, norm.paths, norm.module)
     put_record(model, record.previous)
     return rewrapped(wrapper, model, inplace=True)
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..inspection.example_inputs import shrink_images
 from ..modules.restore import evaluating, seed_everything, undisturbed
-from ..modules.tree import get
+from ..modules.tree import module_at
 from ..norms._wrappers import per_channel
 from ..planning.plan import Plan, Step
 from .apply import inner_norm
@@ -72,7 +72,7 @@ def observe(model: nn.Module, inputs: tuple[Any, ...], watched: Iterable[str]) -
         seed_everything(model)
         shrink_images(model)
         for path in watched:
-            stack.callback(get(model, path).register_forward_hook(hook_for(path)).remove)
+            stack.callback(module_at(model, path).register_forward_hook(hook_for(path)).remove)
         out = model(*inputs)
         if not _is_detections(out):
             seen["(output)"] = [_sample(t) for t in _floats(out)]
@@ -122,7 +122,7 @@ def compare(
     """Run the converted model with bare norms and compare with what `observe` saw of the original."""
     with ExitStack() as stack:
         for step in plan.steps:
-            _bare(stack, get(model, step.path), step, originals.get(step.path))
+            _bare(stack, module_at(model, step.path), step, originals.get(step.path))
         seen = observe(model, inputs, [path for path in reference if path != "(output)"])
     errors = {path: _relative_error(before, seen.get(path, [])) for path, before in reference.items()}
     where = max(errors, key=lambda path: math.inf if math.isnan(errors[path]) else errors[path], default="")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules.tree import get
+from ..modules.tree import module_at
 from ..planning.plan import Step
 from .apply import inner_norm
 from .exact_scaling import by_output_channel
@@ -47,7 +47,7 @@ def factors_of(model: nn.Module) -> dict[str, float]:
             continue
         now = before = 0.0
         for path in step.producers:
-            layer: Any = get(model, path)
+            layer: Any = module_at(model, path)
             weight = _whole(layer.weight.detach()).double()
             scale = by_output_channel(layer, scales[path].to(weight)).abs().clamp_min(_TINY)
             now += float(weight.square().sum())
@@ -73,10 +73,10 @@ def rescale(model: nn.Module, factors: Mapping[str, float], *, back: bool = Fals
             continue
         factor = 1 / factor if back else factor
         for path in step.producers if values else ():
-            layer: Any = get(model, path)
+            layer: Any = module_at(model, path)
             layer.weight.mul_(factor)
             layer.bias.mul_(factor)
-        norm: Any = inner_norm(get(model, step.path))
+        norm: Any = inner_norm(module_at(model, step.path))
         norm.eps = norm.eps * factor**2
         total = record.factors.pop(step.path, 1.0) * factor
         if total != 1:
@@ -143,7 +143,7 @@ def folded_weights(model: nn.Module) -> list[nn.Parameter]:
     """Weights of the layers that feed norms which follow their sample, those that `centralize` is for."""
     record = record_of(model)
     steps = [] if record is None else [step for step in record.plan.steps if _applies(model, step)]
-    layers: list[Any] = [get(model, path) for step in steps for path in step.producers]
+    layers: list[Any] = [module_at(model, path) for step in steps for path in step.producers]
     return [layer.weight for layer in layers if layer.weight.dim() > 1 and layer.weight[0].numel() > 1]
 
 
@@ -159,6 +159,6 @@ def _whole(weight: Tensor) -> Tensor:
 
 
 def _applies(model: nn.Module, step: Step) -> bool:
-    norm: Any = inner_norm(get(model, step.path))
+    norm: Any = inner_norm(module_at(model, step.path))
     follows = norm._buffers.get("running_mean") is None and isinstance(getattr(norm, "eps", None), float)
     return step.transfer == "fold" and bool(step.producers) and follows

@@ -72,14 +72,14 @@ def undo_layer(layer: Any, record: LayerUndo) -> tuple[Tensor, Tensor | None] | 
     else:
         return None
     if record.given is not None:
-        return (weight, bias) if torch.equal(digest(layer), record.given.cpu()) else None
+        return (weight, bias) if torch.equal(layer_digest(layer), record.given.cpu()) else None
     again = folded_bias(bias, scale, shift, layer.weight.dtype)
     if not same_bits(scaled(weight, factor), layer.weight) or not same_bits(again, layer.bias):
         return None
     return weight, bias
 
 
-def digest(layer: Any) -> Tensor:
+def layer_digest(layer: Any) -> Tensor:
     """The SHA-256 of a layer's weight and bias, `(32,)` uint8."""
     made = hashlib.sha256()
     for tensor in (layer.weight, layer.bias):

@@ -12,7 +12,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from ..arguments import whole as check_whole
-from ..conversion.composite import lift
+from ..conversion.composite import adopt_part_records
 from ..conversion.convert import convert as convert_whole
 from ..errors import OptionError, did_you_mean
 from ..freezing import freeze
@@ -108,7 +108,7 @@ def detector(
         model: nn.Module = DETECTORS[kind](num_classes=num_classes, **given)
     except (TypeError, ValueError) as error:
         raise OptionError(f"torchvision does not build this {kind}: {error}") from error
-    lift(model)
+    adopt_part_records(model)
     return model if trainable_layers is None else freeze_stages(model, trainable_layers)
 
 

@@ -18,8 +18,8 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from ..errors import Fix, OptionError, Text
-from ..norms.registry import build, get
-from ..norms.spec import Misfit, NormState, Request
+from ..norms.registry import build, norm_named
+from ..norms.spec import DoesNotFit, NormRequest, NormState
 from .backbones import Level, NormLayer, PyramidBackbone, ShrinkingBackbone, body_of, is_complete, levels_of
 
 TWO_STAGES = ("fasterrcnn", "maskrcnn", "keypointrcnn")
@@ -57,7 +57,7 @@ def norm_layer_of(norm: str | None, groups: int | str | None, width: int) -> Nor
         if groups is not None:
             raise OptionError("groups apply to gn only")
         return None
-    spec = get(norm)
+    spec = norm_named(norm)
     if norm in ("frozen", "fused"):
         raise OptionError(
             Text("new layers have no statistics to freeze, so ", Fix("norm", norm), " makes no sense for them"),
@@ -65,7 +65,7 @@ def norm_layer_of(norm: str | None, groups: int | str | None, width: int) -> Nor
         )
     if groups is not None and norm != "gn":
         raise OptionError(f"groups apply to gn only, not to {norm}")
-    request = Request(PAPER_GROUPS if norm == "gn" and groups is None else groups)
+    request = NormRequest(PAPER_GROUPS if norm == "gn" and groups is None else groups)
 
     def layer(channels: int) -> nn.Module:
         state = NormState(
@@ -74,7 +74,7 @@ def norm_layer_of(norm: str | None, groups: int | str | None, width: int) -> Nor
         )  # fmt: skip
         try:
             return build(spec, state, spec.fit(state, request))
-        except Misfit as misfit:
+        except DoesNotFit as misfit:
             raise OptionError(f"norm={norm!r} does not fit the detector's own layers: {misfit}") from misfit
 
     layer(width)

@@ -18,11 +18,11 @@ from ..files.locking import locked
 from ..files.writing import check_writable
 from ..modules.wrappers import unwrapped
 from ..training.parameters import trained_parameters, training_only
-from ..training.run_state import digest, load_state
+from ..training.run_state import load_state, network_digest
 from ..training.teacher import original_of, side_by_side
 from .judging import Look
 from .report import DistillationReport, Progress
-from .run import Run
+from .run import DistillationRun
 from .settings import Settings
 from .stream import Compared, Stream, stream_of
 
@@ -110,7 +110,7 @@ def distil(
     model = unwrapped(model)
     settings = Settings(
         steps, batch_size, 1.0, temperature, train, weight_decay, seed, precision,
-        max_grad_norm, augment, loss, digest(model), features,
+        max_grad_norm, augment, loss, network_digest(model), features,
     )  # fmt: skip
     settings = replace(settings, lr=suited_rate(steps) if lr is None else lr)
     whole("checkpoint_every", checkpoint_every)
@@ -122,7 +122,7 @@ def distil(
     stream = stream_of(data, batch_size, seed, hold=eval_data is None)
     alone = nullcontext() if checkpoint is None else locked(Path(checkpoint))
     with alone, side_by_side(reference, model), training_only(model, parameters):
-        work = Run(model, reference, settings, stream, parameters, _compared(stream, settings, eval_data))
+        work = DistillationRun(model, reference, settings, stream, parameters, _compared(stream, settings, eval_data))
         if checkpoint is not None:
             work.checkpoint, work.every = Path(checkpoint), checkpoint_every
         if resume is not None:
@@ -153,7 +153,7 @@ def _compared(stream: Stream, settings: Settings, eval_data: Any) -> Compared:
     return Compared(batches, "of eval_data", None if batches.classes is None else len(batches.classes))
 
 
-def _report(work: Run, *, interrupted: bool = False) -> DistillationReport:
+def _report(work: DistillationRun, *, interrupted: bool = False) -> DistillationReport:
     first, best = work.judge.first, work.judge.final()
     values: dict[str, Any] = {f"{name}_before": value for name, value in _figures(first).items()}
     values |= {f"{name}_after": value for name, value in _figures(best).items()}
@@ -180,7 +180,7 @@ def _figures(look: Look) -> dict[str, float | None]:
     }
 
 
-def _remember(model: nn.Module, work: Run) -> None:
+def _remember(model: nn.Module, work: DistillationRun) -> None:
     """Note in the network's history what was done, also when it was cut short; nothing where nothing came of it."""
     record, kept = record_of(model), work.judge.best.step
     if record is None or kept == 0:

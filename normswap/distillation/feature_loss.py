@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conversion.record import record_of
-from ..modules.tree import get
+from ..modules.tree import module_at
 from ..training.losses import distance
 
 
@@ -27,7 +27,7 @@ class Features:
         record = record_of(student)
         steps = () if record is None else record.plan.steps
         modules = dict(teacher.named_modules(remove_duplicate=False))
-        self._pairs = [(s.path, modules[s.path], get(student, s.path)) for s in steps if s.path in modules]
+        self._pairs = [(s.path, modules[s.path], module_at(student, s.path)) for s in steps if s.path in modules]
         self._wanted: dict[str, list[Tensor]] = {}
         self._found: list[Tensor] = []
 

@@ -26,7 +26,7 @@ from .settings import PRECISIONS, Settings
 from .stream import Args, Compared, Stream
 
 
-class Run:
+class DistillationRun:
     """What a distillation holds while it runs.
 
     judge: measures it on images kept apart, and holds the state that is given back. checkpoint, every: the file for

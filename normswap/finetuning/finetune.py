@@ -15,16 +15,16 @@ import torch
 from torch import nn
 
 from ..arguments import one_of, whole
-from ..conversion.composite import lift
+from ..conversion.composite import adopt_part_records
 from ..conversion.convert import convert
 from ..conversion.record import record_of
 from ..conversion.stabilize import stabilized
 from ..errors import DataError, Fix, Interrupted, OptionError, Text
-from ..modules.frozen_class import Pinned
+from ..modules.frozen_class import FrozenStatistics
 from ..modules.restore import restored_on_error
 from ..norms.registry import identify
 from ..training.parameters import training_only
-from ..training.run_state import digest
+from ..training.run_state import network_digest
 from ..training.teacher import original_of
 from .datasets.splits import Sets
 from .engine.accelerator import processes
@@ -33,7 +33,7 @@ from .engine.optimizer import default_rate, trained
 from .engine.trainer import Job, Trainer
 from .output.layout import check_outside, run_folder
 from .output.report import FinetuneReport, Progress
-from .settings import Place, Settings
+from .settings import RunOptions, Settings
 from .tasks.base import Task
 from .tasks.classification import Classification
 from .tasks.detection import Detection
@@ -128,7 +128,7 @@ def finetune(
     if resume and folder is None:
         raise OptionError("resume needs the output folder of the run to go on with")
     _check_model(model, freeze_stats)
-    place = Place(folder, device, workers, channels_last, compile, max_bad, tensorboard=tensorboard)
+    place = RunOptions(folder, device, workers, channels_last, compile, max_bad, tensorboard=tensorboard)
     settings = Settings(
         steps=1, batch_size=batch_size, accumulate=accumulate, processes=1, samples=1, optimizer=optimizer,
         lr=1.0 if lr is None else lr, weight_decay=weight_decay, warmup=warmup, clip_grad=clip_grad, train=train,
@@ -149,7 +149,7 @@ def finetune(
         keep = stack.enter_context(restored_on_error(model))
         settings = _settled(settings, accelerator, len(sets.train), epochs, steps, lr)
         place = replace(place, workers=_workers(place, accelerator))
-        if folder is not None and lift(model) is None:
+        if folder is not None and adopt_part_records(model) is None:
             model = convert(model, rules={"*": "keep"}, inplace=True, check=False)  # so that it can be saved
         model.to(accelerator.device)
         if distill and isinstance(doing, Classification):
@@ -157,7 +157,7 @@ def finetune(
         fitted_before = getattr(record_of(model), "head", None)
         head = doing.fit(model, sets, num_classes, seed)
         parameters = trained(model, train, doing.head_parameters(model, head), affine=not freeze_affine)
-        settings = replace(settings, network=digest(model))
+        settings = replace(settings, network=network_digest(model))
         accelerator.wait_for_everyone()
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
         scope = frozen(model, parameters, stats=freeze_stats, affine=freeze_affine)
@@ -168,7 +168,7 @@ def finetune(
                 trainer = Trainer(model, Job(doing, settings, place, sets), parameters, flags, accelerator, progress)
                 report = trainer.run(resume=resume)
         finally:
-            if trainer is not None and trainer.keeper.saved is not None:
+            if trainer is not None and trainer.checkpointer.saved is not None:
                 keep()
     if head is not None and getattr(record_of(model), "head", None) != fitted_before:
         where = f", {head.path}" if head.path else ""
@@ -204,7 +204,7 @@ def task_of(name: str, *, label_smoothing: float = 0.0, distill: float = 0.0) ->
 
 def small_batch_note(model: nn.Module, batch_size: int, processes: int = 1) -> str | None:
     """What to say to someone who trains BatchNorm layers on batches of 1 to 4 samples."""
-    moving = [module for module in model.modules() if not isinstance(module, Pinned)]
+    moving = [module for module in model.modules() if not isinstance(module, FrozenStatistics)]
     names = [spec.name for module in moving if (spec := identify(module)) is not None]
     count = names.count("bn") + (names.count("sync") if processes == 1 else 0)
     if not count or batch_size > 4:
@@ -257,7 +257,7 @@ def _steps(settings: Settings, epochs: int | None, steps: int | None) -> int:
     return (EPOCHS if epochs is None else epochs) * settings.epoch
 
 
-def _workers(place: Place, accelerator: Any) -> int:
+def _workers(place: RunOptions, accelerator: Any) -> int:
     """On a GPU, up to 8 processes that read images; on a CPU none, since training takes all of it."""
     if place.workers is not None:
         return place.workers

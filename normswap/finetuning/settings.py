@@ -129,7 +129,7 @@ def refuse(path: Path, was: Mapping[str, Any], settings: Settings) -> None:
 
 
 @dataclass(frozen=True)
-class Place:
+class RunOptions:
     """Where and how a run is carried out; none of it should change the result by more than rounding.
 
     output: the folder for its files, None to write none.

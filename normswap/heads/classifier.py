@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..modules.restore import evaluating, undisturbed
-from ..modules.tree import get, replace
+from ..modules.tree import module_at, replace_module
 from .dense import resize_predictor
 
 Layer = nn.Linear | nn.Conv2d
@@ -61,7 +61,7 @@ def resize_head(model: nn.Module, head: Head) -> None:
 
     dtype, device, training flag and whether there is a bias stay. On the meta device no values are drawn.
     """
-    old = get(model, head.path)
+    old = module_at(model, head.path)
     if isinstance(old, nn.Linear):
         if old.out_features == head.classes:
             return
@@ -88,7 +88,7 @@ def resize_head(model: nn.Module, head: Head) -> None:
     else:
         raise OptionError(f"{head.path} is a {type(old).__name__}, not a linear layer or a convolution")
     new.train(old.training)
-    replace(model, [head.path], new)
+    replace_module(model, [head.path], new)
     for holder in (model, getattr(model, "config", None)):  # where timm and transformers note the number
         for name in ("num_classes", "num_labels"):
             if getattr(holder, name, None) == _outputs(old):

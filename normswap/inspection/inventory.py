@@ -12,7 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from .. import norms as _norms  # noqa: F401  (registers the norm types)
 from ..errors import DataError, first_line
-from ..modules.tree import aliases, check_module, get, hidden_references
+from ..modules.tree import aliases, check_module, hidden_references, module_at
 from ..modules.wrappers import unwrapped
 from ..norms.registry import class_of, identify, why_suspicious
 from ..norms.spec import NormSpec, NormState
@@ -198,7 +198,7 @@ def _without_vectors(
 
 def positions(model: nn.Module, inventory: Inventory) -> dict[str, int]:
     """How many positions each norm layer is given at least, from a run on guessed inputs; only those it reaches."""
-    return positions_by_guess(model, {get(model, layer.path): layer.path for layer in inventory.layers})
+    return positions_by_guess(model, {module_at(model, layer.path): layer.path for layer in inventory.layers})
 
 
 def _recorded(

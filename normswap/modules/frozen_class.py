@@ -31,7 +31,7 @@ class Freeze:
     training: tuple[bool, bool | None] | None = None
 
 
-class Pinned(nn.Module):
+class FrozenStatistics(nn.Module):
     """Mixed in before a norm's class: `training` stays False, running statistics are not reset."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -58,7 +58,7 @@ def freeze_of(module: nn.Module) -> Freeze | None:
 def beneath(cls: type[nn.Module]) -> type[nn.Module]:
     """The class that a module had before it was pinned."""
     classes: tuple[Any, ...] = cls.__mro__
-    return next(c for c in classes if not issubclass(c, Pinned))
+    return next(c for c in classes if not issubclass(c, FrozenStatistics))
 
 
 _PINNED: dict[type[nn.Module], type[nn.Module]] = {}  # one for each class, so that copies have the same
@@ -67,7 +67,7 @@ _PINNED: dict[type[nn.Module], type[nn.Module]] = {}  # one for each class, so t
 def _pinned(cls: type[nn.Module]) -> type[nn.Module]:
     if cls not in _PINNED:
         own = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        _PINNED[cls] = type(cls.__name__, (Pinned, cls), own)
+        _PINNED[cls] = type(cls.__name__, (FrozenStatistics, cls), own)
     return _PINNED[cls]
 
 

@@ -39,7 +39,7 @@ def aliases(model: nn.Module) -> dict[nn.Module, list[str]]:
     return found
 
 
-def get(model: nn.Module, path: str) -> nn.Module:
+def module_at(model: nn.Module, path: str) -> nn.Module:
     """The module at a dotted path; '' is the root. Raises KeyError when there is none."""
     for name in path.split(".") if path else ():
         child = model._modules.get(name)
@@ -49,7 +49,7 @@ def get(model: nn.Module, path: str) -> nn.Module:
     return model
 
 
-def replace(model: nn.Module, paths: Iterable[str], new: nn.Module) -> nn.Module:
+def replace_module(model: nn.Module, paths: Iterable[str], new: nn.Module) -> nn.Module:
     """Put `new` at every path; returns the root, which is `new` itself when the root was replaced.
 
     Writes into the parent's table of children, so that a parent whose `add_module` or `__setattr__` is overridden
@@ -59,7 +59,7 @@ def replace(model: nn.Module, paths: Iterable[str], new: nn.Module) -> nn.Module
         if path == "":
             return new
         parent_path, _, name = path.rpartition(".")
-        parent = get(model, parent_path)
+        parent = module_at(model, parent_path)
         if name not in parent._modules:
             raise KeyError(path)
         parent._modules[name] = new

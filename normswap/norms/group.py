@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import OptionError
 from ._building import read_tail, with_affine
 from .registry import register
-from .spec import Misfit, NormSpec, NormState, Options, Request
+from .spec import DoesNotFit, NormRequest, NormSpec, NormState, Options
 
 AUTO_CHANNELS_PER_GROUP = 16  # Wu and He 2018, table 3: 16 channels a group is their best fixed choice
 
@@ -36,7 +36,7 @@ def divisors(number: int) -> list[int]:
     return small + [number // d for d in reversed(small) if d * d != number]
 
 
-def fit_groups(state: NormState, request: Request) -> GroupOptions:
+def fit_groups(state: NormState, request: NormRequest) -> GroupOptions:
     """Choose `num_groups` for one layer. Raises Misfit, naming the allowed numbers, when the request does not fit."""
     channels, nearest = state.channels, request.indivisible == "nearest"
     allowed = divisors(channels)
@@ -58,8 +58,8 @@ def fit_groups(state: NormState, request: Request) -> GroupOptions:
     return GroupOptions(eps=request.eps, num_groups=groups)
 
 
-def _indivisible(reason: str, what: str, allowed: list[int]) -> Misfit:
-    return Misfit(f"{reason}; allowed {what}: {', '.join(map(str, allowed))}", divisibility=True)
+def _indivisible(reason: str, what: str, allowed: list[int]) -> DoesNotFit:
+    return DoesNotFit(f"{reason}; allowed {what}: {', '.join(map(str, allowed))}", divisibility=True)
 
 
 def _read(module: Any) -> NormState:

@@ -49,7 +49,7 @@ _USUAL = {
 """What people call the norms."""
 
 
-def get(name: str) -> NormSpec:
+def norm_named(name: str) -> NormSpec:
     """The norm type of that name. Raises OptionError, with near matches, for an unknown one."""
     spec = _BY_NAME.get(name)
     if spec is None or spec.build is None:

@@ -62,7 +62,7 @@ class NormState:
 
 
 @dataclass(frozen=True)
-class Request:
+class NormRequest:
     """What the user asked of every layer of one target, before it is fitted to a layer's channels."""
 
     groups: int | str | None = None
@@ -100,7 +100,7 @@ class Options:
             raise OptionError(f"eps must be >= 0, got {self.eps!r}")
 
 
-class Misfit(Exception):
+class DoesNotFit(Exception):
     """A request does not fit one layer. `plan` collects these, so that all of them are reported at once."""
 
     def __init__(self, reason: str, *, divisibility: bool = False) -> None:
@@ -108,7 +108,7 @@ class Misfit(Exception):
         super().__init__(reason)
 
 
-def _fit_nothing(state: NormState, request: Request) -> Options:
+def _fit_nothing(state: NormState, request: NormRequest) -> Options:
     return Options(eps=request.eps)
 
 
@@ -132,7 +132,7 @@ class NormSpec:
     read: Callable[[nn.Module], NormState]
     build: Callable[[NormState, Any], nn.Module] | None = None
     options: type[Options] = Options
-    fit: Callable[[NormState, Request], Options] = _fit_nothing
+    fit: Callable[[NormState, NormRequest], Options] = _fit_nothing
     classes: tuple[type[nn.Module], ...] = ()
     class_names: tuple[str, ...] = ()
     matches: Callable[[nn.Module], bool] | None = None

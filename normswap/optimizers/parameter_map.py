@@ -15,7 +15,7 @@ from ..conversion.apply import scales_gamma
 from ..conversion.exact_scaling import by_output_channel
 from ..conversion.record import Record, record_of
 from ..errors import OptionError
-from ..modules.tree import get
+from ..modules.tree import module_at
 from ..planning.plan import Step
 
 Names = tuple[dict[nn.Parameter, list[str]], nn.Module]
@@ -72,7 +72,7 @@ def _is_new(name: str, parameter: nn.Parameter, record: Record, held: Container[
 
 def _has(model: nn.Module, path: str) -> bool:
     try:
-        return get(model, path) is not None
+        return module_at(model, path) is not None
     except KeyError:
         return False
 
@@ -159,7 +159,7 @@ class Changes:
         scales = {layer.path: layer.scale for layer in record.undo.layers}
         held = {name for name in self.target.values() if name is not None}
         for path in (p for s in record.plan.steps if s.transfer in ("fold", "fuse") for p in s.producers):
-            layer: Any = get(self.model, path)
+            layer: Any = module_at(self.model, path)
             for own in ("weight", "bias"):
                 name = _join(path, own)
                 if name not in held or (own == "bias" and name not in self.known):

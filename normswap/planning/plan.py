@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import CheckpointError, OptionError
-from ..norms.registry import get
+from ..norms.registry import norm_named
 from ..norms.spec import Options
 
 TRANSFERS = ("fold", "copy", "reset")
@@ -82,7 +82,7 @@ class Plan:
                         **step,
                         "aliases": tuple(step["aliases"]),
                         "producers": tuple(step["producers"]),
-                        "options": get(step["target"]).options(**step["options"]),
+                        "options": norm_named(step["target"]).options(**step["options"]),
                     }
                 )
                 for step in values["steps"]

@@ -13,8 +13,8 @@ from torch import nn
 from ..arguments import one_of
 from ..errors import Fix, OptionError, PlanError, Text, did_you_mean
 from ..inspection.inventory import Inventory, Layer, inspect, positions
-from ..norms.registry import get, targets
-from ..norms.spec import Misfit, NormSpec, Options, Request
+from ..norms.registry import norm_named, targets
+from ..norms.spec import DoesNotFit, NormRequest, NormSpec, Options
 from .plan import SOFT, TRANSFERS, Kept, Plan, Step
 from .rules import Rule, Rules, assigned, check_rules, rules_of, selected
 
@@ -50,12 +50,12 @@ def plan(
     Raises OptionError for options that make no sense, PlanError listing every layer that cannot be converted.
     """
     soft = eps == "auto"
-    request = Request(groups, channels_per_group, indivisible, None if soft else cast(Any, eps))
+    request = NormRequest(groups, channels_per_group, indivisible, None if soft else cast(Any, eps))
     ordered = rules_of(to, rules)
     names = {rule.target for rule in ordered} - {"keep"}
     _check_options(request, names, transfer, missing_statistics, sources)
     needs_feeds = zero_init_residual or bool(names & {"in", "fused", "bn"})
-    needs_feeds |= transfer == "fold" and any(get(name).per_sample for name in names)
+    needs_feeds |= transfer == "fold" and any(norm_named(name).per_sample for name in names)
     needs_feeds |= example_inputs is not None
     inventory = inspect(model, example_inputs, feeds=needs_feeds)
     if not inventory.layers and not inventory.suspects:
@@ -66,7 +66,7 @@ def plan(
 
 
 def _check_options(
-    request: Request, names: set[str], transfer: str, missing: str, sources: Collection[str] | None
+    request: NormRequest, names: set[str], transfer: str, missing: str, sources: Collection[str] | None
 ) -> None:
     one_of("transfer", transfer, TRANSFERS)
     one_of("missing_statistics", missing, ("error", "later"))
@@ -89,7 +89,7 @@ def _check_options(
 class _Planner:
     inventory: Inventory
     rules: list[Rule]
-    request: Request
+    request: NormRequest
     transfer: str
     zero_init: bool
     missing_statistics: str
@@ -115,8 +115,8 @@ class _Planner:
                 kept.append(Kept(layer.path, layer.spec.name, why))
             else:
                 try:
-                    steps.append(self._step(layer, get(rule.target)))
-                except Misfit as misfit:
+                    steps.append(self._step(layer, norm_named(rule.target)))
+                except DoesNotFit as misfit:
                     self.indivisible |= misfit.divisibility
                     self.problems.append(f"{_name(layer.path)} ({layer.class_name}): {misfit}")
         for suspect in self.inventory.suspects:
@@ -170,23 +170,25 @@ class _Planner:
             positions = self.positions.get(layer.path)
         if positions is None:
             self.degenerate = self.unshown = True
-            raise Misfit("each group may be a single value, which erases the data: no run shows how many it holds")
+            raise DoesNotFit("each group may be a single value, which erases the data: no run shows how many it holds")
         if target.elements(layer.state.channels, positions, options) < 2:
             self.degenerate = True
-            raise Misfit("each group would be a single value, which erases the data")
+            raise DoesNotFit("each group would be a single value, which erases the data")
 
     def _check_shape(self, layer: Layer, target: NormSpec) -> None:
         state, feed = layer.state, layer.feed
         if state.channels < 1:
-            raise Misfit("it normalizes over several dimensions with one weight per element; no per-channel norm can")
+            raise DoesNotFit(
+                "it normalizes over several dimensions with one weight per element; no per-channel norm can"
+            )
         vectors = self.inventory.recorded and feed.kind == "linear" and feed.positions == 1
         if state.channel_dim != 1 and not vectors:
-            raise Misfit("its channels are the last dimension, the new norm's the second")
+            raise DoesNotFit("its channels are the last dimension, the new norm's the second")
         if layer.held_by:
             self.held = True
-            raise Misfit(f"{', '.join(layer.held_by)} holds it too, outside the children, where no swap reaches it")
+            raise DoesNotFit(f"{', '.join(layer.held_by)} holds it too, outside the children, where no swap reaches it")
         if target.needs_dims and state.dims is None and feed.dims is None:
-            raise Misfit(f"whether {target.title} must be 1d, 2d or 3d is not known; give example inputs")
+            raise DoesNotFit(f"whether {target.title} must be 1d, 2d or 3d is not known; give example inputs")
 
     def _transfer(self, layer: Layer, target: NormSpec, options: Options) -> tuple[str, tuple[str, ...], str]:
         state, feed = layer.state, layer.feed
@@ -197,7 +199,7 @@ class _Planner:
                 if self.missing_statistics == "later" and target.name not in ("frozen", "fused"):
                     return "copy", (), "statistics to be estimated by calibrate"
                 self.no_statistics = True
-                raise Misfit(f"{target.name} needs running statistics, which {layer.spec.name} does not have")
+                raise DoesNotFit(f"{target.name} needs running statistics, which {layer.spec.name} does not have")
             if target.name == "fused":
                 return ("fuse", feed.producers, "") if feed.foldable else ("affine", (), feed.reason)
             return "exact", (), ""

@@ -9,7 +9,7 @@ from ..errors import Fix, OptionError, Text
 from ..inspection.inventory import Inventory
 from ..inspection.roles import counted, role_in
 from ..modules.tree import matches
-from ..norms.registry import get, targets
+from ..norms.registry import norm_named, targets
 
 Rules = Mapping[str, str] | Sequence[tuple[str, str]]
 
@@ -28,7 +28,7 @@ class Rule:
         if not self.pattern:
             raise OptionError("a rule needs a pattern, such as 'layer4.*=frozen'")
         if self.target != "keep":
-            get(self.target)
+            norm_named(self.target)
         role_in(self.pattern)
 
     def covers(self, names: Iterable[str], role: str) -> bool:
@@ -47,7 +47,7 @@ def rules_of(to: str | None, rules: Rules | None) -> list[Rule]:
     except (TypeError, ValueError) as error:
         raise OptionError(f"rules must be pattern -> norm, got {rules!r}") from error
     if to is not None:
-        get(to)
+        norm_named(to)
         ordered.append(Rule("*", to))
     if not ordered:
         raise OptionError(f"nothing to convert to: give `to` or `rules`; norms: {', '.join(targets())}")

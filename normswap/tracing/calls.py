@@ -50,7 +50,7 @@ def out_channels(module: Any) -> int:
     return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
 
 
-class Run:
+class CallGraph:
     """One region with the lookups an analysis needs."""
 
     def __init__(self, region: Region, canonical: Mapping[str, str], modules: Mapping[str, nn.Module]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..modules.storage import sharers
-from .calls import Run, dims_of, out_channels, producer_kind
+from .calls import CallGraph, dims_of, out_channels, producer_kind
 from .residual import PASSTHROUGH_CLASSES, ends_branch
 from .run import Region, is_below
 
@@ -50,8 +50,8 @@ def analyse(
     canonical = {alias: names[0] for names in paths.values() for alias in names}
     modules = {names[0]: module for module, names in paths.items()}
     owners = sharers(p for module in paths for p in module._parameters.values() if p is not None)
-    runs = [Run(region, canonical, modules) for region in regions]
-    norm_calls: dict[str, list[tuple[Run, int]]] = defaultdict(list)
+    runs = [CallGraph(region, canonical, modules) for region in regions]
+    norm_calls: dict[str, list[tuple[CallGraph, int]]] = defaultdict(list)
     layer_users: dict[str, Users] = defaultdict(dict)
     for run in runs:
         for index, name in enumerate(run.names):
@@ -124,7 +124,7 @@ def _add(users: Users, user: str | None, way: str) -> None:
 def _feed_of(
     path: str,
     norms: Mapping[str, int],
-    calls: list[tuple[Run, int]],
+    calls: list[tuple[CallGraph, int]],
     layer_users: Mapping[str, Users],
     modules: Mapping[str, nn.Module],
     owners: Mapping[int, int],
@@ -157,7 +157,7 @@ def _feed_of(
     return Feed(kind, producers if foldable else (), foldable, reason, last, dims, positions)
 
 
-def _kind(calls: list[tuple[Run, int]], norms: Mapping[str, int]) -> str:
+def _kind(calls: list[tuple[CallGraph, int]], norms: Mapping[str, int]) -> str:
     """What the norm is fed by in all of these calls; those that do not show it count only where none does."""
     shown = [(run, run.source(i)) for run, i in calls if not run.open(i)]
     kinds = {"other" if s is None else run.kind(s, norms) for run, s in shown} or {"input"}
@@ -213,7 +213,7 @@ def _hooked_between(producer: str, path: str, modules: Mapping[str, nn.Module]) 
     return ""
 
 
-def _extent(calls: list[tuple[Run, int]]) -> tuple[int | None, int | None]:
+def _extent(calls: list[tuple[CallGraph, int]]) -> tuple[int | None, int | None]:
     shapes = [run.calls[i].input_shape for run, i in calls]
     extents = [shape[2:] for shape in shapes if shape is not None]
     if extents:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from .calls import SUMS, Run, producer_kind
+from .calls import SUMS, CallGraph, producer_kind
 
 PASSTHROUGH_CLASSES = {"Identity", "DropPath", "StochasticDepth", "DropBlock2d", "DropBlock2D", "DropBlock3d"}
 _PASSTHROUGH_FUNCTIONS = {"dropout", "stochastic_depth", "mul", "mul_", "detach", "clone", "alias"}
 
 
-def ends_branch(run: Run, index: int) -> bool:
+def ends_branch(run: CallGraph, index: int) -> bool:
     """Whether a norm's output goes straight into a sum whose other side is the branch's own starting point.
 
     The starting point is an ancestor of the norm, itself or through at most one projection (a pool, a convolution, a
@@ -33,7 +33,7 @@ def ends_branch(run: Run, index: int) -> bool:
     return len(others) == 1 and _is_shortcut(run, others[0], index)
 
 
-def _is_shortcut(run: Run, other: int, branch: int) -> bool:
+def _is_shortcut(run: CallGraph, other: int, branch: int) -> bool:
     depth = _layers_between(run, other, branch)
     if depth is not None:
         return depth > 0
@@ -50,7 +50,7 @@ def _is_shortcut(run: Run, other: int, branch: int) -> bool:
     return False
 
 
-def _layers_between(run: Run, start: int, end: int) -> int | None:
+def _layers_between(run: CallGraph, start: int, end: int) -> int | None:
     """Most convolutions or linear layers on a way from call `start` to call `end`; None if there is no way."""
     best: dict[int, int | None] = {start: 0}
 

@@ -19,7 +19,7 @@ from ..files.writing import atomic, check_writable
 FORMAT = 1
 
 
-def digest(model: nn.Module) -> str:
+def network_digest(model: nn.Module) -> str:
     """Tells whether the state of a run belongs to this network: a hash of its plan and of its tensors' shapes."""
     record = record_of(model)
     shapes = {name: list(t.shape) for name, t in model.state_dict().items()}

@@ -24,7 +24,7 @@ from normswap.conversion.apply import inner_norm
 from normswap.conversion.record import record_of
 from normswap.detection import detector
 from normswap.errors import DataError, NormswapError, OptionError, RevertError
-from normswap.modules.tree import get
+from normswap.modules.tree import module_at
 
 PER_SAMPLE = [("gn", {"groups": 2}), ("ln", {}), ("ln-channel", {}), ("in", {})]
 STATISTICS = ["bn", "sync", "renorm"]
@@ -82,7 +82,7 @@ def outputs(model: nn.Module, paths: list[str], batches: list[Any]) -> dict[str,
         def hook(module: nn.Module, args: Any, out: Tensor, path: str = path) -> None:
             seen[path].append(out.detach().double().movedim(1, -1).flatten(0, -2).clone())
 
-        handles.append(inner_norm(get(model, path)).register_forward_hook(hook))
+        handles.append(inner_norm(module_at(model, path)).register_forward_hook(hook))
     for batch in batches:
         run(model, batch)
     for handle in handles:
@@ -202,10 +202,10 @@ def test_running_statistics_are_those_of_all_the_data(net: nn.Module, to: str) -
     inputs: dict[str, Tensor] = {}
     for path in ("stem.1", "body.0.bn1", "body.1.bn2"):
         keep = lambda module, args, path=path: inputs.update({path: args[0].double().clone()})  # noqa: E731
-        inner_norm(get(model, path)).register_forward_pre_hook(keep)
+        inner_norm(module_at(model, path)).register_forward_pre_hook(keep)
     run(model, data)
     for path, x in inputs.items():
-        norm = inner_norm(get(model, path))
+        norm = inner_norm(module_at(model, path))
         torch.testing.assert_close(norm.running_mean.double(), x.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(norm.running_var.double(), x.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
     assert bits(inner_norm(model.stem[1]).weight) == gamma

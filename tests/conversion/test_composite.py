@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 import normswap
-from normswap.conversion.composite import lift
+from normswap.conversion.composite import adopt_part_records
 from normswap.conversion.record import record_of
 from normswap.conversion.stabilize import factors_in
 from normswap.detection import detector
@@ -49,7 +49,7 @@ def test_a_whole_with_two_converted_parts_is_saved_loaded_and_reverted(x: Tensor
     model[1] = normswap.convert(model[1], "ln")
     file = normswap.save(model, tmp_path / "whole.safetensors")
     assert record_of(model) is None  # saving changes nothing
-    assert [(s.path, s.target, s.producers) for s in lift(model).plan.steps] == [
+    assert [(s.path, s.target, s.producers) for s in adopt_part_records(model).plan.steps] == [
         ("0.1", "gn", ("0.0",)), ("1.1", "ln", ("1.0",)),
     ]  # fmt: skip
     loaded = normswap.load(file, model=copy.deepcopy(original))
@@ -148,6 +148,6 @@ def test_a_network_converted_twice_is_reverted_twice_as_a_part(x: Tensor) -> Non
     once = normswap.convert(original, "frozen")
     twice = normswap.convert(once, "gn", groups=2, sources=["frozen"])
     whole = nn.Sequential(twice)
-    lift(whole)
+    adopt_part_records(whole)
     assert equal(normswap.revert(whole), nn.Sequential(once))
     assert equal(normswap.revert(whole), nn.Sequential(original))

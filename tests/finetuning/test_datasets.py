@@ -19,7 +19,7 @@ from normswap.errors import DataError, OptionError
 from normswap.finetuning.datasets.augmentation import Augmented, training_transform
 from normswap.finetuning.datasets.labelled import open_sets, some_inputs, transformed
 from normswap.finetuning.datasets.loader import Loader, Samples, Skipped
-from normswap.finetuning.datasets.sampler import Order, Turns
+from normswap.finetuning.datasets.sampler import ResumableBatchSampler, ValidationSampler
 from normswap.finetuning.datasets.splits import split
 from normswap.finetuning.datasets.torchvision_named import from_torchvision
 
@@ -52,18 +52,18 @@ def train(folder: Path, **more: object) -> normswap.finetuning.output.report.Fin
 
 @pytest.mark.parametrize(("samples", "size", "accumulate", "processes"), [(10, 2, 1, 1), (23, 2, 3, 2), (16, 1, 4, 4)])
 def test_processes_share_an_epoch_without_overlap(samples: int, size: int, accumulate: int, processes: int) -> None:
-    parts = [list(Order(samples, size, 5, accumulate, processes, rank)) for rank in range(processes)]
+    parts = [list(ResumableBatchSampler(samples, size, 5, accumulate, processes, rank)) for rank in range(processes)]
     seen = Counter(index for part in parts for batch in part for _, index in batch)
     width = size * accumulate * processes
     assert set(seen.values()) == {1}
     assert len(seen) == samples // width * width
-    whole = list(Order(samples, size * processes, 5, accumulate))
+    whole = list(ResumableBatchSampler(samples, size * processes, 5, accumulate))
     for step, batches in enumerate(zip(*parts, strict=True)):  # side by side they are one process's batch
         assert [key for batch in batches for key in batch] == whole[step]
 
 
 def test_an_epoch_goes_on_from_any_step() -> None:
-    order = Order(30, 2, 1, accumulate=2)
+    order = ResumableBatchSampler(30, 2, 1, accumulate=2)
     order.start(3)
     whole = list(order)
     order.start(3, first=4)
@@ -75,7 +75,7 @@ def test_an_epoch_goes_on_from_any_step() -> None:
 
 @pytest.mark.parametrize(("samples", "processes"), [(7, 1), (7, 2), (2, 3), (12, 5)])
 def test_validation_counts_every_sample_once(samples: int, processes: int) -> None:
-    turns = [Turns(samples, 2, processes, rank) for rank in range(processes)]
+    turns = [ValidationSampler(samples, 2, processes, rank) for rank in range(processes)]
     keys = [index for turn in turns for batch in turn for _, index in batch]
     assert sorted(keys) == list(range(samples))
     assert [len(turn) for turn in turns] == [len(list(turn)) for turn in turns]
@@ -98,7 +98,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(tmp_path: Path, workers:
     sets = transformed(open_sets(paint(tmp_path)), Augmented(Preprocess()), Preprocess())
 
     def read(seed: int, epoch: int) -> dict[int, Tensor]:
-        order = Order(len(sets.train), 3, 0)
+        order = ResumableBatchSampler(len(sets.train), 3, 0)
         order.start(epoch)
         loader = Loader(Samples(sets.train, list, seed=seed, replace=True), order, workers, Skipped(0), pin=False)
         torch.manual_seed(random.randrange(1000))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.errors import Interrupted, TrainingError
-from normswap.finetuning.engine.failures import explained
+from normswap.finetuning.engine.failures import explain
 from normswap.finetuning.output.report import Progress
 
 TASKS = ("classification", "detection", "segmentation")
@@ -151,7 +151,7 @@ def test_a_network_that_does_not_compile_is_told_in_one_sentence(monkeypatch: py
 def test_a_failing_torch_compile_is_no_fault_of_ours_and_names_the_option() -> None:
     from torch._dynamo.exc import InternalTorchDynamoError
 
-    error = explained(InternalTorchDynamoError("no C++ compiler"), "step 1", torch.device("cpu"), "nothing is left")
+    error = explain(InternalTorchDynamoError("no C++ compiler"), "step 1", torch.device("cpu"), "nothing is left")
     assert isinstance(error, TrainingError)
     assert error.message == "torch.compile cannot compile the network (no C++ compiler); nothing is left"
     assert error.hint == "Leave compile out."

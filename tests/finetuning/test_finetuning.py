@@ -18,7 +18,7 @@ from normswap.conversion.stabilize import factors_of
 from normswap.demo.digits import split
 from normswap.demo.network import pretrained
 from normswap.errors import CheckpointError, DataError, Interrupted, OptionError, OutputError, TrainingError
-from normswap.finetuning.engine.checkpointer import Standing
+from normswap.finetuning.engine.checkpointer import RunState
 from normswap.finetuning.engine.optimizer import averaged, default_rate, rate_at
 from normswap.finetuning.settings import Settings
 
@@ -100,8 +100,8 @@ def test_the_average_follows_the_weights_fast_at_first_and_then_by_the_decay() -
 def test_of_two_networks_that_are_equally_accurate_the_one_with_less_loss_is_the_best(
     value: float, loss: float | None, better: bool
 ) -> None:
-    assert Standing(best=0.5, best_loss=1.0).better(value, loss) == better
-    assert Standing().better(value, loss)
+    assert RunState(best=0.5, best_loss=1.0).better(value, loss) == better
+    assert RunState().better(value, loss)
 
 
 def test_the_best_file_is_that_of_the_smaller_loss_where_the_accuracy_is_the_same(

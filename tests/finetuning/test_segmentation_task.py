@@ -22,7 +22,7 @@ from torchvision.models import segmentation as zoo
 import normswap
 from normswap.data import Preprocess, open_masks
 from normswap.errors import DataError, OptionError
-from normswap.finetuning.datasets.masks import Scenes
+from normswap.finetuning.datasets.masks import SegmentationImages
 from normswap.finetuning.tasks.segmentation import Overlap, Segmentation
 from normswap.heads.classifier import Head, resize_head
 from normswap.heads.dense import find_predictor
@@ -145,7 +145,7 @@ def test_image_and_mask_change_together(tmp_path: Path) -> None:
     Image.fromarray(np.stack([mask * 60] * 3, -1)).save(tmp_path / "a.png")
     Image.fromarray(mask).save(tmp_path / "a_mask.png")
     prepare = Preprocess(size="native", mean=(0.0,), std=(1.0,))
-    scenes = Scenes(open_masks(tmp_path), prepare, changes="auto", crop=(48, 40), training=True)
+    scenes = SegmentationImages(open_masks(tmp_path), prepare, changes="auto", crop=(48, 40), training=True)
     sizes = set()
     for seed in range(20):
         torch.manual_seed(seed)

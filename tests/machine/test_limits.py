@@ -9,7 +9,7 @@ from torch import nn
 
 from normswap.distillation.settings import Settings as Distillation
 from normswap.errors import OptionError
-from normswap.finetuning.settings import Place
+from normswap.finetuning.settings import RunOptions
 from normswap.finetuning.settings import Settings as Finetuning
 from normswap.finetuning.tasks.head import fitted
 from normswap.heads.classifier import Head
@@ -24,9 +24,9 @@ def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_more_workers_than_the_cores_keep_busy_are_refused() -> None:
-    assert Place(workers=16).workers == 16
+    assert RunOptions(workers=16).workers == 16
     with pytest.raises(OptionError, match="1000 worker processes on 4 cores") as caught:
-        Place(workers=1000)
+        RunOptions(workers=1000)
     assert "--workers 4" in str(caught.value)
 
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normswap.errors import NormswapError
-from normswap.modules import tree as surgery
+from normswap.modules.hooks import adopt
+from normswap.modules.restore import evaluating, undisturbed
+from normswap.modules.tree import aliases, copied, hidden_references, matches, module_at, replace_module
 
 
 class Shared(nn.Module):
@@ -30,7 +32,7 @@ class Shared(nn.Module):
 
 def test_aliases_lists_every_name_of_every_module_in_traversal_order() -> None:
     net = Shared()
-    found = surgery.aliases(net)
+    found = aliases(net)
     assert found[net.first] == ["first", "second", "inner.b", "more.x"]
     assert [names[0] for names in found.values()] == ["", "first", "inner", "inner.a", "more"]
     every = [name for names in found.values() for name in names]
@@ -40,12 +42,12 @@ def test_aliases_lists_every_name_of_every_module_in_traversal_order() -> None:
 def test_a_module_that_is_its_own_descendant_does_not_hang_the_walk() -> None:
     net = nn.Sequential(nn.Sequential(nn.Linear(1, 1)))
     net[0].add_module("up", net)
-    assert [names[0] for names in surgery.aliases(net).values()] == ["", "0", "0.0"]
+    assert [names[0] for names in aliases(net).values()] == ["", "0", "0.0"]
 
 
 def test_replace_puts_the_new_module_at_every_path_and_keeps_the_order() -> None:
     net, new = Shared(), nn.Identity()
-    root = surgery.replace(net, surgery.aliases(net)[net.first], new)
+    root = replace_module(net, aliases(net)[net.first], new)
     assert root is net
     assert net.first is net.second is net.inner.b is net.more["x"] is new
     assert list(net._modules) == ["first", "second", "inner", "more", "nothing"]
@@ -53,15 +55,15 @@ def test_replace_puts_the_new_module_at_every_path_and_keeps_the_order() -> None
 
 def test_replacing_the_root_returns_the_new_one() -> None:
     new = nn.Identity()
-    assert surgery.replace(nn.Linear(1, 1), [""], new) is new
+    assert replace_module(nn.Linear(1, 1), [""], new) is new
 
 
 @pytest.mark.parametrize("path", ["third", "inner.c", "first.weight", "nothing.x"])
 def test_a_path_that_does_not_exist_is_a_key_error(path: str) -> None:
     with pytest.raises(KeyError, match=path):
-        surgery.get(Shared(), path)
+        module_at(Shared(), path)
     with pytest.raises(KeyError):
-        surgery.replace(Shared(), [path], nn.Identity())
+        replace_module(Shared(), [path], nn.Identity())
 
 
 def test_a_parent_whose_add_module_and_setattr_raise_does_not_interfere() -> None:
@@ -80,7 +82,7 @@ def test_a_parent_whose_add_module_and_setattr_raise_does_not_interfere() -> Non
 
     net, new = Stubborn(nn.ReLU(), nn.Linear(1, 1)), nn.Identity()
     Stubborn.closed = True
-    surgery.replace(net, ["1"], new)
+    replace_module(net, ["1"], new)
     assert net[1] is new
 
 
@@ -98,7 +100,7 @@ def test_a_parent_whose_add_module_and_setattr_raise_does_not_interfere() -> Non
     ],
 )
 def test_a_pattern_covers(pattern: str, path: str, covered: bool) -> None:
-    assert surgery.matches(pattern, path) is covered
+    assert matches(pattern, path) is covered
 
 
 # --- handing over -----------------------------------------------------------------------------------------------
@@ -113,7 +115,7 @@ def test_adopted_hooks_run_and_their_handles_still_remove_them() -> None:
         old.register_forward_hook(lambda m, a, k, o: calls.append("kwargs"), with_kwargs=True),
         old.register_forward_hook(lambda *a: calls.append("always"), always_call=True),
     ]
-    surgery.adopt(new, old)
+    adopt(new, old)
     new(torch.ones(1, 2))
     assert sorted(calls) == ["after", "always", "before", "kwargs"]
     for handle in handles:
@@ -126,7 +128,7 @@ def test_an_adopted_full_backward_hook_stays_a_full_one() -> None:
     old, new = nn.Linear(2, 2), nn.Tanh()
     seen: list[Tensor] = []
     old.register_full_backward_hook(lambda m, into, out: seen.extend(into))
-    surgery.adopt(new, old)
+    adopt(new, old)
     x = torch.ones(1, 2, requires_grad=True)
     new(x).sum().backward()
     assert torch.equal(seen[0], x.grad)
@@ -136,7 +138,7 @@ def test_an_adopted_full_backward_hook_stays_a_full_one() -> None:
 def test_adopted_attributes_leave_the_new_modules_own_alone() -> None:
     old, new = nn.Linear(2, 3), nn.Linear(5, 7)
     old.note, old.in_features, old.secret = "mine", 2, 1
-    surgery.adopt(new, old, known=frozenset({"secret"}))
+    adopt(new, old, known=frozenset({"secret"}))
     assert new.note == "mine"
     assert new.in_features == 5
     assert not hasattr(new, "secret")
@@ -180,7 +182,7 @@ def test_undisturbed_undoes_what_a_forward_leaves_behind(fails: bool) -> None:
     net = Messy()
     before, state, last = fingerprint(net), torch.get_rng_state(), list(net.cache["x"])
     try:
-        with surgery.undisturbed(net):
+        with undisturbed(net):
             net(torch.ones(1, 2))
             assert net.calls == 1
             if fails:
@@ -196,10 +198,10 @@ def test_evaluating_gives_every_module_its_own_flag_back() -> None:
     net = nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU().eval(), nn.ReLU()))
     net[1].training = False
     flags = [m.training for m in net.modules()]
-    with surgery.evaluating(net):
+    with evaluating(net):
         assert not any(m.training for m in net.modules())
     assert [m.training for m in net.modules()] == flags
-    with surgery.evaluating(net, training=True):
+    with evaluating(net, training=True):
         assert all(m.training for m in net.modules())
     assert [m.training for m in net.modules()] == flags
 
@@ -215,7 +217,7 @@ def test_hidden_references_finds_modules_in_plain_attributes() -> None:
     net.method = layer.forward
     object.__setattr__(net[2], "direct", layer)
     net.__dict__["direct"] = other
-    found = [place for place in surgery.hidden_references(surgery.aliases(net)) if place[2] is layer]
+    found = [place for place in hidden_references(aliases(net)) if place[2] is layer]
     assert sorted((path, name) for path, name, module in found) == [
         ("", "method"), ("", "nested"), ("2", "direct"), ("2", "listed"),
     ]  # fmt: skip
@@ -234,7 +236,7 @@ def test_hidden_references_looks_into_closures_defaults_and_partial_calls() -> N
     net[1].partial = functools.partial(F.relu, layer.weight)
     net[1].argument = functools.partial(map, layer)
     net[1].keyword = {"a": called}
-    found = {name for path, name, module in surgery.hidden_references(surgery.aliases(net)) if module is layer}
+    found = {name for path, name, module in hidden_references(aliases(net)) if module is layer}
     assert found == {"closure", "nested", "argument", "keyword"}
 
 
@@ -248,12 +250,12 @@ def test_a_closure_that_holds_its_owner_or_nothing_yet_is_no_hidden_reference() 
             if self is None:
                 later = self.norm
 
-    assert surgery.hidden_references(surgery.aliases(Owner())) == []
+    assert hidden_references(aliases(Owner())) == []
 
 
 def test_registered_children_are_no_hidden_references() -> None:
     net = Shared()
-    assert surgery.hidden_references(surgery.aliases(net)) == []
+    assert hidden_references(aliases(net)) == []
 
 
 def test_a_model_that_cannot_be_copied_names_the_way_out() -> None:
@@ -264,4 +266,4 @@ def test_a_model_that_cannot_be_copied_names_the_way_out() -> None:
     with pytest.raises(
         NormswapError, match=r"Single cannot be deep-copied \(TypeError: I am the only one\)\n.*inplace=True"
     ):
-        surgery.copied(Single())
+        copied(Single())

@@ -16,8 +16,8 @@ import normswap
 import normswap.norms
 from normswap.errors import OptionError
 from normswap.norms._wrappers import ChannelAffine
-from normswap.norms.registry import get, identify, register, specs, targets
-from normswap.norms.spec import Misfit, NormSpec, NormState, Request
+from normswap.norms.registry import identify, norm_named, register, specs, targets
+from normswap.norms.spec import DoesNotFit, NormRequest, NormSpec, NormState
 
 C, GROUPS = 8, 2
 SHAPES = {"vectors": (5, C), "1d": (5, C, 6), "2d": (3, C, 4, 5), "3d": (2, C, 3, 4, 2)}
@@ -54,10 +54,10 @@ def batch_norm(dims: int = 2, **kwargs: object) -> nn.Module:
 
 
 def build(name: str, bn: nn.Module) -> nn.Module:
-    spec = get(name)
-    state = get("bn").read(bn)
+    spec = norm_named(name)
+    state = norm_named("bn").read(bn)
     groups = GROUPS if name == "gn" else None
-    return spec.build(state, spec.fit(state, Request(groups=groups)))
+    return spec.build(state, spec.fit(state, NormRequest(groups=groups)))
 
 
 def cases() -> list[tuple[str, str]]:
@@ -122,7 +122,7 @@ def test_what_is_built_reads_back_as_it_was(name: str, affine: bool) -> None:
 
 @pytest.mark.parametrize("name", ["bn", "sync", "renorm"])
 def test_momentum_and_the_number_of_batches_survive(name: str) -> None:
-    state = get(name).read(build(name, batch_norm()))
+    state = norm_named(name).read(build(name, batch_norm()))
     assert state.momentum == 0.3
     assert int(state.num_batches_tracked) == 7
 
@@ -279,7 +279,7 @@ def test_a_class_can_be_registered_once() -> None:
 
 def test_an_unknown_norm_suggests_the_nearest() -> None:
     with pytest.raises(OptionError, match=r"unknown norm 'frosen'; known: bn, sync, .*\nDid you mean frozen\?"):
-        get("frosen")
+        norm_named("frosen")
 
 
 @pytest.mark.parametrize(
@@ -287,18 +287,21 @@ def test_an_unknown_norm_suggests_the_nearest() -> None:
     [({"groups": 4}, 4), ({"channels_per_group": 16}, 3), ({}, 3), ({"groups": "auto"}, 3), ({"groups": 48}, 48)],
 )
 def test_the_number_of_groups_of_48_channels(request_: dict[str, object], groups: int) -> None:
-    assert get("gn").fit(NormState(48, 1e-5), Request(**request_)).num_groups == groups
+    assert norm_named("gn").fit(NormState(48, 1e-5), NormRequest(**request_)).num_groups == groups
 
 
 @pytest.mark.parametrize(("asked", "nearest"), [(32, 24), (5, 4), (100, 48), (1, 1)])
 def test_the_nearest_number_of_groups_is_the_largest_divisor_not_above(asked: int, nearest: int) -> None:
-    assert get("gn").fit(NormState(48, 1e-5), Request(groups=asked, indivisible="nearest")).num_groups == nearest
+    assert (
+        norm_named("gn").fit(NormState(48, 1e-5), NormRequest(groups=asked, indivisible="nearest")).num_groups
+        == nearest
+    )
 
 
 @pytest.mark.parametrize(("asked", "groups"), [(10, 6), (100, 1), (16, 3)])
 def test_the_nearest_group_size_is_the_largest_divisor_not_above(asked: int, groups: int) -> None:
-    request = Request(channels_per_group=asked, indivisible="nearest")
-    assert get("gn").fit(NormState(48, 1e-5), request).num_groups == groups
+    request = NormRequest(channels_per_group=asked, indivisible="nearest")
+    assert norm_named("gn").fit(NormState(48, 1e-5), request).num_groups == groups
 
 
 @pytest.mark.parametrize(
@@ -311,15 +314,18 @@ def test_the_nearest_group_size_is_the_largest_divisor_not_above(asked: int, gro
     ],
 )
 def test_a_number_that_does_not_divide_names_those_that_do(request_: dict[str, int], said: str) -> None:
-    with pytest.raises(Misfit, match=said):
-        get("gn").fit(NormState(48, 1e-5), Request(**request_))
+    with pytest.raises(DoesNotFit, match=said):
+        norm_named("gn").fit(NormState(48, 1e-5), NormRequest(**request_))
 
 
 def test_groups_chosen_automatically_are_near_sixteen_channels_and_always_divide() -> None:
     for channels in range(1, 200):
-        groups = get("gn").fit(NormState(channels, 1e-5), Request(groups="auto")).num_groups
+        groups = norm_named("gn").fit(NormState(channels, 1e-5), NormRequest(groups="auto")).num_groups
         assert channels % groups == 0
-    sizes = {c: c // get("gn").fit(NormState(c, 1e-5), Request()).num_groups for c in (16, 32, 64, 24, 88, 7, 2048)}
+    sizes = {
+        c: c // norm_named("gn").fit(NormState(c, 1e-5), NormRequest()).num_groups
+        for c in (16, 32, 64, 24, 88, 7, 2048)
+    }
     assert sizes == {16: 16, 32: 16, 64: 16, 24: 12, 88: 22, 7: 7, 2048: 16}
 
 

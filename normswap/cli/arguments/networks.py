@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SourceRequest:
     """What the user said about one network. source: what builds it, where `text` is a converted file."""
 
     text: str
@@ -41,7 +41,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Origin:
+class ResolvedSource:
     """Where a network comes from: `source` builds it; `file`, which normswap wrote, holds its weights and the swap.
 
     asked: the weights to build it with. weights: those that it has, once it is opened.
@@ -106,7 +106,7 @@ def check_converted(text: str, what: str, hint: str) -> None:
     raise OptionError(f"{what}{text} is not a file that normswap wrote", hint=hint)
 
 
-def locate(ctx: typer.Context, wanted: Wanted, *, default_weights: str = "DEFAULT") -> Origin:
+def locate(ctx: typer.Context, wanted: SourceRequest, *, default_weights: str = "DEFAULT") -> ResolvedSource:
     """Find out what SOURCE names, without building it.
 
     Raises NormswapError, or a usage error for options that do not go with a converted file.
@@ -119,7 +119,7 @@ def locate(ctx: typer.Context, wanted: Wanted, *, default_weights: str = "DEFAUL
     if file is None:
         if wanted.source is not None:
             raise options.usage(ctx, f"--source goes with a file that normswap wrote; {wanted.text} is none")
-        return Origin(sources.parse(wanted.text, args), asked=wanted.weights or default_weights)
+        return ResolvedSource(sources.parse(wanted.text, args), asked=wanted.weights or default_weights)
     for flag, given in (("--weights", wanted.weights), ("--arg", wanted.args)):
         if given and (flag == "--weights" or wanted.source is None):
             raise options.usage(ctx, f"{flag} goes with a network to build; {file} brings its own weights")
@@ -130,11 +130,11 @@ def locate(ctx: typer.Context, wanted: Wanted, *, default_weights: str = "DEFAUL
     held = sources.Weights(str(file), random=made_with is not None and made_with.random and not trained)
     if wanted.source is not None:
         source = checkpoint.source_told(wanted.source, manifest)
-        return Origin(replace(source, args=args) if args else source, file, weights=held)
-    return Origin(None if values is None else sources.Source.from_dict(values), file, weights=held)
+        return ResolvedSource(replace(source, args=args) if args else source, file, weights=held)
+    return ResolvedSource(None if values is None else sources.Source.from_dict(values), file, weights=held)
 
 
-def files_read(*asked: tuple[Origin, Wanted] | None) -> list[Path]:
+def files_read(*asked: tuple[ResolvedSource, SourceRequest] | None) -> list[Path]:
     """The files and folders that these networks are made from, which no result of the same command may replace."""
     found: list[str | Path | None] = []
     for origin, wanted in filter(None, asked):
@@ -146,8 +146,8 @@ def files_read(*asked: tuple[Origin, Wanted] | None) -> list[Path]:
 
 
 def open_network(
-    origin: Origin, wanted: Wanted, out: Output, *, values: bool = True, warn: bool = True
-) -> tuple[nn.Module, Origin]:
+    origin: ResolvedSource, wanted: SourceRequest, out: Output, *, values: bool = True, warn: bool = True
+) -> tuple[nn.Module, ResolvedSource]:
     """Build or load it. Returns it, and the origin with what building has shown. warn: of random weights.
 
     values=False leaves weights out that would have to be downloaded; a local checkpoint is read all the same.
@@ -168,7 +168,9 @@ def open_network(
     return model, origin
 
 
-def _built(origin: Origin, wanted: Wanted, out: Output, values: bool) -> tuple[nn.Module, Origin]:
+def _built(
+    origin: ResolvedSource, wanted: SourceRequest, out: Output, values: bool
+) -> tuple[nn.Module, ResolvedSource]:
     import torch
 
     from ...sources import resolve as sources
@@ -193,7 +195,7 @@ def _built(origin: Origin, wanted: Wanted, out: Output, values: bool) -> tuple[n
     return model, replace(origin, source=replace(source, weights=weights.to_dict()), weights=weights)
 
 
-def _warning(origin: Origin, wanted: Wanted) -> str:
+def _warning(origin: ResolvedSource, wanted: SourceRequest) -> str:
     if origin.file is not None:
         return f"{origin} was made from random weights"
     if wanted.weights is not None or origin.asked == "none":
@@ -202,8 +204,8 @@ def _warning(origin: Origin, wanted: Wanted) -> str:
 
 
 def open_original(
-    ctx: typer.Context, wanted: Wanted, made: Origin, of_made: Wanted, out: Output
-) -> tuple[nn.Module, Origin]:
+    ctx: typer.Context, wanted: SourceRequest, made: ResolvedSource, of_made: SourceRequest, out: Output
+) -> tuple[nn.Module, ResolvedSource]:
     """The network that the user names as the one that the file `made` was converted from.
 
     A factory that draws its weights at random gives other ones each time; its original is then restored from the file.
@@ -231,16 +233,16 @@ def open_original(
     return model, restored(made)
 
 
-def restored(made: Origin) -> Origin:
+def restored(made: ResolvedSource) -> ResolvedSource:
     """The original of a file that normswap wrote, as the file's record restores it."""
     from ...sources.resolve import Weights
 
     theirs = made.made_with
     name = f"{'' if theirs is None else f'{theirs}; '}as it was before the conversion of {made}"
-    return Origin(made.source, weights=replace(theirs or Weights(""), name=name))
+    return ResolvedSource(made.source, weights=replace(theirs or Weights(""), name=name))
 
 
-def _same(one: Origin, other: Origin) -> bool:
+def _same(one: ResolvedSource, other: ResolvedSource) -> bool:
     """Whether both are built by the same code with the same arguments."""
     if one.source is None or other.source is None:
         return False
@@ -260,7 +262,7 @@ def example_inputs(model: nn.Module, shapes: list[tuple[int, ...]]) -> tuple[Ten
     return tuple(random_tensor(shape, model) for shape in shapes)
 
 
-def original_of(model: nn.Module, origin: Origin, instead: str, *, approximate: bool = False) -> nn.Module:
+def original_of(model: nn.Module, origin: ResolvedSource, instead: str, *, approximate: bool = False) -> nn.Module:
     """The network that a converted one was made from. Changes the one given.
 
     Raises RevertError, with `instead` as what to do, when it cannot be restored: by its record, and by the digest of

@@ -10,7 +10,7 @@ import typer
 
 from ...machine.limits import check_images
 from . import options
-from .networks import Origin
+from .networks import ResolvedSource
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PreprocessOverrides:
     """--size, --mean and --std, read; None where the user did not say."""
 
     size: tuple[int, int] | str | None = None
@@ -27,7 +27,7 @@ class Asked:
     std: tuple[float, ...] | None = None
 
     @classmethod
-    def of(cls, ctx: typer.Context, size: str | None, mean: str | None, std: str | None) -> Asked:
+    def of(cls, ctx: typer.Context, size: str | None, mean: str | None, std: str | None) -> PreprocessOverrides:
         """Raises a usage error for texts that are no numbers, and OptionError for images that no memory holds."""
         sides = options.image_size(ctx, size)
         if isinstance(sides, tuple):
@@ -70,7 +70,7 @@ class Preparation:
         return self.transform.to_dict() if isinstance(self.transform, Preprocess) else None
 
 
-def prepare(model: nn.Module, origin: Origin, asked: Asked) -> Preparation:
+def prepare(model: nn.Module, origin: ResolvedSource, asked: PreprocessOverrides) -> Preparation:
     """What the library says of the network's weights, with what the user says in its place."""
     from ...data.preprocess import Preprocess
 
@@ -94,7 +94,7 @@ def _channels(model: nn.Module) -> int:
     return 1 if first is not None and first.in_channels == 1 else 3
 
 
-def _of_library(model: nn.Module, origin: Origin) -> Any:
+def _of_library(model: nn.Module, origin: ResolvedSource) -> Any:
     source = origin.source
     if source is None:
         return None

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..arguments.networks import Origin
+from ..arguments.networks import ResolvedSource
 from ..terminal.problem_lines import Run, collapse, local_names
 from ..terminal.suggestions import building
 from .calibrate import figures
@@ -50,7 +50,7 @@ class Result:
     target: where the result goes; written: whether it is there. undo: whether it holds what undoes the conversion.
     """
 
-    origin: Origin
+    origin: ResolvedSource
     plan: Plan
     target: Path
     written: bool

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import OptionError
-from ..arguments.networks import Origin
-from ..arguments.preprocessing import Asked
+from ..arguments.networks import ResolvedSource
+from ..arguments.preprocessing import PreprocessOverrides
 from ..terminal.output import Output
 from .calibrate import estimate
 
@@ -24,12 +24,12 @@ class Calibration:
 
     data: Path
     images: int
-    asked: Asked
+    asked: PreprocessOverrides
     method: str
 
 
 def mend_statistics(
-    model: nn.Module, made: Plan, origin: Origin, wish: Calibration | None, out: Output, *, dry_run: bool
+    model: nn.Module, made: Plan, origin: ResolvedSource, wish: Calibration | None, out: Output, *, dry_run: bool
 ) -> None:
     """Statistics that were never updated say nothing: estimate them where there are images, else say what to do."""
     from ...conversion.preconditions import affine_moved, needs_statistics, never_updated
@@ -58,5 +58,5 @@ def mend_statistics(
         out.note(f"{text}. {ways if standardises else ways.partition('. ')[0] + '.'}")
 
 
-def _runs_code(origin: Origin) -> bool:
+def _runs_code(origin: ResolvedSource) -> bool:
     return origin.source is not None and origin.source.runs_code

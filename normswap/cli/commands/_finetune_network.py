@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ...errors import CheckpointError, OptionError, plural
-from ..arguments.networks import Origin, Wanted, open_network
-from ..arguments.preprocessing import Asked, Preparation, prepare
+from ..arguments.networks import ResolvedSource, SourceRequest, open_network
+from ..arguments.preprocessing import Preparation, PreprocessOverrides, prepare
 from ..terminal.output import Output
 from ..terminal.suggestions import building, with_commands
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Swap:
+class ConversionRequest:
     """What --to and the options that go with it ask for. images: how many to calibrate on."""
 
     to: str | None
@@ -30,7 +30,7 @@ class Swap:
     planning: dict[str, Any]
     images: int
 
-    def described(self, origin: Origin, asked: Asked) -> dict[str, Any]:
+    def described(self, origin: ResolvedSource, asked: PreprocessOverrides) -> dict[str, Any]:
         """JSON values."""
         source = None if origin.source is None else origin.source.to_dict()
         swap = {"to": self.to, "rules": self.rules, **self.planning, "calibrate": self.images}
@@ -55,14 +55,19 @@ def transform_of(task: Task, preparation: Preparation) -> Any:
     return None if task.name == "detection" else preparation.transform
 
 
-def stem_of(origin: Origin, swap: Swap) -> str:
+def stem_of(origin: ResolvedSource, swap: ConversionRequest) -> str:
     """What the folder of the run is called, if the user does not say."""
     return f"{origin.stem}-{swap.to or 'mixed'}" if swap.wanted else origin.file.stem if origin.file else origin.stem
 
 
 def network_of(
-    wanted: Wanted, origin: Origin, swap: Swap, asked: Asked, out: Output, resumed: Path | None
-) -> tuple[nn.Module, Origin, Preparation]:
+    wanted: SourceRequest,
+    origin: ResolvedSource,
+    swap: ConversionRequest,
+    asked: PreprocessOverrides,
+    out: Output,
+    resumed: Path | None,
+) -> tuple[nn.Module, ResolvedSource, Preparation]:
     """The network to train, not converted yet; that of the run to go on with, where there is one."""
     if resumed is not None:
         from ...finetuning.output.layout import LAST
@@ -73,7 +78,7 @@ def network_of(
             )
         if origin.file is None:  # the command names the code itself, and `keep_command` has seen that it is the same
             wanted = replace(wanted, trust_code=True)
-        model, origin = open_network(Origin(origin.source, resumed / LAST), wanted, out)
+        model, origin = open_network(ResolvedSource(origin.source, resumed / LAST), wanted, out)
         return model, origin, prepare(model, origin, asked)
     if origin.file is not None and swap.wanted:
         raise OptionError(
@@ -85,7 +90,12 @@ def network_of(
 
 
 def converted(
-    ctx: typer.Context, model: nn.Module, origin: Origin, swap: Swap, inputs: Iterator[Any], out: Output
+    ctx: typer.Context,
+    model: nn.Module,
+    origin: ResolvedSource,
+    swap: ConversionRequest,
+    inputs: Iterator[Any],
+    out: Output,
 ) -> nn.Module:
     """inputs: batches to calibrate on."""
     from ...calibration.calibrate import calibrate, estimate_statistics

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ...errors import OptionError, plural
-from ..arguments.networks import Origin
+from ..arguments.networks import ResolvedSource
 from ..terminal import flags
 from ..terminal.output import Output
 
@@ -92,7 +92,7 @@ def _figure(report: FinetuneReport, name: str, value: float) -> tuple[str, str]:
     return label, f"{value:.4f}{before}, {report.over(name)}"
 
 
-def show(page: Page, report: FinetuneReport, folder: Path, origin: Origin) -> None:
+def show(page: Page, report: FinetuneReport, folder: Path, origin: ResolvedSource) -> None:
     """What a run came to."""
     cut = f" of {report.planned}, interrupted" if report.interrupted else ""
     facts = [

@@ -10,8 +10,8 @@ import typer
 from ...errors import plural
 from ..arguments import options
 from ..arguments.networks import (
-    Origin,
-    Wanted,
+    ResolvedSource,
+    SourceRequest,
     check_converted,
     files_read,
     locate,
@@ -19,7 +19,7 @@ from ..arguments.networks import (
     open_original,
     restored,
 )
-from ..arguments.preprocessing import Asked, prepare
+from ..arguments.preprocessing import PreprocessOverrides, prepare
 from ..terminal import flags
 from ..terminal.errors import WRITTEN
 from ..terminal.output import Output, reporting
@@ -75,12 +75,12 @@ def calibrate(
     \b
     normswap calibrate resnet50-gn.safetensors --data photos/
     """
-    asked = Asked.of(ctx, size, mean, std)
+    asked = PreprocessOverrides.of(ctx, size, mean, std)
     options.choice(ctx, "--method", method, options.METHODS)
     if reference is None and (weights or arg):
         raise options.usage(ctx, "--weights and --arg go with --reference")
-    wanted = Wanted(file, None, (), False, trust_code, allow_nonfinite, seed, built_by)
-    original = reference and Wanted(
+    wanted = SourceRequest(file, None, (), False, trust_code, allow_nonfinite, seed, built_by)
+    original = reference and SourceRequest(
         reference, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed
     )
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
@@ -115,11 +115,11 @@ def calibrate(
 def run(
     model: nn.Module,
     reference: nn.Module | None,
-    origin: Origin,
+    origin: ResolvedSource,
     data: Path,
     images: int,
     batch_size: int,
-    asked: Asked,
+    asked: PreprocessOverrides,
     out: Output,
     method: str = "balance",
 ) -> CalibrationReport:
@@ -131,7 +131,13 @@ def run(
 
 
 def estimate(
-    model: nn.Module, origin: Origin, data: Path, images: int, batch_size: int, asked: Asked, out: Output
+    model: nn.Module,
+    origin: ResolvedSource,
+    data: Path,
+    images: int,
+    batch_size: int,
+    asked: PreprocessOverrides,
+    out: Output,
 ) -> CalibrationReport:
     """Estimate the running statistics of `model` in place, on a folder of images prepared as its weights want them."""
     from ...calibration import calibrate as calibration
@@ -141,7 +147,14 @@ def estimate(
 
 
 def _batches(
-    model: nn.Module, origin: Origin, data: Path, images: int, batch_size: int, asked: Asked, out: Output, doing: str
+    model: nn.Module,
+    origin: ResolvedSource,
+    data: Path,
+    images: int,
+    batch_size: int,
+    asked: PreprocessOverrides,
+    out: Output,
+    doing: str,
 ) -> Batches:
     from ...data.batches import Batches
     from ...data.image_folder import open_images
@@ -175,7 +188,7 @@ def figures(report: CalibrationReport) -> list[tuple[str, str]]:
     return found
 
 
-def _page(page: Page, report: CalibrationReport, original: Origin, target: Path) -> None:
+def _page(page: Page, report: CalibrationReport, original: ResolvedSource, target: Path) -> None:
     from ..terminal.render import size
 
     page.facts(("original", original.told), *figures(report), indent=0)

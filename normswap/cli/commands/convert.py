@@ -10,8 +10,8 @@ import typer
 
 from ..arguments import options
 from ..arguments.networks import (
-    Origin,
-    Wanted,
+    ResolvedSource,
+    SourceRequest,
     check_converted,
     example_inputs,
     files_read,
@@ -19,7 +19,7 @@ from ..arguments.networks import (
     open_network,
     original_of,
 )
-from ..arguments.preprocessing import Asked
+from ..arguments.preprocessing import PreprocessOverrides
 from ..terminal.errors import WRITTEN
 from ..terminal.output import Output, reporting
 from ..terminal.suggestions import building, command, with_commands
@@ -150,7 +150,7 @@ def convert(
         "zero_init_residual": zero_init_residual,
         "missing_statistics": "error" if calibrate is None else "later",
     }
-    asked = Asked.of(ctx, size, mean, std)
+    asked = PreprocessOverrides.of(ctx, size, mean, std)
     options.choice(ctx, "--method", method, options.METHODS)
     if calibrate is None and (images is not None or method != "balance" or asked.given()):
         raise options.usage(ctx, "--images, --method, --size, --mean and --std go with --calibrate")
@@ -168,7 +168,7 @@ def convert(
         calibration=None if calibrate is None else Calibration(calibrate, images or IMAGES, asked, method),
     )
     _check_combination(ctx, job)
-    wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
+    wanted = SourceRequest(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
         out.step("loading PyTorch")
         result = (_revert if to == ORIGINAL else _convert)(ctx, wanted, job, out)
@@ -195,7 +195,7 @@ def _check_combination(ctx: typer.Context, job: Job) -> None:
         raise options.usage(ctx, f"--to original undoes a conversion, which {' and '.join(flags)} cannot change")
 
 
-def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> changes.Result:
+def _convert(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output) -> changes.Result:
     _check_names(job)
     origin = locate(ctx, wanted)
     target = _target(ctx, job, origin, wanted, job.to or "mixed")
@@ -231,7 +231,7 @@ def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> chang
     )
 
 
-def _revert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> changes.Result:
+def _revert(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output) -> changes.Result:
     hint = "Give the converted file: normswap convert FILE --to original"
     check_converted(wanted.text, "--to original undoes a conversion, and ", hint)
     origin = locate(ctx, wanted)
@@ -260,7 +260,7 @@ def _record(model: nn.Module) -> Record:
     return record
 
 
-def _ways_on(origin: Origin) -> str:
+def _ways_on(origin: ResolvedSource) -> str:
     """What to do about a file that is to be converted again, and whose conversion cannot be undone."""
     ways = []
     if origin.source is not None:
@@ -270,7 +270,7 @@ def _ways_on(origin: Origin) -> str:
     return "\n".join(ways)
 
 
-def _ways_back(model: nn.Module, origin: Origin) -> str:
+def _ways_back(model: nn.Module, origin: ResolvedSource) -> str:
     """What to do about a file whose conversion cannot be undone exactly."""
     if _record(model).undo.complete:
         return "--approximate undoes the swap with the weights as they are now, which is not the original network."
@@ -282,15 +282,15 @@ def _ways_back(model: nn.Module, origin: Origin) -> str:
 def _check_names(job: Job) -> None:
     """Tell an unknown norm or role before a network is built."""
     from ... import norms as _norms  # noqa: F401  (registers the norm types)
-    from ...norms.registry import get
+    from ...norms.registry import norm_named
     from ...planning.rules import rules_of
 
     rules_of(job.to, job.rules)
     for name in job.planning["sources"] or ():
-        get(name)
+        norm_named(name)
 
 
-def _target(ctx: typer.Context, job: Job, origin: Origin, wanted: Wanted, suffix: str) -> Path:
+def _target(ctx: typer.Context, job: Job, origin: ResolvedSource, wanted: SourceRequest, suffix: str) -> Path:
     """Where the result goes: known to be writable before any work is done, and ours until the command ends."""
     from ...files.writing import check_name, reserved
 

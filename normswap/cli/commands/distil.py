@@ -10,8 +10,8 @@ import typer
 from ...errors import Fix, Interrupted, OptionError, OutputError, Text, plural
 from ..arguments import options
 from ..arguments.networks import (
-    Origin,
-    Wanted,
+    ResolvedSource,
+    SourceRequest,
     check_converted,
     files_read,
     locate,
@@ -19,7 +19,7 @@ from ..arguments.networks import (
     open_original,
     restored,
 )
-from ..arguments.preprocessing import Asked, prepare
+from ..arguments.preprocessing import PreprocessOverrides, prepare
 from ..terminal import flags
 from ..terminal.errors import WRITTEN
 from ..terminal.output import reporting
@@ -94,13 +94,13 @@ def distil(
     \b
     normswap distil resnet50-gn-calibrated.safetensors --data photos/ --steps 300
     """
-    asked = Asked.of(ctx, size, mean, std)
+    asked = PreprocessOverrides.of(ctx, size, mean, std)
     options.choice(ctx, "--train", train, ("all", "norm"))
     options.choice(ctx, "--precision", precision, ("fp32", "bf16", "fp16"))
     if reference is None and (weights or arg):
         raise options.usage(ctx, "--weights and --arg go with --reference")
-    wanted = Wanted(file, None, (), False, trust_code, allow_nonfinite, seed, built_by)
-    original = reference and Wanted(
+    wanted = SourceRequest(file, None, (), False, trust_code, allow_nonfinite, seed, built_by)
+    original = reference and SourceRequest(
         reference, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed
     )
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
@@ -180,7 +180,7 @@ def _standing(progress: Progress) -> str:
     return f"distilling: step {progress.step} of {progress.steps}, loss {progress.loss:.3g}{agreement}"
 
 
-def _page(page: Page, report: DistillationReport, original: Origin, target: Path) -> None:
+def _page(page: Page, report: DistillationReport, original: ResolvedSource, target: Path) -> None:
     from ..terminal.render import size
 
     page.facts(("original", original.told), *report.figures(), indent=0)

@@ -12,13 +12,13 @@ from ...errors import Interrupted
 from ...machine.limits import check_workers
 from ..arguments import options
 from ..arguments.datasets import DataPlace
-from ..arguments.networks import Wanted, files_read, locate
-from ..arguments.preprocessing import Asked
+from ..arguments.networks import SourceRequest, files_read, locate
+from ..arguments.preprocessing import PreprocessOverrides
 from ..terminal import flags
 from ..terminal.errors import WRITTEN
 from ..terminal.output import Output, reporting
 from . import _finetune_report as training
-from ._finetune_network import Swap, converted, network_of, stem_of, transform_of
+from ._finetune_network import ConversionRequest, converted, network_of, stem_of, transform_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -185,7 +185,7 @@ def finetune(
         "indivisible": options.choice(ctx, "--indivisible", indivisible, ("error", "nearest")),
     }
     count = calibrate if calibrate is not None else 256 if task == "classification" else 32
-    swap = Swap(to, options.rules(ctx, rule), planning, count)
+    swap = ConversionRequest(to, options.rules(ctx, rule), planning, count)
     place = DataPlace(task, data, eval_data, annotations, eval_annotations, data_root, download)
     place.check(ctx)
     if not swap.wanted and (groups is not None or channels_per_group is not None):
@@ -197,12 +197,12 @@ def finetune(
     decay = 0.999 if ema_decay is None else ema_decay
     if resume and force:
         raise options.usage(ctx, "--resume and --force exclude each other")
-    asked = Asked.of(ctx, size, mean, std)
+    asked = PreprocessOverrides.of(ctx, size, mean, std)
     if task == "detection" and asked.given():
         raise options.usage(
             ctx, "detectors resize and normalise their images themselves: leave --size, --mean and --std out"
         )
-    wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
+    wanted = SourceRequest(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
     helper = os.environ.get("RANK", "0") != "0"  # one of torchrun's processes, whose first one does the talking
     with reporting(ctx, as_json=json and not helper, quiet=quiet or helper, verbose=verbose and not helper) as out:
         if workers is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..arguments import options
-from ..arguments.networks import Origin, Wanted, example_inputs, locate, open_network
+from ..arguments.networks import ResolvedSource, SourceRequest, example_inputs, locate, open_network
 from ..terminal.output import reporting
 from ..terminal.problem_lines import Run, collapse, local_names
 
@@ -56,7 +56,9 @@ def inspect(
     pairs = options.rules(ctx, rule)
     shapes = options.shapes(ctx, input_shape)
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
-        wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
+        wanted = SourceRequest(
+            source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by
+        )
         out.step("loading PyTorch")
         from ... import norms as _norms  # noqa: F401  (registers the norm types)
         from ...inspection import inventory
@@ -86,12 +88,12 @@ class Matched:
         return [{"pattern": rule.pattern, "target": rule.target, "layers": layers[rule]} for rule in self.rules]
 
 
-def _values(origin: Origin, found: Inventory, matched: Matched) -> dict[str, Any]:
+def _values(origin: ResolvedSource, found: Inventory, matched: Matched) -> dict[str, Any]:
     rules = {"rules": matched.to_dict()} if matched.rules else {}
     return {"network": origin.to_dict(), "recorded": found.recorded, **rules, **found.to_dict()}
 
 
-def _render(page: Page, origin: Origin, found: Inventory, matched: Matched, show_all: bool) -> None:
+def _render(page: Page, origin: ResolvedSource, found: Inventory, matched: Matched, show_all: bool) -> None:
     from ...errors import plural
 
     if found.layers:
@@ -161,7 +163,7 @@ def _groups(layer: Layer) -> str:
     return f" ({plural(layer.state.num_groups, 'group')})" if layer.state.num_groups else ""
 
 
-def _summary(page: Page, origin: Origin, found: Inventory) -> None:
+def _summary(page: Page, origin: ResolvedSource, found: Inventory) -> None:
     from ...errors import plural
     from ...inspection.roles import counted
 

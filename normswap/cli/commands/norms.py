@@ -26,9 +26,9 @@ def norms(
     """List the norm types that --to and --rule take: formula, what the statistics are taken over, exact conversions."""
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
         from ... import norms as _norms  # noqa: F401  (registers the norm types)
-        from ...norms.registry import get, specs
+        from ...norms.registry import norm_named, specs
 
-        chosen = specs() if name is None else (get(name),)
+        chosen = specs() if name is None else (norm_named(name),)
         out.show(lambda: {"norms": [_values(spec) for spec in chosen]}, lambda page: _render(page, chosen))
 
 

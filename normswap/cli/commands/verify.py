@@ -11,8 +11,8 @@ import typer
 from ...errors import plural
 from ..arguments import options
 from ..arguments.networks import (
-    Origin,
-    Wanted,
+    ResolvedSource,
+    SourceRequest,
     converted_file,
     example_inputs,
     locate,
@@ -21,7 +21,7 @@ from ..arguments.networks import (
     original_of,
     restored,
 )
-from ..arguments.preprocessing import Asked, Preparation, prepare
+from ..arguments.preprocessing import Preparation, PreprocessOverrides, prepare
 from ..terminal import flags
 from ..terminal.output import Output, reporting
 from ..terminal.suggestions import building, command
@@ -75,13 +75,13 @@ def verify(
     normswap verify resnet50-gn.safetensors
     normswap verify resnet50 resnet50-gn.safetensors --data photos/
     """
-    asked = Asked.of(ctx, size, mean, std)
+    asked = PreprocessOverrides.of(ctx, size, mean, std)
     shapes = options.shapes(ctx, input_shape)
     if data is None and (images is not None or asked.given()):
         raise options.usage(ctx, "--images, --size, --mean and --std go with --data")
     if data is not None and shapes:
         raise options.usage(ctx, "--input and --data exclude each other")
-    wanted = Wanted(a, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
+    wanted = SourceRequest(a, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
         out.step("loading PyTorch")
         from ...comparison import verification
@@ -103,8 +103,8 @@ def verify(
 
 
 def _pair(
-    ctx: typer.Context, wanted: Wanted, b: str | None, out: Output
-) -> tuple[nn.Module, nn.Module, tuple[Origin, Origin]]:
+    ctx: typer.Context, wanted: SourceRequest, b: str | None, out: Output
+) -> tuple[nn.Module, nn.Module, tuple[ResolvedSource, ResolvedSource]]:
     """The two networks. With one file of ours, the first is what it was made from."""
     from ...sources.resolve import missing_file
 
@@ -174,7 +174,7 @@ def _description(folder: ImageData | None, preparation: Preparation | None) -> s
 
 
 def _values(
-    report: Report, origins: tuple[Origin, Origin], preparation: Preparation | None, data: Path | None
+    report: Report, origins: tuple[ResolvedSource, ResolvedSource], preparation: Preparation | None, data: Path | None
 ) -> dict[str, Any]:
     return {
         "a": origins[0].to_dict(),
@@ -185,7 +185,9 @@ def _values(
     }
 
 
-def _render(page: Page, report: Report, origins: tuple[Origin, Origin], inputs: str, show_all: bool) -> None:
+def _render(
+    page: Page, report: Report, origins: tuple[ResolvedSource, ResolvedSource], inputs: str, show_all: bool
+) -> None:
     page.facts(
         ("A", origins[0].told),
         ("B", origins[1].told),

@@ -27,7 +27,7 @@ _CONVENTION = "normswap.data.open_coco reads COCO files into it; labels begin wi
 
 
 @dataclass(frozen=True)
-class Boxed:
+class DetectionImages:
     """Images with boxes that normswap reads or draws itself. flip: mirror half of them, boxes and masks too."""
 
     data: CocoData | Shapes
@@ -104,7 +104,7 @@ def open_boxes(data: Any, eval_data: Any = None, *, masks: bool = False, seed: i
             note.append(said)
         elif isinstance(validation, CocoData):
             note += [f"{validation.annotations.name}: {text}" for text in validation.notes]
-            check_apart(*(Boxed(part).files for part in (train, validation)))
+            check_apart(*(DetectionImages(part).files for part in (train, validation)))
             validation = _aligned(train, validation)
     if isinstance(validation, CocoData):
         _check_objects(validation)
@@ -195,7 +195,7 @@ def _split(data: CocoData, seed: int) -> tuple[CocoData, CocoData | None, str]:
     count = len(data)
     if count < 2:
         return data, None, "a single image, so there is nothing to validate on"
-    kept, held = split(count, seed, [bool(picture.boxes) for picture in data.pictures], Boxed(data).files)
+    kept, held = split(count, seed, [bool(picture.boxes) for picture in data.pictures], DetectionImages(data).files)
     parts = [replace(data, pictures=tuple(data.pictures[i] for i in part)) for part in (kept, held)]
     return parts[0], parts[1], held_note(len(held), count, seed)
 
@@ -227,5 +227,5 @@ def _check_objects(data: CocoData) -> None:
 
 def _set(name: str, data: Any) -> Any:
     if isinstance(data, (CocoData, Shapes)):
-        return Boxed(data)
+        return DetectionImages(data)
     return sized(name, data, "Give a folder, a CocoData, or a Dataset with __len__ and __getitem__.")

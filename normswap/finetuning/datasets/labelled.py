@@ -18,11 +18,11 @@ from .augmentation import Plain, settled
 from .collate import check_input
 from .loader import Tensors, Transform, Unreadable, spread
 from .splits import TRAIN, VALIDATION, Sets, check_apart, classes_of, held_note, part_of, sized, split
-from .torchvision_named import Named
+from .torchvision_named import TorchvisionSubset
 
 
 @dataclass(frozen=True)
-class Pictures:
+class LabelledImages:
     """Image files with labels, read when asked for; transform: PIL image -> float tensor `(C, H, W)`."""
 
     folder: Path
@@ -43,11 +43,11 @@ class Pictures:
         return (image if self.transform is None else self.transform(image)), self.labels[index]
 
     @classmethod
-    def of(cls, data: ImageData, numbers: Sequence[int]) -> Pictures:
+    def of(cls, data: ImageData, numbers: Sequence[int]) -> LabelledImages:
         """numbers: the label that each class of `data` gets."""
         return cls(data.folder, data.files, tuple(numbers[label] for label in data.labels or ()))
 
-    def chosen(self, indices: Sequence[int]) -> Pictures:
+    def chosen(self, indices: Sequence[int]) -> LabelledImages:
         """A part of them."""
         return replace(self, files=tuple(self.files[i] for i in indices), labels=tuple(self.labels[i] for i in indices))
 
@@ -73,16 +73,18 @@ def open_sets(data: Any, eval_data: Any = None, *, seed: int = 0) -> Sets:
 def transformed(sets: Sets, train: Transform, validation: Transform) -> Sets:
     """With these transforms of PIL images, where the sets are pictures in files."""
     pairs = ((sets.train, train), (sets.validation, validation))
-    first, second = (replace(s, transform=t) if isinstance(s, (Pictures, Named)) else s for s, t in pairs)
+    first, second = (
+        replace(s, transform=t) if isinstance(s, (LabelledImages, TorchvisionSubset)) else s for s, t in pairs
+    )
     return replace(sets, train=first, validation=second)
 
 
 def some_inputs(sets: Sets, prepare: Transform, count: int, batch_size: int) -> Iterator[Tensor]:
     """Batches `(N, C, H, W)` of up to `count` training images, spread over the whole set, without random changes."""
     source = sets.train
-    if isinstance(source, Pictures):
+    if isinstance(source, LabelledImages):
         prepare = settled(prepare, source.files)
-    if isinstance(source, (Pictures, Named)):
+    if isinstance(source, (LabelledImages, TorchvisionSubset)):
         source = replace(source, transform=Plain(prepare))
     found: list[Tensor] = []
     for item in spread(source, count):
@@ -105,7 +107,7 @@ def _folders(folder: Path, evaluation: Path | None, seed: int) -> Sets:
             f"{first.folder} has a single class, {names[0]!r}, so there is nothing to tell apart",
             hint="Give a folder with one subfolder for each class.",
         )
-    pictures = Pictures.of(first, range(len(names)))
+    pictures = LabelledImages.of(first, range(len(names)))
     if evaluation is not None:
         second = _classed(evaluation)
         unknown = [name for name in second.classes or () if name not in names]
@@ -117,7 +119,7 @@ def _folders(folder: Path, evaluation: Path | None, seed: int) -> Sets:
         check_apart(first.files, second.files)
         numbers = [names.index(name) for name in second.classes or ()]
         note = "" if evaluation.name in VALIDATION[:3] else f"{evaluation} is what training is validated on"
-        return Sets(pictures, Pictures.of(second, numbers), names, note)
+        return Sets(pictures, LabelledImages.of(second, numbers), names, note)
     kept, held = split(len(pictures), seed, pictures.labels, pictures.files)
     if not held:
         note = "no class has two images, so that none is held back, and there is no validation"

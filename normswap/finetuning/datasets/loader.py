@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...errors import DataError, Fix, Text, first_line
-from .sampler import Key, Order, Turns
+from .sampler import Key, ResumableBatchSampler, ValidationSampler
 
 _TRIES = 100
 
@@ -141,7 +141,15 @@ class Skipped:
 class Loader:
     """Batches of one process; what could not be read goes to `skipped`. Worker processes, if any, stay for the run."""
 
-    def __init__(self, samples: Samples, turns: Order | Turns, workers: int, skipped: Skipped, *, pin: bool) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        turns: ResumableBatchSampler | ValidationSampler,
+        workers: int,
+        skipped: Skipped,
+        *,
+        pin: bool,
+    ) -> None:
         self._samples, self._turns, self._skipped = samples, turns, skipped
         self._loader: Iterable[Loaded] | None = None
         if workers:

@@ -25,7 +25,7 @@ _LARGEST = 480
 
 
 @dataclass(frozen=True)
-class Scenes:
+class SegmentationImages:
     """Images and masks from files, normalised and resized as `prepare` says. changes: "none", or see `AUGMENT`.
 
     The shorter side becomes that of `prepare.resize` or `prepare.size`, if they are numbers; masks are resized only in
@@ -132,16 +132,16 @@ def prepared_scenes(sets: Sets, preprocess: Callable[[Any], Tensor] | None, augm
     one_of("augment", augment, AUGMENT)
     prepare = _checked(preprocess)
     train, validation = (
-        replace(s, prepare=prepare) if isinstance(s, Scenes) else s for s in (sets.train, sets.validation)
+        replace(s, prepare=prepare) if isinstance(s, SegmentationImages) else s for s in (sets.train, sets.validation)
     )
-    if isinstance(train, Scenes):
+    if isinstance(train, SegmentationImages):
         train = replace(train, changes=augment, training=True, crop=_crop(train.data, prepare))
     return replace(sets, train=train, validation=validation)
 
 
 def plain(data: Any, preprocess: Callable[[Any], Tensor] | None) -> Any:
     """The same set without random changes."""
-    return replace(data, prepare=_checked(preprocess), changes="none") if isinstance(data, Scenes) else data
+    return replace(data, prepare=_checked(preprocess), changes="none") if isinstance(data, SegmentationImages) else data
 
 
 def _checked(preprocess: Callable[[Any], Tensor] | None) -> Preprocess:
@@ -187,5 +187,5 @@ def _resized(image: Tensor, size: tuple[int, int], *, nearest: bool = False) -> 
 
 def _set(name: str, data: Any) -> Any:
     if isinstance(data, MaskData):
-        return Scenes(data)
+        return SegmentationImages(data)
     return sized(name, data, "Give a folder, a MaskData, or a Dataset with __len__ and __getitem__.")

@@ -12,7 +12,7 @@ Key = tuple[int, int]
 
 
 @dataclass
-class Order:
+class ResumableBatchSampler:
     """The batches of one process; a batch sampler for `torch.utils.data.DataLoader`.
 
     Every epoch has an order of its own. A step takes the next `accumulate * processes * size` samples: the first
@@ -49,7 +49,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Turns:
+class ValidationSampler:
     """Every sample once, shared out among the processes: none is counted twice, some processes may have one less."""
 
     samples: int

@@ -13,7 +13,7 @@ from .splits import Sets, classes_of, split
 
 
 @dataclass(frozen=True)
-class Named:
+class TorchvisionSubset:
     """A torchvision data set, or a part of it, with a transform of its PIL images."""
 
     data: Any
@@ -45,14 +45,14 @@ def from_torchvision(name: str, root: Path, *, download: bool, seed: int) -> Set
     kind = getattr(datasets, known[name.lower()])
     parts = _parts_of(kind)
     opened = [_opened(kind, root, part, download) for part in parts]
-    first = Named(opened[0])
+    first = TorchvisionSubset(opened[0])
     if len(opened) == 2:
-        return Sets(first, Named(opened[1]), classes_of(opened[0]))
+        return Sets(first, TorchvisionSubset(opened[1]), classes_of(opened[0]))
     labels = [int(y) for y in getattr(opened[0], "targets", None) or (y for _, y in opened[0])]
     kept, held = split(len(labels), seed, labels)
     note = f"{known[name.lower()]} has no validation part: {len(held)} of {len(labels)} images are held back"
     names = classes_of(opened[0]) or tuple(map(str, range(max(labels) + 1)))
-    return Sets(Named(opened[0], tuple(kept)), Named(opened[0], tuple(held)), names, note)
+    return Sets(TorchvisionSubset(opened[0], tuple(kept)), TorchvisionSubset(opened[0], tuple(held)), names, note)
 
 
 def _parts_of(kind: type) -> list[dict[str, Any]]:

@@ -44,16 +44,6 @@ def processes(device: str, precision: str) -> Iterator[Any]:
             AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def gathered(value: Any) -> list[Any]:
-    """The value that each process gives, for all of them; what can be pickled. Each process must call this."""
-    group = torch.distributed
-    if not (group.is_available() and group.is_initialized()):
-        return [value]
-    found: list[Any] = [None] * group.get_world_size()
-    group.all_gather_object(found, value)
-    return found
-
-
 def _check_device(device: str, precision: str) -> None:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
     if not there[device]:

@@ -21,7 +21,7 @@ from .accelerator import Optimization
 
 
 @dataclass
-class Standing:
+class RunState:
     """Where a run stands.
 
     best, best_at: the best validation figure, and its step; what training began with counts. best_loss: the validation
@@ -48,7 +48,7 @@ class Standing:
         return loss is not None and self.best_loss is not None and loss < self.best_loss
 
 
-class Keeper:
+class Checkpointer:
     """Writes a run's state and networks into its folder; without a folder, the network's tensors stay in memory.
 
     folder: None to write nothing. main: whether this is the process that writes; all of them read. flags:
@@ -77,7 +77,7 @@ class Keeper:
         found: nn.Module = self.model if self.average is None else self.average.module
         return found
 
-    def keep(self, standing: Standing) -> None:
+    def keep(self, standing: RunState) -> None:
         """Write the state of the run, and the network as it is. Raises OutputError."""
         self._remember(standing)
         if self.folder is None:
@@ -87,13 +87,13 @@ class Keeper:
             self._save(self.folder / LAST)
         self.saved = standing.step
 
-    def keep_best(self, standing: Standing) -> None:
+    def keep_best(self, standing: RunState) -> None:
         """Write the network as the best so far. Raises OutputError."""
         if self.folder is not None and self.main:
             self._remember(standing)
             self._save(self.folder / BEST)
 
-    def restore(self) -> Standing | None:
+    def restore(self) -> RunState | None:
         """Put everything where the last state has it; None where a run without a folder has only the network.
 
         Raises CheckpointError for a file that is damaged or of another network, and OptionError for other settings.
@@ -113,7 +113,7 @@ class Keeper:
             rescale(network, dict(factors_in(network)), back=True, values=False)
             rescale(network, state["factors"], values=False)
         self.saved = state["step"]
-        return Standing(state["step"], **state["standing"])
+        return RunState(state["step"], **state["standing"])
 
     def told(self) -> str:
         """What is left after a failure."""
@@ -123,7 +123,7 @@ class Keeper:
             return f"the last good checkpoint is {self.folder / STATE}, of step {self.saved}"
         return "the network is as it was before" if self.saved == 0 else f"the network is that of step {self.saved}"
 
-    def _state(self, standing: Standing) -> dict[str, Any]:
+    def _state(self, standing: RunState) -> dict[str, Any]:
         scaler = self.optimization.scaler
         return {
             "step": standing.step,
@@ -144,7 +144,7 @@ class Keeper:
         finally:
             _set_flags(network, training)
 
-    def _remember(self, standing: Standing) -> None:
+    def _remember(self, standing: RunState) -> None:
         """Note in the networks' history what was done so far, in place of what an earlier checkpoint noted."""
         settings = self.settings
         if standing.step == 0:

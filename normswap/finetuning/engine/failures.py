@@ -15,7 +15,7 @@ class NonFinite(Exception):
         self.step, self.value = step, value
 
 
-def explained(error: BaseException, where: str, device: torch.device, left: str) -> NormswapError | None:
+def explain(error: BaseException, where: str, device: torch.device, left: str) -> NormswapError | None:
     """The error to raise in place of this one; None for one that says enough, or that is a fault of ours.
 
     where: what was being done, as "step 12" or "validation". left: what is left now, as `Keeper.told` says it.

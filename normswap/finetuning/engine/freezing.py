@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ...freezing import freeze, frozen_drift, unfreeze
-from ...modules.frozen_class import Pinned, freeze_of
+from ...modules.frozen_class import FrozenStatistics, freeze_of
 from ...norms.registry import identify
 
 
@@ -20,7 +20,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, mode in modes:
-            module.train(mode) if isinstance(module, Pinned) else setattr(module, "training", mode)
+            module.train(mode) if isinstance(module, FrozenStatistics) else setattr(module, "training", mode)
 
 
 @contextmanager

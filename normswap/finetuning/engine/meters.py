@@ -15,7 +15,7 @@ BETWEEN = 0.1
 """Seconds between two reports of progress."""
 
 
-class Window:
+class RunningMeans:
     """Figures of the steps since the last look; on a GPU they stay there until they are asked for."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Window:
         return self.figures(lambda value: value)
 
 
-class Clock:
+class Stopwatch:
     """Time spent training, without validations."""
 
     def __init__(self) -> None:

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..output.metrics_log import Journal
+from ..output.metrics_log import MetricsLog
+from ..output.panel import Panel
 from ..output.report import Progress
-from ..settings import Place, Settings
-from ..tasks.base import Panel
-from .meters import BETWEEN, Clock, Window, memory
+from ..settings import RunOptions, Settings
+from .meters import BETWEEN, RunningMeans, Stopwatch, memory
 
 _BETWEEN_PAGES = 20.0  # seconds: drawing takes about one
 
 
-class Telling:
+class RunReporter:
     """main: whether this process is the one that tells; the others only sum up.
 
     began: the step at which the run began or was resumed. clock: stopped for what is not training. window: the first
@@ -28,17 +28,17 @@ class Telling:
     def __init__(
         self,
         settings: Settings,
-        place: Place,
+        place: RunOptions,
         device: torch.device,
         *,
         main: bool,
         tell: Callable[[Progress], None] | None,
     ) -> None:
-        self.settings, self.main, self.clock = settings, main, Clock()
+        self.settings, self.main, self.clock = settings, main, Stopwatch()
         self._place, self._device, self._tell = place, device, tell if main else None
-        self._window = Window()
+        self._window = RunningMeans()
         self.window: tuple[int, int] | None = None
-        self._journal: Journal | None = None
+        self._journal: MetricsLog | None = None
 
     def begin(self, step: int) -> None:
         """From now on the clock runs."""
@@ -48,7 +48,7 @@ class Telling:
     def open(self) -> None:
         """From now on figures are written down."""
         folder = self._place.output if self.main else None
-        self._journal = Journal(folder, step=self.began, tensorboard=self._place.tensorboard and self.main)
+        self._journal = MetricsLog(folder, step=self.began, tensorboard=self._place.tensorboard and self.main)
 
     def end(self) -> None:
         """Close the files."""
@@ -74,7 +74,7 @@ class Telling:
         speed = self.clock.lap(window.samples * self.settings.processes)
         self._write(step, {**figures, "lr": rate, "samples_per_second": round(speed, 2)})
         self.window = (window.last - window.steps + 1, window.last)
-        self._window = Window()
+        self._window = RunningMeans()
         return figures
 
     def validated(self, step: int, figures: dict[str, float]) -> None:

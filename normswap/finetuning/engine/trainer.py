@@ -17,17 +17,17 @@ from ...errors import DataError
 from ...modules.restore import evaluating, undisturbed
 from ...training.seeding import seed_step
 from ..datasets.loader import Loaded, Loader, Samples, Skipped, spread
-from ..datasets.sampler import Order, Turns
+from ..datasets.sampler import ResumableBatchSampler, ValidationSampler
 from ..datasets.splits import Sets
 from ..output.layout import BEST, CURVES, EXAMPLES, LAST, STATE, clear
 from ..output.report import FinetuneReport, Progress
-from ..settings import Place, Settings
+from ..settings import RunOptions, Settings
 from ..tasks.base import Task, on_device
 from .accelerator import Optimization
-from .checkpointer import Keeper, Standing
-from .failures import NonFinite, explained, is_memory
+from .checkpointer import Checkpointer, RunState
+from .failures import NonFinite, explain, is_memory
 from .optimizer import averaged, build_optimizer, rate_at
-from .reporter import Telling
+from .reporter import RunReporter
 from .signals import Signals
 
 LOOKS = 20
@@ -41,7 +41,7 @@ class Job:
 
     task: Task
     settings: Settings
-    place: Place
+    place: RunOptions
     sets: Sets
 
 
@@ -72,26 +72,28 @@ class Trainer:
         optimizer = build_optimizer(model, parameters, settings)
         self.optimization = Optimization(accelerator, model, optimizer, settings.clip_grad)
         self.forward = self.optimization.model
-        self.keeper = Keeper(
+        self.checkpointer = Checkpointer(
             place.output, settings, model, self.average, self.optimization, flags, main=self.main
         )  # fmt: skip
         self._sets = job.sets
         self.skipped = Skipped(place.max_bad)
         self._orders(job.sets.train, job.sets.validation)
-        self.standing = Standing()
-        self.telling = Telling(settings, place, self.device, main=self.main, tell=progress)
+        self.state = RunState()
+        self.reporter = RunReporter(settings, place, self.device, main=self.main, tell=progress)
 
     def _orders(self, train: Any, validation: Any) -> None:
         settings, place, accelerator = self.settings, self.place, self.accelerator
         shared = {"processes": accelerator.num_processes, "rank": accelerator.process_index}
-        self.order = Order(settings.samples, settings.batch_size, settings.seed, settings.accumulate, **shared)
+        self.order = ResumableBatchSampler(
+            settings.samples, settings.batch_size, settings.seed, settings.accumulate, **shared
+        )
         workers, pin = place.workers or 0, self.device.type == "cuda"
         collate = self.task.collate
         samples = Samples(train, collate, seed=settings.seed, replace=True)
         self._train = Loader(samples, self.order, workers, self.skipped, pin=pin)
         self._validation: Loader | None = None
         if validation is not None:
-            turns = Turns(len(validation), max(settings.batch_size, self.task.at_once), **shared)
+            turns = ValidationSampler(len(validation), max(settings.batch_size, self.task.at_once), **shared)
             samples = Samples(validation, collate, seed=settings.seed, replace=False)
             self._validation = Loader(samples, turns, workers, self.skipped, pin=pin)
 
@@ -100,20 +102,20 @@ class Trainer:
     def run(self, *, resume: bool) -> FinetuneReport:
         """Do the steps that are left. Raises NormswapError subclasses, after which the last checkpoint is whole."""
         if resume:
-            self.standing = self.keeper.restore() or self.standing
-        self.telling.begin(self.step)
+            self.state = self.checkpointer.restore() or self.state
+        self.reporter.begin(self.step)
         if resume:
-            self.telling.open()
+            self.reporter.open()
         try:
             with self._compiled(), Signals() as self.signals:
-                if not resume or (self.standing.pending and self.step == 0):
+                if not resume or (self.state.pending and self.step == 0):
                     self._guarded(self._begin, "validation")
-                elif self.standing.pending:
+                elif self.state.pending:
                     self._guarded(self._evaluate, "validation")
                     self._keep()
                 self._steps()
         finally:
-            self.telling.end()
+            self.reporter.end()
         if self.step == self.settings.steps and self.average is not None:
             self.model.load_state_dict(self.average.module.state_dict())
         return self.report()
@@ -121,26 +123,26 @@ class Trainer:
     @property
     def step(self) -> int:
         """How many steps are done."""
-        return self.standing.step
+        return self.state.step
 
     @property
     def stopped_by(self) -> int | None:
         """The signal that ended the run early, None for a run that is complete."""
-        return self.signals.received if self.step < self.settings.steps or self.standing.pending else None
+        return self.signals.received if self.step < self.settings.steps or self.state.pending else None
 
     def _begin(self) -> None:
         """Validate and keep what training begins with; until that has worked, an older run in the folder stays."""
         figures = self.validate() or {}
-        if self.keeper.saved is None:
+        if self.checkpointer.saved is None:
             if self.place.output is not None and self.main:
                 clear(self.place.output)
-            self.telling.open()
+            self.reporter.open()
         if figures:
-            self.telling.validated(self.step, figures)
-            self.standing.validated_at = 0
-        self.standing.before, self.standing.figures = figures, dict(figures)
+            self.reporter.validated(self.step, figures)
+            self.state.validated_at = 0
+        self.state.before, self.state.figures = figures, dict(figures)
         self._compare(figures)
-        self.standing.pending = self.signals.received is not None
+        self.state.pending = self.signals.received is not None
         self._keep()
 
     def _steps(self) -> None:
@@ -180,26 +182,26 @@ class Trainer:
         loss = self.optimization.step([partial(loss_of, batch) for batch in loaded], rate_at(self.step, settings))
         if self.average is not None:
             self.average.update_parameters(self.model)
-        self.standing.step += 1
-        self.telling.step(self.step, loss, sums, sum(batch.count for batch in loaded))
+        self.state.step += 1
+        self.reporter.step(self.step, loss, sums, sum(batch.count for batch in loaded))
         if self.step % LOOKS == 0 or self.step == settings.steps:
             self._look()
-        self.telling.progress(self.step, self.standing.figures)
+        self.reporter.progress(self.step, self.state.figures)
 
     def _look(self) -> None:
         """Read what was summed up since the last look, over all processes."""
-        figures = self.telling.look(self.step, rate_at(self.step - 1, self.settings), self._total)
-        self.standing.figures |= figures
+        figures = self.reporter.look(self.step, rate_at(self.step - 1, self.settings), self._total)
+        self.state.figures |= figures
         if figures:
-            self.standing.window = self.telling.window
+            self.state.window = self.reporter.window
 
     def validate(self) -> dict[str, float] | None:
         """Figures of the validation set, of the averaged network where there is one; None when it was cut short."""
         if self._validation is None:
             return {}
-        network = self.keeper.network
+        network = self.checkpointer.network
         meter = self.task.meter()
-        self.telling.clock.pause()
+        self.reporter.clock.pause()
         with torch.no_grad(), evaluating(network):
             for batch in self._validation:
                 if batch.count:
@@ -208,43 +210,43 @@ class Trainer:
                         meter.add(network, content)
                 if self.signals.received is not None and not self._together:
                     return None
-        self.telling.clock.resume()
+        self.reporter.clock.resume()
         return meter.result(self._total)
 
     def _evaluate(self) -> None:
         """Validate, and keep the network if it is the best so far."""
         figures = self.validate()
-        self.standing.pending = figures is None
+        self.state.pending = figures is None
         if figures:
-            self.telling.validated(self.step, figures)
-            self.standing.figures |= figures
-            self.standing.validated_at = self.step
+            self.reporter.validated(self.step, figures)
+            self.state.figures |= figures
+            self.state.validated_at = self.step
             self._compare(figures)
 
     def _compare(self, figures: dict[str, float]) -> None:
         """Keep the network if it is the best so far; what training began with counts."""
-        standing, value, loss = self.standing, figures.get(self.task.best), figures.get("val_loss")
+        standing, value, loss = self.state, figures.get(self.task.best), figures.get("val_loss")
         if value is not None and standing.better(value, loss):
             standing.best, standing.best_at, standing.best_loss = value, self.step, loss
-            self.keeper.keep_best(standing)
+            self.checkpointer.keep_best(standing)
 
     def _keep(self) -> None:
         """Write the state of the run, the network as it is, and now and then the pages."""
-        self.telling.clock.pause()
-        self.keeper.keep(self.standing)
+        self.reporter.clock.pause()
+        self.checkpointer.keep(self.state)
         folder = self.place.output if self.main else None
         ends = self.step == self.settings.steps or self.signals.received is not None
-        if folder is not None and (ends or self.telling.pages_due()):
-            self.telling.draw(folder, self.task.panels)
+        if folder is not None and (ends or self.reporter.pages_due()):
+            self.reporter.draw(folder, self.task.panels)
             self._draw_examples(folder / EXAMPLES)
-        self.telling.clock.resume()
+        self.reporter.clock.resume()
 
     def _draw_examples(self, path: Path) -> None:
         """A page of validation pictures, spread over the whole set, and what the network makes of them."""
         source = self._sets.validation
         items = [] if source is None else list(spread(source, _SHOWN))
         if items:
-            network = self.keeper.network
+            network = self.checkpointer.network
             content = on_device(self.task.collate(items), self.device, channels_last=self.channels_last)
             with torch.no_grad(), undisturbed(network), evaluating(network), self.accelerator.autocast():
                 self.task.draw(network, content, path)
@@ -278,7 +280,7 @@ class Trainer:
                 self._back()
             elif isinstance(error, DataError) or is_memory(error):
                 self._rescue()
-            told = explained(error, name or f"step {self.step + 1}", self.device, self.keeper.told())
+            told = explain(error, name or f"step {self.step + 1}", self.device, self.checkpointer.told())
             if told is None:
                 raise
             raise told from error
@@ -288,12 +290,12 @@ class Trainer:
         self.optimization.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        saved = self.keeper.saved
+        saved = self.checkpointer.saved
         if self.optimization.updating or saved is None or self.step <= saved:
             return
         try:
             if self._together:  # the others know nothing of this, and do not join in summing up
-                self.telling.check()
+                self.reporter.check()
             else:
                 self._look()
         except NonFinite:
@@ -303,8 +305,8 @@ class Trainer:
 
     def _back(self) -> None:
         """Leave the caller's network as the last checkpoint has it, not full of NaN."""
-        if self.keeper.saved is not None:
-            self.standing = self.keeper.restore() or self.standing
+        if self.checkpointer.saved is not None:
+            self.state = self.checkpointer.restore() or self.state
 
     # --- many processes ---------------------------------------------------------------------------------
 
@@ -333,15 +335,15 @@ class Trainer:
 
     def report(self) -> FinetuneReport:
         """What the run came to."""
-        folder, settings, standing = self.place.output, self.settings, self.standing
+        folder, settings, standing = self.place.output, self.settings, self.state
         names = {"last_file": LAST, "best_file": BEST, "state": STATE, "curves": CURVES, "examples": EXAMPLES}
         places = {} if folder is None else {k: folder / name for k, name in names.items()}
         files: dict[str, Any] = {k: place for k, place in places.items() if place.is_file()}
         return FinetuneReport(
             self.step, settings.steps, self.step / settings.epoch, settings.processes, settings.global_batch,
-            settings.lr, self.telling.clock.total(), self.telling.speed(self.step),
+            settings.lr, self.reporter.clock.total(), self.reporter.speed(self.step),
             standing.figures, standing.before, self.task.best, standing.best, standing.best_at, **files,
-            interrupted=self.step < settings.steps, resumed_at=self.telling.began,
+            interrupted=self.step < settings.steps, resumed_at=self.reporter.began,
             window=standing.window, validated_at=standing.validated_at,
             validation_images=0 if self._sets.validation is None else len(self._sets.validation),
             bad=tuple(str(bad) for bad in self.skipped.found.values()),

@@ -10,12 +10,12 @@ from typing import Any
 
 from ...errors import OutputError
 from ...files.writing import atomic
-from ..tasks.base import Panel
 from .layout import BOARD, CURVES, METRICS
+from .panel import Panel
 from .plots import canvas_of, save_canvas
 
 
-class Journal:
+class MetricsLog:
     """Figures of a run, one JSON object a line: `{"step": 40, "epoch": 0.4, "loss": 0.7, ...}`.
 
     Lines with `val_...` come from a validation. A resumed run first drops what lies beyond its step, so that the file

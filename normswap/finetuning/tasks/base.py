@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...heads.classifier import Head
 from ...inspection.roles import roles_of
 from ..datasets.splits import Sets
+from ..output.panel import Panel
 
 Reduce = Callable[[Tensor], Tensor]
 """The sum of a tensor over all processes."""
@@ -27,14 +28,6 @@ class Outcome:
 
     loss: Tensor
     sums: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One of the four plots in curves.png: the figures whose names match one of `names`, which may have wildcards."""
-
-    title: str
-    names: tuple[str, ...]
 
 
 class Meter(Protocol):

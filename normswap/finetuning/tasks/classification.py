@@ -18,10 +18,11 @@ from ...modules.tree import device_and_dtype, matches
 from ...training.losses import divergence
 from ..datasets.augmentation import Plain, settled, training_transform
 from ..datasets.collate import collate
-from ..datasets.labelled import Pictures, open_sets, some_inputs, transformed
+from ..datasets.labelled import LabelledImages, open_sets, some_inputs, transformed
 from ..datasets.loader import Tensors, spread
 from ..datasets.splits import Sets
-from .base import Outcome, Panel, Reduce, on_device
+from ..output.panel import Panel
+from .base import Outcome, Reduce, on_device
 from .head import fitted
 
 AUXILIARY = 0.3
@@ -60,7 +61,7 @@ class Classification:
         """With random crops and mirroring in training, as `augment` says, for pictures in files."""
         prepare = preprocess or Preprocess()
         train = training_transform(prepare, augment)  # its check of the word, also for data without pictures
-        if isinstance(sets.train, Pictures):
+        if isinstance(sets.train, LabelledImages):
             prepare = settled(prepare, sets.train.files)
             train = training_transform(prepare, augment)
         return transformed(sets, train, Plain(prepare))

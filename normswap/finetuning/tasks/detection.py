@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from ...arguments import one_of
 from ...errors import DataError, NormswapError, OptionError, first_line
 from ...heads.classifier import Head
+from ...training.distributed import gathered
 from ..datasets.augmentation import AUGMENT
-from ..datasets.coco import Boxed, check_sample, open_boxes
+from ..datasets.coco import DetectionImages, check_sample, open_boxes
 from ..datasets.loader import spread
 from ..datasets.splits import Sets
-from ..engine.accelerator import gathered
+from ..output.panel import Panel
 from ..output.plots import boxes_page
-from .base import Outcome, Panel, Reduce, parameters_of_head
+from .base import Outcome, Reduce, parameters_of_head
 from .head import fitted_predictor
 
 _CALIBRATED_AT_ONCE = 2
@@ -62,7 +63,7 @@ class Detection:
     def prepared(self, sets: Sets, preprocess: Callable[[Any], Tensor] | None, augment: str) -> Sets:
         """With half of the training images mirrored, unless `augment` is "none"; the network itself does the rest."""
         one_of("augment", augment, AUGMENT)
-        if augment == "none" or not isinstance(sets.train, Boxed):
+        if augment == "none" or not isinstance(sets.train, DetectionImages):
             return sets
         return replace(sets, train=replace(sets.train, flip=True))
 

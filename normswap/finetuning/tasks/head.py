@@ -13,7 +13,7 @@ from ...errors import Fix, OptionError, Text
 from ...heads.classifier import Head, resize_head
 from ...heads.dense import find_predictor
 from ...machine.limits import check_memory
-from ...modules.tree import get
+from ...modules.tree import module_at
 
 
 def fitted_predictor(
@@ -59,7 +59,7 @@ def fitted(model: nn.Module, found: Head, in_data: int | None, asked: int | None
 
 def _check_memory(model: nn.Module, found: Head, wanted: int) -> None:
     """The new layer's weights, their gradients and two moments each are to fit in memory."""
-    now = sum(p.numel() * p.element_size() for p in get(model, found.path).parameters())
+    now = sum(p.numel() * p.element_size() for p in module_at(model, found.path).parameters())
     check_memory(
         4 * now * wanted / max(found.classes, 1),
         f"training a head for {wanted} classes",

@@ -18,8 +18,9 @@ from ...heads.classifier import Head
 from ..datasets.loader import spread
 from ..datasets.masks import open_scenes, plain, prepared_scenes
 from ..datasets.splits import Sets
+from ..output.panel import Panel
 from ..output.plots import masks_page
-from .base import Outcome, Panel, Reduce, parameters_of_head
+from .base import Outcome, Reduce, parameters_of_head
 from .head import fitted_predictor
 
 AUXILIARY = 0.5
