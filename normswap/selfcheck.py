@@ -88,8 +88,10 @@ def _floats(tree: Any) -> list[Tensor]:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLES)].double().cpu()
+    """Values of the tensor, evenly spread and at most so many: a copy of these alone, whatever its memory format."""
+    step = max(1, -(-tensor.numel() // _SAMPLES))
+    at = torch.arange(0, tensor.numel(), step, device=tensor.device)
+    return tensor.detach()[torch.unravel_index(at, tensor.shape)].cpu()
 
 
 def watched_paths(model: nn.Module, plan: Plan) -> list[str]:
@@ -128,7 +130,7 @@ def _relative_error(before: list[Tensor], after: list[Tensor]) -> float:
         return math.inf
     if not before:
         return 0.0
-    a, b = torch.cat(before), torch.cat(after)
+    a, b = torch.cat(before).double(), torch.cat(after).double()
     scale = float(a.norm())
     return float((a - b).norm()) / scale if scale > 0 else float((a - b).norm())
 
@@ -142,7 +144,7 @@ def _bare(stack: ExitStack, module: nn.Module, step: Step, original: nn.Module |
         def affine(x: Tensor) -> Tensor:
             weight = torch.ones(step.channels) if norm.weight is None else norm.weight
             y = x * per_channel(weight.to(x) / factor, x.dim())
-            return y if norm.bias is None else y + per_channel(norm.bias.to(x), x.dim())
+            return y if norm.bias is None else y.add_(per_channel(norm.bias.to(x), x.dim()))
 
         _override(stack, norm, affine)
     elif step.transfer in ("copy", "reset") and original is not None:

@@ -17,14 +17,16 @@ from ..errors import DataError, OptionError, RevertError
 from ..surgery import copied, evaluating, undisturbed
 from ..undo import revert
 from ..values import whole
-from .matching import Args, Matching, Original, forward, free_memory
+from .footprint import Footprint, fitting, footprint_of_one, free_memory, ran_out
+from .matching import Matching, Original, forward
+from .moments import Args
 from .preparation import Preparation
 from .report import CalibrationReport as CalibrationReport
 from .report import LayerResult as LayerResult
 from .targets import Result, Target, restoring, targets_of
 
 HELD = 0.5
-"""The share of free memory that images waiting at a norm may take; if they need more, fewer images are used."""
+"""The share of free memory that calibration may take; if it needs more, fewer images run at once, then fewer at all."""
 
 FAR = 0.3
 """From this output drift on, fitting the layers anew is worth its cost."""
@@ -69,8 +71,9 @@ def calibrate(
     differ in size. batch_size: for a tensor or a dataset.
 
     Cost, but for "refit": one forward pass of the reference and one of the converted network over the images. What
-    lies between two layers is held for all images, however small the batches; where half of the free memory does not
-    take it, fewer images are used and the report says so. Norms that run several times per forward take further
+    lies between two layers is held for all images, however small the batches. A run on one image tells how much that
+    is: where a batch takes more than half of the free memory, its images run in smaller parts; where all images
+    together do, fewer are used and the report says so. Norms that run several times per forward take further
     passes, until their moments stay as they are (ten at most).
 
     A channel that does not vary keeps its gamma; its mean is matched. A norm without gamma and beta gets them, fixed
@@ -87,11 +90,30 @@ def calibrate(
     _check_enough(targets, count, images)
     if not targets:
         return CalibrationReport(count, (), passes=0, notes=("frozen and fused norms need no calibration",))
-    preparation = Preparation(model, targets, method, eps)
-    with restoring(preparation.modules()):
-        report = _run(model, reference, preparation, batches, labels)
+    preparation, report = _calibrated(model, reference, targets, batches, labels, (method, eps))
     _remember(model, report, preparation)
     return report
+
+
+def _calibrated(
+    model: nn.Module,
+    reference: nn.Module | None,
+    targets: Sequence[Target],
+    batches: Sequence[Args],
+    labels: Sequence[Tensor | None],
+    options: tuple[str, float | None],
+) -> tuple[Preparation, CalibrationReport]:
+    """Calibrate; where memory runs out all the same, start again: fewer images at once, then fewer at all."""
+    at_once, most = max(map(images_in, batches)), sum(map(images_in, batches))
+    while True:
+        preparation = Preparation(model, targets, *options)
+        try:
+            with restoring(preparation.modules()):
+                return preparation, _run(model, reference, preparation, batches, labels, (at_once, most))
+        except Exception as error:
+            if not ran_out(error) or most == 1:
+                raise
+        at_once, most = at_once // 2 or 1, most if at_once > 1 else most // 2
 
 
 def _run(
@@ -100,16 +122,19 @@ def _run(
     preparation: Preparation,
     batches: Sequence[Args],
     labels: Sequence[Tensor | None],
+    limits: tuple[int, int],
 ) -> CalibrationReport:
+    """limits: how many images may run at once, and how many in all, where memory allows it."""
     targets = preparation.targets
-    comparison = _Comparison(batches, labels, reference is not None)
-    original = Original(targets, preparation.balanced)
-    used = len(batches)
+    given = sum(map(images_in, batches))
     with _quiet(model, reference):
+        one = _footprint(model, reference, preparation, batches[0])
+        batches, labels, used = fitting(batches, labels, one, HELD * free_memory(model), limits)
+        comparison = _Comparison(batches, labels, reference is not None)
+        original = Original(targets, preparation.balanced)
         comparison.run("before", model)
         if reference is not None:
-            memory = HELD * free_memory(model) / (2 if preparation.method == "refit" else 1)
-            used = _observe(original, reference, batches, comparison, memory)
+            _observe(original, reference, batches[:used], comparison)
             comparison.run("original", reference)
     preparation.apply(original)
     with _quiet(model, reference):
@@ -119,7 +144,7 @@ def _run(
         results = [Result(target.norm) for target in targets]
     for result in results:  # leaving `_quiet` has put buffers and attributes back
         result.write()
-    count, given = (sum(map(images_in, b)) for b in (batches[:used], batches))
+    count = sum(map(images_in, batches[:used]))
     notes = [] if count == given else [f"{count} of {given} images used: more do not fit in memory at a time"]
     found = comparison.summary()
     if preparation.method == "balance" and preparation.balanced and (found.get("drift_after") or 0) > FAR:
@@ -127,17 +152,24 @@ def _run(
     return CalibrationReport(count, matching.results(), passes=matching.passes, notes=tuple(notes), **found)
 
 
-def _observe(
-    original: Original, reference: nn.Module, batches: Sequence[Args], comparison: _Comparison, memory: float
-) -> int:
-    """Run the reference over the batches; stop where no more can be held. Returns how many batches were used."""
+def _footprint(model: nn.Module, reference: nn.Module | None, preparation: Preparation, args: Args) -> Footprint:
+    """What one image takes. Refit runs both networks side by side and keeps a layer's input as well."""
+    targets = preparation.targets
+    mine = footprint_of_one(model, args, [target.norm for target in targets])
+    if reference is None:
+        return mine
+    theirs = footprint_of_one(reference, args, [t.original for t in targets if t.original is not None])
+    if preparation.method == "refit":
+        return Footprint(max(mine.peak, theirs.peak), 0) + Footprint(1, 1) * (mine.kept + theirs.kept + mine.kept)
+    return Footprint(max(mine.peak, theirs.peak), max(mine.kept, theirs.kept))
+
+
+def _observe(original: Original, reference: nn.Module, batches: Sequence[Args], comparison: _Comparison) -> None:
+    """Run the reference over the batches."""
     with original.watching():
         for i, args in enumerate(batches):
             original.next_batch()
             comparison.keep("original", i, forward(reference, args))
-            if original.held > memory:
-                return i + 1
-    return len(batches)
 
 
 @contextmanager
@@ -203,23 +235,33 @@ def _check_enough(targets: Sequence[Target], count: int, asked: int | None) -> N
         )
 
 
+def _leading(batches: Sequence[Args], most: int) -> list[Args]:
+    """The first batches with so many images together, the last one cut."""
+    found: list[Args] = []
+    for args in batches:
+        if most <= 0:
+            break
+        found.append(_first(args, None, most)[0])
+        most -= images_in(args)
+    return found
+
+
 class _Comparison:
     """Outputs of the original and of the network before and after, on the first images, or on all with labels."""
 
     def __init__(self, batches: Sequence[Args], labels: Sequence[Tensor | None], with_original: bool) -> None:
         self.labelled = with_original and all(y is not None for y in labels)
         self.enabled = with_original
-        self.labels = labels if self.labelled else [None]
-        self.batches = batches if self.labelled else [_first(batches[0], None, COMPARED)[0]]
-        self.size = images_in(batches[0])
+        self.batches = list(batches) if self.labelled else _leading(batches, COMPARED)
+        self.labels = labels if self.labelled else [None] * len(self.batches)
+        self.sizes = [images_in(args) for args in batches[: len(self.batches)]]
         self.outputs: dict[str, list[Any]] = {k: [None] * len(self.batches) for k in ("original", "before", "after")}
 
     def keep(self, which: str, i: int, out: Any) -> None:
         """An output on the whole of batch i."""
-        if self.labelled:
-            self.outputs[which][i] = out
-        elif i == 0:
-            self.outputs[which][0] = _rows(out, self.size, images_in(self.batches[0]))
+        if i < len(self.batches):
+            wanted = images_in(self.batches[i])
+            self.outputs[which][i] = out if self.labelled else _rows(out, self.sizes[i], wanted)
 
     def run(self, which: str, model: nn.Module) -> None:
         """Compute the outputs that no pass has given."""

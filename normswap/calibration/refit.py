@@ -55,10 +55,10 @@ class Refit:
         def entering(module: nn.Module, args: Any, kwargs: Any) -> None:
             self.inputs[job()] = first_input(args, kwargs)
 
-        def given(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        def given(module: nn.Module, args: Any, kwargs: Any) -> None:
             i = job()
             arrive()
-            return (self._again(i),), {}
+            first_input(args, kwargs).copy_(self._again(i))  # in place: a second one would be held for all images
 
         def wanted(module: nn.Module, args: Any, kwargs: Any) -> None:
             self.wanted[job() - batches] = first_input(args, kwargs)
