@@ -8,8 +8,8 @@ changes every value after it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,17 +112,30 @@ def compare(
     model: nn.Module, plan: Plan, inputs: tuple[Any, ...], reference: Observations, originals: Mapping[str, nn.Module]
 ) -> Check:
     """Run the converted model with bare norms and compare with what `observe` saw of the original."""
+    with bare(model, plan, originals):
+        seen = observe(model, inputs, [path for path in reference if path != "(output)"])
+    error, where = difference(reference, seen)
+    exercised = sum(bool(reference.get(step.path)) or step.path == "" for step in plan.steps)
+    return Check(error, where, exercised, len(plan.steps))
+
+
+@contextmanager
+def bare(model: nn.Module, plan: Plan, originals: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within it, the converted norms compute what the original ones did from their standardised inputs."""
     with ExitStack() as stack:
         for step in plan.steps:
             _bare(stack, get(model, step.path), step, originals.get(step.path))
-        seen = observe(model, inputs, [path for path in reference if path != "(output)"])
+        yield
+
+
+def difference(reference: Observations, seen: Observations) -> tuple[float, str]:
+    """The largest relative error of any observed layer, and where."""
     error, where = 0.0, ""
     for path, before in reference.items():
         worst = _relative_error(before, seen.get(path, []))
         if not worst <= error:
             error, where = worst, path
-    exercised = sum(bool(reference.get(step.path)) or step.path == "" for step in plan.steps)
-    return Check(error, where, exercised, len(plan.steps))
+    return error, where
 
 
 def _relative_error(before: list[Tensor], after: list[Tensor]) -> float:

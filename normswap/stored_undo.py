@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .undo import LayerUndo, Undo
+from .undo import LayerUndo, Order, Undo
 
 PREFIX = "normswap.undo."
 
@@ -19,6 +20,7 @@ def undo_index(undo: Undo) -> dict[str, Any] | None:
     return {
         "norms": [list(n.paths) for n in undo.norms],
         "layers": [layer.path for layer in undo.layers],
+        "orders": [order.path for order in undo.orders],
         "no_grad": [
             [k for k, p in n.module._parameters.items() if p is not None and not p.requires_grad] for n in undo.norms
         ],
@@ -37,13 +39,16 @@ def undo_tensors(undo: Undo) -> dict[str, Tensor]:
     for i, layer in enumerate(undo.layers):
         parts = {n: getattr(layer, n) for n in ("scale", "shift", "bias", "correction", "weight", "given")}
         found |= {f"{PREFIX}layer.{i}.{name}": t for name, t in parts.items() if t is not None}
+    for i, order in enumerate(undo.orders):
+        sides = {"rows": order.rows, "columns": order.columns}
+        found |= {f"{PREFIX}order.{i}.{name}": t for name, t in sides.items() if t is not None}
     return {name: tensor.clone() if tensor.numel() else tensor for name, tensor in found.items()}
 
 
 def fill_undo(undo: Undo, tensors: Mapping[str, Tensor], index: Mapping[str, Any] | None) -> None:
     """Put what the file had into the undo record of a network that was just swapped again."""
     if index is None:
-        undo.norms, undo.layers, undo.complete = [], [], False
+        undo.norms, undo.layers, undo.orders, undo.complete = [], [], [], False
         return
     for i, norm in enumerate(undo.norms):
         norm.tensors = _under(tensors, f"norm.{i}.")
@@ -52,12 +57,21 @@ def fill_undo(undo: Undo, tensors: Mapping[str, Tensor], index: Mapping[str, Any
             if parameter is not None:
                 parameter.requires_grad_(name not in index["no_grad"][i])
     undo.layers = [LayerUndo(path, **_layer_tensors(tensors, i)) for i, path in enumerate(index["layers"])]
+    undo.orders = _orders(tensors, index)
 
 
 def check_undo(tensors: Mapping[str, Tensor], index: Mapping[str, Any] | None) -> None:
     """Raise KeyError or TypeError when something to undo the conversion with is missing."""
     for i, path in enumerate(() if index is None else index["layers"]):
         LayerUndo(path, **_layer_tensors(tensors, i))
+    for order in () if index is None else _orders(tensors, index):
+        sides = [side for side in (order.rows, order.columns) if side is not None]
+        if not sides or not all(torch.equal(side.sort().values, torch.arange(len(side))) for side in sides):
+            raise ValueError(f"the order of {order.path} is none")
+
+
+def _orders(tensors: Mapping[str, Tensor], index: Mapping[str, Any]) -> list[Order]:
+    return [Order(path, **_under(tensors, f"order.{i}.")) for i, path in enumerate(index.get("orders", ()))]
 
 
 def _layer_tensors(tensors: Mapping[str, Tensor], i: int) -> dict[str, Any]:

@@ -54,11 +54,12 @@ def calibrate(
     weighing alike (Wu and Johnson 2021, "precise BN"); their gamma and beta are set only where the conversion could
     not carry them over. frozen and fused need nothing.
 
-    method: "moments" does this and nothing else. "balance" (default) first re-scales the channels that enter a group
-    norm by factors between 1/2 and 2 and by -1, in the layer before it, so that the group's mean and variance differ
-    less from sample to sample; gamma is divided by the same factors, which a BN would not notice. It also raises
-    the `eps` of norms that compute per-sample statistics to 1, where the conversion was given none: on standardised
-    channels that halves how far a sample's own variance is followed (see `eps` of `convert`).
+    method: "moments" does this and nothing else. "balance" (default) first chooses which channels share a group, where
+    their order inside a block is free (`revert` undoes it too), and re-scales those that enter a group norm by
+    factors between 1/2 and 2 and by -1, in the layer before it, so that the group's mean and variance differ less from
+    sample to sample; gamma is divided by the same factors, which a BN would not notice. It also raises the `eps` of
+    norms that compute per-sample statistics to 1, where the conversion was given none: on standardised channels that
+    halves how far a sample's own variance is followed (see `eps` of `convert`).
     "refit" balances, and then fits each layer in front of a norm anew, by ridge regression of the values that the
     original has there on the inputs of the converted network. It comes closer wherever it was measured, much closer in
     deep networks and with small groups, at three to five times the cost and twice the memory; `revert` stays exact,
@@ -136,6 +137,7 @@ def _run(
         if reference is not None:
             _observe(original, reference, batches[:used], comparison)
             comparison.run("original", reference)
+    preparation.look(batches[0])
     preparation.apply(original)
     with _quiet(model, reference):
         matching = Matching(targets, original, preparation.refits)

@@ -161,10 +161,17 @@ def _rescale_layer(layer: nn.Module, factor: Tensor, record: LayerUndo | None) -
     return new
 
 
-def factors(spread: Spread, target: Target, gamma: Tensor | None, eps: float) -> Tensor:
-    """Sign times size of each channel, `(C,)` float64."""
+def factors(spread: Spread, target: Target, gamma: Tensor | None, eps: float, order: Tensor | None = None) -> Tensor:
+    """Sign times size of each channel, `(C,)` float64.
+
+    order: the one in which the channels are going to stand, which says who shares a group; the result is in the
+    present order.
+    """
     groups = target.state.num_groups or 1
     means, squares = spread.centred()
+    weight = torch.ones_like(means[0]) if gamma is None else gamma.detach()
+    order = torch.arange(means.shape[1], device=means.device) if order is None else order
+    means, squares, weight = means[:, order], squares[:, order], weight[order.to(weight.device)]
     sign = signs(means, groups)
-    weight = torch.ones_like(sign) if gamma is None else gamma.detach()
-    return sign * sizes(means * sign, squares, weight, groups, eps)
+    found = sign * sizes(means * sign, squares, weight, groups, eps)
+    return found[order.argsort()]

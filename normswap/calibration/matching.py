@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..data import run_on
 from ..errors import DataError
 from ..surgery import device_and_dtype
+from ..undo import Order, ordered
 from .balance import Spread
 from .lockstep import Lockstep
 from .moments import Args, Moments, moments_of, rows_of
@@ -85,6 +86,13 @@ class Original:
                     handle = original.register_forward_hook(self._output_hook(target, state.channel_dim))
                 stack.callback(handle.remove)
             yield
+
+    def reorder(self, path: str, order: Order) -> None:
+        """Let the moments of a norm stand in the order of the converted network's channels."""
+        moments = self.moments.get(path)
+        if moments is not None and moments.count:
+            mean, deviation = (ordered(t, Order("", order.rows)) for t in (moments.mean, moments.deviation))
+            self.moments[path] = Moments(moments.count, mean, deviation)
 
     def next_batch(self) -> None:
         """Say that another batch begins."""
