@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .calibration import calibrate as calibrate
+    from .calibration import choose_groups as choose_groups
     from .checkpoint import load as load
     from .checkpoint import save as save
     from .conversion import convert as convert
@@ -39,6 +40,7 @@ _HOME = {
     "Plan": "planning",
     "RemapReport": "optimizers",
     "calibrate": "calibration",
+    "choose_groups": "calibration",
     "convert": "conversion",
     "distil": "training.distillation",
     "finetune": "finetuning.run",

@@ -14,9 +14,9 @@ PREFIX = "normswap.undo."
 
 
 def undo_index(undo: Undo) -> dict[str, Any] | None:
-    """What the undo tensors belong to; None when nothing was kept."""
+    """What the undo tensors belong to; None when nothing was kept. The order of channels is kept in any case."""
     if not undo.complete:
-        return None
+        return {"complete": False, "layers": [], "orders": [o.path for o in undo.orders]} if undo.orders else None
     return {
         "norms": [list(n.paths) for n in undo.norms],
         "layers": [layer.path for layer in undo.layers],
@@ -29,14 +29,12 @@ def undo_index(undo: Undo) -> dict[str, Any] | None:
 
 def undo_tensors(undo: Undo) -> dict[str, Tensor]:
     """By name, for the file; nothing when nothing was kept."""
-    if not undo.complete:
-        return {}
     found: dict[str, Tensor] = {}
-    for i, norm in enumerate(undo.norms):
+    for i, norm in enumerate(undo.norms if undo.complete else ()):
         found |= {f"{PREFIX}norm.{i}.{name}": t for name, t in norm.tensors.items()}
         changed = {n: t for n, t in norm.given.items() if norm.tensors.get(n) is not t}
         found |= {f"{PREFIX}given.{i}.{name}": t for name, t in changed.items()}
-    for i, layer in enumerate(undo.layers):
+    for i, layer in enumerate(undo.layers if undo.complete else ()):
         parts = {n: getattr(layer, n) for n in ("scale", "shift", "bias", "correction", "weight", "given")}
         found |= {f"{PREFIX}layer.{i}.{name}": t for name, t in parts.items() if t is not None}
     for i, order in enumerate(undo.orders):
@@ -47,8 +45,9 @@ def undo_tensors(undo: Undo) -> dict[str, Tensor]:
 
 def fill_undo(undo: Undo, tensors: Mapping[str, Tensor], index: Mapping[str, Any] | None) -> None:
     """Put what the file had into the undo record of a network that was just swapped again."""
-    if index is None:
-        undo.norms, undo.layers, undo.orders, undo.complete = [], [], [], False
+    undo.orders = [] if index is None else _orders(tensors, index)
+    if index is None or not index.get("complete", True):
+        undo.norms, undo.layers, undo.complete = [], [], False
         return
     for i, norm in enumerate(undo.norms):
         norm.tensors = _under(tensors, f"norm.{i}.")
@@ -57,7 +56,6 @@ def fill_undo(undo: Undo, tensors: Mapping[str, Tensor], index: Mapping[str, Any
             if parameter is not None:
                 parameter.requires_grad_(name not in index["no_grad"][i])
     undo.layers = [LayerUndo(path, **_layer_tensors(tensors, i)) for i, path in enumerate(index["layers"])]
-    undo.orders = _orders(tensors, index)
 
 
 def check_undo(tensors: Mapping[str, Tensor], index: Mapping[str, Any] | None) -> None:

@@ -231,11 +231,21 @@ def test_a_regrouped_network_that_was_trained_reverts_approximately() -> None:
     assert relative(run(model, images()), run(normswap.revert(gn, strict=False), images())) < 1e-3
 
 
-def test_a_network_without_an_undo_record_keeps_its_order() -> None:
+def test_the_order_is_known_even_where_nothing_else_was_kept(tmp_path: Path) -> None:
     model = network()
-    gn = normswap.convert(model, "gn", groups=4, undo=False)
-    calibrate(gn, model, images())
-    assert record_of(gn).undo.orders == []
+    gn, kept = normswap.convert(model, "gn", groups=4, undo=False), normswap.convert(model, "gn", groups=4)
+    for each in (gn, kept):
+        calibrate(each, model, images())
+    normswap.save(gn, tmp_path / "gn.safetensors")
+    again = normswap.load(tmp_path / "gn.safetensors", model=network())
+    orders = {order.path: order for order in record_of(kept).undo.orders}
+    assert orders
+    for each in (gn, again):
+        found = {order.path: order for order in record_of(each).undo.orders}
+        assert found.keys() == orders.keys()
+        assert torch.equal(found["project"].columns, orders["project"].columns)
+        with pytest.raises(RevertError, match="kept nothing"):
+            normswap.revert(each)
 
 
 def test_verify_and_distil_compare_the_same_channels() -> None:

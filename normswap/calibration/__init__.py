@@ -17,6 +17,7 @@ from ..errors import DataError, OptionError, RevertError
 from ..surgery import copied, evaluating, undisturbed
 from ..undo import revert
 from ..values import whole
+from .choosing import choose_groups as choose_groups
 from .footprint import Footprint, fitting, footprint_of_one, free_memory, ran_out
 from .matching import Matching, Original, forward
 from .moments import Args

@@ -68,9 +68,8 @@ class Preparation:
     def look(self, args: Args) -> None:
         """Find out, from a run on a few images, where channels may be put in another order."""
         record = record_of(self.model)
-        known = self.undo is not None and self.undo.complete and record is not None and not record.factors
         several = {t.path: t for t in self.targets if t.path in self.balanced and (t.state.num_groups or 1) > 1}
-        if known and several:
+        if record is not None and not record.factors and several:
             self.example = placed(next(parts(args, None, 2))[0], *device_and_dtype(self.model))
             steps = {path: self.balanced[path] for path in several if self.balanced[path].transfer == "fold"}
             self.chains = chains_of(self.model, self.example, several, steps)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..calibration import CalibrationReport
+    from ..data import Batches
+    from ..planning import Plan
     from .render import Page
 
 IMAGES = 256
@@ -108,6 +110,23 @@ def run(
 ) -> CalibrationReport:
     """Calibrate `model` in place on a folder of images, prepared as its weights want them."""
     from .. import calibration
+
+    return calibration.calibrate(
+        model, reference, batches_of(model, origin, data, images, batch_size, asked, out), method=method
+    )
+
+
+def batches_of(
+    model: nn.Module,
+    origin: Origin,
+    data: Path,
+    images: int,
+    batch_size: int,
+    asked: Asked,
+    out: Output,
+    what: str = "calibrating",
+) -> Batches:
+    """So many images of a folder, prepared as the model's weights want them, with a bar."""
     from ..data import Batches
     from ..images import open_images
 
@@ -116,8 +135,18 @@ def run(
         out.note(f"{data} has {len(folder.files)} images, fewer than the {images} asked for")
     preparation = prepare(model, origin, asked)
     batches = folder.batches(preparation.transform, batch_size, stack=preparation.stack)
-    tracked = Batches(out.track(batches, len(batches), "calibrating"), folder.classes)
-    return calibration.calibrate(model, reference, tracked, method=method)
+    return Batches(out.track(batches, len(batches), what), folder.classes)
+
+
+def with_groups(
+    model: nn.Module, made: Plan, origin: Origin, data: Path, images: int, asked: Asked, out: Output, budget: float
+) -> Plan:
+    """The plan with the numbers of groups that the layers bear on the first images."""
+    from ..calibration.choosing import IMAGES, choose_groups
+
+    count = min(IMAGES, images)
+    batches = batches_of(model, origin, data, count, count, asked, out, "choosing groups")
+    return choose_groups(model, made, batches, budget=budget)
 
 
 def figures(report: CalibrationReport) -> list[tuple[str, str]]:
