@@ -1,10 +1,10 @@
 """What a recorded run, `inspect`, the self-check and `calibrate` hold, against a plain forward pass.
 
-    python benchmarks/memory.py [--size 128]
+    python benchmarks/memory.py [--size 160]
 
 Counts the bytes of tensors that operations make and that live at once (see tests/memory.py), weights left out; no
 image and no weights are needed. `wasteful` makes thirty temporaries behind each of its two convolutions. For
-`calibrate` (8 images, one at a time) `between` is what plain forward passes of all images hold while they stand at
+`calibrate` (4 images, one at a time) `between` is what plain forward passes of all images hold while they stand at
 the norm where that is most, which no way of waiting there can avoid.
 """
 
@@ -29,7 +29,7 @@ from normswap.conversion import _check_inputs, _observe, _prove
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from memory import Held, Wasteful, peak
 
-IMAGES = 8
+IMAGES = 4
 
 
 def calibration(model: nn.Module, reference: nn.Module, x: Tensor, method: str) -> int:
@@ -61,7 +61,7 @@ def self_check(model: nn.Module, x: Tensor) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--size", type=int, default=160)
     size = parser.parse_args().size
     torch.manual_seed(0)
     networks = {"wasteful": Wasteful(), "ResNet-50": resnet50(weights=None), "MobileNetV2": mobilenet_v2(weights=None)}
@@ -72,8 +72,8 @@ def main() -> None:
         x = torch.randn(IMAGES, 3, size, size)
         model.train()(x)
         model.eval()
-        one = footprint(model, (x[:1],), [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)])
         with torch.no_grad():
+            one = footprint(model, (x[:1],), [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)])
             plain = peak(partial(model, x[:1]))
             shares = [peak(partial(normswap.inspect, model, x[:1])) / plain, self_check(model, x[:1]) / plain]
         cells = [f"{plain / 1e6:.1f}", *(f"{share:.2f}" for share in shares), f"{IMAGES * one.kept / 1e6:.1f}"]

@@ -281,8 +281,8 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
 
 
 def _paths_of(undo: Undo) -> list[str]:
-    changed = (*undo.layers, *undo.orders)
-    return [*(each.path for each in changed), *(path for norm in undo.norms for path in norm.paths)]
+    changed = [*(layer.path for layer in undo.layers), *(order.path for order in undo.orders)]
+    return [*changed, *(path for norm in undo.norms for path in norm.paths)]
 
 
 def _norm_changed(module: nn.Module, undo: NormUndo) -> bool:

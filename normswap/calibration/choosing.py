@@ -16,7 +16,7 @@ from ..data import as_batches, images_in
 from ..errors import DataError, OptionError
 from ..layerwise import parts
 from ..modules import per_channel
-from ..norms.group import divisors
+from ..norms.group import GroupOptions, divisors
 from ..planning import SOFT, Plan, Step
 from ..surgery import evaluating, get, undisturbed
 from ..undo import wide
@@ -60,7 +60,7 @@ def choose_groups(
         trial = _Trial(model, args, steps)
         chosen = {path: _most(trial, step, budget) for path, step in steps.items()}
     new = tuple(
-        dataclasses.replace(step, options=dataclasses.replace(step.options, num_groups=chosen[step.path]))
+        dataclasses.replace(step, options=GroupOptions(eps=step.options.eps, num_groups=chosen[step.path]))
         if step.path in chosen
         else step
         for step in plan.steps

@@ -115,7 +115,7 @@ def fitting(
         count = images_in(args)
         peak = one.peak * _size(args) / (small * count)
         pairs += parts(args, y, int(max(1, min(count, limits[0], memory / max(peak, 1)))))
-    kept = used = images = 0
+    kept, used, images = 0.0, 0, 0
     running = max(_size(args) for args, _ in pairs) * (one.peak - one.kept) / small
     for args, _ in pairs:
         kept += _size(args) * one.kept / small

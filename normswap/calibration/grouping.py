@@ -96,7 +96,7 @@ def regrouped(spreads: Sequence[tuple[Tensor, Tensor]], groups: int, eps: float)
             pulls.append(_Pull.of(squares - squares.mean(0), member, groups, False, power))
     least = _LEAST / channels * sum(p.total(member) for p in pulls)
     drawing = torch.Generator().manual_seed(0)
-    for _ in range(_ROUNDS * channels if channels <= _AMONG else _ROUNDS * channels // groups):
+    for _ in range(_ROUNDS * channels if channels <= _AMONG else channels // groups):
         among = torch.randperm(channels, generator=drawing)[:_AMONG].sort().values.to(member.device)
         if not _swapped(pulls, among, member, least) and channels <= _AMONG:
             break
@@ -105,7 +105,7 @@ def regrouped(spreads: Sequence[tuple[Tensor, Tensor]], groups: int, eps: float)
 
 def _swapped(pulls: Sequence[_Pull], among: Tensor, member: Tensor, least: float) -> bool:
     """Exchange the pairs that gain most, each group taking part in one at most. Returns whether there was any."""
-    change = sum(p.change(among, member) for p in pulls)
+    change = torch.stack([p.change(among, member) for p in pulls]).sum(0)
     change = change.masked_fill(member[among][:, None] == member[among][None, :], 0.0)
     done: set[int] = set()
     for at in change.view(-1).argsort()[: 8 * pulls[0].at_group.shape[1]].tolist():

@@ -144,9 +144,13 @@ def fitted(
     """Weight and bias that minimise `||layer(x) - (scale z + shift)||^2 + ridge ||weight - weight_now||^2`.
 
     batches: pairs of the layer's input x and the original layer's output z, `(N, C, *)` each. order: of the channels,
-    where the layer has another one than z, scale and shift. Sums over
-    few images each are pooled in float64; positions lie on a regular grid of each image, whatever its batch.
+    where the layer has another one than z, scale and shift. Sums over few images each are pooled in float64; positions
+    lie on a regular grid of each image, whatever its batch.
     """
+    # A layer is linear in what it sums over at a position, its patch, to which a 1 is added for the bias. With all
+    # patches as columns of U, the change D of the weights solves `D (U U' + ridge) = E U'`, E being what the present
+    # weights leave of the wanted values. The ridge then pulls towards the present weights, not towards 0. A grouped
+    # convolution is one such system for each of its groups.
     groups = getattr(layer, "groups", 1)
     weight, bias = layer.weight.detach(), layer.bias.detach()
     now = torch.cat([weight.reshape(groups, -1, weight[0].numel()), bias.view(groups, -1, 1)], 2).float()
@@ -168,6 +172,7 @@ def fitted(
             cross += (error @ rows.mT).double()
     if not bool(torch.isfinite(gram).all() and torch.isfinite(cross).all()):
         return weight, bias
+    # Held in proportion to the inputs' mean power, so that the ridge means the same for loud and for quiet inputs.
     power = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None].clamp_min(1e-30)
     held = torch.cat([RIDGE * power.expand(-1, size - 1), 1e-6 * power], 1)  # the bias is free
     change = _solved((gram + torch.diag_embed(held)).cpu(), cross.mT.cpu()).mT.to(gram.device)
