@@ -167,9 +167,9 @@ def fitted(
             rows = _patches(layer, part.float(), at, groups)
             aim = (value[..., at] * _column(scale, value) + _column(shift, value)).movedim(1, 0)
             aim = aim if order is None else aim[order.to(aim.device)]
-            error = aim.reshape(groups, -1, rows.shape[2]) - now @ rows
             gram += (rows @ rows.mT).double()
-            cross += (error @ rows.mT).double()
+            cross += (aim.reshape(groups, -1, rows.shape[2]) @ rows.mT).double()
+    cross -= now.double() @ gram  # what the present weights leave of it
     if not bool(torch.isfinite(gram).all() and torch.isfinite(cross).all()):
         return weight, bias
     # Held in proportion to the inputs' mean power, so that the ridge means the same for loud and for quiet inputs.
