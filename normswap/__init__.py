@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .calibration import calibrate as calibrate
+    from .calibration import choose_groups as choose_groups
     from .calibration import estimate_statistics as estimate_statistics
     from .checkpoint import load as load
     from .checkpoint import save as save
@@ -42,6 +43,7 @@ _HOME = {
     "Plan": "planning",
     "RemapReport": "optimizers",
     "calibrate": "calibration",
+    "choose_groups": "calibration",
     "convert": "conversion",
     "distil": "training.distillation",
     "estimate_statistics": "calibration",

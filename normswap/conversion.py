@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .checks import affine_moved, check_fit, check_values, needs_statistics, never_updated
 from .errors import DataError, Fix, NormswapError, OptionError, SelfCheckError, Text, first_line
@@ -71,6 +71,28 @@ def check_order(model: nn.Module, reference: nn.Module) -> None:
             "the reference was converted from a network such as the model: the two are swapped",
             hint="First the converted network, which is changed; then its original, with reference=.",
         )
+
+
+def back_in_order(model: nn.Module) -> Callable[[str, Tensor], Tensor]:
+    """What brings the output of the module at a path, `(N, C, *)`, into the order of the original's channels.
+
+    `calibrate` may have changed that order inside blocks; values of two networks compare only in the same one.
+    """
+    rows: dict[str, list[Tensor]] = {}
+    record = record_of(model)
+    while record is not None:
+        for order in record.undo.orders:
+            if order.rows is not None:
+                rows.setdefault(order.path, []).append(order.rows)
+        record = record.previous
+
+    def back(path: str, out: Tensor) -> Tensor:
+        for index in rows.get(path, ()):
+            if out.dim() > 1 and out.shape[1] == len(index):
+                out = out.index_select(1, index.argsort().to(out.device))
+        return out
+
+    return back
 
 
 def convert(

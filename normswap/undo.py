@@ -54,12 +54,26 @@ class LayerUndo:
 
 
 @dataclass
+class Order:
+    """How `calibrate` has put the channels of a layer or norm in another order than the original has.
+
+    rows: of its output, `(C,)` int64, where each channel was before; columns: of its input, likewise. None where they
+    stand as they were. All other records speak of the original's order.
+    """
+
+    path: str
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+
+@dataclass
 class Undo:
     """Everything `revert` needs. `complete` is False when it was not asked for, or did not survive."""
 
     norms: list[NormUndo] = field(default_factory=list)
     layers: list[LayerUndo] = field(default_factory=list)
     complete: bool = True
+    orders: list[Order] = field(default_factory=list)
 
 
 def by_output_channel(layer: Any, vector: Tensor) -> Tensor:
@@ -136,36 +150,64 @@ def _packed_size(weight: Tensor) -> int:
     return -(-weight.numel() // 4)
 
 
+def ordered(tensor: Tensor, order: Order, *, back: bool = False) -> Tensor:
+    """A layer's or norm's weight, bias, or anything of its shape, in an order, or back in the original's: a copy."""
+    for dim, index in enumerate((order.rows, order.columns)):
+        if index is not None and tensor.dim() > dim:
+            index = index.to(tensor.device)
+            tensor = tensor.index_select(dim, index.argsort() if back else index)
+    return tensor
+
+
 @torch.no_grad()
-def undo_layer(layer: Any, record: LayerUndo) -> tuple[Tensor, Tensor | None] | None:
+def reorder(module: Any, order: Order, *, back: bool = False) -> None:
+    """Put a module's channels in an order, or back, in place."""
+    module = getattr(module, "norm", module)
+    for parameter in (module.weight, module.bias):
+        if parameter is not None:
+            parameter.data.copy_(ordered(parameter.data, order, back=back))
+
+
+@torch.no_grad()
+def undo_layer(layer: Any, record: LayerUndo, order: Order | None = None) -> tuple[Tensor, Tensor | None] | None:
     """The layer's original weight and bias; None when it was changed since it was folded.
 
     Folding the recovered weight again must give the layer's present weight to the bit, which tells a trained layer
-    from an untouched one without having kept a checksum.
+    from an untouched one without having kept a checksum. order: the one that the layer stands in now.
     """
     device = layer.weight.device
     scale, shift = record.scale.to(device), record.shift.to(device)
     bias = None if record.bias is None else record.bias.to(device)
     factor = by_output_channel(layer, scale)
+    now, bias_now = in_first_order(layer, order)
     if record.weight is not None:
         weight = record.weight.to(device)
-    elif record.correction is not None and _packed_size(layer.weight) == record.correction.numel():
-        weight = unfold(record.correction.to(device), layer.weight.detach(), factor)
+    elif record.correction is not None and _packed_size(now) == record.correction.numel():
+        weight = unfold(record.correction.to(device), now, factor)
     else:
         return None
     if record.given is not None:
-        return (weight, bias) if torch.equal(digest(layer), record.given.cpu()) else None
-    again = folded_bias(bias, scale, shift, layer.weight.dtype)
-    if not _same_bits(scaled(weight, factor), layer.weight) or not _same_bits(again, layer.bias):
+        return (weight, bias) if torch.equal(digest(now, bias_now), record.given.cpu()) else None
+    again = folded_bias(bias, scale, shift, now.dtype)
+    if not _same_bits(scaled(weight, factor), now) or not _same_bits(again, bias_now):
         return None
     return weight, bias
 
 
-def digest(layer: Any) -> Tensor:
+def in_first_order(layer: Any, order: Order | None) -> tuple[Tensor, Tensor | None]:
+    """A layer's weight and bias, with their channels as the original has them."""
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+    if order is None:
+        return weight, bias
+    return ordered(weight, order, back=True), None if bias is None else ordered(bias, order, back=True)
+
+
+def digest(*tensors: Tensor | None) -> Tensor:
     """The SHA-256 of a layer's weight and bias, `(32,)` uint8."""
     made = hashlib.sha256()
-    for tensor in (layer.weight, layer.bias):
-        made.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for tensor in tensors:
+        if tensor is not None:
+            made.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return torch.tensor(list(made.digest()), dtype=torch.uint8)
 
 
@@ -212,7 +254,8 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
             f"the network no longer has all layers that were changed; the first of {len(gone)} is {gone[0]}",
             hint="Build the original network again from its source.",
         )
-    originals = {layer.path: undo_layer(modules[layer.path], layer) for layer in undo.layers}
+    orders = {order.path: order for order in undo.orders}
+    originals = {layer.path: undo_layer(modules[layer.path], layer, orders.get(layer.path)) for layer in undo.layers}
     changed = [path for path, original in originals.items() if original is None]
     if not record.calibrated:
         changed += [n.paths[0] for n in undo.norms if _norm_changed(modules[n.paths[0]], n)]
@@ -226,6 +269,8 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
                 'convert(to="bn") keeps what a sync, frozen or renorm norm has learned.',
             ),
         )
+    for path, order in orders.items():
+        reorder(modules[path], order, back=True)
     for layer in undo.layers:
         _restore_layer(modules[layer.path], layer, originals[layer.path])
     for norm in undo.norms:
@@ -239,7 +284,8 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
 
 
 def _paths_of(undo: Undo) -> list[str]:
-    return [*(layer.path for layer in undo.layers), *(path for norm in undo.norms for path in norm.paths)]
+    changed = [*(layer.path for layer in undo.layers), *(order.path for order in undo.orders)]
+    return [*changed, *(path for norm in undo.norms for path in norm.paths)]
 
 
 def _norm_changed(module: nn.Module, undo: NormUndo) -> bool:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..calibration import CalibrationReport
     from ..data import Batches
+    from ..planning import Plan
     from .render import Page
 
 IMAGES = 256
@@ -116,7 +117,7 @@ def run(
     """Calibrate `model` in place on a folder of images, prepared as its weights want them."""
     from .. import calibration
 
-    tracked = _batches(model, origin, data, images, batch_size, asked, out, "calibrating")
+    tracked = batches_of(model, origin, data, images, batch_size, asked, out)
     return calibration.calibrate(model, reference, tracked, method=method)
 
 
@@ -126,13 +127,21 @@ def estimate(
     """Estimate the running statistics of `model` in place, on a folder of images prepared as its weights want them."""
     from .. import calibration
 
-    tracked = _batches(model, origin, data, images, batch_size, asked, out, "estimating running statistics")
+    tracked = batches_of(model, origin, data, images, batch_size, asked, out, "estimating running statistics")
     return calibration.estimate_statistics(model, tracked)
 
 
-def _batches(
-    model: nn.Module, origin: Origin, data: Path, images: int, batch_size: int, asked: Asked, out: Output, doing: str
+def batches_of(
+    model: nn.Module,
+    origin: Origin,
+    data: Path,
+    images: int,
+    batch_size: int,
+    asked: Asked,
+    out: Output,
+    what: str = "calibrating",
 ) -> Batches:
+    """So many images of a folder, prepared as the model's weights want them, with a bar."""
     from ..data import Batches
     from ..images import open_images
 
@@ -141,7 +150,18 @@ def _batches(
         out.note(f"{data} has {plural(len(folder.files), 'image')}, fewer than the {images} asked for")
     preparation = prepare(model, origin, asked)
     batches = folder.batches(preparation.transform, batch_size, stack=preparation.stack)
-    return Batches(out.track(batches, len(batches), doing), folder.classes)
+    return Batches(out.track(batches, len(batches), what), folder.classes)
+
+
+def with_groups(
+    model: nn.Module, made: Plan, origin: Origin, data: Path, images: int, asked: Asked, out: Output, budget: float
+) -> Plan:
+    """The plan with the numbers of groups that the layers bear on the first images."""
+    from ..calibration.choosing import IMAGES, choose_groups
+
+    count = min(IMAGES, images)
+    batches = batches_of(model, origin, data, count, count, asked, out, "choosing groups")
+    return choose_groups(model, made, batches, budget=budget)
 
 
 def figures(report: CalibrationReport) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ import typer
 
 from . import changes, options
 from .boundary import WRITTEN
-from .calibrate import IMAGES
+from .calibrate import IMAGES, with_groups
 from .calibrate import run as run_calibration
 from .estimating import Calibration, mend_statistics
 from .images import Asked
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ..conversion import Record
 
 ORIGINAL = "original"
+BUDGET = 0.01
+_PICKLES = (".pth", ".pt", ".th", ".ckpt", ".pkl", ".bin")
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,15 @@ def convert(
     ] = None,
     images: options.Images = None,
     method: options.Method = "balance",
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DRIFT",
+            help="With --groups auto and --calibrate: as many groups as each layer bears if it alone may change the "
+            "output by this share.",
+            show_default="0.01",
+        ),
+    ] = None,
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -142,8 +153,11 @@ def convert(
     }
     asked = Asked.of(ctx, size, mean, std)
     options.choice(ctx, "--method", method, options.METHODS)
-    if calibrate is None and (images is not None or method != "balance" or asked.given()):
-        raise options.usage(ctx, "--images, --method, --size, --mean and --std go with --calibrate")
+    if calibrate is None and (images is not None or method != "balance" or budget is not None or asked.given()):
+        raise options.usage(ctx, "--images, --method, --budget, --size, --mean and --std go with --calibrate")
+    if budget is not None and (groups not in (None, "auto") or channels_per_group is not None):
+        raise options.usage(ctx, "--budget chooses the number of groups; it goes with --groups auto")
+    choosing = calibrate is not None and (groups == "auto" or budget is not None)
     job = Job(
         to,
         options.rules(ctx, rule),
@@ -155,7 +169,9 @@ def convert(
         dry_run=dry_run,
         output=output,
         force=force,
-        calibration=None if calibrate is None else Calibration(calibrate, images or IMAGES, asked, method),
+        calibration=None
+        if calibrate is None
+        else Calibration(calibrate, images or IMAGES, asked, method, budget or BUDGET if choosing else None),
     )
     _check_combination(ctx, job)
     wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
@@ -203,12 +219,14 @@ def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> chang
     mend_statistics(model, made, origin, job.calibration, out, dry_run=job.dry_run)
     if job.dry_run:
         return changes.Result(origin, made, target, written=False)
+    if (wish := job.calibration) is not None and wish.budget is not None:
+        made = with_groups(model, made, origin, wish.data, wish.images, wish.asked, out, wish.budget)
     out.step("converting and checking" if job.check else "converting")
     reference = copied(model) if job.calibration and not job.undo else None
     model = convert_model(model, using=made, example_inputs=inputs, inplace=True, check=job.check, undo=job.undo)
     record = _record(model)
     report = None
-    if (wish := job.calibration) is not None:
+    if wish is not None:
         report = run_calibration(model, reference, origin, wish.data, wish.images, 32, wish.asked, out, wish.method)
     record.source = None if origin.source is None else origin.source.to_dict()
     from ..checkpoint import save

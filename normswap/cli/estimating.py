@@ -26,6 +26,7 @@ class Calibration:
     images: int
     asked: Asked
     method: str
+    budget: float | None = None
 
 
 def mend_statistics(
