@@ -25,7 +25,8 @@ from ..modules import NormSequence
 from ..planning import Step
 from ..surgery import aliases, get
 from ..undo import Order, reorder
-from ..uses import branches_on_training, doubtful_below, uses_of
+from ..uses import doubtful_below, uses_of
+from ..ways import other_settings
 from .moments import Args
 from .targets import Target
 
@@ -179,9 +180,9 @@ def _sound(
 
 
 def _opened(path: str, part: str, common: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether the code of a module around a part may, in training, use it otherwise than in evaluation."""
+    """Whether the code of a module around a part may, by a flag such as `training`, use it otherwise than here."""
     module = modules.get(path)
-    if module is None or not branches_on_training(module):
+    if module is None or type(module).__module__.startswith("torch.nn.") or next(other_settings(module), None) is None:
         return False
     if len(path) >= len(common):
         return True
