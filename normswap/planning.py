@@ -134,7 +134,8 @@ def plan(
     """Plan how to replace the norm layers of `model`. Changes nothing.
 
     to: the target of every layer no rule matches. rules: ordered `pattern -> norm or "keep"`, the first match wins;
-    a pattern is a path with shell wildcards, or the part of the network, as `role:backbone`, `role:fpn`, `role:head`.
+    a pattern is a path with shell wildcards or ranges as `layer3.{0..35}.bn1`, or the part of the network, as
+    `role:backbone`, `role:fpn`, `role:head`.
     groups: number of groups for `gn`, or "auto" (default), which aims at 16 channels a group; channels_per_group
     excludes it. indivisible: "error", or "nearest" for the largest divisor that does not exceed what was asked.
     transfer: "fold" carries the running statistics over, "copy" only gamma and beta, "reset" nothing.

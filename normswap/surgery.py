@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from .errors import NormswapError, OptionError
+from .path_ranges import matches as matches
 
 # What every nn.Module carries; anything else in a module's __dict__ is its own or its user's.
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
@@ -90,11 +90,6 @@ def hand_over_hooks(new: nn.Module, old: nn.Module) -> None:
             new.__dict__[name] = old.__dict__[name]
     if old._backward_hooks:
         new._is_full_backward_hook = old._is_full_backward_hook
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Whether a rule's pattern covers a path: shell wildcards over the dotted path, or a module and all below it."""
-    return fnmatch.fnmatchcase(path, pattern) or path == pattern or path.startswith(pattern + ".")
 
 
 @contextmanager
