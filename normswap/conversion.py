@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .checks import check_fit, check_values
+from .choices import Indivisible, MissingStatistics, Norm, Transfer
 from .errors import DataError, NormswapError, OptionError, SelfCheckError, first_line
 from .example import guess_inputs
 from .heads import Head
@@ -55,18 +56,18 @@ def record_of(model: nn.Module) -> Record | None:
 
 def convert(
     model: nn.Module,
-    to: str | None = None,
+    to: Norm | str | None = None,
     *,
     groups: int | str | None = None,
     channels_per_group: int | None = None,
-    indivisible: str = "error",
-    transfer: str = "fold",
+    indivisible: Indivisible = "error",
+    transfer: Transfer = "fold",
     eps: float | str | None = None,
     rules: Rules | None = None,
     sources: Collection[str] | None = None,
     example_inputs: Any = None,
     zero_init_residual: bool = False,
-    missing_statistics: str = "error",
+    missing_statistics: MissingStatistics = "error",
     inplace: bool = False,
     check: bool = True,
     undo: bool = True,

@@ -13,13 +13,13 @@ from typing import Any, cast
 
 from torch import nn
 
+from .choices import MISSING_STATISTICS, TRANSFERS, Indivisible, MissingStatistics, Norm, Transfer
 from .errors import CheckpointError, OptionError, PlanError
 from .inventory import Inventory, Layer, inspect
 from .registry import get, targets
 from .rules import Rule, Rules, assigned, check_rules, rules_of, selected
 from .spec import Misfit, NormSpec, Options, Request
 
-TRANSFERS = ("fold", "copy", "reset")
 SOFT = 1.0
 """The eps at which a norm of standardised channels follows half of a sample's own variance; `auto` stands for it."""
 
@@ -118,18 +118,18 @@ def describe(step: Step) -> str:
 
 def plan(
     model: nn.Module,
-    to: str | None = None,
+    to: Norm | str | None = None,
     *,
     groups: int | str | None = None,
     channels_per_group: int | None = None,
-    indivisible: str = "error",
-    transfer: str = "fold",
+    indivisible: Indivisible = "error",
+    transfer: Transfer = "fold",
     eps: float | str | None = None,
     rules: Rules | None = None,
     sources: Collection[str] | None = None,
     example_inputs: Any = None,
     zero_init_residual: bool = False,
-    missing_statistics: str = "error",
+    missing_statistics: MissingStatistics = "error",
 ) -> Plan:
     """Plan how to replace the norm layers of `model`. Changes nothing.
 
@@ -168,7 +168,7 @@ def _check_options(
 ) -> None:
     if transfer not in TRANSFERS:
         raise OptionError(f"transfer must be one of {', '.join(TRANSFERS)}, got {transfer!r}")
-    if missing not in ("error", "later"):
+    if missing not in MISSING_STATISTICS:
         raise OptionError(f"missing_statistics must be 'error' or 'later', got {missing!r}")
     if (request.groups is not None or request.channels_per_group is not None) and "gn" not in names:
         raise OptionError(f"groups apply to gn only, not to {', '.join(sorted(names)) or 'keep'}")
@@ -324,7 +324,7 @@ def _problem_error(planner: _Planner, among: set[str]) -> PlanError:
     if planner.degenerate:
         hints.append('A rule keeps such a layer or gives it another norm: rules={"PATH": "frozen"}, or fewer groups.')
     if planner.no_statistics:
-        hints.append("calibrate estimates them from images: `normswap convert ... --calibrate DIR`.")
+        hints.append("calibrate estimates them from images: `normswap convert ... --calibrate FOLDER`.")
     if planner.inventory.suspects or planner.held:
         hints.append('To leave a layer as it is: rules={"PATH": "keep"}.')
     return PlanError(summary, planner.problems, hint="\n".join(hints) or None, indivisible=planner.indivisible)

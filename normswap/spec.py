@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .choices import INDIVISIBLE
 from .errors import OptionError
 
 
@@ -77,7 +78,7 @@ class Request:
                 continue
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise OptionError(f"{name} must be a positive integer{' or auto' * (name == 'groups')}, got {value!r}")
-        if self.indivisible not in ("error", "nearest"):
+        if self.indivisible not in INDIVISIBLE:
             raise OptionError(f"indivisible must be 'error' or 'nearest', got {self.indivisible!r}")
         number = isinstance(self.eps, (int, float)) and not isinstance(self.eps, bool)
         if self.eps is not None and not (number and 0 <= self.eps < float("inf")):

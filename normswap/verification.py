@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .agreement import OutputTally
 from .data import Batches, as_batches, images_in
+from .devices import device_of
 from .errors import DataError, OptionError, first_line
 from .example import guess_inputs, random_tensor, runs
 from .layerwise import Difference, LayerTally, comparable_paths, images_at_once, parts
@@ -97,7 +98,8 @@ def verify(
     """Run both networks on the same images and measure how far b is from a. Leaves both as they were.
 
     data: see `as_batches`; without any, random inputs that a is found to take. device: where both run (and come back
-    from); by default each where it is. Both run in eval mode without gradients; images are cast to each one's dtype.
+    from), "auto" for a GPU if there is one; by default each where it is.
+    Both run in eval mode without gradients; images are cast to each one's dtype.
     Norms, and convolutions and linear layers into which nothing was folded, are compared where both networks have
     them under the same path. Memory does not grow with the number of images, and a batch whose layer outputs would
     fill more than 1 GiB runs in parts. Layers under `roi_heads` are left out: what a two-stage detector feeds them
@@ -146,9 +148,10 @@ def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None
     tensors = [*model.parameters(), *model.buffers()]
     before = [tensor.data for tensor in tensors]
     try:
+        place = device_of(device)
         try:
             for tensor in tensors:
-                tensor.data = tensor.data.to(device)
+                tensor.data = tensor.data.to(place)
         except (RuntimeError, AssertionError) as error:
             raise OptionError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
         yield

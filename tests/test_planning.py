@@ -294,7 +294,7 @@ def test_a_target_that_needs_statistics_which_are_not_there_names_calibrate(targ
         f"3 (InstanceNorm2d): {target} needs running statistics, which in does not have",
     )
     assert "calibrate" in error.hint
-    assert "--calibrate DIR" in error.hint
+    assert "--calibrate FOLDER" in error.hint
 
 
 def test_calibration_later_is_allowed_where_the_norm_can_wait_for_it() -> None:

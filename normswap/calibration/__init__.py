@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..agreement import OutputTally
+from ..choices import Method
 from ..conversion import record_of
 from ..data import as_batches, images_in
 from ..errors import DataError, OptionError, RevertError
@@ -40,7 +41,7 @@ def calibrate(
     *,
     images: int | None = None,
     batch_size: int = 64,
-    method: str = "balance",
+    method: Method = "balance",
     eps: float | None = None,
 ) -> CalibrationReport:
     """Bring a converted network back to its original with a few unlabelled images. In place.

@@ -1,6 +1,7 @@
 """The one place where errors become messages and exit codes.
 
-0: done. 1: a problem in the input. 2: a wrong call, which typer reports. 130: interrupted. 141: nobody reads stdout.
+0: done. 1: a problem in the input. 2: a wrong call, which typer or an OptionError tells of.
+130: interrupted. 141: nobody reads stdout.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ..errors import NormswapError
+from ..errors import NetworkError, NormswapError, OptionError
 from .options import UsageError
 from .output import VERBOSE
 from .terminal import is_terminal, printable
@@ -62,7 +63,7 @@ def report(error: BaseException, meta: Mapping[str, Any]) -> int | None:
         if verbose and error.__cause__ is not None:
             _say_traceback(error.__cause__)
         say(_as_flags(str(error)), prefix="error: ")
-        return 1
+        return 2 if isinstance(error, OptionError) and not isinstance(error, NetworkError) else 1
     if not isinstance(error, Exception):
         return None
     if verbose:

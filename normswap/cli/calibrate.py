@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import OptionError
+from ..errors import CheckpointError
 from . import options
 from .boundary import WRITTEN
 from .images import Asked, prepare
-from .networks import Origin, Wanted, converted_file, locate, open_network
+from .networks import Origin, Wanted, converted_file, locate, on_device, open_network
 from .output import Output, reporting
 
 if TYPE_CHECKING:
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
     from .render import Page
 
 IMAGES = 256
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What to calibrate on, and how. max_bad: so many images that cannot be read are skipped."""
+
+    data: Path
+    images: int
+    asked: Asked
+    method: str = "balance"
+    batch_size: int = 32
+    device: str = "auto"
 
 
 def calibrate(
@@ -44,6 +57,7 @@ def calibrate(
     std: options.Std = None,
     weights: options.Weights = None,
     arg: options.Arg = None,
+    device: options.Device = "auto",
     output: options.Output = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
     trust_pickle: options.TrustPickle = False,
@@ -63,7 +77,6 @@ def calibrate(
     normswap calibrate resnet50-gn.safetensors --data photos/
     """
     asked = Asked.of(ctx, size, mean, std)
-    options.choice(ctx, "--method", method, options.METHODS)
     if reference is None and (weights or arg):
         raise options.usage(ctx, "--weights and --arg go with --reference")
     wanted = Wanted(file, trust_code=trust_code, allow_nonfinite=allow_nonfinite, seed=seed)
@@ -73,7 +86,7 @@ def calibrate(
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
         out.step("loading PyTorch")
         if converted_file(file) is None:
-            raise OptionError(
+            raise CheckpointError(
                 f"{file} is not a file that normswap wrote",
                 hint=f"Convert and calibrate in one go: normswap convert {file} --to gn --calibrate {data}",
             )
@@ -85,7 +98,7 @@ def calibrate(
         check_writable(target, overwrite=force)
         model, origin = open_network(origin, wanted, out)
         teacher = open_network(locate(ctx, original), original, out)[0] if original else None
-        report = run(model, teacher, origin, data, images, batch_size, asked, out, method)
+        report = run(model, teacher, origin, Calibration(data, images, asked, method, batch_size, device), out)
         out.step(f"writing {target}")
         save(model, target, overwrite=force)
         ctx.meta[WRITTEN] = target
@@ -99,25 +112,23 @@ def run(
     model: nn.Module,
     reference: nn.Module | None,
     origin: Origin,
-    data: Path,
-    images: int,
-    batch_size: int,
-    asked: Asked,
+    wish: Calibration,
     out: Output,
-    method: str = "balance",
 ) -> CalibrationReport:
-    """Calibrate `model` in place on a folder of images, prepared as its weights want them."""
+    """Calibrate `model` in place on a folder of images, prepared as its weights want them. It ends on the CPU."""
     from .. import calibration
     from ..data import Batches
     from ..images import open_images
 
-    folder = open_images(data, limit=images)
-    if len(folder.files) < images:
-        out.note(f"{data} has {len(folder.files)} images, fewer than the {images} asked for")
-    preparation = prepare(model, origin, asked)
-    batches = folder.batches(preparation.transform, batch_size, stack=preparation.stack)
+    folder = open_images(wish.data, limit=wish.images)
+    if len(folder.files) < wish.images:
+        out.note(f"{wish.data} has {len(folder.files)} images, fewer than the {wish.images} asked for")
+    preparation = prepare(model, origin, wish.asked)
+    batches = folder.batches(preparation.transform, wish.batch_size, stack=preparation.stack)
     tracked = Batches(out.track(batches, len(batches), "calibrating"), folder.classes)
-    return calibration.calibrate(model, reference, tracked, method=method)
+    method: Any = wish.method
+    with on_device(wish.device, model, reference):
+        return calibration.calibrate(model, reference, tracked, method=method)
 
 
 def figures(report: CalibrationReport) -> list[tuple[str, str]]:

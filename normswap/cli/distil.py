@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import Interrupted, OptionError, OutputError
+from ..choices import AUGMENTS, PARAMETERS, PRECISIONS
+from ..errors import CheckpointError, DataError, Interrupted
 from . import options
 from .boundary import WRITTEN
 from .images import Asked, prepare
-from .networks import Wanted, converted_file, locate, open_network
+from .networks import Wanted, converted_file, locate, on_device, open_network
 from .output import reporting
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..training.report import DistillationReport, Progress
     from .render import Page
 
@@ -41,11 +40,9 @@ def distil(
     features: Annotated[
         float, typer.Option(min=0, metavar="W", help="Weight of the norms' outputs at first; 0: none.")
     ] = 2.0,
-    train: Annotated[str, typer.Option(metavar="all|norm", help="All weights, or γ and β of the norms only.")] = "all",
-    precision: Annotated[
-        str, typer.Option(metavar="fp32|bf16|fp16", help="What is computed in on CUDA; a CPU takes fp32.")
-    ] = "fp32",
-    augment: Annotated[bool, typer.Option("--augment", help="Mirror and shift the images at random.")] = False,
+    train: Annotated[str, options.word(PARAMETERS, "All weights, or γ and β of the norms only.")] = "all",
+    precision: Annotated[str, options.word(PRECISIONS, "What is computed in on CUDA; a CPU takes fp32.")] = "fp32",
+    augment: Annotated[str, options.word(AUGMENTS, "Random changes: mirror and shift, mirror only, or none.")] = "none",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from where an interrupted run stopped.")] = False,
     reference: Annotated[
         str | None,
@@ -58,7 +55,7 @@ def distil(
     std: options.Std = None,
     weights: options.Weights = None,
     arg: options.Arg = None,
-    device: options.Device = None,
+    device: options.Device = "auto",
     output: options.Output = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
     trust_pickle: options.TrustPickle = False,
@@ -78,8 +75,7 @@ def distil(
     normswap distil resnet50-gn-calibrated.safetensors --data photos/ --steps 300
     """
     asked = Asked.of(ctx, size, mean, std)
-    options.choice(ctx, "--train", train, ("all", "norm"))
-    options.choice(ctx, "--precision", precision, ("fp32", "bf16", "fp16"))
+    words: Any = {"train": train, "precision": precision, "augment": augment}
     if reference is None and (weights or arg):
         raise options.usage(ctx, "--weights and --arg go with --reference")
     wanted = Wanted(file, trust_code=trust_code, allow_nonfinite=allow_nonfinite, seed=seed)
@@ -89,11 +85,11 @@ def distil(
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
         out.step("loading PyTorch")
         if converted_file(file) is None:
-            raise OptionError(f"{file} is not a file that normswap wrote", hint="Convert the network first.")
+            raise CheckpointError(f"{file} is not a file that normswap wrote", hint="Convert the network first.")
         target = output or Path(file).with_name(f"{Path(file).stem}-distilled.safetensors")
         state = target.with_name(f"{target.name}.training")
         if resume and not state.exists():
-            raise OptionError(f"there is no {state} to resume from", hint="Leave --resume out to begin anew.")
+            raise CheckpointError(f"there is no {state} to resume from", hint="Leave --resume out to begin anew.")
         from ..checkpoint import save
         from ..images import open_images
         from ..training.distillation import distil as train_model
@@ -108,13 +104,14 @@ def distil(
         _check_batch(batch_size, len(folder.files), data)
         # Shuffled by distil: in the folder's order, one class comes after the other.
         loaded = folder.batches(preparation.transform, batch_size, stack=preparation.stack)
-        _move(device, model, teacher)
         try:
-            report = train_model(
-                model, teacher, loaded, steps=steps, batch_size=batch_size, lr=lr, temperature=temperature,
-                train=train, seed=seed, precision=precision, augment=augment, features=features,
-                progress=lambda step: out.status(_standing(step)), checkpoint=state, resume=state if resume else None,
-            )  # fmt: skip
+            with on_device(device, model, teacher):
+                report = train_model(
+                    model, teacher, loaded, steps=steps, batch_size=batch_size, lr=lr, temperature=temperature,
+                    seed=seed, features=features, **words,
+                    progress=lambda step: out.status(_standing(step)),
+                    checkpoint=state, resume=state if resume else None,
+                )  # fmt: skip
         except Interrupted as stop:
             report = stop.report
         out.step(f"writing {target}")
@@ -132,18 +129,7 @@ def distil(
 
 def _check_batch(batch_size: int, images: int, data: Path) -> None:
     if images < batch_size:
-        raise OptionError(f"{data} has {images} images, fewer than a batch of {batch_size}", hint="Lower --batch-size.")
-
-
-def _move(device: str | None, *models: nn.Module | None) -> None:
-    if device is None:
-        return
-    for model in models:
-        if model is not None:
-            try:
-                model.to(device)
-            except (RuntimeError, AssertionError) as error:
-                raise OutputError(f"cannot run on {device}: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{data} has {images} images, fewer than a batch of {batch_size}", hint="Lower --batch-size.")
 
 
 def _standing(progress: Progress) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 
 from . import options
 from .collapse import Run, collapse, local_names
-from .networks import Origin, Wanted, example_inputs, locate, open_network
+from .networks import Origin, Wanted, example_inputs, locate, on_device, open_network
 from .output import reporting
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def inspect(
         ),
     ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="A row for each layer, and what feeds it by name.")] = False,
+    device: options.Device = "auto",
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
     allow_nonfinite: options.AllowNonfinite = False,
@@ -65,7 +67,8 @@ def inspect(
         origin = locate(ctx, wanted, default_weights="none")
         model, origin = open_network(origin, wanted, out, values=bool(shapes))
         out.step("looking for norms")
-        found = inventory.inspect(model, example_inputs(model, shapes))
+        with on_device(device, model) if shapes else nullcontext():
+            found = inventory.inspect(model, example_inputs(model, shapes))
         matched = Matched(rules, assigned(found, rules, selected(found)))
         out.show(lambda: _values(origin, found, matched), lambda page: _render(page, origin, found, matched, show_all))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,6 +128,23 @@ def example_inputs(model: nn.Module, shapes: list[tuple[int, ...]]) -> tuple[Ten
     from ..example import random_tensor
 
     return tuple(random_tensor(shape, model) for shape in shapes)
+
+
+@contextmanager
+def on_device(name: str, *models: nn.Module | None) -> Iterator[None]:
+    """The networks on a device; afterwards they are on the CPU, where files are written from. Raises OptionError."""
+    from ..devices import device_of
+
+    device = device_of(name)
+    try:
+        for model in models:
+            if model is not None:
+                model.to(device)
+        yield
+    finally:
+        for model in models:
+            if model is not None:
+                model.cpu()
 
 
 def original_of(model: nn.Module, origin: Origin, instead: str, *, approximate: bool = False) -> nn.Module:

@@ -43,7 +43,7 @@ def verify(
     arg: options.Arg = None,
     input_shape: options.Input = None,
     show_all: Annotated[bool, typer.Option("--all", help="Every layer, in order, instead of the worst ten.")] = False,
-    device: options.Device = None,
+    device: options.Device = "auto",
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
     allow_nonfinite: options.AllowNonfinite = False,

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..choices import TASKS, Augment, Device, Optimizer, Precision
+from ..choices import Task as TaskName
 from ..conversion import convert, record_of
 from ..errors import DataError, Interrupted, OptionError
 from ..lifting import lift
@@ -39,7 +41,6 @@ from .task import Task
 from .trainer import Job, Trainer
 
 EPOCHS = 10
-TASKS = ("classification", "detection", "segmentation")
 
 
 @torch.enable_grad()
@@ -48,30 +49,30 @@ def finetune(
     data: Any,
     eval_data: Any = None,
     *,
-    task: str = "classification",
+    task: TaskName = "classification",
     output: str | Path | None = None,
     batch_size: int = 2,
     epochs: int | None = None,
     steps: int | None = None,
     accumulate: int = 1,
     lr: float | None = None,
-    optimizer: str = "adamw",
+    optimizer: Optimizer = "adamw",
     weight_decay: float = 0.01,
     warmup: float = 0.05,
     clip_grad: float | None = 1.0,
     train: str = "all",
     freeze_stats: bool = False,
     freeze_affine: bool = False,
-    distill: float = 0.0,
+    distil: float = 0.0,
     reference: nn.Module | None = None,
     ema: float = 0.0,
     label_smoothing: float = 0.0,
     num_classes: int | None = None,
-    augment: str = "auto",
+    augment: Augment = "auto",
     preprocess: Callable[[Any], torch.Tensor] | None = None,
     stabilize: bool = True,
-    precision: str = "fp32",
-    device: str = "auto",
+    precision: Precision = "fp32",
+    device: Device = "auto",
     channels_last: bool | None = None,
     compile: bool = False,
     workers: int | None = None,
@@ -106,7 +107,7 @@ def finetune(
     a converted network takes the learning rates of its original (see `stabilized`; False is for comparison).
     train: "all", "norm" (gamma and beta), "head", or a pattern of parameter names; norms outside of it keep their
     running statistics. freeze_stats, freeze_affine: freeze running statistics, or gamma and beta, of all norms.
-    distill: share of the loss that follows the scores of the original network, `reference`, by default rebuilt.
+    distil: share of the loss that follows the scores of the original network, `reference`, by default rebuilt.
     ema: decay of an average of the weights, such as 0.999; the average is then what is validated, saved and returned.
     num_classes: a new head for another number of classes (detection: with the background, as in torchvision); by
     default where the data has another number.
@@ -131,11 +132,11 @@ def finetune(
     settings = Settings(
         steps=1, batch_size=batch_size, accumulate=accumulate, processes=1, samples=1, optimizer=optimizer,
         lr=1.0 if lr is None else lr, weight_decay=weight_decay, warmup=warmup, clip_grad=clip_grad, train=train,
-        distill=distill, ema=ema, label_smoothing=label_smoothing, precision=precision, stabilize=stabilize, seed=seed,
+        distil=distil, ema=ema, label_smoothing=label_smoothing, precision=precision, stabilize=stabilize, seed=seed,
         network="", task=task, augment=augment, prepare=_name_of(preprocess),
         frozen=" ".join(name for name, on in (("statistics", freeze_stats), ("affine", freeze_affine)) if on),
     )  # fmt: skip
-    doing = task_of(task, label_smoothing=label_smoothing, distill=distill)
+    doing = task_of(task, label_smoothing=label_smoothing, distil=distil)
     sets = data if isinstance(data, Sets) else doing.open(model, data, eval_data, seed=seed)
     _check_apart(folder, sets)
     settings = replace(settings, data=sets.digest)
@@ -148,7 +149,7 @@ def finetune(
         if folder is not None and lift(model) is None:
             model = convert(model, rules={"*": "keep"}, inplace=True, check=False)  # so that it can be saved
         model.to(accelerator.device)
-        if distill and isinstance(doing, Classification):
+        if distil and isinstance(doing, Classification):
             doing.teacher = original_of(model, reference).to(accelerator.device).eval()
         fitted_before = getattr(record_of(model), "head", None)
         head = doing.fit(model, sets, num_classes, seed)
@@ -185,16 +186,16 @@ def finetune(
     return report
 
 
-def task_of(name: str, *, label_smoothing: float = 0.0, distill: float = 0.0) -> Task:
+def task_of(name: str, *, label_smoothing: float = 0.0, distil: float = 0.0) -> Task:
     """A task by its name. Raises OptionError for an unknown one, or an option that does not go with it."""
     one_of("task", name, TASKS)
-    if name != "classification" and distill:
+    if name != "classification" and distil:
         raise OptionError(
-            f"distill (--distill) goes with classification, not with {name}",
+            f"distil (--distil) goes with classification, not with {name}",
             hint="normswap distil trains a detector or segmentation network after its original, without labels.",
         )
     if name == "classification":
-        return Classification(label_smoothing, distill=distill)
+        return Classification(label_smoothing, distil=distil)
     if name == "segmentation":
         return Segmentation(label_smoothing)
     if label_smoothing:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from ..errors import NormswapError, SourceError
+from ..errors import NormswapError, OptionError, SourceError
 from ..weights import State, check_finite, empty_parameters, has_empty_parameters, load_state, read_state
 from . import factories, timm_models, torchvision_models, transformers_models
 from .source import KINDS, Source, build_error
@@ -51,7 +51,7 @@ def parse_args(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
-            raise SourceError(f"--arg needs key=value, got {pair!r}")
+            raise OptionError(f"--arg needs key=value, got {pair!r}")
         try:
             result[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..agreement import OutputTally
+from ..choices import Augment, Loss, Parameters, Precision
 from ..conversion import record_of
 from ..data import Batch, as_batches, images_in
 from ..errors import Interrupted, OptionError
@@ -43,13 +44,13 @@ def distil(
     batch_size: int = 64,
     lr: float | None = None,
     temperature: float = 2.0,
-    train: str = "all",
+    train: Parameters = "all",
     weight_decay: float = 0.01,
     seed: int = 0,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     max_grad_norm: float | None = 1.0,
-    augment: bool = False,
-    loss: str = "auto",
+    augment: Augment = "none",
+    loss: Loss = "auto",
     features: float = FEATURES,
     eval_data: Any = None,
     progress: Callable[[Progress], None] | None = None,
@@ -77,8 +78,9 @@ def distil(
     share at most; default 0.02. A share suits layers of any width, and whatever was folded into them. train: "all"
     parameters that require a gradient, or those of the "norm" layers.
     precision: "bf16" or "fp16" computes in autocast on CUDA; on a CPU it is float32 always.
-    max_grad_norm: limit of the gradient's norm, None for no limit. augment: mirror and shift images `(N, C, H, W)` at
-    random, the same for both networks; off, since it gained nothing measurable, and mirrors text and digits.
+    max_grad_norm: limit of the gradient's norm, None for no limit. augment: "auto" mirrors and shifts images
+    `(N, C, H, W)` at random, the same for both networks, "flip" mirrors them; "none" by default, since it gained
+    nothing measurable, and text and digits have no mirror image.
     loss: "match" takes the second formula for class scores as well. features: the weight, falling linearly to 0, of the
     second formula's mean over the outputs of all converted norms, on half of each batch; 0 compares outputs alone.
     eval_data: what the report's drift, agreement and, with labels, accuracy are measured on; by default the first
