@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from .matching import Args, Matching, Original, forward, free_memory
 from .preparation import Preparation
 from .report import CalibrationReport as CalibrationReport
 from .report import LayerResult as LayerResult
+from .report import told
 from .targets import Result, Target, restoring, targets_of
 
 HELD = 0.5
@@ -43,6 +44,7 @@ def calibrate(
     batch_size: int = 64,
     method: Method = "balance",
     eps: float | None = None,
+    progress: Callable[[int, int], None] | bool | None = None,
 ) -> CalibrationReport:
     """Bring a converted network back to its original with a few unlabelled images. In place.
 
@@ -69,6 +71,9 @@ def calibrate(
     the report, for one more forward pass. images: use at most so many (default 256, or all of a tensor); batches may
     differ in size. batch_size: for a tensor or a dataset.
 
+    progress: called with steps done and steps in all: batches that the original has seen, then norms repaired. By
+    default a line on a terminal or in a notebook shows them, with True elsewhere too, with False nowhere.
+
     Cost, but for "refit": one forward pass of the reference and one of the converted network over the images. What
     lies between two layers is held for all images, however small the batches; where half of the free memory does not
     take it, fewer images are used and the report says so. Norms that run several times per forward take further
@@ -89,8 +94,8 @@ def calibrate(
     if not targets:
         return CalibrationReport(count, (), passes=0, notes=("frozen and fused norms need no calibration",))
     preparation = Preparation(model, targets, method, eps)
-    with restoring(preparation.modules()):
-        report = _run(model, reference, preparation, batches, labels)
+    with restoring(preparation.modules()), told(progress, len(batches) + len(targets)) as step:
+        report = _run(model, reference, preparation, batches, labels, step)
     _remember(model, report, preparation)
     return report
 
@@ -101,6 +106,7 @@ def _run(
     preparation: Preparation,
     batches: Sequence[Args],
     labels: Sequence[Tensor | None],
+    step: Callable[[], None],
 ) -> CalibrationReport:
     targets = preparation.targets
     comparison = _Comparison(batches, labels, reference is not None)
@@ -110,11 +116,11 @@ def _run(
         comparison.run("before", model)
         if reference is not None:
             memory = HELD * free_memory(model) / (2 if preparation.method == "refit" else 1)
-            used = _observe(original, reference, batches, comparison, memory)
+            used = _observe(original, reference, batches, comparison, memory, step)
             comparison.run("original", reference)
     preparation.apply(original)
     with _quiet(model, reference):
-        matching = Matching(targets, original, preparation.refits)
+        matching = Matching(targets, original, preparation.refits, step)
         matching.run(model, batches[:used], lambda i, out: comparison.keep("after", i, out), reference)
         comparison.run("after", model)
         results = [Result(target.norm) for target in targets]
@@ -129,13 +135,19 @@ def _run(
 
 
 def _observe(
-    original: Original, reference: nn.Module, batches: Sequence[Args], comparison: _Comparison, memory: float
+    original: Original,
+    reference: nn.Module,
+    batches: Sequence[Args],
+    comparison: _Comparison,
+    memory: float,
+    step: Callable[[], None],
 ) -> int:
     """Run the reference over the batches; stop where no more can be held. Returns how many batches were used."""
     with original.watching():
         for i, args in enumerate(batches):
             original.next_batch()
             comparison.keep("original", i, forward(reference, args))
+            step()
             if original.held > memory:
                 return i + 1
     return len(batches)

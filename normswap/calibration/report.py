@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..agreement import comparison_lines
+from ..progress import shown
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,22 @@ class LayerResult:
     error_before: float
     error_after: float
     dead: int = 0
+
+
+@contextmanager
+def told(progress: Callable[[int, int], None] | bool | None, total: int) -> Iterator[Callable[[], None]]:
+    """What to call at each step, of about `total`; it tells the caller's function, or a line of its own."""
+    with shown(progress if isinstance(progress, bool) else None if progress is None else False, "calibrating") as line:
+        tell = progress if callable(progress) else line
+        done = 0
+
+        def step() -> None:
+            nonlocal done
+            done = min(done + 1, total)  # norms that run several times are repaired several times
+            if tell is not None:
+                tell(done, total)
+
+        yield step
 
 
 @dataclass(frozen=True)

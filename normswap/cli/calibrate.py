@@ -125,10 +125,9 @@ def run(
         out.note(f"{wish.data} has {len(folder.files)} images, fewer than the {wish.images} asked for")
     preparation = prepare(model, origin, wish.asked)
     batches = folder.batches(preparation.transform, wish.batch_size, stack=preparation.stack)
-    tracked = Batches(out.track(batches, len(batches), "calibrating"), folder.classes)
     method: Any = wish.method
-    with on_device(wish.device, model, reference):
-        return calibration.calibrate(model, reference, tracked, method=method)
+    with on_device(wish.device, model, reference), out.bar("calibrating") as bar:
+        return calibration.calibrate(model, reference, Batches(batches, folder.classes), method=method, progress=bar)
 
 
 def figures(report: CalibrationReport) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from .networks import Wanted, converted_file, locate, on_device, open_network
 from .output import reporting
 
 if TYPE_CHECKING:
-    from ..training.report import DistillationReport, Progress
+    from ..training.report import DistillationReport
     from .render import Page
 
 
@@ -105,11 +105,11 @@ def distil(
         # Shuffled by distil: in the folder's order, one class comes after the other.
         loaded = folder.batches(preparation.transform, batch_size, stack=preparation.stack)
         try:
-            with on_device(device, model, teacher):
+            with on_device(device, model, teacher), out.bar("distilling") as bar:
                 report = train_model(
                     model, teacher, loaded, steps=steps, batch_size=batch_size, lr=lr, temperature=temperature,
                     seed=seed, features=features, **words,
-                    progress=lambda step: out.status(_standing(step)),
+                    progress=lambda now: bar(now.step, now.steps, now.figures()),
                     checkpoint=state, resume=state if resume else None,
                 )  # fmt: skip
         except Interrupted as stop:
@@ -130,11 +130,6 @@ def distil(
 def _check_batch(batch_size: int, images: int, data: Path) -> None:
     if images < batch_size:
         raise DataError(f"{data} has {images} images, fewer than a batch of {batch_size}", hint="Lower --batch-size.")
-
-
-def _standing(progress: Progress) -> str:
-    agreement = "" if progress.agreement is None else f", agreement {progress.agreement:.3f}"
-    return f"distilling: step {progress.step} of {progress.steps}, loss {progress.loss:.3g}{agreement}"
 
 
 def _page(page: Page, report: DistillationReport, target: Path) -> None:

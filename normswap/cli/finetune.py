@@ -242,7 +242,7 @@ def finetune(
                     num_classes=num_classes, preprocess=transform_of(doing, preparation),
                     channels_last=channels_last, compile=compile,
                     workers=workers, seed=seed, max_bad=max_bad, tensorboard=tensorboard, resume=resume, overwrite=True,
-                    progress=training.Teller(bar, out, folder, None if resume else command),
+                    progress=training.Teller(bar, folder, None if resume else command),
                 )  # fmt: skip
             except Interrupted as stop:
                 report = stop.report

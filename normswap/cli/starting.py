@@ -118,7 +118,7 @@ def converted(
     if swap.wanted and swap.calibrate:
         out.step("calibrating")
         if swap.folder is None:
-            report, where = calibrate(model, None, list(inputs)), "training images"
+            report, where = calibrate(model, None, list(inputs), progress=False), "training images"
         else:
             report = run_calibration(model, None, origin, Calibration(swap.folder, swap.images, asked), out)
             where = f"images of {swap.folder}"

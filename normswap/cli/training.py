@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
-from .output import Output
+from ..progress import Line, duration
 
 if TYPE_CHECKING:
     from ..finetuning.report import FinetuneReport, Progress
@@ -46,27 +46,16 @@ class Teller:
     command: noted with `keep_command` when the run has begun, None for one that goes on.
     """
 
-    def __init__(self, bar: Any, out: Output, folder: Path, command: Mapping[str, Any] | None) -> None:
-        self._bar, self._out, self._folder, self._command = bar, out, folder, command
+    def __init__(self, bar: Line, folder: Path, command: Mapping[str, Any] | None) -> None:
+        self._bar, self._folder, self._command = bar, folder, command
 
     def __call__(self, progress: Progress) -> None:
         if self._command is not None:
             keep_command(self._folder, self._command, resume=False)
             self._command = None
-        figures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in progress.figures.items())
-        if progress.validation:
-            self._out.note(f"epoch {progress.epoch:.3g}: {figures}")
-            return
-        left = "" if progress.seconds_left is None else f", {duration(progress.seconds_left)} left"
-        text = f"{figures}, {progress.samples_per_second:.3g} images/s, {progress.memory / 2**30:.2f} GiB{left}"
-        self._bar(progress.step, progress.steps, text)
+        from ..finetuning.report import show as show_progress
 
-
-def duration(seconds: float) -> str:
-    """`1:02:03`, or `2:03`."""
-    whole = round(seconds)
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+        show_progress(self._bar, progress)
 
 
 def show(page: Page, report: FinetuneReport, folder: Path) -> None:

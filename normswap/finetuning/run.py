@@ -32,7 +32,7 @@ from .detection import Detection
 from .folder import drop_empty, prepare_folder
 from .optimizing import default_rate, trained
 from .processes import processes
-from .report import FinetuneReport, Progress
+from .report import FinetuneReport, Progress, told
 from .scope import frozen, modes_kept
 from .segmentation import Segmentation
 from .sets import Sets
@@ -81,7 +81,7 @@ def finetune(
     tensorboard: bool = False,
     resume: bool = False,
     overwrite: bool = False,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] | bool | None = None,
 ) -> FinetuneReport:
     """Train a network on labelled images, boxes or masks, at batches of any size. In place.
 
@@ -114,7 +114,8 @@ def finetune(
     augment: "auto" (random crop, mirroring; detection: mirroring), "flip" or "none", for pictures in files; your own
     Dataset stays as it is. preprocess: PIL image -> tensor `(C, H, W)`, by default `Preprocess()`; detectors do that.
     precision: "fp32", "bf16" or "fp16". device: "auto", "cpu", "cuda", "mps".
-    max_bad: so many unreadable images are skipped. progress: told of the run several times a second.
+    max_bad: so many unreadable images are skipped. progress: told of the run several times a second; by
+    default a line on a terminal or in a notebook shows it, with True elsewhere too, with False nowhere.
 
     Under torchrun or accelerate launch each process takes its share of every step, and the figures count each sample
     once. The same seed gives the same network, on a CPU bit for bit. Needs the extra `normswap[train]`.
@@ -163,8 +164,8 @@ def finetune(
         trainer: Trainer | None = None
         sized = stabilized(model) if stabilize else nullcontext()
         try:
-            with scope as notes, modes_kept(model), training_only(model, parameters), sized:
-                trainer = Trainer(model, Job(doing, settings, place, sets), parameters, flags, accelerator, progress)
+            with scope as notes, modes_kept(model), training_only(model, parameters), sized, told(progress) as tell:
+                trainer = Trainer(model, Job(doing, settings, place, sets), parameters, flags, accelerator, tell)
                 report = trainer.run(resume=resume)
         finally:
             if trainer is not None and trainer.keeper.saved is not None:

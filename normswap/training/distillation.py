@@ -21,6 +21,7 @@ from .optimizer import trained_parameters, training_only
 from .outputs import run
 from .report import DistillationReport as DistillationReport
 from .report import Progress as Progress
+from .report import told
 from .run import Run
 from .settings import Settings
 from .state import digest, load_state
@@ -53,7 +54,7 @@ def distil(
     loss: Loss = "auto",
     features: float = FEATURES,
     eval_data: Any = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] | bool | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 50,
     resume: str | Path | None = None,
@@ -84,7 +85,8 @@ def distil(
     loss: "match" takes the second formula for class scores as well. features: the weight, falling linearly to 0, of the
     second formula's mean over the outputs of all converted norms, on half of each batch; 0 compares outputs alone.
     eval_data: what the report's drift, agreement and, with labels, accuracy are measured on; by default the first
-    256 images of data. progress: called after each step.
+    256 images of data. progress: called after each step; by default a line on a
+    terminal or in a notebook shows where the run stands, with True elsewhere too, with False nowhere.
     checkpoint: a file to which the state of the run is written every `checkpoint_every` steps, when it is interrupted
     and at its end; resume: such a file, to go on from: the weights are then those of a run without interruption, on a
     CPU bit for bit, if model, data and settings are those it began with.
@@ -122,7 +124,8 @@ def distil(
         if resume is not None:
             work.resume(load_state(Path(resume), vars(settings), parameters))
         try:
-            work.finish(progress)
+            with told(progress) as tell:
+                work.finish(tell)
             after = _tally(reference, model, compared)
         except KeyboardInterrupt:
             raise Interrupted(_report(work, before, None)) from None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..agreement import comparison_lines
+from ..progress import shown
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,21 @@ class Progress:
     loss: float
     agreement: float | None
     lr: float
+
+    def figures(self) -> str:
+        """`loss 0.53, agreement 0.98`."""
+        agreement = "" if self.agreement is None else f", agreement {self.agreement:.3f}"
+        return f"loss {self.loss:.3g}{agreement}"
+
+
+@contextmanager
+def told(progress: Callable[[Progress], None] | bool | None) -> Iterator[Callable[[Progress], None] | None]:
+    """What a run tells: the caller's function, or a line of its own (see `progress.shown`)."""
+    if callable(progress):
+        yield progress
+        return
+    with shown(progress, "distilling") as line:
+        yield None if line is None else lambda now: line(now.step, now.steps, now.figures())
 
 
 @dataclass(frozen=True)
