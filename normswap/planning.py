@@ -5,6 +5,7 @@ A plan names every layer it changes and every one it keeps. Layers that do not f
 
 from __future__ import annotations
 
+import html
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -16,6 +17,7 @@ from torch import nn
 from .choices import MISSING_STATISTICS, TRANSFERS, Indivisible, MissingStatistics, Norm, Transfer
 from .errors import CheckpointError, OptionError, PlanError
 from .inventory import Inventory, Layer, inspect
+from .overview import Table, counted, kept_table, steps_table
 from .registry import get, targets
 from .rules import Rule, Rules, assigned, check_rules, rules_of, selected
 from .spec import Misfit, NormSpec, Options, Request
@@ -68,9 +70,18 @@ class Plan:
     transfer: str = "fold"
     meta: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        changes = counted(self.steps, lambda step: f"{step.source} to {step.target}")
+        return f"<Plan: {changes or 'no change'}; {len(self.kept)} kept>"
+
     def __str__(self) -> str:
-        lines = [f"{s.path or '(root)'}: {s.source} -> {describe(s)} ({s.transfer})" for s in self.steps]
-        return "\n".join([*lines, *(f"{k.path or '(root)'}: keeps {k.norm} ({k.reason})" for k in self.kept)])
+        return "\n\n".join(map(str, self._tables())) or "no norm layer"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self)[1:-1])}</p>" + "".join(table.to_html() for table in self._tables())
+
+    def _tables(self) -> list[Table]:
+        return [*([steps_table(self.steps)] if self.steps else []), *([kept_table(self.kept)] if self.kept else [])]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .devices import device_of
 from .errors import DataError, OptionError, first_line
 from .example import guess_inputs, random_tensor, runs
 from .layerwise import Difference, LayerTally, comparable_paths, images_at_once, parts
+from .overview import ReportInNotebook
 from .surgery import device_and_dtype, evaluating, undisturbed
 
 JUMP = 10.0
@@ -26,7 +27,7 @@ _RANDOM_IMAGES = 8
 
 
 @dataclass(frozen=True)
-class Report:
+class VerificationReport(ReportInNotebook):
     """How far network b is from network a.
 
     images: how many both have seen; random_inputs: whether those were random numbers for want of data.
@@ -44,8 +45,8 @@ class Report:
     random_inputs: bool
     error: float | None
     max_abs: float | None
-    outputs: tuple[Difference, ...]
-    layers: tuple[Difference, ...]
+    outputs: tuple[Difference, ...] = field(repr=False)
+    layers: tuple[Difference, ...] = field(repr=False)
     first_jump: str | None
     agreement: float | None = None
     kl: float | None = None
@@ -94,7 +95,7 @@ class Report:
 @torch.no_grad()
 def verify(
     a: nn.Module, b: nn.Module, data: Any = None, *, batch_size: int = 64, device: torch.device | str | None = None
-) -> Report:
+) -> VerificationReport:
     """Run both networks on the same images and measure how far b is from a. Leaves both as they were.
 
     data: see `as_batches`; without any, random inputs that a is found to take. device: where both run (and come back
@@ -177,7 +178,9 @@ def first_jump(layers: Iterable[Difference], floor: float = 1e-4) -> str | None:
     return None
 
 
-def _report(tally: OutputTally, layers: LayerTally, images: int, random_inputs: bool, rounding: float) -> Report:
+def _report(
+    tally: OutputTally, layers: LayerTally, images: int, random_inputs: bool, rounding: float
+) -> VerificationReport:
     detector = tally.boxes is not None
     differences = layers.differences(without="roi_heads" if detector else None)
     notes = list(tally.notes)
@@ -191,7 +194,7 @@ def _report(tally: OutputTally, layers: LayerTally, images: int, random_inputs: 
         notes.append("neither network finds a box with a score over 0.5")
     total = tally.total()
     rates = [count / tally.labelled if tally.labelled else None for count in tally.correct]
-    return Report(
+    return VerificationReport(
         images,
         random_inputs,
         None if total is None else total.relative,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..agreement import comparison_lines
+from ..overview import ReportInNotebook
 from ..progress import shown
 
 
@@ -46,7 +47,7 @@ def told(progress: Callable[[int, int], None] | bool | None, total: int) -> Iter
 
 
 @dataclass(frozen=True)
-class CalibrationReport:
+class CalibrationReport(ReportInNotebook):
     """The result of `calibrate`.
 
     images: how many were used. drift_before, drift_after: relative error `|out - original| / |original|` of the
@@ -56,7 +57,7 @@ class CalibrationReport:
     """
 
     images: int
-    layers: tuple[LayerResult, ...]
+    layers: tuple[LayerResult, ...] = field(repr=False)
     compared: int = 0
     drift_before: float | None = None
     drift_after: float | None = None

@@ -119,12 +119,6 @@ def size(count: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def number_range(values: Iterable[int]) -> str:
-    """`64`, or `64-1760` where they differ."""
-    low, high = min(values := list(values)), max(values)
-    return str(low) if low == high else f"{low}-{high}"
-
-
 def plural(count: int, noun: str) -> str:
     """`1 layer`, `2 layers`."""
     return f"{count} {noun}{'s' * (count != 1)}"

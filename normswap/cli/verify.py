@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data import Batches, ImageData
-    from ..verification import Report
+    from ..verification import VerificationReport
     from .render import Page
 
 _WORST = 10
@@ -150,7 +150,7 @@ def _description(folder: ImageData | None, preparation: Preparation | None) -> s
 
 
 def _values(
-    report: Report, origins: tuple[Origin, Origin], preparation: Preparation | None, data: Path | None
+    report: VerificationReport, origins: tuple[Origin, Origin], preparation: Preparation | None, data: Path | None
 ) -> dict[str, Any]:
     return {
         "a": origins[0].to_dict(),
@@ -161,7 +161,9 @@ def _values(
     }
 
 
-def _render(page: Page, report: Report, origins: tuple[Origin, Origin], inputs: str, show_all: bool) -> None:
+def _render(
+    page: Page, report: VerificationReport, origins: tuple[Origin, Origin], inputs: str, show_all: bool
+) -> None:
     page.facts(
         ("A", f"{origins[0]}{' (as it was before the conversion)' * (origins[0].weights == 'original')}"),
         ("B", str(origins[1])),
@@ -175,7 +177,7 @@ def _render(page: Page, report: Report, origins: tuple[Origin, Origin], inputs: 
         page.line(("note: ", "dim"), note)
 
 
-def _layers(page: Page, report: Report, show_all: bool) -> None:
+def _layers(page: Page, report: VerificationReport, show_all: bool) -> None:
     from .render import plural
 
     if not report.layers:
@@ -193,7 +195,7 @@ def _layers(page: Page, report: Report, show_all: bool) -> None:
         page.line((f"{plural(hidden, 'layer')} more; --all shows every layer in order", "dim"))
 
 
-def _figures(report: Report) -> list[tuple[str, str]]:
+def _figures(report: VerificationReport) -> list[tuple[str, str]]:
     figures = []
     jump = next((layer for layer in report.layers if layer.path == report.first_jump), None)
     if report.layers:

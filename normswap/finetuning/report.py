@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..overview import ReportInNotebook
 from ..progress import Line, shown
 
 
@@ -51,7 +52,7 @@ def show(line: Line, now: Progress) -> None:
 
 
 @dataclass(frozen=True)
-class FinetuneReport:
+class FinetuneReport(ReportInNotebook):
     """The result of `finetune`.
 
     steps: how many were done, of `planned`; processes: how many trained together. figures: the last of training and

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..agreement import comparison_lines
+from ..overview import ReportInNotebook
 from ..progress import shown
 
 
@@ -42,7 +43,7 @@ def told(progress: Callable[[Progress], None] | bool | None) -> Iterator[Callabl
 
 
 @dataclass(frozen=True)
-class DistillationReport:
+class DistillationReport(ReportInNotebook):
     """The result of `distil`.
 
     steps: how many were done, of `planned`; images: how many different ones the data holds, None if only iterating

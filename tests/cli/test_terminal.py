@@ -11,9 +11,10 @@ import typer
 
 from normswap.cli.boundary import _as_flags
 from normswap.cli.output import Output
-from normswap.cli.render import Page, number_range, plural, size
+from normswap.cli.render import Page, plural, size
 from normswap.cli.retry import changed, command
 from normswap.cli.terminal import printable
+from normswap.overview import number_range
 
 
 class Terminal(io.StringIO):
