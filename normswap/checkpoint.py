@@ -25,7 +25,7 @@ from .selfcheck import Check
 from .sources import Source, build_empty, build_full
 from .stabilizing import at_own_size
 from .stored_undo import PREFIX, check_undo, fill_undo, undo_tensors
-from .surgery import get, replace
+from .surgery import check_module, get, replace
 from .transfer import apply, inner_norm
 from .undo import Undo
 from .weights import check_finite, has_empty_parameters, load_state
@@ -39,6 +39,7 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
     tensors are written once. Raises NormswapError for a model that normswap did not convert, OutputError when `path`
     cannot be written, or exists and overwrite is False.
     """
+    check_module(model)
     record = lifted(model)
     if record is None:
         raise NormswapError(

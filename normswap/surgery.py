@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
@@ -21,10 +22,11 @@ _SCALARS = frozenset({bool, int, float, str, type(None)})
 _HOOK_ATTRIBUTES = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks") or "_hooks_" in name)
 
 
-def check_module(model: Any) -> None:
+def check_module(model: Any, name: str = "model") -> None:
     """Raise OptionError for what is no network, such as its name."""
     if not isinstance(model, nn.Module):
-        raise OptionError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        hint = "normswap.load(file) gives the network of a file." if isinstance(model, (str, os.PathLike)) else None
+        raise OptionError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}", hint=hint)
 
 
 def aliases(model: nn.Module) -> dict[nn.Module, list[str]]:

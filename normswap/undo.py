@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import RevertError
-from .surgery import aliases, hand_over_hooks, replace
+from .surgery import aliases, check_module, hand_over_hooks, replace
 
 _INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -192,6 +192,7 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
 
     Raises RevertError, before anything is changed, when the model was not converted, or exactness is lost.
     """
+    check_module(model)
     record = getattr(model, "_normswap", None)
     if record is None:
         raise RevertError("this model was not made by normswap.convert or normswap.load; there is nothing to revert")

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .agreement import OutputTally
-from .data import Batches, as_batches, images_in
+from .data import MAX_BAD, Batches, as_batches, images_in
 from .devices import device_of
 from .errors import DataError, OptionError, first_line
 from .example import guess_inputs, random_tensor, runs
 from .layerwise import Difference, LayerTally, comparable_paths, images_at_once, parts
 from .overview import ReportInNotebook
-from .surgery import device_and_dtype, evaluating, undisturbed
+from .surgery import check_module, device_and_dtype, evaluating, undisturbed
 
 JUMP = 10.0
 """A layer jumps when its error is so many times the largest error before it."""
@@ -38,7 +38,7 @@ class VerificationReport(ReportInNotebook):
     agreement: share of images (of pixels for a segmentation) with the same best class; for detectors, the F1 of b's
         boxes against a's at IoU 0.5 and score 0.5. kl: KL(a || b) in nats, mean over the same. None for other networks.
     accuracy_a, accuracy_b: top-1 on the `labelled` images that came with a label; None without any.
-    notes: what could not be compared, and why.
+    notes: what could not be compared, and why. bad: images that could not be read and were left out.
     """
 
     images: int
@@ -54,6 +54,7 @@ class VerificationReport(ReportInNotebook):
     accuracy_b: float | None = None
     labelled: int = 0
     notes: tuple[str, ...] = ()
+    bad: tuple[str, ...] = ()
 
     @property
     def worst(self) -> Difference | None:
@@ -94,12 +95,20 @@ class VerificationReport(ReportInNotebook):
 
 @torch.no_grad()
 def verify(
-    a: nn.Module, b: nn.Module, data: Any = None, *, batch_size: int = 64, device: torch.device | str | None = None
+    a: nn.Module,
+    b: nn.Module,
+    data: Any = None,
+    *,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    preprocess: Callable[[Any], Tensor] | None = None,
+    max_bad: int = MAX_BAD,
 ) -> VerificationReport:
     """Run both networks on the same images and measure how far b is from a. Leaves both as they were.
 
     data: see `as_batches`; without any, random inputs that a is found to take. device: where both run (and come back
     from), "auto" for a GPU if there is one; by default each where it is.
+    preprocess: of a folder's images, by default `Preprocess()`; max_bad: so many that cannot be read are left out.
     Both run in eval mode without gradients; images are cast to each one's dtype.
     Norms, and convolutions and linear layers into which nothing was folded, are compared where both networks have
     them under the same path. Memory does not grow with the number of images, and a batch whose layer outputs would
@@ -109,7 +118,12 @@ def verify(
     Raises DataError when a network cannot run on the data, no input is known, or the outputs do not compare, and
     OptionError for a device that does not exist.
     """
-    batches = _random_batches(a) if data is None else as_batches(data, batch_size, once=True)
+    check_module(a, "a")
+    check_module(b, "b")
+    if data is None:
+        batches = _random_batches(a)
+    else:
+        batches = as_batches(data, batch_size, once=True, preprocess=preprocess, max_bad=max_bad)
     tally = OutputTally(None if batches.classes is None else len(batches.classes))
     layers = LayerTally(comparable_paths(a, b))
     images = 0
@@ -124,7 +138,8 @@ def verify(
             for part, part_labels in parts(args, labels, most):
                 tally.add(*layers.run(a, b, part), part_labels)
                 images += images_in(part)
-    return _report(tally, layers, images, data is None, max(_rounding(a), _rounding(b)))
+    report = _report(tally, layers, images, data is None, max(_rounding(a), _rounding(b)))
+    return replace(report, bad=batches.bad)
 
 
 def _random_batches(model: nn.Module) -> Batches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from torch.utils import _pytree as pytree
 from ..agreement import OutputTally
 from ..choices import Method
 from ..conversion import record_of
-from ..data import as_batches, images_in
+from ..data import MAX_BAD, Batches, as_batches, images_in
 from ..errors import DataError, OptionError, RevertError
-from ..surgery import copied, evaluating, undisturbed
+from ..surgery import check_module, copied, evaluating, undisturbed
 from ..undo import revert
 from ..values import whole
 from .matching import Args, Matching, Original, forward, free_memory
@@ -44,6 +45,8 @@ def calibrate(
     batch_size: int = 64,
     method: Method = "balance",
     eps: float | None = None,
+    preprocess: Callable[[Any], Tensor] | None = None,
+    max_bad: int = MAX_BAD,
     progress: Callable[[int, int], None] | bool | None = None,
 ) -> CalibrationReport:
     """Bring a converted network back to its original with a few unlabelled images. In place.
@@ -71,6 +74,7 @@ def calibrate(
     the report, for one more forward pass. images: use at most so many (default 256, or all of a tensor); batches may
     differ in size. batch_size: for a tensor or a dataset.
 
+    preprocess: of a folder's images, by default `Preprocess()`; max_bad: so many that cannot be read are left out.
     progress: called with steps done and steps in all: batches that the original has seen, then norms repaired. By
     default a line on a terminal or in a notebook shows them, with True elsewhere too, with False nowhere.
 
@@ -86,7 +90,11 @@ def calibrate(
     Raises OptionError for a reference that does not fit, RevertError when none is given and it cannot be rebuilt,
     DataError for data that cannot be used, is empty, or is too short for running statistics.
     """
-    batches, labels = _collected(data, images, batch_size)
+    check_module(model)
+    if data is None:
+        raise OptionError("calibrate needs images", hint="data=images, a tensor (N, C, H, W) or batches of them")
+    source = as_batches(data, batch_size, once=True, preprocess=preprocess, max_bad=max_bad)
+    batches, labels = _collected(source, images, len(data) if isinstance(data, Tensor) else None)
     count = sum(map(images_in, batches))
     reference = _reference(model, reference)
     targets = targets_of(model, reference)
@@ -97,7 +105,7 @@ def calibrate(
     with restoring(preparation.modules()), told(progress, len(batches) + len(targets)) as step:
         report = _run(model, reference, preparation, batches, labels, step)
     _remember(model, report, preparation)
-    return report
+    return replace(report, bad=source.bad)
 
 
 def _run(
@@ -164,15 +172,13 @@ def _quiet(model: nn.Module, reference: nn.Module | None) -> Iterator[None]:
         yield
 
 
-def _collected(data: Any, images: int | None, batch_size: int) -> tuple[list[Args], list[Tensor | None]]:
+def _collected(source: Batches, images: int | None, count: int | None) -> tuple[list[Args], list[Tensor | None]]:
     """The batches to use, the last one cut to what was asked for, in memory: both networks see the same ones."""
     if images is not None:
         whole("images", images)
-    if data is None:
-        raise OptionError("calibrate needs images", hint="data=images, a tensor (N, C, H, W) or batches of them")
-    most = images or (len(data) if isinstance(data, Tensor) else 256)
+    most = images or count or 256
     batches, labels, left = [], [], most
-    for args, y in as_batches(data, batch_size, once=True):
+    for args, y in source:
         part, part_y = _first(args, y, left)
         batches.append(part)
         labels.append(part_y)

@@ -53,7 +53,7 @@ class CalibrationReport(ReportInNotebook):
     images: how many were used. drift_before, drift_after: relative error `|out - original| / |original|` of the
     network's output over `compared` of them, None where outputs do not compare (detections). agreement_before and
     agreement_after: share of images decided alike. accuracy: of the original, before and after, where labels came.
-    passes: how often the converted network ran over the images.
+    passes: how often the converted network ran over the images. bad: images that could not be read and were left out.
     """
 
     images: int
@@ -68,6 +68,7 @@ class CalibrationReport(ReportInNotebook):
     accuracy_after: float | None = None
     passes: int = 1
     notes: tuple[str, ...] = ()
+    bad: tuple[str, ...] = ()
 
     @property
     def error_before(self) -> float:
@@ -81,7 +82,12 @@ class CalibrationReport(ReportInNotebook):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers], "notes": list(self.notes)}
+        return {
+            **asdict(self),
+            "layers": [asdict(layer) for layer in self.layers],
+            "notes": list(self.notes),
+            "bad": list(self.bad),
+        }
 
     def __str__(self) -> str:
         if not self.layers:

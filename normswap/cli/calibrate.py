@@ -34,6 +34,7 @@ class Calibration:
     method: str = "balance"
     batch_size: int = 32
     device: str = "auto"
+    max_bad: int = 10
 
 
 def calibrate(
@@ -55,6 +56,7 @@ def calibrate(
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    max_bad: options.MaxBad = 10,
     weights: options.Weights = None,
     arg: options.Arg = None,
     device: options.Device = "auto",
@@ -98,7 +100,7 @@ def calibrate(
         check_writable(target, overwrite=force)
         model, origin = open_network(origin, wanted, out)
         teacher = open_network(locate(ctx, original), original, out)[0] if original else None
-        report = run(model, teacher, origin, Calibration(data, images, asked, method, batch_size, device), out)
+        report = run(model, teacher, origin, Calibration(data, images, asked, method, batch_size, device, max_bad), out)
         out.step(f"writing {target}")
         save(model, target, overwrite=force)
         ctx.meta[WRITTEN] = target
@@ -124,7 +126,7 @@ def run(
     if len(folder.files) < wish.images:
         out.note(f"{wish.data} has {len(folder.files)} images, fewer than the {wish.images} asked for")
     preparation = prepare(model, origin, wish.asked)
-    batches = folder.batches(preparation.transform, wish.batch_size, stack=preparation.stack)
+    batches = folder.batches(preparation.transform, wish.batch_size, stack=preparation.stack, max_bad=wish.max_bad)
     method: Any = wish.method
     with on_device(wish.device, model, reference), out.bar("calibrating") as bar:
         return calibration.calibrate(model, reference, Batches(batches, folder.classes), method=method, progress=bar)
@@ -155,4 +157,5 @@ def _page(page: Page, report: CalibrationReport, target: Path) -> None:
     page.facts(*figures(report), indent=0)
     for note in report.notes if report.layers else ():
         page.line(("note: ", "dim"), note)
+    page.skipped(report.bad)
     page.line(("Written: ", "strong"), (str(target), "path"), f", {size(target.stat().st_size)}")

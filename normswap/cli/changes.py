@@ -78,6 +78,7 @@ def show(page: Page, result: Result) -> None:
         _check(page, result.check)
     if result.calibration is not None:
         page.facts(*figures(result.calibration), indent=0)
+        page.skipped(result.calibration.bad)
     _file(page, result)
 
 

@@ -98,6 +98,7 @@ def convert(
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    max_bad: options.MaxBad = 10,
     device: options.Device = "auto",
     no_check: Annotated[bool, typer.Option("--no-check", help="Skip the self-check.")] = False,
     no_undo: Annotated[
@@ -140,7 +141,9 @@ def convert(
     asked = Asked.of(ctx, size, mean, std)
     if place is None and (calibrate_images is not None or method != "balance" or asked.given()):
         raise options.usage(ctx, "--calibrate-images, --method, --size, --mean and --std go with --calibrate")
-    wish = None if place is None else Calibration(place, calibrate_images or IMAGES, asked, method, device=device)
+    wish = None
+    if place is not None:
+        wish = Calibration(place, calibrate_images or IMAGES, asked, method, device=device, max_bad=max_bad)
     job = Job(
         to,
         options.rules(ctx, rule),

@@ -53,6 +53,7 @@ def distil(
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    max_bad: options.MaxBad = 10,
     weights: options.Weights = None,
     arg: options.Arg = None,
     device: options.Device = "auto",
@@ -103,7 +104,7 @@ def distil(
         preparation = prepare(model, origin, asked)
         _check_batch(batch_size, len(folder.files), data)
         # Shuffled by distil: in the folder's order, one class comes after the other.
-        loaded = folder.batches(preparation.transform, batch_size, stack=preparation.stack)
+        loaded = folder.batches(preparation.transform, batch_size, stack=preparation.stack, max_bad=max_bad)
         try:
             with on_device(device, model, teacher), out.bar("distilling") as bar:
                 report = train_model(
@@ -147,4 +148,5 @@ def _page(page: Page, report: DistillationReport, target: Path) -> None:
     page.facts(*facts, indent=0)
     for note in report.notes:
         page.line(("note: ", "dim"), note)
+    page.skipped(report.bad)
     page.line(("Written: ", "strong"), (str(target), "path"), f", {size(target.stat().st_size)}")

@@ -228,7 +228,7 @@ def finetune(
             out.note(sets.note)
         if origin.file is None:
             inputs = doing.inputs(sets, transform_of(doing, preparation), swap.images)
-            model = converted(ctx, model, origin, swap, inputs, asked, out)
+            model = converted(ctx, model, origin, swap, inputs, asked, out, device)
         _warn(model, batch_size, freeze_stats, out)
         ctx.meta[WRITTEN] = None
         with out.bar("training") as bar:

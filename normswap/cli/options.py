@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..choices import DEVICES, INDIVISIBLE, METHODS, NORMS
+from .completion import converted_files, model_names
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's own, under a name that all versions of typer have
 
@@ -42,9 +43,17 @@ SOURCE_HELP = (
     "A torchvision name, timm:NAME, hf:ID, package.module:factory, file.py:factory, or a file that normswap wrote."
 )
 
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP, show_default=False)]
+Source = Annotated[
+    str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP, autocompletion=model_names, show_default=False)
+]
 Converted = Annotated[
-    str, typer.Argument(metavar="FILE", help="A file that normswap convert wrote.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="FILE",
+        help="A file that normswap convert wrote.",
+        autocompletion=converted_files,
+        show_default=False,
+    ),
 ]
 Weights = Annotated[
     str | None,

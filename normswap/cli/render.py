@@ -84,6 +84,11 @@ class Page:
             table.add_row(Text(label), _text([value]))
         self._print(Padding(table, (0, 0, 0, indent), expand=False))
 
+    def skipped(self, names: Iterable[str]) -> None:
+        """Images that could not be read."""
+        for name in names:
+            self.line(("skipped: ", "bad"), name)
+
     def block(self, text: str, indent: int = 2) -> None:
         """An indented paragraph."""
         self._print(Padding(_text([text]), (0, 0, 0, indent), expand=False))

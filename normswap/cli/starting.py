@@ -100,6 +100,7 @@ def converted(
     inputs: Iterator[Any],
     asked: Asked,
     out: Output,
+    device: str = "auto",
 ) -> nn.Module:
     """inputs: batches to calibrate on, where no other folder was named."""
     from ..calibration import calibrate
@@ -120,7 +121,8 @@ def converted(
         if swap.folder is None:
             report, where = calibrate(model, None, list(inputs), progress=False), "training images"
         else:
-            report = run_calibration(model, None, origin, Calibration(swap.folder, swap.images, asked), out)
+            wish = Calibration(swap.folder, swap.images, asked, device=device)
+            report = run_calibration(model, None, origin, wish, out)
             where = f"images of {swap.folder}"
         if report.layers:
             note, before, after = f"calibrated on {report.images} {where}", report.drift_before, report.drift_after

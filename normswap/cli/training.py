@@ -77,8 +77,7 @@ def show(page: Page, report: FinetuneReport, folder: Path) -> None:
     page.facts(*facts, indent=0)
     for note in report.notes:
         page.line(("note: ", "dim"), note)
-    for bad in report.bad:
-        page.line(("skipped: ", "bad"), bad)
+    page.skipped(report.bad)
     files = (report.best_file, report.last_file, report.curves, report.examples)
     page.line(("Written: ", "strong"), (str(folder), "path"), ": ", ", ".join(f.name for f in files if f is not None))
     if report.interrupted:

@@ -22,7 +22,7 @@ from ..lifting import lift
 from ..pinned import Pinned
 from ..registry import identify
 from ..stabilizing import stabilized
-from ..surgery import restored_on_error
+from ..surgery import check_module, restored_on_error
 from ..training.optimizer import training_only
 from ..training.state import digest
 from ..training.teacher import original_of
@@ -88,7 +88,7 @@ def finetune(
     data: a folder with `train` and `val` folders, or without, when a tenth of its images is held back for validation;
     or a map-style Dataset. eval_data: likewise. task says what is in them:
     "classification": one subfolder of images for each class; samples are (input, label). Also a pair of tensors,
-    inputs `(N, *)` and int64 labels `(N,)`.
+    inputs `(N, *)` and int64 labels `(N,)`, batches of such, or a DataLoader, of which the data set is used.
     "detection", for networks in torchvision's convention, `model(images, targets)` -> a dict of losses: what
     `normswap.data.open_coco` reads; in a folder, `annotations.json` with the images beside it or in `images/`, or
     COCO's own layout. Samples are (image, target); see `CocoData`.
@@ -128,6 +128,7 @@ def finetune(
     folder = None if output is None else Path(output)
     if resume and folder is None:
         raise OptionError("resume needs the output folder of the run to go on with")
+    check_module(model)
     _check_model(model, freeze_stats)
     place = Place(folder, device, workers, channels_last, compile, max_bad, tensorboard=tensorboard)
     settings = Settings(

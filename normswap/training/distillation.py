@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..agreement import OutputTally
 from ..choices import Augment, Loss, Parameters, Precision
 from ..conversion import record_of
-from ..data import Batch, as_batches, images_in
+from ..data import MAX_BAD, Batch, as_batches, images_in, opened
 from ..errors import Interrupted, OptionError
+from ..surgery import check_module
 from ..values import whole
 from ..writing import check_writable
 from .optimizer import trained_parameters, training_only
@@ -54,6 +55,8 @@ def distil(
     loss: Loss = "auto",
     features: float = FEATURES,
     eval_data: Any = None,
+    preprocess: Callable[[Any], Tensor] | None = None,
+    max_bad: int = MAX_BAD,
     progress: Callable[[Progress], None] | bool | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 50,
@@ -85,7 +88,8 @@ def distil(
     loss: "match" takes the second formula for class scores as well. features: the weight, falling linearly to 0, of the
     second formula's mean over the outputs of all converted norms, on half of each batch; 0 compares outputs alone.
     eval_data: what the report's drift, agreement and, with labels, accuracy are measured on; by default the first
-    256 images of data. progress: called after each step; by default a line on a
+    256 images of data. preprocess: of a folder's images, by default `Preprocess()`; max_bad: so
+    many that cannot be read are left out. progress: called after each step; by default a line on a
     terminal or in a notebook shows where the run stands, with True elsewhere too, with False nowhere.
     checkpoint: a file to which the state of the run is written every `checkpoint_every` steps, when it is interrupted
     and at its end; resume: such a file, to go on from: the weights are then those of a run without interruption, on a
@@ -102,6 +106,7 @@ def distil(
     Source: Hinton, Vinyals and Dean 2015; Beyer et al. 2022, "Knowledge distillation: a good teacher is patient and
     consistent" (teacher and student see the same view).
     """
+    check_module(model)
     if data is None:
         raise OptionError("distil needs images", hint="data=images, a tensor (N, C, H, W) or batches of them")
     settings = Settings(
@@ -114,9 +119,14 @@ def distil(
     parameters = trained_parameters(model, train)
     reference = original_of(model, reference)
     data = list(data) if isinstance(data, Iterator) else data
-    stream = stream_of(data, batch_size, seed)
+    reading: dict[str, Any] = {"preprocess": preprocess, "max_bad": max_bad}
+    stream = stream_of(opened(data, batch_size, **reading), batch_size, seed)
     with side_by_side(reference, model), training_only(model, parameters):
-        compared = _compared(stream, settings) if eval_data is None else as_batches(eval_data, batch_size)
+        compared = (
+            _compared(stream, settings)
+            if eval_data is None
+            else as_batches(eval_data, batch_size, preprocess=preprocess, max_bad=max_bad)
+        )
         before = _tally(reference, model, compared)
         work = Run(model, reference, settings, stream, parameters)
         if checkpoint is not None:
@@ -176,7 +186,7 @@ def _report(work: Run, before: tuple[OutputTally, int], after: tuple[OutputTally
     first, last = work.losses
     return DistillationReport(
         work.loop.step, work.settings.steps, work.stream.images, first, last,
-        interrupted=after is None, resumed_at=work.resumed_at, notes=notes, **values,
+        bad=tuple(work.stream.bad), interrupted=after is None, resumed_at=work.resumed_at, notes=notes, **values,
     )  # fmt: skip
 
 

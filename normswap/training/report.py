@@ -50,6 +50,7 @@ class DistillationReport(ReportInNotebook):
     tells. loss_first, loss_last: mean over the first and the last tenth of the steps. drift, agreement before and
     after: relative error `|out - original| / |original|` of the output, and share of images decided alike, over
     `compared` images; None where outputs do not compare so. accuracy: where `eval_data` came with labels.
+    bad: images that could not be read.
     """
 
     steps: int
@@ -68,10 +69,11 @@ class DistillationReport(ReportInNotebook):
     interrupted: bool = False
     resumed_at: int = 0
     notes: tuple[str, ...] = ()
+    bad: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {**asdict(self), "notes": list(self.notes)}
+        return {**asdict(self), "notes": list(self.notes), "bad": list(self.bad)}
 
     def __str__(self) -> str:
         done = f"{self.steps} step{'s' * (self.steps != 1)}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..data import Batches, ImageBatches, ImageData, as_batches, collated, open_images
+from ..data import Batches, ImageBatches, ImageData, as_batches, collated, is_pair, open_images
 from ..errors import DataError
 
 Args = tuple[Any, ...]
@@ -36,12 +36,14 @@ class Stream:
 
     epoch: gives one pass over the data in an order of its own (epoch's number, first batch). batches: how many a
     pass has, None where only iterating tells. images: how many images a pass has, if known.
+    bad: images that could not be read so far.
     """
 
     seed: int
     epoch: Epoch
     batches: int | None = None
     images: int | None = None
+    bad: Sequence[str] = ()
 
     def start(self, step: int) -> Generator[Args, None, None]:
         """From the batch of `step` on. The caller seeds each step before it takes its batch.
@@ -81,10 +83,11 @@ def stream_of(data: Any, batch_size: int, seed: int) -> Stream:
         data = open_images(data)
     if isinstance(data, ImageData):
         data = data.batches(batch_size=batch_size)
+    data = data[0] if is_pair(data) else data
     if isinstance(data, Tensor) and data.dim() > 0:
         return _indexed(len(data), batch_size, seed, lambda parts: (data[part] for part in parts))
     if isinstance(data, ImageBatches):
-        return _indexed(len(data.data), data.batch_size, seed, _of_files(data))
+        return replace(_indexed(len(data.data), data.batch_size, seed, _of_files(data)), bad=data.bad)
     if isinstance(data, Dataset) and not isinstance(data, (IterableDataset, DataLoader)) and hasattr(data, "__len__"):
         samples: Dataset[Any] = data
         # No DataLoader: starting one takes a random number, at a step that depends on where a run was resumed.

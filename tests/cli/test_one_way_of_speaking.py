@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import typer
 from ran import Cli
 
 from normswap.cli import app, help
+from normswap.cli.completion import model_names
 
 ROOT: Any = typer.main.get_command(app)
 READING = ("convert", "calibrate", "distil", "finetune", "verify")
@@ -22,6 +26,33 @@ def option(command: str, flag: str) -> Any:
 @pytest.mark.parametrize("command", ["inspect", *READING])
 def test_every_command_that_runs_a_network_takes_a_device_with_one_default(command: str) -> None:
     assert option(command, "--device").default == "auto"
+
+
+@pytest.mark.parametrize("command", READING)
+def test_every_command_that_reads_images_skips_a_few_that_cannot_be_read(command: str) -> None:
+    assert option(command, "--max-bad").default == 10
+
+
+def test_an_image_that_cannot_be_read_is_named_and_skipped(cli: Cli, images: Path) -> None:
+    (images / "red" / "0.png").write_bytes(b"no picture")
+    ran = cli("verify", "nets.py:tiny", "nets.py:tiny", "--data", "photos")
+    assert ran.code == 0, ran.err
+    assert "skipped: red/0.png" in ran.out
+    strict = cli("verify", "nets.py:tiny", "nets.py:tiny", "--data", "photos", "--max-bad", "0")
+    assert strict.code == 1
+    assert "--max-bad 1" in strict.err
+
+
+def test_completion_knows_the_names_of_networks_without_importing_the_libraries() -> None:
+    import timm
+    import torchvision
+
+    known = set(model_names(""))
+    assert set(torchvision.models.list_models()) <= known
+    assert {f"timm:{name}" for name in timm.list_models()} == set(model_names("timm:"))
+    script = "import sys, normswap.cli.completion as c; c.model_names('')\nprint({'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize("command", ["distil", "finetune"])
