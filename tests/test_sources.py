@@ -21,7 +21,7 @@ from torchvision.models import get_model, get_model_weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from normswap import sources
-from normswap.errors import NormswapError, SourceError, WeightsError
+from normswap.errors import NormswapError, OptionError, SourceError, WeightsError
 from normswap.sources import Source, build, build_empty, outline, parse, parse_args, torchvision_models
 from normswap.sources import hub as hub_module
 
@@ -29,7 +29,7 @@ IMAGE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def refused(call: Any, *args: Any, **kwargs: Any) -> NormswapError:
-    with pytest.raises((SourceError, WeightsError)) as caught:
+    with pytest.raises((OptionError, SourceError, WeightsError)) as caught:
         call(*args, **kwargs)
     return caught.value
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..agreement import OutputTally
+from ..choices import Method
 from ..conversion import check_order, record_of
-from ..data import as_batches, images_in
-from ..errors import DataError, Fix, OptionError, RevertError, Text
+from ..data import MAX_BAD, Batches, as_batches, images_in
+from ..errors import DataError, Fix, NetworkError, OptionError, RevertError, Text
 from ..pinned import Pinned
 from ..registry import identify
-from ..surgery import copied, evaluating, undisturbed
+from ..surgery import check_module, copied, evaluating, undisturbed
 from ..undo import revert
 from ..values import whole
 from ..wrappers import unwrapped
@@ -24,6 +26,7 @@ from .matching import Args, Matching, Original, forward, free_memory
 from .preparation import Preparation
 from .report import CalibrationReport as CalibrationReport
 from .report import LayerResult as LayerResult
+from .report import told
 from .targets import Result, Target, restoring, targets_of
 
 HELD = 0.5
@@ -43,8 +46,11 @@ def calibrate(
     *,
     images: int | None = None,
     batch_size: int = 64,
-    method: str = "balance",
+    method: Method = "balance",
     eps: float | None = None,
+    preprocess: Callable[[Any], Tensor] | None = None,
+    max_bad: int = MAX_BAD,
+    progress: Callable[[int, int], None] | bool | None = None,
 ) -> CalibrationReport:
     """Bring a converted network back to its original with a few unlabelled images. In place.
 
@@ -71,6 +77,10 @@ def calibrate(
     the report, for one more forward pass. images: use at most so many (default 256, or all of a tensor); batches may
     differ in size. batch_size: for a tensor or a dataset.
 
+    preprocess: of a folder's images, by default `Preprocess()`; max_bad: so many that cannot be read are left out.
+    progress: called with steps done and steps in all: batches that the original has seen, then norms repaired. By
+    default a line on a terminal or in a notebook shows them, with True elsewhere too, with False nowhere.
+
     Cost, but for "refit": one forward pass of the reference and one of the converted network over the images. What
     lies between two layers is held for all images, however small the batches; where half of the free memory does not
     take it, fewer images are used and the report says so. Norms that run several times per forward take further
@@ -84,7 +94,8 @@ def calibrate(
     model, RevertError when none is given and it cannot be rebuilt, DataError for data that cannot be used, is empty,
     or is too short for running statistics.
     """
-    batches, labels, classes = _collected(data, images, batch_size)
+    check_module(model)
+    batches, labels, source = _collected(data, images, batch_size, preprocess, max_bad)
     count = sum(map(images_in, batches))
     model = unwrapped(model)
     reference = _reference(model, None if reference is None else unwrapped(reference))
@@ -93,14 +104,22 @@ def calibrate(
     if not targets:
         return CalibrationReport(count, (), passes=0, notes=("frozen and fused norms need no calibration",))
     preparation = Preparation(model, targets, method, eps)
-    with restoring(preparation.modules()):
-        report = _run(model, reference, preparation, _Comparison(batches, labels, classes, reference is not None))
+    comparison = _Comparison(batches, labels, source.classes, reference is not None)
+    with restoring(preparation.modules()), told(progress, len(batches) + len(targets)) as step:
+        report = _run(model, reference, preparation, comparison, step)
     _remember(model, report, preparation)
-    return report
+    return replace(report, bad=source.bad)
 
 
 def estimate_statistics(
-    model: nn.Module, data: Any = None, *, images: int | None = None, batch_size: int = 64
+    model: nn.Module,
+    data: Any = None,
+    *,
+    images: int | None = None,
+    batch_size: int = 64,
+    preprocess: Callable[[Any], Tensor] | None = None,
+    max_bad: int = MAX_BAD,
+    progress: Callable[[int, int], None] | bool | None = None,
 ) -> CalibrationReport:
     """Estimate the running statistics of a network's batch norms from images without labels, in place.
 
@@ -109,19 +128,25 @@ def estimate_statistics(
     (Wu and Johnson 2021, "precise BN"). gamma, beta and momentum stay as they are, and so do layers that `freeze`
     holds.
 
-    data, images, batch_size: as in `calibrate`. Raises OptionError for a network without running statistics, DataError
-    for data that cannot be used; on an exception, Ctrl-C included, the model is as before.
+    data, images, batch_size, preprocess, max_bad, progress: as in `calibrate`. Raises OptionError for a network without
+    running statistics, DataError for data that cannot be used; on an exception, Ctrl-C included, the model is as it
+    was.
     """
+    check_module(model)
     model = unwrapped(model)
     found = [(path, m, spec) for path, m in model.named_modules() if (spec := identify(m)) is not None]
     held = [(path, m, spec) for path, m, spec in found if spec.name in _MOVING and not isinstance(m, Pinned)]
     targets = [Target(path, spec.name, m, None, True, False) for path, m, spec in held if spec.read(m).has_statistics]
     if not targets:
-        raise OptionError(f"{type(model).__name__} has no running statistics to estimate")
-    batches, labels = _collected(data, images, batch_size)
+        raise NetworkError(f"{type(model).__name__} has no running statistics to estimate")
+    batches, labels, source = _collected(data, images, batch_size, preprocess, max_bad)
     _check_enough(targets, sum(map(images_in, batches)), images)
-    with restoring(target.norm for target in targets):
-        return _run(model, None, Preparation(model, targets, "moments", None), batches, labels)
+    comparison = _Comparison(batches, labels, source.classes, False)
+    preparation = Preparation(model, targets, "moments", None)
+    telling = told(progress, len(targets), "estimating running statistics")
+    with restoring(target.norm for target in targets), telling as step:
+        report = _run(model, None, preparation, comparison, step)
+    return replace(report, bad=source.bad)
 
 
 _MOVING = ("bn", "sync", "renorm")
@@ -132,6 +157,7 @@ def _run(
     reference: nn.Module | None,
     preparation: Preparation,
     comparison: _Comparison,
+    step: Callable[[], None],
 ) -> CalibrationReport:
     targets, batches = preparation.targets, comparison.given
     original = Original(targets, preparation.balanced)
@@ -140,11 +166,11 @@ def _run(
         comparison.run("before", model)
         if reference is not None:
             memory = HELD * free_memory(model) / (2 if preparation.method == "refit" else 1)
-            used = _observe(original, reference, batches, comparison, memory)
+            used = _observe(original, reference, batches, comparison, memory, step)
             comparison.run("original", reference)
     preparation.apply(original)
     with _quiet(model, reference):
-        matching = Matching(targets, original, preparation.refits)
+        matching = Matching(targets, original, preparation.refits, step)
         matching.run(model, batches[:used], lambda i, out: comparison.keep("after", i, out), reference)
         comparison.run("after", model)
         results = [Result(target.norm) for target in targets]
@@ -160,13 +186,19 @@ def _run(
 
 
 def _observe(
-    original: Original, reference: nn.Module, batches: Sequence[Args], comparison: _Comparison, memory: float
+    original: Original,
+    reference: nn.Module,
+    batches: Sequence[Args],
+    comparison: _Comparison,
+    memory: float,
+    step: Callable[[], None],
 ) -> int:
     """Run the reference over the batches; stop where no more can be held. Returns how many batches were used."""
     with original.watching():
         for i, args in enumerate(batches):
             original.next_batch()
             comparison.keep("original", i, forward(reference, args))
+            step()
             if original.held > memory:
                 return i + 1
     return len(batches)
@@ -184,11 +216,11 @@ def _quiet(model: nn.Module, reference: nn.Module | None) -> Iterator[None]:
 
 
 def _collected(
-    data: Any, images: int | None, batch_size: int
-) -> tuple[list[Args], list[Tensor | None], tuple[str, ...] | None]:
+    data: Any, images: int | None, batch_size: int, preprocess: Callable[[Any], Tensor] | None, max_bad: int
+) -> tuple[list[Args], list[Tensor | None], Batches]:
     """The batches to use, the last one cut to what was asked for, in memory: both networks see the same ones.
 
-    With their labels, and the classes that these count, if known.
+    With their labels, and what they were read from.
     """
     if images is not None:
         whole("images", images)
@@ -198,7 +230,7 @@ def _collected(
         )
     most = images or (len(data) if isinstance(data, Tensor) else 256)
     batches, labels, left = [], [], most
-    source = as_batches(data, batch_size, once=True)
+    source = as_batches(data, batch_size, once=True, preprocess=preprocess, max_bad=max_bad)
     for args, y in source:
         part, part_y = _first(args, y, left)
         batches.append(part)
@@ -206,7 +238,7 @@ def _collected(
         left -= images_in(part)
         if left <= 0:
             break
-    return batches, labels, source.classes
+    return batches, labels, source
 
 
 def _first(args: Args, labels: Tensor | None, most: int) -> tuple[Args, Tensor | None]:

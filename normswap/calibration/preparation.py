@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ..choices import METHODS
 from ..conversion import Record, record_of
 from ..errors import Fix, OptionError, Text
 from ..planning import SOFT, Step
@@ -19,8 +20,6 @@ from .balance import can_balance, factors, rescale
 from .matching import Original
 from .refit import Refit, refits_of
 from .targets import Target, state_of
-
-METHODS = ("balance", "refit", "moments")
 
 
 class Preparation:

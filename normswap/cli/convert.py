@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..choices import NORMS, TRANSFERS
 from . import changes, options
 from .boundary import WRITTEN
-from .calibrate import IMAGES
+from .calibrate import IMAGES, Calibration
 from .calibrate import run as run_calibration
-from .estimating import Calibration, mend_statistics
+from .estimating import mend_statistics
 from .images import Asked
 from .networks import Origin, Wanted, check_converted, example_inputs, files_read, locate, open_network, original_of
 from .output import Output, reporting
@@ -50,7 +51,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="NORM",
-            help=f"The norm to convert to: {', '.join(options.NORMS)}; or original, to undo a conversion.",
+            help=f"The norm to convert to: {', '.join(NORMS)}; or original, to undo a conversion.",
             autocompletion=options.target_names,
             show_default=False,
         ),
@@ -60,10 +61,7 @@ def convert(
     indivisible: options.Indivisible = "error",
     transfer: Annotated[
         str,
-        typer.Option(
-            metavar="fold|copy|reset",
-            help="fold carries the running statistics over, copy only γ and β, reset nothing.",
-        ),
+        options.word(TRANSFERS, "fold carries the running statistics over, copy only γ and β, reset nothing."),
     ] = "fold",
     eps: Annotated[
         str | None,
@@ -93,15 +91,14 @@ def convert(
     weights: options.Weights = None,
     arg: options.Arg = None,
     input_shape: options.Input = None,
-    calibrate: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Calibrate on these unlabelled images too.", show_default=False),
-    ] = None,
-    images: options.Images = None,
+    calibrate: options.Calibrate = None,
+    calibrate_images: options.CalibrateImages = None,
     method: options.Method = "balance",
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    max_bad: options.MaxBad = 10,
+    device: options.Device = "auto",
     no_check: Annotated[bool, typer.Option("--no-check", help="Skip the self-check.")] = False,
     no_undo: Annotated[
         bool, typer.Option("--no-undo", help="Keep nothing to undo the conversion with; the file is a little smaller.")
@@ -130,20 +127,23 @@ def convert(
     normswap convert nets.py:build --arg width=64 --weights mine.pth --to ln
     normswap convert resnet50-gn.safetensors --to original
     """
+    place = options.calibration(ctx, calibrate)
     planning = {
         "groups": options.groups(ctx, groups),
         "channels_per_group": channels_per_group,
-        "indivisible": options.choice(ctx, "--indivisible", indivisible, ("error", "nearest")),
-        "transfer": options.choice(ctx, "--transfer", transfer, ("fold", "copy", "reset")),
+        "indivisible": indivisible,
+        "transfer": transfer,
         "eps": options.eps(ctx, eps),
         "sources": sources or None,
         "zero_init_residual": zero_init_residual,
-        "missing_statistics": "error" if calibrate is None else "later",
+        "missing_statistics": "error" if place is None else "later",
     }
     asked = Asked.of(ctx, size, mean, std)
-    options.choice(ctx, "--method", method, options.METHODS)
-    if calibrate is None and (images is not None or method != "balance" or asked.given()):
-        raise options.usage(ctx, "--images, --method, --size, --mean and --std go with --calibrate")
+    if place is None and (calibrate_images is not None or method != "balance" or asked.given()):
+        raise options.usage(ctx, "--calibrate-images, --method, --size, --mean and --std go with --calibrate")
+    wish = None
+    if place is not None:
+        wish = Calibration(place, calibrate_images or IMAGES, asked, method, device=device, max_bad=max_bad)
     job = Job(
         to,
         options.rules(ctx, rule),
@@ -155,7 +155,7 @@ def convert(
         dry_run=dry_run,
         output=output,
         force=force,
-        calibration=None if calibrate is None else Calibration(calibrate, images or IMAGES, asked, method),
+        calibration=wish,
     )
     _check_combination(ctx, job)
     wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
@@ -168,7 +168,7 @@ def convert(
 def _check_combination(ctx: typer.Context, job: Job) -> None:
     """What is a contradiction whatever the network is an error of the call."""
     if job.to is None and not job.rules:
-        norms = ", ".join(options.NORMS)
+        norms = ", ".join(NORMS)
         raise options.usage(ctx, f"say what to convert to, with --to NORM or --rule PATTERN=NORM; norms: {norms}")
     if job.planning["groups"] is not None and job.planning["channels_per_group"] is not None:
         raise options.usage(ctx, "--groups and --channels-per-group exclude each other")
@@ -209,7 +209,7 @@ def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> chang
     record = _record(model)
     report = None
     if (wish := job.calibration) is not None:
-        report = run_calibration(model, reference, origin, wish.data, wish.images, 32, wish.asked, out, wish.method)
+        report = run_calibration(model, reference, origin, wish, out)
     record.source = None if origin.source is None else origin.source.to_dict()
     from ..checkpoint import save
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import OptionError
-from .calibrate import estimate
-from .images import Asked
+from ..errors import NetworkError
+from .calibrate import Calibration, estimate
 from .networks import Origin
 from .output import Output
 
@@ -16,16 +13,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..planning import Plan
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What --calibrate and the options that go with it ask for."""
-
-    data: Path
-    images: int
-    asked: Asked
-    method: str
 
 
 def mend_statistics(
@@ -42,7 +29,7 @@ def mend_statistics(
     if wish is not None:
         if not dry_run:
             out.step("estimating running statistics")
-            report = estimate(model, origin, wish.data, wish.images, 32, wish.asked, out)
+            report = estimate(model, origin, wish, out)
             out.note(f"the running statistics of {origin} were never updated: estimated on {report.images} images")
         return
     text = f"the running statistics of {origin} were never updated: mean 0, variance 1 in all of its {count} norms"
@@ -53,7 +40,7 @@ def mend_statistics(
     named = origin.weights not in (None, "none") and not (origin.weights == "DEFAULT" and _runs_code(origin))
     named = named and origin.file is None
     if named and standardises:
-        raise OptionError(text, hint=ways)
+        raise NetworkError(text, hint=ways)
     if named or affine_moved(model):
         out.note(f"{text}. {ways if standardises else ways.partition('. ')[0] + '.'}")
 
