@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from .errors import Fix, NormswapError, OptionError, Text
 from .path_ranges import matches as matches
+from .records import ATTRIBUTE
 
 # What every nn.Module carries; anything else in a module's __dict__ is its own or its user's.
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
@@ -207,9 +208,9 @@ def _containers(model: nn.Module) -> Iterator[Container]:
 def kept_by(model: nn.Module) -> Iterator[Any]:
     """All that the modules hold in attributes of their own, and what that holds, in objects of the network's own too.
 
-    Each thing once: modules often share one configuration.
+    Each thing once: modules often share one configuration. The record of a conversion is no part of the network.
     """
-    values = [value for module in model.modules() for _, value in own_attributes(module)]
+    values = [value for module in model.modules() for name, value in own_attributes(module) if name != ATTRIBUTE]
     return (v for v in _nested(values, _attributes_of) if v is not values)
 
 

@@ -79,7 +79,7 @@ def folder(tmp_path: Path) -> Path:
 def test_images_that_cannot_be_read_are_left_out_and_named(work: Callable[..., Any], folder: Path) -> None:
     report = work(folder)
     assert [name.partition(":")[0] for name in report.bad] == ["a/04.png"]
-    with pytest.raises(DataError, match="1 of 12 images"):
+    with pytest.raises(DataError, match=r"1 of \d+ images"):
         work(folder, max_bad=0)
 
 

@@ -401,7 +401,7 @@ def test_what_may_be_one_value_is_refused_unless_a_run_shows_the_shape() -> None
     net, y = TwoSizes(), torch.ones(3)
     error = problems(net, to="in")
     assert "each group may be a single value, which erases the data: no run shows how many it holds" in str(error)
-    assert "example_inputs=" in error.hint
+    assert "example_inputs" in error.hint
     assert len(plan(net, to="in", example_inputs=(X, y)).steps) == 1
     assert len(plan(net, to="gn", groups=2).steps) == 1
 

@@ -200,7 +200,7 @@ def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> chang
     inputs = example_inputs(model, job.shapes)
     with with_commands(ctx):
         made = plan(model, job.to, rules=job.rules, example_inputs=inputs, **job.planning)
-    mend_statistics(model, made, origin, job.calibration, out, dry_run=job.dry_run)
+    origin = mend_statistics(model, made, origin, job.calibration, out, dry_run=job.dry_run)
     if job.dry_run:
         return changes.Result(origin, made, target, written=False)
     out.step("converting and checking" if job.check else "converting")

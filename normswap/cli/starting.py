@@ -12,6 +12,7 @@ import typer
 from ..errors import CheckpointError, OptionError, plural
 from .calibrate import Calibration, estimate
 from .calibrate import run as run_calibration
+from .estimating import estimated
 from .images import Asked, Preparation, prepare
 from .networks import Origin, Wanted, open_network
 from .output import Output
@@ -116,6 +117,7 @@ def converted(
             report = estimate_statistics(model, batches, progress=False)
         else:
             report = estimate(model, origin, wish, out)
+        origin = estimated(origin, model)
         out.note(f"the running statistics were never updated: estimated on {report.images} {where}")
     out.step("converting" if swap.wanted else "preparing")
     rules = swap.rules if swap.wanted else [("*", "keep")]

@@ -150,7 +150,7 @@ def test_quiet_and_verbose_exclude_each_other(cli: Cli) -> None:
         ("missing.py:build", "missing.py does not exist"),
         ("no.such.module:build", "cannot be imported"),
         ("what is this:", "unknown model"),
-        ("missing.safetensors", "There is no such file"),
+        ("missing.safetensors", "missing.safetensors does not exist"),
         ("weights.pth", "A checkpoint needs its architecture"),
     ],
 )
