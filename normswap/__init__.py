@@ -13,13 +13,27 @@ TYPE_CHECKING = False  # type checkers take it for true; typing's own would be m
 if TYPE_CHECKING:
     from typing import Any
 
+    from .calibration import CalibrationReport as CalibrationReport
     from .calibration import calibrate as calibrate
     from .calibration import choose_groups as choose_groups
     from .calibration import estimate_statistics as estimate_statistics
     from .checkpoint import load as load
     from .checkpoint import save as save
     from .conversion import convert as convert
+    from .errors import CheckpointError as CheckpointError
+    from .errors import DataError as DataError
+    from .errors import Interrupted as Interrupted
+    from .errors import NetworkError as NetworkError
     from .errors import NormswapError as NormswapError
+    from .errors import OptionError as OptionError
+    from .errors import OutputError as OutputError
+    from .errors import PlanError as PlanError
+    from .errors import RevertError as RevertError
+    from .errors import SelfCheckError as SelfCheckError
+    from .errors import SourceError as SourceError
+    from .errors import TrainingError as TrainingError
+    from .errors import WeightsError as WeightsError
+    from .finetuning.report import FinetuneReport as FinetuneReport
     from .finetuning.run import finetune as finetune
     from .freezing import FrozenDrift as FrozenDrift
     from .freezing import freeze as freeze
@@ -33,15 +47,33 @@ if TYPE_CHECKING:
     from .planning import plan as plan
     from .stabilizing import stabilized as stabilized
     from .training.distillation import distil as distil
+    from .training.report import DistillationReport as DistillationReport
     from .undo import revert as revert
+    from .verification import VerificationReport as VerificationReport
     from .verification import verify as verify
 
 _HOME = {
+    "CalibrationReport": "calibration.report",
+    "CheckpointError": "errors",
+    "DataError": "errors",
+    "DistillationReport": "training.report",
+    "FinetuneReport": "finetuning.report",
     "FrozenDrift": "freezing",
+    "Interrupted": "errors",
     "Inventory": "inventory",
+    "NetworkError": "errors",
     "NormswapError": "errors",
+    "OptionError": "errors",
+    "OutputError": "errors",
     "Plan": "planning",
+    "PlanError": "errors",
     "RemapReport": "optimizers",
+    "RevertError": "errors",
+    "SelfCheckError": "errors",
+    "SourceError": "errors",
+    "TrainingError": "errors",
+    "VerificationReport": "verification",
+    "WeightsError": "errors",
     "calibrate": "calibration",
     "choose_groups": "calibration",
     "convert": "conversion",

@@ -26,7 +26,7 @@ from .selfcheck import Check
 from .sources import Source, beside, build_empty, build_full, parse
 from .stabilizing import at_own_size
 from .stored_undo import PREFIX, check_undo, fill_undo, undo_tensors
-from .surgery import get, replace
+from .surgery import check_module, get, replace
 from .transfer import apply, inner_norm
 from .undo import Undo
 from .weights import check_finite, has_empty_parameters, load_state
@@ -42,6 +42,7 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path
     not convert, OutputError when `path` cannot be written, does not end in `.safetensors`, exists and overwrite is
     False, or is being written by somebody else.
     """
+    check_module(model)
     model = unwrapped(model)
     record = lifted(model)
     if record is None:

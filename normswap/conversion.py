@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .checks import affine_moved, check_fit, check_values, needs_statistics, never_updated
-from .errors import DataError, Fix, NormswapError, OptionError, SelfCheckError, Text, first_line
+from .choices import Indivisible, MissingStatistics, Norm, Transfer
+from .errors import DataError, Fix, NetworkError, NormswapError, OptionError, SelfCheckError, Text, first_line
 from .example import guess_inputs
 from .heads import Head
 from .inventory import as_inputs
@@ -67,7 +68,7 @@ def check_order(model: nn.Module, reference: nn.Module) -> None:
     changed = [step for step in record.plan.steps if step.source != step.target and step.path in modules]
     now = [(norm.name if (norm := identify(modules[step.path])) else None) for step in changed]
     if changed and now == [step.source for step in changed]:
-        raise OptionError(
+        raise NetworkError(
             "the reference was converted from a network such as the model: the two are swapped",
             hint="First the converted network, which is changed; then its original, with reference=.",
         )
@@ -97,18 +98,18 @@ def back_in_order(model: nn.Module) -> Callable[[str, Tensor], Tensor]:
 
 def convert(
     model: nn.Module,
-    to: str | None = None,
+    to: Norm | str | None = None,
     *,
     groups: int | str | None = None,
     channels_per_group: int | None = None,
-    indivisible: str = "error",
-    transfer: str = "fold",
+    indivisible: Indivisible = "error",
+    transfer: Transfer = "fold",
     eps: float | str | None = None,
     rules: Rules | None = None,
     sources: Collection[str] | None = None,
     example_inputs: Any = None,
     zero_init_residual: bool = False,
-    missing_statistics: str = "error",
+    missing_statistics: MissingStatistics = "error",
     inplace: bool = False,
     check: bool = True,
     undo: bool = True,

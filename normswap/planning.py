@@ -5,6 +5,7 @@ A plan names every layer it changes and every one it keeps. Layers that do not f
 
 from __future__ import annotations
 
+import html
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -14,14 +15,15 @@ from typing import Any, cast
 
 from torch import nn
 
+from .choices import MISSING_STATISTICS, TRANSFERS, Indivisible, MissingStatistics, Norm, Transfer
 from .errors import CheckpointError, Fix, OptionError, PlanError, Text, did_you_mean
 from .inventory import Inventory, Layer, inspect, positions
+from .overview import Table, counted, kept_table, steps_table
 from .registry import get, targets
 from .rules import Rule, Rules, assigned, check_rules, rules_of, selected
 from .spec import Misfit, NormSpec, Options, Request
 from .values import one_of
 
-TRANSFERS = ("fold", "copy", "reset")
 SOFT = 1.0
 """The eps at which a norm of standardised channels follows half of a sample's own variance; `auto` stands for it."""
 
@@ -70,9 +72,18 @@ class Plan:
     transfer: str = "fold"
     meta: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        changes = counted(self.steps, lambda step: f"{step.source} to {step.target}")
+        return f"<Plan: {changes or 'no change'}; {len(self.kept)} kept>"
+
     def __str__(self) -> str:
-        lines = [f"{s.path or '(root)'}: {s.source} -> {describe(s)} ({s.transfer})" for s in self.steps]
-        return "\n".join([*lines, *(f"{k.path or '(root)'}: keeps {k.norm} ({k.reason})" for k in self.kept)])
+        return "\n\n".join(map(str, self._tables())) or "no norm layer"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self)[1:-1])}</p>" + "".join(table.to_html() for table in self._tables())
+
+    def _tables(self) -> list[Table]:
+        return [*([steps_table(self.steps)] if self.steps else []), *([kept_table(self.kept)] if self.kept else [])]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -120,23 +131,24 @@ def describe(step: Step) -> str:
 
 def plan(
     model: nn.Module,
-    to: str | None = None,
+    to: Norm | str | None = None,
     *,
     groups: int | str | None = None,
     channels_per_group: int | None = None,
-    indivisible: str = "error",
-    transfer: str = "fold",
+    indivisible: Indivisible = "error",
+    transfer: Transfer = "fold",
     eps: float | str | None = None,
     rules: Rules | None = None,
     sources: Collection[str] | None = None,
     example_inputs: Any = None,
     zero_init_residual: bool = False,
-    missing_statistics: str = "error",
+    missing_statistics: MissingStatistics = "error",
 ) -> Plan:
     """Plan how to replace the norm layers of `model`. Changes nothing.
 
     to: the target of every layer no rule matches. rules: ordered `pattern -> norm or "keep"`, the first match wins;
-    a pattern is a path with shell wildcards, or the part of the network, as `role:backbone`, `role:fpn`, `role:head`.
+    a pattern is a path with shell wildcards or ranges as `layer3.{0..35}.bn1`, or the part of the network, as
+    `role:backbone`, `role:fpn`, `role:head`.
     groups: number of groups for `gn`, or "auto" (default), which aims at 16 channels a group; channels_per_group
     excludes it. indivisible: "error", or "nearest" for the largest divisor that does not exceed what was asked.
     transfer: "fold" carries the running statistics over, "copy" only gamma and beta, "reset" nothing.
@@ -168,7 +180,7 @@ def _check_options(
     request: Request, names: set[str], transfer: str, missing: str, sources: Collection[str] | None
 ) -> None:
     one_of("transfer", transfer, TRANSFERS)
-    one_of("missing_statistics", missing, ("error", "later"))
+    one_of("missing_statistics", missing, MISSING_STATISTICS)
     if (request.groups is not None or request.channels_per_group is not None) and "gn" not in names:
         raise OptionError(f"groups apply to gn only, not to {', '.join(sorted(names)) or 'keep'}")
     if transfer != "fold" and "fused" in names:
@@ -338,7 +350,7 @@ def _problem_error(planner: _Planner, among: set[str]) -> PlanError:
         frozen = Fix("rules", {"PATH": "frozen"})
         hints.append(Text("A rule keeps such a layer or gives it another norm: ", frozen, ", or fewer groups."))
     if planner.no_statistics:
-        hints.append("calibrate estimates them from images: `normswap convert ... --calibrate DIR`.")
+        hints.append("calibrate estimates them from images: `normswap convert ... --calibrate FOLDER`.")
     if planner.inventory.suspects or planner.held:
         hints.append(Text("To leave a layer as it is: ", Fix("rules", {"PATH": "keep"}), "."))
     return PlanError(summary, planner.problems, hint=Text.joined("\n", hints) or None, indivisible=planner.indivisible)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import operator
+import os
 import random
 import sys
 from argparse import Namespace
@@ -18,6 +18,8 @@ import torch
 from torch import fx, nn
 
 from .errors import Fix, NormswapError, OptionError, Text
+from .path_ranges import matches as matches
+from .records import ATTRIBUTE
 
 # What every nn.Module carries; anything else in a module's __dict__ is its own or its user's.
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
@@ -25,10 +27,11 @@ _SCALARS = frozenset({bool, int, float, str, type(None)})
 _HOOK_ATTRIBUTES = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks") or "_hooks_" in name)
 
 
-def check_module(model: Any) -> None:
+def check_module(model: Any, name: str = "model") -> None:
     """Raise OptionError for what is no network, such as its name."""
     if not isinstance(model, nn.Module):
-        raise OptionError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        hint = "normswap.load(file) gives the network of a file." if isinstance(model, (str, os.PathLike)) else None
+        raise OptionError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}", hint=hint)
 
 
 def aliases(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -94,11 +97,6 @@ def hand_over_hooks(new: nn.Module, old: nn.Module) -> None:
             new.__dict__[name] = old.__dict__[name]
     if old._backward_hooks:
         new._is_full_backward_hook = old._is_full_backward_hook
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Whether a rule's pattern covers a path: shell wildcards over the dotted path, or a module and all below it."""
-    return fnmatch.fnmatchcase(path, pattern) or path == pattern or path.startswith(pattern + ".")
 
 
 @contextmanager
@@ -210,9 +208,9 @@ def _containers(model: nn.Module) -> Iterator[Container]:
 def kept_by(model: nn.Module) -> Iterator[Any]:
     """All that the modules hold in attributes of their own, and what that holds, in objects of the network's own too.
 
-    Each thing once: modules often share one configuration.
+    Each thing once: modules often share one configuration. The record of a conversion is no part of the network.
     """
-    values = [value for module in model.modules() for _, value in own_attributes(module)]
+    values = [value for module in model.modules() for name, value in own_attributes(module) if name != ATTRIBUTE]
     return (v for v in _nested(values, _attributes_of) if v is not values)
 
 

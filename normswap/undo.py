@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import Fix, RevertError, Text
 from .records import ATTRIBUTE, put_record
-from .surgery import aliases, hand_over_hooks, replace
+from .surgery import aliases, check_module, hand_over_hooks, replace
 from .wrappers import check_wrapper, rewrapped, unwrapped
 
 _INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -234,6 +234,7 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
 
     Raises RevertError, before anything is changed, when the model was not converted, or exactness is lost.
     """
+    check_module(model)
     check_wrapper(model)
     wrapper, model = model, unwrapped(model)
     record = model.__dict__.get(ATTRIBUTE)

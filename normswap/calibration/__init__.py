@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..agreement import OutputTally
+from ..choices import Method
 from ..conversion import check_order, record_of
-from ..data import as_batches, images_in
-from ..errors import DataError, Fix, OptionError, RevertError, Text
+from ..data import MAX_BAD, Batches, as_batches, images_in
+from ..errors import DataError, Fix, NetworkError, OptionError, RevertError, Text
 from ..pinned import Pinned
 from ..registry import identify
-from ..surgery import copied, evaluating, undisturbed
+from ..surgery import check_module, copied, evaluating, undisturbed
 from ..undo import revert
 from ..values import whole
 from ..wrappers import unwrapped
@@ -27,6 +29,7 @@ from .moments import Args
 from .preparation import Preparation
 from .report import CalibrationReport as CalibrationReport
 from .report import LayerResult as LayerResult
+from .report import told
 from .targets import Result, Target, restoring, targets_of
 
 HELD = 0.5
@@ -49,8 +52,11 @@ def calibrate(
     *,
     images: int | None = None,
     batch_size: int = 64,
-    method: str = "balance",
+    method: Method = "balance",
     eps: float | None = None,
+    preprocess: Callable[[Any], Tensor] | None = None,
+    max_bad: int = MAX_BAD,
+    progress: Callable[[int, int], None] | bool | None = None,
 ) -> CalibrationReport:
     """Bring a converted network back to its original with a few unlabelled images. In place.
 
@@ -78,6 +84,10 @@ def calibrate(
     the report, for one more forward pass. images: use at most so many (default 256, or all of a tensor); batches may
     differ in size. batch_size: for a tensor or a dataset.
 
+    preprocess: of a folder's images, by default `Preprocess()`; max_bad: so many that cannot be read are left out.
+    progress: called with steps done and steps in all: batches that the original has seen, then norms repaired. By
+    default a line on a terminal or in a notebook shows them, with True elsewhere too, with False nowhere.
+
     Cost, but for "refit": one forward pass of the reference and one of the converted network over the images. What
     lies between two layers is held for all images, however small the batches. A run on one image tells how much that
     is: where a batch takes more than half of the free memory, its images run in smaller parts; where all images
@@ -92,7 +102,8 @@ def calibrate(
     model, RevertError when none is given and it cannot be rebuilt, DataError for data that cannot be used, is empty,
     or is too short for running statistics.
     """
-    batches, labels, classes = _collected(data, images, batch_size)
+    check_module(model)
+    batches, labels, source = _collected(data, images, batch_size, preprocess, max_bad)
     count = sum(map(images_in, batches))
     model = unwrapped(model)
     reference = _reference(model, None if reference is None else unwrapped(reference))
@@ -100,13 +111,22 @@ def calibrate(
     _check_enough(targets, count, images)
     if not targets:
         return CalibrationReport(count, (), passes=0, notes=("frozen and fused norms need no calibration",))
-    preparation, report = _calibrated(model, reference, targets, (batches, labels, classes), (method, eps))
+    given = batches, labels, source.classes
+    with told(progress, len(batches) + len(targets)) as step:
+        preparation, report = _calibrated(model, reference, targets, given, (method, eps), step)
     _remember(model, report, preparation)
-    return report
+    return replace(report, bad=source.bad)
 
 
 def estimate_statistics(
-    model: nn.Module, data: Any = None, *, images: int | None = None, batch_size: int = 64
+    model: nn.Module,
+    data: Any = None,
+    *,
+    images: int | None = None,
+    batch_size: int = 64,
+    preprocess: Callable[[Any], Tensor] | None = None,
+    max_bad: int = MAX_BAD,
+    progress: Callable[[int, int], None] | bool | None = None,
 ) -> CalibrationReport:
     """Estimate the running statistics of a network's batch norms from images without labels, in place.
 
@@ -115,18 +135,23 @@ def estimate_statistics(
     (Wu and Johnson 2021, "precise BN"). gamma, beta and momentum stay as they are, and so do layers that `freeze`
     holds.
 
-    data, images, batch_size: as in `calibrate`. Raises OptionError for a network without running statistics, DataError
-    for data that cannot be used; on an exception, Ctrl-C included, the model is as before.
+    data, images, batch_size, preprocess, max_bad, progress: as in `calibrate`. Raises OptionError for a network without
+    running statistics, DataError for data that cannot be used; on an exception, Ctrl-C included, the model is as it
+    was.
     """
+    check_module(model)
     model = unwrapped(model)
     found = [(path, m, spec) for path, m in model.named_modules() if (spec := identify(m)) is not None]
     held = [(path, m, spec) for path, m, spec in found if spec.name in _MOVING and not isinstance(m, Pinned)]
     targets = [Target(path, spec.name, m, None, True, False) for path, m, spec in held if spec.read(m).has_statistics]
     if not targets:
-        raise OptionError(f"{type(model).__name__} has no running statistics to estimate")
-    batches, labels, classes = _collected(data, images, batch_size)
+        raise NetworkError(f"{type(model).__name__} has no running statistics to estimate")
+    batches, labels, source = _collected(data, images, batch_size, preprocess, max_bad)
     _check_enough(targets, sum(map(images_in, batches)), images)
-    return _calibrated(model, None, targets, (batches, labels, classes), ("moments", None))[1]
+    given = batches, labels, source.classes
+    with told(progress, len(targets), "estimating running statistics") as step:
+        _, report = _calibrated(model, None, targets, given, ("moments", None), step)
+    return replace(report, bad=source.bad)
 
 
 _MOVING = ("bn", "sync", "renorm")
@@ -138,6 +163,7 @@ def _calibrated(
     targets: Sequence[Target],
     given: Given,
     options: tuple[str, float | None],
+    step: Callable[[], None],
 ) -> tuple[Preparation, CalibrationReport]:
     """Calibrate; where memory runs out all the same, start again: fewer images at once, then fewer at all."""
     at_once, most = max(map(images_in, given[0])), sum(map(images_in, given[0]))
@@ -145,7 +171,7 @@ def _calibrated(
         preparation = Preparation(model, targets, *options)
         try:
             with restoring(preparation.modules()):
-                return preparation, _run(model, reference, preparation, given, (at_once, most))
+                return preparation, _run(model, reference, preparation, given, (at_once, most), step)
         except Exception as error:
             if not ran_out(error) or most == 1:
                 raise
@@ -158,6 +184,7 @@ def _run(
     preparation: Preparation,
     given: Given,
     limits: tuple[int, int],
+    step: Callable[[], None],
 ) -> CalibrationReport:
     """limits: how many images may run at once, and how many in all, where memory allows it."""
     targets = preparation.targets
@@ -170,12 +197,12 @@ def _run(
         original = Original(targets, preparation.balanced)
         comparison.run("before", model)
         if reference is not None:
-            _observe(original, reference, batches[:used], comparison)
+            _observe(original, reference, batches[:used], comparison, step)
             comparison.run("original", reference)
     preparation.look(batches[0])
     preparation.apply(original)
     with _quiet(model, reference):
-        matching = Matching(targets, original, preparation.refits)
+        matching = Matching(targets, original, preparation.refits, step)
         matching.run(model, batches[:used], lambda i, out: comparison.keep("after", i, out), reference)
         comparison.run("after", model)
         results = [Result(target.norm) for target in targets]
@@ -202,12 +229,19 @@ def _footprint(model: nn.Module, reference: nn.Module | None, preparation: Prepa
     return Footprint(max(mine.peak, theirs.peak), max(mine.kept, theirs.kept))
 
 
-def _observe(original: Original, reference: nn.Module, batches: Sequence[Args], comparison: _Comparison) -> None:
+def _observe(
+    original: Original,
+    reference: nn.Module,
+    batches: Sequence[Args],
+    comparison: _Comparison,
+    step: Callable[[], None],
+) -> None:
     """Run the reference over the batches."""
     with original.watching():
         for i, args in enumerate(batches):
             original.next_batch()
             comparison.keep("original", i, forward(reference, args))
+            step()
 
 
 @contextmanager
@@ -222,11 +256,11 @@ def _quiet(model: nn.Module, reference: nn.Module | None) -> Iterator[None]:
 
 
 def _collected(
-    data: Any, images: int | None, batch_size: int
-) -> tuple[list[Args], list[Tensor | None], tuple[str, ...] | None]:
+    data: Any, images: int | None, batch_size: int, preprocess: Callable[[Any], Tensor] | None, max_bad: int
+) -> tuple[list[Args], list[Tensor | None], Batches]:
     """The batches to use, the last one cut to what was asked for, in memory: both networks see the same ones.
 
-    With their labels, and the classes that these count, if known.
+    With their labels, and what they were read from.
     """
     if images is not None:
         whole("images", images)
@@ -236,7 +270,7 @@ def _collected(
         )
     most = images or (len(data) if isinstance(data, Tensor) else 256)
     batches, labels, left = [], [], most
-    source = as_batches(data, batch_size, once=True)
+    source = as_batches(data, batch_size, once=True, preprocess=preprocess, max_bad=max_bad)
     for args, y in source:
         part, part_y = _first(args, y, left)
         batches.append(part)
@@ -244,7 +278,7 @@ def _collected(
         left -= images_in(part)
         if left <= 0:
             break
-    return batches, labels, source.classes
+    return batches, labels, source
 
 
 def _first(args: Args, labels: Tensor | None, most: int) -> tuple[Args, Tensor | None]:

@@ -131,8 +131,13 @@ class Matching:
     """
 
     def __init__(
-        self, targets: Sequence[Target], original: Original, refits: Mapping[str, Refit] = MappingProxyType({})
+        self,
+        targets: Sequence[Target],
+        original: Original,
+        refits: Mapping[str, Refit] = MappingProxyType({}),
+        step: Callable[[], None] = lambda: None,
     ) -> None:
+        self._step = step
         self.targets = {t.path: t for t in targets}
         self.original = original
         self.refits = {p: r for p, r in refits.items() if all(calls[p] <= 1 for calls in original.calls)}
@@ -244,6 +249,7 @@ class Matching:
     def _repair(self, target: Target) -> tuple[Tensor, Tensor]:
         """Set the norm's tensors by what was found. Returns k and shift for outputs made before."""
         found = self.found[target.path]
+        self._step()
         if not found.finite:
             raise DataError(f"{target.path} gives NaN or Inf on the data")
         self.before.setdefault(target.path, self._error(target, found))

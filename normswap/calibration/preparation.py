@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..choices import METHODS
 from ..conversion import Record, record_of
 from ..data import placed
 from ..errors import Fix, OptionError, Text
@@ -25,8 +26,6 @@ from .moments import Args
 from .permuting import Chain, chains_of, orders_of, permute
 from .refit import Refit, refits_of
 from .targets import Target, state_of
-
-METHODS = ("balance", "refit", "moments")
 
 
 class Preparation:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..choices import NORMS, TRANSFERS
 from . import changes, options
 from .boundary import WRITTEN
-from .calibrate import IMAGES, with_groups
+from .calibrate import BUDGET, IMAGES, Calibration, with_groups
 from .calibrate import run as run_calibration
-from .estimating import Calibration, mend_statistics
+from .estimating import mend_statistics
 from .images import Asked
 from .networks import Origin, Wanted, check_converted, example_inputs, files_read, locate, open_network, original_of
 from .output import Output, reporting
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from ..conversion import Record
 
 ORIGINAL = "original"
-BUDGET = 0.01
 _PICKLES = (".pth", ".pt", ".th", ".ckpt", ".pkl", ".bin")
 
 
@@ -52,7 +52,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="NORM",
-            help=f"The norm to convert to: {', '.join(options.NORMS)}; or original, to undo a conversion.",
+            help=f"The norm to convert to: {', '.join(NORMS)}; or original, to undo a conversion.",
             autocompletion=options.target_names,
             show_default=False,
         ),
@@ -62,10 +62,7 @@ def convert(
     indivisible: options.Indivisible = "error",
     transfer: Annotated[
         str,
-        typer.Option(
-            metavar="fold|copy|reset",
-            help="fold carries the running statistics over, copy only γ and β, reset nothing.",
-        ),
+        options.word(TRANSFERS, "fold carries the running statistics over, copy only γ and β, reset nothing."),
     ] = "fold",
     eps: Annotated[
         str | None,
@@ -95,11 +92,8 @@ def convert(
     weights: options.Weights = None,
     arg: options.Arg = None,
     input_shape: options.Input = None,
-    calibrate: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Calibrate on these unlabelled images too.", show_default=False),
-    ] = None,
-    images: options.Images = None,
+    calibrate: options.Calibrate = None,
+    calibrate_images: options.CalibrateImages = None,
     method: options.Method = "balance",
     budget: Annotated[
         float | None,
@@ -113,6 +107,8 @@ def convert(
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    max_bad: options.MaxBad = 10,
+    device: options.Device = "auto",
     no_check: Annotated[bool, typer.Option("--no-check", help="Skip the self-check.")] = False,
     no_undo: Annotated[
         bool, typer.Option("--no-undo", help="Keep nothing to undo the conversion with; the file is a little smaller.")
@@ -141,23 +137,34 @@ def convert(
     normswap convert nets.py:build --arg width=64 --weights mine.pth --to ln
     normswap convert resnet50-gn.safetensors --to original
     """
+    place = options.calibration(ctx, calibrate)
     planning = {
         "groups": options.groups(ctx, groups),
         "channels_per_group": channels_per_group,
-        "indivisible": options.choice(ctx, "--indivisible", indivisible, ("error", "nearest")),
-        "transfer": options.choice(ctx, "--transfer", transfer, ("fold", "copy", "reset")),
+        "indivisible": indivisible,
+        "transfer": transfer,
         "eps": options.eps(ctx, eps),
         "sources": sources or None,
         "zero_init_residual": zero_init_residual,
-        "missing_statistics": "error" if calibrate is None else "later",
+        "missing_statistics": "error" if place is None else "later",
     }
     asked = Asked.of(ctx, size, mean, std)
-    options.choice(ctx, "--method", method, options.METHODS)
-    if calibrate is None and (images is not None or method != "balance" or budget is not None or asked.given()):
-        raise options.usage(ctx, "--images, --method, --budget, --size, --mean and --std go with --calibrate")
+    if place is None and (calibrate_images is not None or method != "balance" or budget is not None or asked.given()):
+        raise options.usage(ctx, "--calibrate-images, --method, --budget, --size, --mean and --std go with --calibrate")
     if budget is not None and (groups not in (None, "auto") or channels_per_group is not None):
         raise options.usage(ctx, "--budget chooses the number of groups; it goes with --groups auto")
-    choosing = calibrate is not None and (groups == "auto" or budget is not None)
+    wish = None
+    if place is not None:
+        choosing = groups == "auto" or budget is not None
+        wish = Calibration(
+            place,
+            calibrate_images or IMAGES,
+            asked,
+            method,
+            device=device,
+            max_bad=max_bad,
+            budget=budget or BUDGET if choosing else None,
+        )
     job = Job(
         to,
         options.rules(ctx, rule),
@@ -169,9 +176,7 @@ def convert(
         dry_run=dry_run,
         output=output,
         force=force,
-        calibration=None
-        if calibrate is None
-        else Calibration(calibrate, images or IMAGES, asked, method, budget or BUDGET if choosing else None),
+        calibration=wish,
     )
     _check_combination(ctx, job)
     wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
@@ -184,7 +189,7 @@ def convert(
 def _check_combination(ctx: typer.Context, job: Job) -> None:
     """What is a contradiction whatever the network is an error of the call."""
     if job.to is None and not job.rules:
-        norms = ", ".join(options.NORMS)
+        norms = ", ".join(NORMS)
         raise options.usage(ctx, f"say what to convert to, with --to NORM or --rule PATTERN=NORM; norms: {norms}")
     if job.planning["groups"] is not None and job.planning["channels_per_group"] is not None:
         raise options.usage(ctx, "--groups and --channels-per-group exclude each other")
@@ -216,18 +221,18 @@ def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> chang
     inputs = example_inputs(model, job.shapes)
     with with_commands(ctx):
         made = plan(model, job.to, rules=job.rules, example_inputs=inputs, **job.planning)
-    mend_statistics(model, made, origin, job.calibration, out, dry_run=job.dry_run)
+    origin = mend_statistics(model, made, origin, job.calibration, out, dry_run=job.dry_run)
     if job.dry_run:
         return changes.Result(origin, made, target, written=False)
     if (wish := job.calibration) is not None and wish.budget is not None:
-        made = with_groups(model, made, origin, wish.data, wish.images, wish.asked, out, wish.budget)
+        made = with_groups(model, made, origin, wish, out)
     out.step("converting and checking" if job.check else "converting")
     reference = copied(model) if job.calibration and not job.undo else None
     model = convert_model(model, using=made, example_inputs=inputs, inplace=True, check=job.check, undo=job.undo)
     record = _record(model)
     report = None
     if wish is not None:
-        report = run_calibration(model, reference, origin, wish.data, wish.images, 32, wish.asked, out, wish.method)
+        report = run_calibration(model, reference, origin, wish, out)
     record.source = None if origin.source is None else origin.source.to_dict()
     from ..checkpoint import save
 

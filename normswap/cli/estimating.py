@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..errors import OptionError
-from .calibrate import estimate
-from .images import Asked
+from ..errors import NetworkError
+from .calibrate import Calibration, estimate
 from .networks import Origin
 from .output import Output
 
@@ -18,46 +16,48 @@ if TYPE_CHECKING:
     from ..planning import Plan
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What --calibrate and the options that go with it ask for."""
-
-    data: Path
-    images: int
-    asked: Asked
-    method: str
-    budget: float | None = None
-
-
 def mend_statistics(
     model: nn.Module, made: Plan, origin: Origin, wish: Calibration | None, out: Output, *, dry_run: bool
-) -> None:
-    """Statistics that were never updated say nothing: estimate them where there are images, else say what to do."""
+) -> Origin:
+    """Statistics that were never updated say nothing: estimate them where there are images, else say what to do.
+
+    Returns where the network comes from now.
+    """
     from ..checks import affine_moved, needs_statistics, never_updated
 
     standardises = needs_statistics(made)
     keeps = any(step.target == "frozen" or step.transfer in ("fuse", "affine") for step in made.steps)
     built = not any(p.is_meta for p in model.parameters())
     if not (built and (standardises or keeps) and (count := never_updated(model))):
-        return
+        return origin
     if wish is not None:
         if not dry_run:
             out.step("estimating running statistics")
-            report = estimate(model, origin, wish.data, wish.images, 32, wish.asked, out)
+            report = estimate(model, origin, wish, out)
             out.note(f"the running statistics of {origin} were never updated: estimated on {report.images} images")
-        return
+            return estimated(origin, model)
+        return origin
     text = f"the running statistics of {origin} were never updated: mean 0, variance 1 in all of its {count} norms"
     ways = (
         "--calibrate FOLDER estimates them first, from images without labels. --transfer copy carries γ and β "
         "over alone, if the network is meant to be used with its statistics as they are."
     )
-    named = origin.weights not in (None, "none") and not (origin.weights == "DEFAULT" and _runs_code(origin))
-    named = named and origin.file is None
+    named = origin.file is None and origin.weights is not None and not origin.weights.random
     if named and standardises:
-        raise OptionError(text, hint=ways)
+        raise NetworkError(text, hint=ways)
     if named or affine_moved(model):
         out.note(f"{text}. {ways if standardises else ways.partition('. ')[0] + '.'}")
+    return origin
 
 
-def _runs_code(origin: Origin) -> bool:
-    return origin.source is not None and origin.source.runs_code
+def estimated(origin: Origin, model: nn.Module) -> Origin:
+    """The origin of a network whose running statistics were estimated: they are the original's from now on."""
+    from ..weights import digest_of
+
+    made = origin.made_with
+    if origin.source is None or made is None:
+        return origin
+    name = f"{made}, with running statistics estimated on images"
+    weights = replace(made, name=name, digest=digest_of(model.state_dict()))
+    source = replace(origin.source, weights=weights.to_dict())
+    return replace(origin, source=source, weights=origin.weights if origin.file else weights)

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, NormswapError, OptionError, first_line
+from ..choices import AUGMENTS
+from ..errors import DataError, NetworkError, NormswapError, OptionError, first_line
 from ..heads import Head
 from ..values import one_of
 from .boxed import Boxed, check_sample, open_boxes
@@ -20,7 +21,6 @@ from .processes import gathered
 from .samples import spread
 from .sets import Sets
 from .task import Outcome, Panel, Reduce, parameters_of_head
-from .transforms import AUGMENT
 
 _CALIBRATED_AT_ONCE = 2
 _PREDICTED = ("boxes", "labels", "scores", "masks")
@@ -61,7 +61,7 @@ class Detection:
 
     def prepared(self, sets: Sets, preprocess: Callable[[Any], Tensor] | None, augment: str) -> Sets:
         """With half of the training images mirrored, unless `augment` is "none"; the network itself does the rest."""
-        one_of("augment", augment, AUGMENT)
+        one_of("augment", augment, AUGMENTS)
         if augment == "none" or not isinstance(sets.train, Boxed):
             return sets
         return replace(sets, train=replace(sets.train, flip=True))
@@ -99,7 +99,7 @@ class Detection:
         images, targets = content
         losses = _called(forward, images, targets)
         if not isinstance(losses, Mapping) or not losses or not all(isinstance(v, Tensor) for v in losses.values()):
-            raise OptionError(
+            raise NetworkError(
                 f"in training the network gives {type(losses).__name__}; a detector in torchvision's convention gives "
                 "a dict of losses",
                 hint="Wrap it in a module whose forward(images, targets) does.",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..conversion import record_of
-from ..errors import Fix, OptionError, Text
+from ..errors import Fix, NetworkError, OptionError, Text
 from ..heads import Head, resize_head
 from ..limits import check_memory
 from ..predictors import find_predictor
@@ -28,7 +28,7 @@ def fitted_predictor(
     if found is not None and (found[0] == "") == whole_network:
         return fitted(model, Head(*found), in_data, asked, seed)
     if asked is not None:
-        raise OptionError(
+        raise NetworkError(
             f"where {type(model).__name__} has its class scores is not known, so it gets no new head",
             hint=Text("Build it with the right number of classes, and leave ", Fix("num_classes"), " out."),
         )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..choices import AUGMENTS
 from ..errors import DataError, OptionError
 from ..images import Unreadable as UnreadableImage
 from ..preprocess import Preprocess
@@ -18,7 +19,6 @@ from ..semantic import IGNORED, MaskData, open_masks
 from ..values import one_of
 from .samples import Unreadable
 from .sets import TRAIN, VALIDATION, Sets, check_apart, held_note, part_of, sized, split
-from .transforms import AUGMENT
 
 _SCALES = (0.5, 2.0)
 _LARGEST = 480
@@ -26,7 +26,7 @@ _LARGEST = 480
 
 @dataclass(frozen=True)
 class Scenes:
-    """Images and masks from files, normalised and resized as `prepare` says. changes: "none", or see `AUGMENT`.
+    """Images and masks from files, normalised and resized as `prepare` says. changes: one of `choices.AUGMENTS`.
 
     The shorter side becomes that of `prepare.resize` or `prepare.size`, if they are numbers; masks are resized only in
     training, so that validation is at their own size. "flip" mirrors half of the images; "auto" also scales them by
@@ -129,7 +129,7 @@ def open_scenes(data: Any, eval_data: Any = None, *, seed: int = 0) -> Sets:
 
 def prepared_scenes(sets: Sets, preprocess: Callable[[Any], Tensor] | None, augment: str) -> Sets:
     """With changes of the training images, where they are files; crops have the size of `preprocess`, or up to 480."""
-    one_of("augment", augment, AUGMENT)
+    one_of("augment", augment, AUGMENTS)
     prepare = _checked(preprocess)
     train, validation = (
         replace(s, prepare=prepare) if isinstance(s, Scenes) else s for s in (sets.train, sets.validation)

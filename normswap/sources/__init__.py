@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from ..errors import Fix, NormswapError, SourceError, Text, did_you_mean
+from ..errors import Fix, NormswapError, OptionError, SourceError, Text, did_you_mean
 from ..weights import State, check_finite, empty_parameters, has_empty_parameters, load_state, read_state
 from ..wrappers import unwrapped
 from . import factories, timm_models, torchvision_models, transformers_models
@@ -57,7 +57,7 @@ def parse_args(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
-            raise SourceError(Text(Fix("args"), f" needs KEY=VALUE, got {pair!r}"))
+            raise OptionError(Text(Fix("args"), f" needs KEY=VALUE, got {pair!r}"))
         try:
             result[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from torch import nn
 
 from ..conversion import check_order, record_of
-from ..errors import Fix, OptionError, RevertError, Text
+from ..errors import Fix, NetworkError, OptionError, RevertError, Text
 from ..surgery import copied, evaluating, undisturbed
 from ..undo import revert
 
@@ -30,7 +30,7 @@ def original_of(model: nn.Module, reference: nn.Module | None) -> nn.Module:
         return reference
     record = record_of(model)
     if record is None:
-        raise OptionError(
+        raise NetworkError(
             "this model was not made by normswap.convert or normswap.load, so its original is not known",
             hint=Text("Pass the original network as ", Fix("reference"), "."),
         )
