@@ -36,6 +36,7 @@ METHODS = {
     "balance": {},
     "balance, ε 4": {"eps": 4.0},
     "refit": {"method": "refit"},
+    "refit, ε 4": {"method": "refit", "eps": 4.0},
 }
 IMAGES = 256
 

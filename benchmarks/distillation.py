@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=2.0)
     parser.add_argument("--method", default="balance", help="of calibrate")
     parser.add_argument("--features", type=float, help="weight of the norms' outputs; default: distil's")
-    parser.add_argument("--augment", action=argparse.BooleanOptionalAction, default=None, help="default: as distil's")
+    parser.add_argument("--augment", choices=("auto", "flip", "none"), help="default: as distil's")
     options = parser.parse_args()
     model = network(options.network, options.data)
     train, _ = images(options.data / "cifar10" / "train")

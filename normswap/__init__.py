@@ -15,15 +15,32 @@ if TYPE_CHECKING:
 
     from .calibration.calibrate import calibrate as calibrate
     from .calibration.calibrate import estimate_statistics as estimate_statistics
+    from .calibration.choosing import choose_groups as choose_groups
+    from .calibration.report import CalibrationReport as CalibrationReport
     from .checkpoint.saving import load as load
     from .checkpoint.saving import save as save
+    from .comparison.verification import VerificationReport as VerificationReport
     from .comparison.verification import verify as verify
     from .conversion.convert import convert as convert
     from .conversion.revert import revert as revert
     from .conversion.stabilize import stabilized as stabilized
     from .distillation.distil import distil as distil
+    from .distillation.report import DistillationReport as DistillationReport
+    from .errors import CheckpointError as CheckpointError
+    from .errors import DataError as DataError
+    from .errors import Interrupted as Interrupted
+    from .errors import NetworkError as NetworkError
     from .errors import NormswapError as NormswapError
+    from .errors import OptionError as OptionError
+    from .errors import OutputError as OutputError
+    from .errors import PlanError as PlanError
+    from .errors import RevertError as RevertError
+    from .errors import SelfCheckError as SelfCheckError
+    from .errors import SourceError as SourceError
+    from .errors import TrainingError as TrainingError
+    from .errors import WeightsError as WeightsError
     from .finetuning.finetune import finetune as finetune
+    from .finetuning.output.report import FinetuneReport as FinetuneReport
     from .freezing import FrozenDrift as FrozenDrift
     from .freezing import freeze as freeze
     from .freezing import frozen_drift as frozen_drift
@@ -36,12 +53,29 @@ if TYPE_CHECKING:
     from .planning.planner import plan as plan
 
 _HOME = {
+    "CalibrationReport": "calibration.report",
+    "CheckpointError": "errors",
+    "DataError": "errors",
+    "DistillationReport": "distillation.report",
+    "FinetuneReport": "finetuning.output.report",
     "FrozenDrift": "freezing",
+    "Interrupted": "errors",
     "Inventory": "inspection.inventory",
+    "NetworkError": "errors",
     "NormswapError": "errors",
+    "OptionError": "errors",
+    "OutputError": "errors",
     "Plan": "planning.plan",
+    "PlanError": "errors",
     "RemapReport": "optimizers.remap",
+    "RevertError": "errors",
+    "SelfCheckError": "errors",
+    "SourceError": "errors",
+    "TrainingError": "errors",
+    "VerificationReport": "comparison.verification",
+    "WeightsError": "errors",
     "calibrate": "calibration.calibrate",
+    "choose_groups": "calibration.choosing",
     "convert": "conversion.convert",
     "distil": "distillation.distil",
     "estimate_statistics": "calibration.calibrate",

@@ -130,6 +130,10 @@ class OptionError(NormswapError):
     """An option, or a combination of options, that makes no sense."""
 
 
+class NetworkError(OptionError):
+    """A network that is not what the call takes; the options themselves are fine."""
+
+
 class SourceError(NormswapError):
     """A model source that cannot be found or built."""
 

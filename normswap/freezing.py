@@ -23,7 +23,8 @@ from .modules.frozen_class import (
     statistics_of,
     unpin,
 )
-from .modules.tree import aliases, matches, module_at
+from .modules.path_ranges import matches
+from .modules.tree import aliases, module_at
 from .norms.registry import class_of, identify, looks_batch
 
 Patterns = str | Iterable[str]

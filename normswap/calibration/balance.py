@@ -92,6 +92,9 @@ def sizes(means: Tensor, squares: Tensor, gamma: Tensor, groups: int, eps: float
     eps)` and k_c such that the mean gain is 1; per-sample moments are all it depends on.
     """
     samples, channels = means.shape
+    # The output's error in channel c and sample n is `x (r_n / r - 1) - m_n r_n / (t_c r)`, r being the mean gain,
+    # which moment matching takes out. Squared and summed over positions and over the group's channels it needs three
+    # sums of each sample: of the powers q and of 1 / t^2, each weighted by gamma^2, and of the mixed term m / t.
     # (groups, samples, channels of a group); what depends on the group alone is then a product with a vector.
     m, q = (x.view(samples, groups, -1).movedim(1, 0).contiguous() for x in (means, squares))
     weight = gamma.double().square().view(groups, -1, 1)
@@ -100,7 +103,7 @@ def sizes(means: Tensor, squares: Tensor, gamma: Tensor, groups: int, eps: float
     free, velocity = torch.zeros_like(weight), torch.zeros_like(weight)
     for i in range(_STEPS):
         with torch.enable_grad():
-            t = (math.log(LARGEST) * torch.tanh(free.requires_grad_())).exp()
+            t = (math.log(LARGEST) * torch.tanh(free.requires_grad_())).exp()  # between 1 / LARGEST and LARGEST
             centre = (m @ t) * share
             gain = ((q @ t.square()) * share - centre.square() + eps + 1e-6).rsqrt()
             relative = gain / gain.mean(1, keepdim=True)
@@ -108,6 +111,8 @@ def sizes(means: Tensor, squares: Tensor, gamma: Tensor, groups: int, eps: float
             error = power * a.square() + b.square() * (weight / t.square()).sum(1, keepdim=True)
             loss = (error - 2 * a * b * (m @ (weight / t))).sum()
             (slope,) = torch.autograd.grad(loss, free)
+        # Slopes are brought to one size in each group, so that groups move alike whatever their part in the loss is;
+        # momentum and a falling rate settle six steps where plain ones would still swing.
         floor = 1e-3 * loss.detach() / channels + 1e-30  # below it a slope is rounding, and moves nothing
         velocity = 0.5 * velocity + slope / (slope.square().mean(1, keepdim=True).sqrt() + floor)
         free = free.detach() - _RATE * (1 - i / _STEPS) * velocity
@@ -162,10 +167,17 @@ def _rescale_layer(layer: nn.Module, factor: Tensor, record: LayerUndo | None) -
     return new
 
 
-def factors(spread: Spread, target: Target, gamma: Tensor | None, eps: float) -> Tensor:
-    """Sign times size of each channel, `(C,)` float64."""
+def factors(spread: Spread, target: Target, gamma: Tensor | None, eps: float, order: Tensor | None = None) -> Tensor:
+    """Sign times size of each channel, `(C,)` float64.
+
+    order: the one in which the channels are going to stand, which says who shares a group; the result is in the
+    present order.
+    """
     groups = target.state.num_groups or 1
     means, squares = spread.centred()
+    weight = torch.ones_like(means[0]) if gamma is None else gamma.detach()
+    order = torch.arange(means.shape[1], device=means.device) if order is None else order
+    means, squares, weight = means[:, order], squares[:, order], weight[order.to(weight.device)]
     sign = signs(means, groups)
-    weight = torch.ones_like(sign) if gamma is None else gamma.detach()
-    return sign * sizes(means * sign, squares, weight, groups, eps)
+    found = sign * sizes(means * sign, squares, weight, groups, eps)
+    return found[order.argsort()]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,29 +12,35 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..arguments import whole
+from ..choices import Method
 from ..comparison.outputs import OutputTally
 from ..conversion.record import check_order, record_of
 from ..conversion.revert import revert
-from ..data.batches import as_batches, images_in
-from ..errors import DataError, Fix, OptionError, RevertError, Text
+from ..data.batches import MAX_BAD, Batches, as_batches, images_in
+from ..errors import DataError, Fix, NetworkError, OptionError, RevertError, Text
 from ..modules.frozen_class import FrozenStatistics
 from ..modules.restore import evaluating, undisturbed
-from ..modules.tree import copied
+from ..modules.tree import check_module, copied
 from ..modules.wrappers import unwrapped
 from ..norms.registry import identify
-from .matching import Args, Matching, Original, forward, free_memory
+from .footprint import Footprint, fitting, footprint_of_one, free_memory, ran_out
+from .matching import Matching, Original, forward
+from .moments import Args
 from .norm_targets import Result, Target, restoring, targets_of
 from .prepare import Preparation
-from .report import CalibrationReport
+from .report import CalibrationReport, told
 
 HELD = 0.5
-"""The share of free memory that images waiting at a norm may take; if they need more, fewer images are used."""
+"""The share of free memory that calibration may take; if it needs more, fewer images run at once, then fewer at all."""
 
 FAR = 0.3
 """From this output drift on, fitting the layers anew is worth its cost."""
 
 COMPARED = 16
 """Without labels, how many images the output drift is measured on."""
+
+Given = tuple[Sequence[Args], Sequence[Tensor | None], tuple[str, ...] | None]
+# Batches, labels, and the classes that the labels count, if known.
 
 
 def calibrate(
@@ -43,8 +50,11 @@ def calibrate(
     *,
     images: int | None = None,
     batch_size: int = 64,
-    method: str = "balance",
+    method: Method = "balance",
     eps: float | None = None,
+    preprocess: Callable[[Any], Tensor] | None = None,
+    max_bad: int = MAX_BAD,
+    progress: Callable[[int, int], None] | bool | None = None,
 ) -> CalibrationReport:
     """Bring a converted network back to its original with a few unlabelled images. In place.
 
@@ -55,11 +65,12 @@ def calibrate(
     weighing alike (Wu and Johnson 2021, "precise BN"); their gamma and beta are set only where the conversion could
     not carry them over. frozen and fused need nothing.
 
-    method: "moments" does this and nothing else. "balance" (default) first re-scales the channels that enter a group
-    norm by factors between 1/2 and 2 and by -1, in the layer before it, so that the group's mean and variance differ
-    less from sample to sample; gamma is divided by the same factors, which a BN would not notice. It also raises
-    the `eps` of norms that compute per-sample statistics to 1, where the conversion was given none: on standardised
-    channels that halves how far a sample's own variance is followed (see `eps` of `convert`).
+    method: "moments" does this and nothing else. "balance" (default) first chooses which channels share a group, where
+    their order inside a block is free (`revert` undoes it too), and re-scales those that enter a group norm by
+    factors between 1/2 and 2 and by -1, in the layer before it, so that the group's mean and variance differ less from
+    sample to sample; gamma is divided by the same factors, which a BN would not notice. It also raises the `eps` of
+    norms that compute per-sample statistics to 1, where the conversion was given none: on standardised channels that
+    halves how far a sample's own variance is followed (see `eps` of `convert`).
     "refit" balances, and then fits each layer in front of a norm anew, by ridge regression of the values that the
     original has there on the inputs of the converted network. It comes closer wherever it was measured, much closer in
     deep networks and with small groups, at three to five times the cost and twice the memory; `revert` stays exact,
@@ -71,9 +82,14 @@ def calibrate(
     the report, for one more forward pass. images: use at most so many (default 256, or all of a tensor); batches may
     differ in size. batch_size: for a tensor or a dataset.
 
+    preprocess: of a folder's images, by default `Preprocess()`; max_bad: so many that cannot be read are left out.
+    progress: called with steps done and steps in all: batches that the original has seen, then norms repaired. By
+    default a line on a terminal or in a notebook shows them, with True elsewhere too, with False nowhere.
+
     Cost, but for "refit": one forward pass of the reference and one of the converted network over the images. What
-    lies between two layers is held for all images, however small the batches; where half of the free memory does not
-    take it, fewer images are used and the report says so. Norms that run several times per forward take further
+    lies between two layers is held for all images, however small the batches. A run on one image tells how much that
+    is: where a batch takes more than half of the free memory, its images run in smaller parts; where all images
+    together do, fewer are used and the report says so. Norms that run several times per forward take further
     passes, until their moments stay as they are (ten at most).
 
     A channel that does not vary keeps its gamma; its mean is matched. A norm without gamma and beta gets them, fixed
@@ -84,7 +100,8 @@ def calibrate(
     model, RevertError when none is given and it cannot be rebuilt, DataError for data that cannot be used, is empty,
     or is too short for running statistics.
     """
-    batches, labels, classes = _collected(data, images, batch_size)
+    check_module(model)
+    batches, labels, source = _collected(data, images, batch_size, preprocess, max_bad)
     count = sum(map(images_in, batches))
     model = unwrapped(model)
     reference = _reference(model, None if reference is None else unwrapped(reference))
@@ -92,15 +109,22 @@ def calibrate(
     _check_enough(targets, count, images)
     if not targets:
         return CalibrationReport(count, (), passes=0, notes=("frozen and fused norms need no calibration",))
-    preparation = Preparation(model, targets, method, eps)
-    with restoring(preparation.modules()):
-        report = _run(model, reference, preparation, _Comparison(batches, labels, classes, reference is not None))
+    given = batches, labels, source.classes
+    with told(progress, len(batches) + len(targets)) as step:
+        preparation, report = _calibrated(model, reference, targets, given, (method, eps), step)
     _remember(model, report, preparation)
-    return report
+    return replace(report, bad=source.bad)
 
 
 def estimate_statistics(
-    model: nn.Module, data: Any = None, *, images: int | None = None, batch_size: int = 64
+    model: nn.Module,
+    data: Any = None,
+    *,
+    images: int | None = None,
+    batch_size: int = 64,
+    preprocess: Callable[[Any], Tensor] | None = None,
+    max_bad: int = MAX_BAD,
+    progress: Callable[[int, int], None] | bool | None = None,
 ) -> CalibrationReport:
     """Estimate the running statistics of a network's batch norms from images without labels, in place.
 
@@ -109,49 +133,81 @@ def estimate_statistics(
     (Wu and Johnson 2021, "precise BN"). gamma, beta and momentum stay as they are, and so do layers that `freeze`
     holds.
 
-    data, images, batch_size: as in `calibrate`. Raises OptionError for a network without running statistics, DataError
-    for data that cannot be used; on an exception, Ctrl-C included, the model is as before.
+    data, images, batch_size, preprocess, max_bad, progress: as in `calibrate`. Raises OptionError for a network without
+    running statistics, DataError for data that cannot be used; on an exception, Ctrl-C included, the model is as it
+    was.
     """
+    check_module(model)
     model = unwrapped(model)
     found = [(path, m, spec) for path, m in model.named_modules() if (spec := identify(m)) is not None]
     held = [(path, m, spec) for path, m, spec in found if spec.name in _MOVING and not isinstance(m, FrozenStatistics)]
     targets = [Target(path, spec.name, m, None, True, False) for path, m, spec in held if spec.read(m).has_statistics]
     if not targets:
-        raise OptionError(f"{type(model).__name__} has no running statistics to estimate")
-    batches, labels, _ = _collected(data, images, batch_size)
+        raise NetworkError(f"{type(model).__name__} has no running statistics to estimate")
+    batches, labels, source = _collected(data, images, batch_size, preprocess, max_bad)
     _check_enough(targets, sum(map(images_in, batches)), images)
-    with restoring(target.norm for target in targets):
-        return _run(model, None, Preparation(model, targets, "moments", None), batches, labels)
+    given = batches, labels, source.classes
+    with told(progress, len(targets), "estimating running statistics") as step:
+        _, report = _calibrated(model, None, targets, given, ("moments", None), step)
+    return replace(report, bad=source.bad)
 
 
 _MOVING = ("bn", "sync", "renorm")
+
+
+def _calibrated(
+    model: nn.Module,
+    reference: nn.Module | None,
+    targets: Sequence[Target],
+    given: Given,
+    options: tuple[str, float | None],
+    step: Callable[[], None],
+) -> tuple[Preparation, CalibrationReport]:
+    """Calibrate; where memory runs out all the same, start again: fewer images at once, then fewer at all."""
+    at_once, most = max(map(images_in, given[0])), sum(map(images_in, given[0]))
+    while True:
+        preparation = Preparation(model, targets, *options)
+        try:
+            with restoring(preparation.modules()):
+                return preparation, _run(model, reference, preparation, given, (at_once, most), step)
+        except Exception as error:
+            if not ran_out(error) or most == 1:
+                raise
+        at_once, most = at_once // 2 or 1, most if at_once > 1 else most // 2
 
 
 def _run(
     model: nn.Module,
     reference: nn.Module | None,
     preparation: Preparation,
-    comparison: _Comparison,
+    given: Given,
+    limits: tuple[int, int],
+    step: Callable[[], None],
 ) -> CalibrationReport:
-    targets, batches = preparation.targets, comparison.given
-    original = Original(targets, preparation.balanced)
-    used = len(batches)
+    """limits: how many images may run at once, and how many in all, where memory allows it."""
+    targets = preparation.targets
+    batches, labels, classes = given
+    asked = sum(map(images_in, batches))
     with _quiet(model, reference):
+        one = _footprint(model, reference, preparation, batches[0])
+        batches, labels, used = fitting(batches, labels, one, HELD * free_memory(model), limits)
+        comparison = _Comparison(batches, labels, classes, reference is not None)
+        original = Original(targets, preparation.balanced)
         comparison.run("before", model)
         if reference is not None:
-            memory = HELD * free_memory(model) / (2 if preparation.method == "refit" else 1)
-            used = _observe(original, reference, batches, comparison, memory)
+            _observe(original, reference, batches[:used], comparison, step)
             comparison.run("original", reference)
+    preparation.look(batches[0])
     preparation.apply(original)
     with _quiet(model, reference):
-        matching = Matching(targets, original, preparation.refits)
+        matching = Matching(targets, original, preparation.refits, step)
         matching.run(model, batches[:used], lambda i, out: comparison.keep("after", i, out), reference)
         comparison.run("after", model)
         results = [Result(target.norm) for target in targets]
     for result in results:  # leaving `_quiet` has put buffers and attributes back
         result.write()
-    count, given = (sum(map(images_in, b)) for b in (batches[:used], batches))
-    notes = [] if count == given else [f"{count} of {given} images used: more do not fit in memory at a time"]
+    count = sum(map(images_in, batches[:used]))
+    notes = [] if count == asked else [f"{count} of {asked} images used: more do not fit in memory at a time"]
     found = comparison.summary()
     if preparation.method == "balance" and preparation.balanced and (found.get("drift_after") or 0) > FAR:
         notes.append(Text("the outputs are still far from the original's; ", Fix("method", "refit"), " comes closer"))
@@ -159,17 +215,31 @@ def _run(
     return CalibrationReport(count, matching.results(), passes=matching.passes, notes=tuple(notes), **found)
 
 
+def _footprint(model: nn.Module, reference: nn.Module | None, preparation: Preparation, args: Args) -> Footprint:
+    """What one image takes. Refit runs both networks side by side and keeps a layer's input as well."""
+    targets = preparation.targets
+    mine = footprint_of_one(model, args, [target.norm for target in targets])
+    if reference is None:
+        return mine
+    theirs = footprint_of_one(reference, args, [t.original for t in targets if t.original is not None])
+    if preparation.method == "refit":
+        return Footprint(max(mine.peak, theirs.peak), 0) + Footprint(1, 1) * (mine.kept + theirs.kept + mine.kept)
+    return Footprint(max(mine.peak, theirs.peak), max(mine.kept, theirs.kept))
+
+
 def _observe(
-    original: Original, reference: nn.Module, batches: Sequence[Args], comparison: _Comparison, memory: float
-) -> int:
-    """Run the reference over the batches; stop where no more can be held. Returns how many batches were used."""
+    original: Original,
+    reference: nn.Module,
+    batches: Sequence[Args],
+    comparison: _Comparison,
+    step: Callable[[], None],
+) -> None:
+    """Run the reference over the batches."""
     with original.watching():
         for i, args in enumerate(batches):
             original.next_batch()
             comparison.keep("original", i, forward(reference, args))
-            if original.held > memory:
-                return i + 1
-    return len(batches)
+            step()
 
 
 @contextmanager
@@ -184,11 +254,11 @@ def _quiet(model: nn.Module, reference: nn.Module | None) -> Iterator[None]:
 
 
 def _collected(
-    data: Any, images: int | None, batch_size: int
-) -> tuple[list[Args], list[Tensor | None], tuple[str, ...] | None]:
+    data: Any, images: int | None, batch_size: int, preprocess: Callable[[Any], Tensor] | None, max_bad: int
+) -> tuple[list[Args], list[Tensor | None], Batches]:
     """The batches to use, the last one cut to what was asked for, in memory: both networks see the same ones.
 
-    With their labels, and the classes that these count, if known.
+    With their labels, and what they were read from.
     """
     if images is not None:
         whole("images", images)
@@ -198,7 +268,7 @@ def _collected(
         )
     most = images or (len(data) if isinstance(data, Tensor) else 256)
     batches, labels, left = [], [], most
-    source = as_batches(data, batch_size, once=True)
+    source = as_batches(data, batch_size, once=True, preprocess=preprocess, max_bad=max_bad)
     for args, y in source:
         part, part_y = _first(args, y, left)
         batches.append(part)
@@ -206,7 +276,7 @@ def _collected(
         left -= images_in(part)
         if left <= 0:
             break
-    return batches, labels, source.classes
+    return batches, labels, source
 
 
 def _first(args: Args, labels: Tensor | None, most: int) -> tuple[Args, Tensor | None]:
@@ -247,34 +317,45 @@ def _check_enough(targets: Sequence[Target], count: int, asked: int | None) -> N
         )
 
 
+def _leading(batches: Sequence[Args], most: int) -> list[Args]:
+    """The first batches with so many images together, the last one cut."""
+    found: list[Args] = []
+    for args in batches:
+        if most <= 0:
+            break
+        found.append(_first(args, None, most)[0])
+        most -= images_in(args)
+    return found
+
+
 class _Comparison:
     """Outputs of the original and of the network before and after, on the first images, or on all with labels.
 
-    given: the batches to calibrate on; batches: those to compare on, the last of which may be a part of its own.
+    batches: those to compare on, the last of which may be a part of its own.
     classes: the names that the labels count, if known. notes: what could not be compared, once there is a summary.
     """
 
     def __init__(
         self,
-        given: Sequence[Args],
+        batches: Sequence[Args],
         labels: Sequence[Tensor | None],
         classes: tuple[str, ...] | None,
         with_original: bool,
     ) -> None:
         self.labelled = with_original and all(y is not None for y in labels)
         self.enabled = with_original
-        self.given, self.classes = given, classes
-        self.batches = list(given) if self.labelled else _few(given, COMPARED)
+        self.classes = classes
+        self.batches = list(batches) if self.labelled else _leading(batches, COMPARED)
         self.labels = labels if self.labelled else [None] * len(self.batches)
+        self.sizes = [images_in(args) for args in batches[: len(self.batches)]]
         self.outputs: dict[str, list[Any]] = {k: [None] * len(self.batches) for k in ("original", "before", "after")}
         self.notes: tuple[str, ...] = ()
 
     def keep(self, which: str, i: int, out: Any) -> None:
         """An output on the whole of batch i."""
-        if self.labelled:
-            self.outputs[which][i] = out
-        elif i < len(self.batches):
-            self.outputs[which][i] = _rows(out, images_in(self.given[i]), images_in(self.batches[i]))
+        if i < len(self.batches):
+            wanted = images_in(self.batches[i])
+            self.outputs[which][i] = out if self.labelled else _rows(out, self.sizes[i], wanted)
 
     def run(self, which: str, model: nn.Module) -> None:
         """Compute the outputs that no pass has given."""
@@ -300,17 +381,6 @@ class _Comparison:
                 values[f"accuracy_{which}"] = tally.correct[1] / tally.labelled
             self.notes = tuple(tally.notes)
         return values
-
-
-def _few(batches: Sequence[Args], most: int) -> list[Args]:
-    """The first batches, so many images in all at most."""
-    found: list[Args] = []
-    for args in batches:
-        if most <= 0:
-            break
-        found.append(_first(args, None, most)[0])
-        most -= images_in(found[-1])
-    return found
 
 
 def _rows(out: Any, size: int, wanted: int) -> Any:

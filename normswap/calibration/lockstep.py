@@ -119,7 +119,13 @@ class Lockstep:
             raise worker.error
 
     def _step(self) -> None:
-        """Resolve one place and let the jobs that waited there go on."""
+        """Resolve one place and let the jobs that waited there go on.
+
+        All jobs stand still now, at places that may differ: some are ahead, or take a branch that others do not. A
+        place is ready when no job that stands elsewhere is still expected there. Where none is ready, what was expected
+        is wrong (two jobs that wait for each other); then the place with most jobs is resolved with those it has, so
+        that the run always ends. Each job that goes on runs until its next place, or its end, before another one does.
+        """
         waiting: dict[str, list[int]] = {}
         for i, worker in enumerate(self._workers):
             if worker.place is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -13,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..conversion.undo_record import Order, ordered
 from ..data.batches import run_on
 from ..errors import DataError
 from ..modules.tree import device_and_dtype
 from .balance import Spread
 from .lockstep import Lockstep
-from .moments import Moments, moments_of, rows_of
+from .moments import Args, Moments, moments_of, rows_of
 from .norm_targets import (
     Target,
     alive,
@@ -41,18 +41,6 @@ SETTLED = 1e-5
 MAX_PASSES = 10
 BEFORE = "before "
 """Marks the place in front of a norm, where the layer before it is fitted."""
-
-Args = tuple[Any, ...]
-
-
-def free_memory(model: nn.Module) -> float:
-    """Bytes free on the model's device, infinity where the system does not say."""
-    device = device_and_dtype(model)[0]
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return float("inf")
 
 
 def forward(model: nn.Module, args: Args) -> Any:
@@ -84,12 +72,6 @@ class Original:
         self.moments: dict[str, Moments] = {t.path: Moments() for t, _ in self.targets}
         self.spreads: dict[str, Spread] = {path: Spread() for path in spread}
         self.calls: list[Counter[str]] = []
-        self.bytes: list[int] = []
-
-    @property
-    def held(self) -> int:
-        """Bytes between two layers for all batches so far: input, output and a residual of the largest norm."""
-        return 3 * sum(self.bytes)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -105,19 +87,24 @@ class Original:
                 stack.callback(handle.remove)
             yield
 
+    def reorder(self, path: str, order: Order) -> None:
+        """Let the moments of a norm stand in the order of the converted network's channels."""
+        moments = self.moments.get(path)
+        if moments is not None and moments.count:
+            mean, deviation = (ordered(t, Order("", order.rows)) for t in (moments.mean, moments.deviation))
+            self.moments[path] = Moments(moments.count, mean, deviation)
+
     def next_batch(self) -> None:
         """Say that another batch begins."""
         self.calls.append(Counter())
-        self.bytes.append(0)
 
-    def _note(self, target: Target, x: Tensor, moments: Moments) -> None:
-        self.bytes[-1] = max(self.bytes[-1], x.numel() * x.element_size())
+    def _note(self, target: Target, moments: Moments) -> None:
         self.moments[target.path].add(moments)
         self.calls[-1][target.path] += 1
 
     def _output_hook(self, target: Target, channel_dim: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Tensor) -> None:
-            self._note(target, out, moments_of(out, channel_dim))
+            self._note(target, moments_of(out, channel_dim))
 
         return hook
 
@@ -125,10 +112,10 @@ class Original:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             x = first_input(args, kwargs)
             if not has_statistics:
-                self._note(target, x, moments_of(bare_output(module, x)))
+                self._note(target, moments_of(bare_output(module, x)))
                 return
             rows = rows_of(x)
-            self._note(target, x, observed(module, rows))
+            self._note(target, observed(module, rows))
             if target.path in self.spreads:
                 self.spreads[target.path].add(rows, module, state_of(module).eps)
 
@@ -144,8 +131,13 @@ class Matching:
     """
 
     def __init__(
-        self, targets: Sequence[Target], original: Original, refits: Mapping[str, Refit] = MappingProxyType({})
+        self,
+        targets: Sequence[Target],
+        original: Original,
+        refits: Mapping[str, Refit] = MappingProxyType({}),
+        step: Callable[[], None] = lambda: None,
     ) -> None:
+        self._step = step
         self.targets = {t.path: t for t in targets}
         self.original = original
         self.refits = {p: r for p, r in refits.items() if all(calls[p] <= 1 for calls in original.calls)}
@@ -257,6 +249,7 @@ class Matching:
     def _repair(self, target: Target) -> tuple[Tensor, Tensor]:
         """Set the norm's tensors by what was found. Returns k and shift for outputs made before."""
         found = self.found[target.path]
+        self._step()
         if not found.finite:
             raise DataError(f"{target.path} gives NaN or Inf on the data")
         self.before.setdefault(target.path, self._error(target, found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..conversion.exact_scaling import wide
 _OFFSET = 25.0
 _AT_ONCE = 16  # samples; a centred copy of all of them would double the memory
 
-
+Args = tuple[Any, ...]
 _NONE = torch.zeros(0, dtype=torch.float64)
 
 

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from ..conversion.apply import inner_norm
 from ..conversion.exact_scaling import wide
 from ..conversion.record import record_of
-from ..errors import Fix, NormswapError, OptionError, Text
+from ..errors import Fix, NetworkError, NormswapError, Text
 from ..modules.tree import module_at
 from ..norms._wrappers import per_channel
 from ..norms.registry import identify
@@ -76,7 +76,7 @@ def targets_of(model: nn.Module, reference: nn.Module | None) -> list[Target]:
 def _counterparts(model: nn.Module, reference: nn.Module | None) -> Iterator[str]:
     """In a network that normswap did not convert: paths where both have norms, of different types."""
     if reference is None:
-        raise OptionError(
+        raise NetworkError(
             "this model was not made by normswap.convert or normswap.load, so its original is not known",
             hint=Text("Pass the original network as ", Fix("reference"), "."),
         )
@@ -96,7 +96,7 @@ def _original(reference: nn.Module | None, path: str) -> nn.Module | None:
     except KeyError:
         module = None
     if module is None or identify(module) is None:
-        raise OptionError(f"the reference has no norm at {path}; it is not the network that was converted")
+        raise NetworkError(f"the reference has no norm at {path}; it is not the network that was converted")
     return module
 
 

@@ -1,4 +1,4 @@
-"""What `calibrate` does before it matches moments: balance the channels of groups, raise eps."""
+"""What `calibrate` does before it matches moments: choose and balance the channels of groups, raise eps."""
 
 from __future__ import annotations
 
@@ -6,21 +6,26 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..arguments import one_of
+from ..choices import METHODS
+from ..comparison.layers import parts
 from ..conversion.record import Record, record_of
-from ..conversion.undo_record import LayerUndo
+from ..conversion.self_check import TOLERANCE, bare, difference, observe, watched_paths
+from ..conversion.undo_record import LayerUndo, Order
+from ..data.batches import placed
 from ..errors import Fix, OptionError, Text
-from ..modules.tree import module_at
+from ..modules.tree import device_and_dtype, module_at
 from ..norms.registry import norm_named as norm_type
 from ..planning.plan import SOFT, Step
 from .balance import can_balance, factors, rescale
+from .grouping import regrouped
 from .matching import Original
+from .moments import Args
 from .norm_targets import Target, state_of
+from .permuting import Chain, chains_of, orders_of, permute
 from .refit import Refit, refits_of
-
-METHODS = ("balance", "refit", "moments")
 
 
 class Preparation:
@@ -42,6 +47,9 @@ class Preparation:
         self.softened: dict[str, Step] = {}
         self.records: list[LayerUndo] = []
         self.refits: dict[str, Refit] = {}
+        self.chains: list[Chain] = []
+        self.example: Args = ()
+        self.orders: dict[str, Order] = {} if self.undo is None else {order.path: order for order in self.undo.orders}
         balancing = method != "moments"
         self.eps = eps or (SOFT if balancing and eps is None else None)
         for target in self.targets:
@@ -56,30 +64,82 @@ class Preparation:
     def _is_original(self, target: Target) -> bool:
         return target.original is not None and state_of(target.original).has_statistics
 
+    def look(self, args: Args) -> None:
+        """Find out, from a run on a few images, where channels may be put in another order."""
+        record = record_of(self.model)
+        several = {t.path: t for t in self.targets if t.path in self.balanced and (t.state.num_groups or 1) > 1}
+        if record is not None and not record.factors and several:
+            self.example = placed(next(parts(args, None, 2))[0], *device_and_dtype(self.model))
+            steps = {path: self.balanced[path] for path in several if self.balanced[path].transfer == "fold"}
+            self.chains = chains_of(self.model, self.example, several, steps)
+
     def modules(self) -> list[nn.Module]:
         """Everything that calibration may change."""
+        if self.balanced:
+            return [self.model]
         steps = self.steps if self.method == "refit" else self.balanced
         layers = [module_at(self.model, path) for step in steps.values() for path in (*step.producers, step.path)]
         return [*(target.norm for target in self.targets), *layers]
 
     @torch.no_grad()
     def apply(self, original: Original) -> None:
-        """Balance and soften, from what the reference has shown; gamma follows."""
+        """Choose groups, balance and soften, from what the reference has shown; gamma follows."""
+        chosen = self._regrouped(original)
+        order_at = {path: order for chain, order in chosen.items() for path in chain.norms}
         for target in self.targets:
-            step = self.softened.get(target.path)
-            if step is not None and self.eps is not None:
-                weight, old = target.state.weight, target.state.eps
-                target.norm.__dict__["eps"] = self.eps
-                if weight is not None:
-                    weight.mul_(((1 + self.eps) / (1 + old)) ** 0.5)
             step = self.balanced.get(target.path)
             if step is not None and original.spreads[target.path].means:
                 gamma = state_of(target.original).weight if target.original is not None else None
-                factor = factors(original.spreads[target.path], target, gamma, target.state.eps)
+                spread, order = original.spreads[target.path], order_at.get(target.path)
+                factor = factors(spread, target, gamma, self._eps(target), order)
                 self.records += rescale(self.model, target, step, factor, self.undo)
-
+        if chosen:
+            self._permute(orders_of(chosen))
+        for target in self.targets:
+            if target.path in self.softened:
+                weight, old = target.state.weight, target.state.eps
+                target.norm.__dict__["eps"] = self._eps(target)
+                if weight is not None:
+                    weight.mul_(((1 + self._eps(target)) / (1 + old)) ** 0.5)
+            if target.path in self.orders:
+                original.reorder(target.path, self.orders[target.path])
         if self.method == "refit":
-            self.refits = refits_of(self.model, self.targets, self.steps, self._records())
+            self.refits = refits_of(self.model, self.targets, self.steps, self._records(), self.orders)
+
+    def _eps(self, target: Target) -> float:
+        """The norm's eps as it is going to be."""
+        return self.eps if target.path in self.softened and self.eps is not None else target.state.eps
+
+    def _regrouped(self, original: Original) -> dict[Chain, Tensor]:
+        """The order to put the channels of each chain in."""
+        chosen = {}
+        targets = {target.path: target for target in self.targets}
+        for chain in self.chains:
+            first = targets[chain.norms[0]]
+            spreads = [original.spreads[path] for path in chain.norms]
+            if all(spread.means for spread in spreads):
+                groups = first.state.num_groups or 1
+                chosen[chain] = regrouped([s.centred() for s in spreads], groups, self._eps(first))
+        return chosen
+
+    def _permute(self, orders: list[Order]) -> None:
+        """Change the order of channels, and prove it as a conversion is: with bare norms, nothing may change.
+
+        What is wrong, or cannot be told because the network is not the same from run to run, is taken back.
+        """
+        record = record_of(self.model)
+        if record is None:
+            return
+        moved = {order.path for order in orders if order.rows is not None}
+        watched = [path for path in watched_paths(self.model, record.plan) if path not in moved]
+        with bare(self.model, record.plan, {}):
+            before = observe(self.model, self.example, watched)
+            permute(self.model, orders)
+            error, _ = difference(before, observe(self.model, self.example, watched))
+        if error <= TOLERANCE:
+            self.orders = {order.path: order for order in orders}
+        else:
+            permute(self.model, orders, back=True)
 
     def _records(self) -> dict[str, LayerUndo]:
         """How to undo what was folded, and balanced since."""
@@ -89,6 +149,7 @@ class Preparation:
     def note(self, record: Record) -> None:
         """Let the conversion's record know the new eps, by which `load` rebuilds, and how to undo the new scales."""
         changed = self._records() | {refit.path: refit.undo() for refit in self.refits.values()}
+        record.undo.orders = list(self.orders.values())
         record.undo.layers = [changed.get(r.path, r) for r in record.undo.layers]
         steps = tuple(
             dataclasses.replace(s, options=dataclasses.replace(s.options, eps=self.eps))

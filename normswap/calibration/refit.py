@@ -18,15 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..conversion.undo_record import LayerUndo, layer_digest, undo_layer
+from ..conversion.undo_record import LayerUndo, Order, in_first_order, layer_digest, undo_layer
 from ..modules.tree import module_at
 from ..planning.plan import Step
 from .norm_targets import Target, first_input
 
 RIDGE = 0.1
 """Of the mean power of an input: how strongly a weight is held where it is."""
-ROWS = 64
-"""How many positions are used for each number to be fitted, at least, as far as there are so many."""
+ROWS, LARGEST = 64, 16384
+"""How many positions are used for each number to be fitted, and how many suffice for all; never below an eighth of the
+former. Their products with each other are what fitting costs."""
 _ON_REGIONS = {"roi_heads", "roi_head"}
 _AT_ONCE = 1 << 24  # numbers in the patches that are laid out at a time
 
@@ -35,13 +36,15 @@ _AT_ONCE = 1 << 24  # numbers in the patches that are laid out at a time
 class Refit:
     """A layer to fit, and what has arrived for it: by batch, its inputs, and the original's value before the norm.
 
-    scale, shift: what folding and balancing have multiplied the original layer's output with and added, `(C,)`.
+    record: what folding and balancing have multiplied the original layer's output with and added, `(C,)`; order: how
+    its channels have been put in another order since.
     """
 
     path: str
     layer: Any
     target: Target
     record: LayerUndo
+    order: Order | None = None
     inputs: dict[int, Tensor] = field(default_factory=dict)
     wanted: dict[int, Tensor] = field(default_factory=dict)
 
@@ -55,10 +58,10 @@ class Refit:
         def entering(module: nn.Module, args: Any, kwargs: Any) -> None:
             self.inputs[job()] = first_input(args, kwargs)
 
-        def given(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        def given(module: nn.Module, args: Any, kwargs: Any) -> None:
             i = job()
             arrive()
-            return (self._again(i),), {}
+            first_input(args, kwargs).copy_(self._again(i))  # in place: a second one would be held for all images
 
         def wanted(module: nn.Module, args: Any, kwargs: Any) -> None:
             self.wanted[job() - batches] = first_input(args, kwargs)
@@ -76,7 +79,7 @@ class Refit:
 
     def undo(self) -> LayerUndo:
         """How to get the layer back to what it was before the conversion."""
-        return replace(self.record, given=layer_digest(self.layer))
+        return replace(self.record, given=layer_digest(*in_first_order(self.layer, self.order)))
 
     @torch.no_grad()
     def solve(self) -> None:
@@ -85,7 +88,8 @@ class Refit:
         batches = [(x, wanted[i]) for i, x in self.inputs.items() if i in wanted and len(x)]
         if batches and not (isinstance(self.layer, nn.Linear) and batches[0][0].dim() != 2):
             with torch.autocast(self.layer.weight.device.type, enabled=False):
-                weight, bias = fitted(self.layer, batches, self.record.scale, self.record.shift)
+                rows = None if self.order is None else self.order.rows
+                weight, bias = fitted(self.layer, batches, self.record.scale, self.record.shift, rows)
             self.layer.weight.copy_(weight)
             self.layer.bias.copy_(bias)
 
@@ -96,7 +100,11 @@ class Refit:
 
 
 def refits_of(
-    model: nn.Module, targets: Iterable[Target], steps: Mapping[str, Step], records: Mapping[str, LayerUndo]
+    model: nn.Module,
+    targets: Iterable[Target],
+    steps: Mapping[str, Step],
+    records: Mapping[str, LayerUndo],
+    orders: Mapping[str, Order],
 ) -> dict[str, Refit]:
     """Of the norms at these paths, those whose layer can be fitted: folded into a single plain convolution or linear
     layer, which has not been trained since and runs no hooks. What runs on regions that the network itself proposes is
@@ -109,10 +117,11 @@ def refits_of(
         if step is None or step.transfer != "fold" or len(step.producers) != 1 or target.original is None:
             continue
         layer, record = module_at(model, step.producers[0]), records.get(step.producers[0])
-        original = undo_layer(layer, record) if record is not None and can_fit(layer) else None
+        order = orders.get(step.producers[0])
+        original = undo_layer(layer, record, order) if record is not None and can_fit(layer) else None
         if record is not None and original is not None:
             kept = LayerUndo(record.path, record.scale, record.shift, record.bias, weight=original[0].clone())
-            found[target.path] = Refit(record.path, layer, target, kept)
+            found[target.path] = Refit(record.path, layer, target, kept, order)
     return found
 
 
@@ -129,34 +138,44 @@ def can_fit(layer: nn.Module) -> bool:
 _FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward)
 
 
-def fitted(layer: Any, batches: list[tuple[Tensor, Tensor]], scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+def fitted(
+    layer: Any, batches: list[tuple[Tensor, Tensor]], scale: Tensor, shift: Tensor, order: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Weight and bias that minimise `||layer(x) - (scale z + shift)||^2 + ridge ||weight - weight_now||^2`.
 
-    batches: pairs of the layer's input x and the original layer's output z, `(N, C, *)` each. Sums over
-    few images each are pooled in float64; positions lie on a regular grid of each image, whatever its batch.
+    batches: pairs of the layer's input x and the original layer's output z, `(N, C, *)` each. order: of the channels,
+    where the layer has another one than z, scale and shift. Sums over few images each are pooled in float64; positions
+    lie on a regular grid of each image, whatever its batch.
     """
+    # A layer is linear in what it sums over at a position, its patch, to which a 1 is added for the bias. With all
+    # patches as columns of U, the change D of the weights solves `D (U U' + ridge) = E U'`, E being what the present
+    # weights leave of the wanted values. The ridge then pulls towards the present weights, not towards 0. A grouped
+    # convolution is one such system for each of its groups.
     groups = getattr(layer, "groups", 1)
     weight, bias = layer.weight.detach(), layer.bias.detach()
     now = torch.cat([weight.reshape(groups, -1, weight[0].numel()), bias.view(groups, -1, 1)], 2).float()
     size = now.shape[2]
-    wanted = -(-ROWS * size // sum(len(x) for x, _ in batches))
+    positions = max(ROWS // 8 * size, min(ROWS * size, LARGEST))
+    wanted = -(-positions // sum(len(x) for x, _ in batches))
     gram = torch.zeros(groups, size, size, dtype=torch.float64, device=weight.device)
     cross = torch.zeros(now.shape, dtype=torch.float64, device=weight.device)
     for x, z in batches:
-        count = max(1, _AT_ONCE // max(1, size * groups * z[0, 0].numel()))
+        count = max(1, _AT_ONCE // max(1, size * groups * min(wanted, z[0, 0].numel())))
         for part, out in zip(x.split(count), z.split(count), strict=True):
             value = out.float().flatten(2) if out.dim() > 2 else out.float().unsqueeze(2)
             at = _grid(value.shape[2], wanted).to(value.device)
             rows = _patches(layer, part.float(), at, groups)
             aim = (value[..., at] * _column(scale, value) + _column(shift, value)).movedim(1, 0)
-            error = aim.reshape(groups, -1, rows.shape[2]) - now @ rows
+            aim = aim if order is None else aim[order.to(aim.device)]
             gram += (rows @ rows.mT).double()
-            cross += (error @ rows.mT).double()
+            cross += (aim.reshape(groups, -1, rows.shape[2]) @ rows.mT).double()
+    cross -= now.double() @ gram  # what the present weights leave of it
     if not bool(torch.isfinite(gram).all() and torch.isfinite(cross).all()):
         return weight, bias
+    # Held in proportion to the inputs' mean power, so that the ridge means the same for loud and for quiet inputs.
     power = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None].clamp_min(1e-30)
     held = torch.cat([RIDGE * power.expand(-1, size - 1), 1e-6 * power], 1)  # the bias is free
-    change = torch.linalg.solve((gram + torch.diag_embed(held)).cpu(), cross.mT.cpu()).mT.to(gram.device)
+    change = _solved((gram + torch.diag_embed(held)).cpu(), cross.mT.cpu()).mT.to(gram.device)
     new = now + change
     return new[..., :-1].reshape(weight.shape).to(weight.dtype), new[..., -1].reshape(-1).to(bias.dtype)
 
@@ -171,18 +190,29 @@ def _grid(positions: int, wanted: int) -> Tensor:
     return torch.arange(count) * positions // max(count, 1)
 
 
+def _solved(system: Tensor, right: Tensor) -> Tensor:
+    """Of symmetric systems, by Cholesky's way where they are positive to rounding, which is twice as fast."""
+    factor, failed = torch.linalg.cholesky_ex(system)
+    return torch.linalg.solve(system, right) if bool(failed.any()) else torch.cholesky_solve(right, factor)
+
+
 def _patches(layer: Any, x: Tensor, at: Tensor, groups: int) -> Tensor:
     """What the layer sums over at some positions, and a 1: `(groups, inputs + 1, N * positions)`."""
     if isinstance(layer, nn.Linear):
-        found = x.unsqueeze(2)
+        found = x.unsqueeze(2).unsqueeze(2)
     else:
-        wide = layer if x.dim() == 4 else None
-        sizes = ("kernel_size", "dilation", "padding", "stride")
-        kernel, dilation, padding, stride = (
-            getattr(layer, s) if wide else (int(s in ("kernel_size", "dilation", "stride")), *getattr(layer, s))
-            for s in sizes
-        )
-        found = F.unfold(x if wide else x.unsqueeze(2), kernel, dilation, padding, stride)
-    found = found[..., at].movedim(1, 0)  # (inputs, N, positions)
-    rows = found.reshape(groups, -1, found.shape[1] * found.shape[2])
+        kernel, dilation, padding, stride = layer.kernel_size, layer.dilation, layer.padding, layer.stride
+        # The indices of all taps of each position in the padded image, so that nothing else is laid out.
+        x = F.pad(x, [p for side in reversed(padding) for p in (side, side)])
+        sizes, index, rest = x.shape[2:], torch.zeros(1, 1, dtype=torch.long, device=x.device), at
+        outs = [(n - d * (k - 1) - 1) // s + 1 for n, k, d, s in zip(sizes, kernel, dilation, stride, strict=True)]
+        step = 1
+        for n, out, k, d, s in reversed(list(zip(sizes, outs, kernel, dilation, stride, strict=True))):
+            taps = torch.arange(k, device=x.device) * d
+            place = taps[:, None] + (rest % out) * s
+            index = (place[:, None] * step + index).flatten(0, 1)
+            rest, step = rest // out, step * n
+        found = x.flatten(2)[:, :, index]  # (N, channels, taps, positions)
+    found = found.movedim(0, 2)  # (channels, taps, N, positions)
+    rows = found.reshape(groups, -1, found.shape[2] * found.shape[3])
     return torch.cat([rows, torch.ones_like(rows[:, :1])], 1)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..comparison.outputs import comparison_lines
+from ..display.overview import ReportInNotebook
+from ..display.progress import shown
 
 
 @dataclass(frozen=True)
@@ -26,18 +30,36 @@ class LayerResult:
     dead: int = 0
 
 
+@contextmanager
+def told(
+    progress: Callable[[int, int], None] | bool | None, total: int, what: str = "calibrating"
+) -> Iterator[Callable[[], None]]:
+    """What to call at each step, of about `total`; it tells the caller's function, or a line of its own."""
+    with shown(progress if isinstance(progress, bool) else None if progress is None else False, what) as line:
+        tell = progress if callable(progress) else line
+        done = 0
+
+        def step() -> None:
+            nonlocal done
+            done = min(done + 1, total)  # norms that run several times are repaired several times
+            if tell is not None:
+                tell(done, total)
+
+        yield step
+
+
 @dataclass(frozen=True)
-class CalibrationReport:
+class CalibrationReport(ReportInNotebook):
     """The result of `calibrate`.
 
     images: how many were used. drift_before, drift_after: relative error `|out - original| / |original|` of the
     network's output over `compared` of them, None where outputs do not compare (detections). agreement_before and
     agreement_after: share of images decided alike. accuracy: of the original, before and after, where labels came.
-    passes: how often the converted network ran over the images.
+    passes: how often the converted network ran over the images. bad: images that could not be read and were left out.
     """
 
     images: int
-    layers: tuple[LayerResult, ...]
+    layers: tuple[LayerResult, ...] = field(repr=False)
     compared: int = 0
     drift_before: float | None = None
     drift_after: float | None = None
@@ -48,6 +70,7 @@ class CalibrationReport:
     accuracy_after: float | None = None
     passes: int = 1
     notes: tuple[str, ...] = ()
+    bad: tuple[str, ...] = ()
 
     @property
     def error_before(self) -> float:
@@ -61,7 +84,12 @@ class CalibrationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers], "notes": list(self.notes)}
+        return {
+            **asdict(self),
+            "layers": [asdict(layer) for layer in self.layers],
+            "notes": list(self.notes),
+            "bad": list(self.bad),
+        }
 
     def __str__(self) -> str:
         if not self.layers:

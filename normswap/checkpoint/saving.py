@@ -22,7 +22,7 @@ from ..conversion.undo_record import Undo
 from ..errors import CheckpointError, Fix, NormswapError, OptionError, PlanError, Text, WeightsError
 from ..files.writing import reserved, write_safetensors
 from ..heads.classifier import Head, resize_head
-from ..modules.tree import module_at, replace_module
+from ..modules.tree import check_module, module_at, replace_module
 from ..modules.wrappers import unwrapped
 from ..planning.plan import Plan
 from ..sources.resolve import Source, beside, build_empty, build_full, parse
@@ -41,6 +41,7 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path
     not convert, OutputError when `path` cannot be written, does not end in `.safetensors`, exists and overwrite is
     False, or is being written by somebody else.
     """
+    check_module(model)
     model = unwrapped(model)
     record = combined_record(model)
     if record is None:

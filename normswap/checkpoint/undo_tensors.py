@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..conversion.undo_record import LayerUndo, Undo
+from ..conversion.undo_record import LayerUndo, Order, Undo
 
 PREFIX = "normswap.undo."
 
 
 def undo_index(undo: Undo) -> dict[str, Any] | None:
-    """What the undo tensors belong to; None when nothing was kept."""
+    """What the undo tensors belong to; None when nothing was kept. The order of channels is kept in any case."""
     if not undo.complete:
-        return None
+        return {"complete": False, "layers": [], "orders": [o.path for o in undo.orders]} if undo.orders else None
     return {
         "norms": [list(n.paths) for n in undo.norms],
         "layers": [layer.path for layer in undo.layers],
+        "orders": [order.path for order in undo.orders],
         "no_grad": [
             [k for k, p in n.module._parameters.items() if p is not None and not p.requires_grad] for n in undo.norms
         ],
@@ -27,22 +29,24 @@ def undo_index(undo: Undo) -> dict[str, Any] | None:
 
 def undo_tensors(undo: Undo) -> dict[str, Tensor]:
     """By name, for the file; nothing when nothing was kept."""
-    if not undo.complete:
-        return {}
     found: dict[str, Tensor] = {}
-    for i, norm in enumerate(undo.norms):
+    for i, norm in enumerate(undo.norms if undo.complete else ()):
         found |= {f"{PREFIX}norm.{i}.{name}": t for name, t in norm.tensors.items()}
         changed = {n: t for n, t in norm.given.items() if norm.tensors.get(n) is not t}
         found |= {f"{PREFIX}given.{i}.{name}": t for name, t in changed.items()}
-    for i, layer in enumerate(undo.layers):
+    for i, layer in enumerate(undo.layers if undo.complete else ()):
         parts = {n: getattr(layer, n) for n in ("scale", "shift", "bias", "correction", "weight", "given")}
         found |= {f"{PREFIX}layer.{i}.{name}": t for name, t in parts.items() if t is not None}
+    for i, order in enumerate(undo.orders):
+        sides = {"rows": order.rows, "columns": order.columns}
+        found |= {f"{PREFIX}order.{i}.{name}": t for name, t in sides.items() if t is not None}
     return {name: tensor.clone() if tensor.numel() else tensor for name, tensor in found.items()}
 
 
 def fill_undo(undo: Undo, tensors: Mapping[str, Tensor], index: Mapping[str, Any] | None) -> None:
     """Put what the file had into the undo record of a network that was just swapped again."""
-    if index is None:
+    undo.orders = [] if index is None else _orders(tensors, index)
+    if index is None or not index.get("complete", True):
         undo.norms, undo.layers, undo.complete = [], [], False
         return
     for i, norm in enumerate(undo.norms):
@@ -58,6 +62,14 @@ def check_undo(tensors: Mapping[str, Tensor], index: Mapping[str, Any] | None) -
     """Raise KeyError or TypeError when something to undo the conversion with is missing."""
     for i, path in enumerate(() if index is None else index["layers"]):
         LayerUndo(path, **_layer_tensors(tensors, i))
+    for order in () if index is None else _orders(tensors, index):
+        sides = [side for side in (order.rows, order.columns) if side is not None]
+        if not sides or not all(torch.equal(side.sort().values, torch.arange(len(side))) for side in sides):
+            raise ValueError(f"the order of {order.path} is none")
+
+
+def _orders(tensors: Mapping[str, Tensor], index: Mapping[str, Any]) -> list[Order]:
+    return [Order(path, **_under(tensors, f"order.{i}.")) for i, path in enumerate(index.get("orders", ()))]
 
 
 def _layer_tensors(tensors: Mapping[str, Tensor], i: int) -> dict[str, Any]:

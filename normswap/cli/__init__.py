@@ -18,25 +18,26 @@ from .commands.inspect import inspect
 from .commands.norms import norms
 from .commands.recipes import recipes
 from .commands.verify import verify
-from .terminal.errors import Commands, report
+from .terminal.errors import report
+from .terminal.help import Command, Convert, Root
 
 app = typer.Typer(
-    cls=Commands,
+    cls=Root,
     help="Swap the BatchNorm layers of pretrained PyTorch networks for GroupNorm and others, and keep the accuracy.",
     no_args_is_help=True,
-    rich_markup_mode=None,  # rich would double the time that --help takes
+    rich_markup_mode=None,  # by hand in `help`: rich would double the time that it takes
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(short_help="List every norm layer of a network.")(inspect)
-app.command(short_help="Replace the norm layers of a network and write the result.")(convert)
-app.command(short_help="Repair a converted network from a few unlabelled images.")(calibrate)
-app.command(short_help="Train a converted network to follow its original, without labels.")(distil)
-app.command(short_help="Train a network on labelled images, at small batches.")(finetune)
-app.command(short_help="Measure how far one network is from another.")(verify)
-app.command(short_help="List the recipes, or copy one.")(recipes)
-app.command(short_help="List the norm types.")(norms)
-app.command(short_help="Show the whole story on handwritten digits, in under a minute.")(demo)
+app.command(cls=Command, short_help="List every norm layer of a network.")(inspect)
+app.command(cls=Convert, short_help="Replace the norm layers of a network and write the result.")(convert)
+app.command(cls=Command, short_help="Repair a converted network from a few unlabelled images.")(calibrate)
+app.command(cls=Command, short_help="Train a converted network to follow its original, without labels.")(distil)
+app.command(cls=Command, short_help="Train a network on labelled images, at small batches.")(finetune)
+app.command(cls=Command, short_help="Measure how far one network is from another.")(verify)
+app.command(cls=Command, short_help="List the recipes, or copy one.")(recipes)
+app.command(cls=Command, short_help="List the norm types.")(norms)
+app.command(cls=Command, short_help="Show the whole story on handwritten digits, in under a minute.")(demo)
 
 
 def _version(wanted: bool) -> None:

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import OptionError, did_you_mean
+from ..errors import NormswapError, OptionError, did_you_mean
 
 _HERE = Path(__file__).parents[1]
 FOLDERS = (_HERE / "_recipes", _HERE.parent / "recipes")
@@ -47,7 +47,7 @@ def recipes() -> tuple[Recipe, ...]:
     """All of them, by name. Raises OptionError when they were not installed."""
     folder = next((folder for folder in FOLDERS if folder.is_dir()), None)
     if folder is None:
-        raise OptionError(f"there are no recipes in {FOLDERS[0]}", hint="Install normswap again, from its wheel.")
+        raise NormswapError(f"there are no recipes in {FOLDERS[0]}", hint="Install normswap again, from its wheel.")
     return tuple(Recipe.read(file) for file in sorted(folder.glob("[a-z]*.py")))
 
 

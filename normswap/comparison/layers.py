@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..conversion.convert import back_in_order
 from ..conversion.record import record_of
 from ..data.batches import CHECK_IMAGES, Batch, images_in, placed
 from ..errors import DataError, Fix, Text, first_line, plural
@@ -72,11 +73,13 @@ class LayerTally:
     def run(self, a: nn.Module, b: nn.Module, args: tuple[Any, ...]) -> tuple[Any, Any]:
         """The two outputs."""
         held: dict[str, list[Tensor]] = {}
+        first_order, second_order = back_in_order(a), back_in_order(b)
 
         def keep(path: str, out: Tensor) -> None:
-            held.setdefault(path, []).append(out.clone())
+            held.setdefault(path, []).append(first_order(path, out).clone())
 
         def compare(path: str, out: Tensor) -> None:
+            out = second_order(path, out)
             waiting = held.get(path)
             other = waiting.pop(0) if waiting else None
             if other is None or other.shape != out.shape:

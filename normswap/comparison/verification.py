@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batches, as_batches, images_in
-from ..errors import DataError, Fix, OptionError, Text, did_you_mean, first_line
+from ..data.batches import MAX_BAD, Batches, as_batches, images_in
+from ..display.overview import ReportInNotebook
+from ..errors import DataError, Fix, OptionError, Text, first_line
 from ..inspection.example_inputs import guess_inputs, random_tensor, runs
+from ..machine.devices import device_of
 from ..modules.restore import evaluating, undisturbed
-from ..modules.tree import device_and_dtype
+from ..modules.tree import check_module, device_and_dtype
 from ..modules.wrappers import unwrapped
 from .layers import Difference, LayerTally, comparable_paths, images_at_once, parts
 from .outputs import OutputTally
@@ -27,7 +29,7 @@ _RANDOM_IMAGES = 8
 
 
 @dataclass(frozen=True)
-class Report:
+class VerificationReport(ReportInNotebook):
     """How far network b is from network a.
 
     images: how many both have seen; random_inputs: whether those were random numbers for want of data.
@@ -38,15 +40,15 @@ class Report:
     agreement: share of images (of pixels for a segmentation) with the same best class; for detectors, the F1 of b's
         boxes against a's at IoU 0.5 and score 0.5. kl: KL(a || b) in nats, mean over the same. None for other networks.
     accuracy_a, accuracy_b: top-1 on the `labelled` images that came with a label; None without any.
-    notes: what could not be compared, and why.
+    notes: what could not be compared, and why. bad: images that could not be read and were left out.
     """
 
     images: int
     random_inputs: bool
     error: float | None
     max_abs: float | None
-    outputs: tuple[Difference, ...]
-    layers: tuple[Difference, ...]
+    outputs: tuple[Difference, ...] = field(repr=False)
+    layers: tuple[Difference, ...] = field(repr=False)
     first_jump: str | None
     agreement: float | None = None
     kl: float | None = None
@@ -54,6 +56,7 @@ class Report:
     accuracy_b: float | None = None
     labelled: int = 0
     notes: tuple[str, ...] = ()
+    bad: tuple[str, ...] = ()
 
     @property
     def worst(self) -> Difference | None:
@@ -94,12 +97,21 @@ class Report:
 
 @torch.no_grad()
 def verify(
-    a: nn.Module, b: nn.Module, data: Any = None, *, batch_size: int = 64, device: torch.device | str | None = None
-) -> Report:
+    a: nn.Module,
+    b: nn.Module,
+    data: Any = None,
+    *,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    preprocess: Callable[[Any], Tensor] | None = None,
+    max_bad: int = MAX_BAD,
+) -> VerificationReport:
     """Run both networks on the same images and measure how far b is from a. Leaves both as they were.
 
     data: see `as_batches`; without any, random inputs that a is found to take. device: where both run (and come back
-    from); by default each where it is. Both run in eval mode without gradients; images are cast to each one's dtype.
+    from), "auto" for a GPU if there is one; by default each where it is.
+    preprocess: of a folder's images, by default `Preprocess()`; max_bad: so many that cannot be read are left out.
+    Both run in eval mode without gradients; images are cast to each one's dtype.
     Norms, and convolutions and linear layers into which nothing was folded, are compared where both networks have
     them under the same path. Memory does not grow with the number of images, and a batch whose layer outputs would
     fill more than 1 GiB runs in parts. Layers under `roi_heads` are left out: what a two-stage detector feeds them
@@ -108,8 +120,13 @@ def verify(
     Raises DataError when a network cannot run on the data, no input is known, or the outputs do not compare, and
     OptionError for a device that does not exist.
     """
+    check_module(a, "a")
+    check_module(b, "b")
     a, b = unwrapped(a), unwrapped(b)
-    batches = _random_batches(a) if data is None else as_batches(data, batch_size, once=True)
+    if data is None:
+        batches = _random_batches(a)
+    else:
+        batches = as_batches(data, batch_size, once=True, preprocess=preprocess, max_bad=max_bad)
     tally = OutputTally(None if batches.classes is None else len(batches.classes))
     layers = LayerTally(comparable_paths(a, b))
     images = 0
@@ -124,7 +141,8 @@ def verify(
             for part, part_labels in parts(args, labels, most):
                 tally.add(*layers.run(a, b, part), part_labels)
                 images += images_in(part)
-    return _report(tally, layers, images, data is None, max(_rounding(a), _rounding(b)))
+    report = _report(tally, layers, images, data is None, max(_rounding(a), _rounding(b)))
+    return replace(report, bad=batches.bad)
 
 
 def _random_batches(model: nn.Module) -> Batches:
@@ -149,16 +167,12 @@ def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None
     tensors = [*model.parameters(), *model.buffers()]
     before = [tensor.data for tensor in tensors]
     try:
+        place = device_of(device)
         try:
             for tensor in tensors:
-                tensor.data = tensor.data.to(device)
+                tensor.data = tensor.data.to(place)
         except (RuntimeError, AssertionError) as error:
-            raise OptionError(
-                f"device {str(device)!r} cannot be used: {first_line(error)}",
-                hint=did_you_mean(str(device).partition(":")[0], ("cpu", "cuda", "mps"))
-                if str(device).partition(":")[0] not in ("cpu", "cuda", "mps")
-                else None,
-            ) from error
+            raise OptionError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
         yield
     finally:
         for tensor, data in zip(tensors, before, strict=True):
@@ -182,7 +196,9 @@ def first_jump(layers: Iterable[Difference], floor: float = 1e-4) -> str | None:
     return None
 
 
-def _report(tally: OutputTally, layers: LayerTally, images: int, random_inputs: bool, rounding: float) -> Report:
+def _report(
+    tally: OutputTally, layers: LayerTally, images: int, random_inputs: bool, rounding: float
+) -> VerificationReport:
     detector = tally.boxes is not None
     differences = layers.differences(without="roi_heads" if detector else None)
     notes = list(tally.notes)
@@ -196,7 +212,7 @@ def _report(tally: OutputTally, layers: LayerTally, images: int, random_inputs: 
         notes.append("neither network finds a box with a score over 0.5")
     total = tally.total()
     rates = [count / tally.labelled if tally.labelled else None for count in tally.correct]
-    return Report(
+    return VerificationReport(
         images,
         random_inputs,
         None if total is None else total.relative,

@@ -64,11 +64,12 @@ def renamed_record(record: Record, rename: Rename) -> Record:
     kept = [replace(each, path=path) for each in plan.kept if (path := rename(each.path)) is not None]
     norms = [replace(norm, paths=paths) for norm in undo.norms if (paths := _renamed(norm.paths, rename))]
     layers = [replace(layer, path=path) for layer in undo.layers if (path := rename(layer.path)) is not None]
+    orders = [replace(order, path=path) for order in undo.orders if (path := rename(order.path)) is not None]
     factors = {path: factor for old, factor in record.factors.items() if (path := rename(old)) is not None}
     head = None if record.head is None or (at := rename(record.head.path)) is None else replace(record.head, path=at)
     return Record(
         replace(plan, steps=tuple(steps), kept=tuple(kept)),
-        Undo(norms, layers, undo.complete),
+        Undo(norms, layers, undo.complete, orders),
         record.check,
         history=list(record.history),
         previous=None if record.previous is None else renamed_record(record.previous, rename),
@@ -105,7 +106,8 @@ def _joined(records: list[Record]) -> Record:
     layers = sum(r.check.layers for r in records)
     check = Check(None, reason="each part was checked by itself", layers=layers, total=len(steps))
     complete = all(u.complete for u in undos)
-    undo = Undo([n for u in undos for n in u.norms], [x for u in undos for x in u.layers], complete)
+    folded = [x for u in undos for x in u.layers]
+    undo = Undo([n for u in undos for n in u.norms], folded, complete, [o for u in undos for o in u.orders])
     history = [entry for r in records for entry in r.history]
     factors = {path: factor for r in records for path, factor in r.factors.items()}
     head = next((r.head for r in records if r.head is not None), None)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..choices import Indivisible, MissingStatistics, Norm, Transfer
 from ..errors import DataError, Fix, NormswapError, OptionError, SelfCheckError, Text, first_line
 from ..inspection.example_inputs import guess_inputs
 from ..inspection.inventory import as_inputs
@@ -21,26 +22,48 @@ from ..planning.planner import plan
 from ..planning.rules import Rules
 from .apply import apply
 from .preconditions import affine_moved, check_fit, check_values, needs_statistics, never_updated
-from .record import ATTRIBUTE, Record, put_record, record_of
+from .record import Record, put_record, record_of
 from .revert import revert
 from .self_check import TOLERANCE, Check, Observations, applicable, compare, observe, repeats, watched_paths
 from .undo_record import Undo
 
 
+def back_in_order(model: nn.Module) -> Callable[[str, Tensor], Tensor]:
+    """What brings the output of the module at a path, `(N, C, *)`, into the order of the original's channels.
+
+    `calibrate` may have changed that order inside blocks; values of two networks compare only in the same one.
+    """
+    rows: dict[str, list[Tensor]] = {}
+    record = record_of(model)
+    while record is not None:
+        for order in record.undo.orders:
+            if order.rows is not None:
+                rows.setdefault(order.path, []).append(order.rows)
+        record = record.previous
+
+    def back(path: str, out: Tensor) -> Tensor:
+        for index in rows.get(path, ()):
+            if out.dim() > 1 and out.shape[1] == len(index):
+                out = out.index_select(1, index.argsort().to(out.device))
+        return out
+
+    return back
+
+
 def convert(
     model: nn.Module,
-    to: str | None = None,
+    to: Norm | str | None = None,
     *,
     groups: int | str | None = None,
     channels_per_group: int | None = None,
-    indivisible: str = "error",
-    transfer: str = "fold",
+    indivisible: Indivisible = "error",
+    transfer: Transfer = "fold",
     eps: float | str | None = None,
     rules: Rules | None = None,
     sources: Collection[str] | None = None,
     example_inputs: Any = None,
     zero_init_residual: bool = False,
-    missing_statistics: str = "error",
+    missing_statistics: MissingStatistics = "error",
     inplace: bool = False,
     check: bool = True,
     undo: bool = True,
@@ -97,7 +120,7 @@ def convert(
     record = Record(using, undo_record, check_result, previous=previous, head=previous.head if previous else None)
     put_record(root, record)
     if reference is not None and inputs is not None:
-        _prove(root, using, inputs, reference, model if not inplace else None)
+        _prove(root, record, inputs, reference, model if not inplace else None)
     if not undo:
         record.undo = Undo(complete=False)
     return rewrapped(wrapper, root, inplace=inplace)
@@ -146,14 +169,14 @@ def _observe(model: nn.Module, inputs: tuple[Any, ...], using: Plan) -> Observat
 
 
 def _prove(
-    root: nn.Module, using: Plan, inputs: tuple[Any, ...], reference: Observations, original: nn.Module | None
+    root: nn.Module, record: Record, inputs: tuple[Any, ...], reference: Observations, original: nn.Module | None
 ) -> None:
     """Run the self-check and note its result; raise SelfCheckError, with an in-place conversion undone, if it fails.
 
     Rounding grows through a deep network of random weights, and through half precision. A failure is therefore
     repeated in float64, where rounding is out of the question and only a wrong edge can fail.
     """
-    record: Record = root.__dict__[ATTRIBUTE]
+    using = record.plan
     norms = {norm.paths[0]: norm.module for norm in record.undo.norms}
     try:
         result = compare(root, using, inputs, reference, norms)

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..errors import OptionError
+from ..errors import NetworkError
 from ..heads.classifier import Head
+from ..modules.attributes import RECORD
 from ..norms.registry import identify
 from ..planning.plan import Plan
 from .self_check import Check
 from .undo_record import Undo
 
-ATTRIBUTE = "_normswap"
 _PRESERVED = "_user_preserved_attributes"  # what torch.fx hands on to the copy of a traced network
 
 
@@ -25,9 +25,9 @@ def put_record(root: nn.Module, record: Any) -> None:
         tables.append(root.meta.setdefault(_PRESERVED, {}))
     for table in tables:
         if record is None:
-            table.pop(ATTRIBUTE, None)
+            table.pop(RECORD, None)
         else:
-            table[ATTRIBUTE] = record
+            table[RECORD] = record
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Record:
 
 def record_of(model: nn.Module) -> Record | None:
     """The record of a converted network, or None."""
-    return model.__dict__.get(ATTRIBUTE)
+    return model.__dict__.get(RECORD)
 
 
 def check_order(model: nn.Module, reference: nn.Module) -> None:
@@ -69,7 +69,7 @@ def check_order(model: nn.Module, reference: nn.Module) -> None:
     changed = [step for step in record.plan.steps if step.source != step.target and step.path in modules]
     now = [(norm.name if (norm := identify(modules[step.path])) else None) for step in changed]
     if changed and now == [step.source for step in changed]:
-        raise OptionError(
+        raise NetworkError(
             "the reference was converted from a network such as the model: the two are swapped",
             hint="First the converted network, which is changed; then its original, with reference=.",
         )

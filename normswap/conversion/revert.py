@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ..errors import Fix, RevertError, Text
 from ..modules.hooks import hand_over_hooks
-from ..modules.tree import aliases, replace_module
+from ..modules.tree import aliases, check_module, replace_module
 from ..modules.wrappers import check_wrapper, rewrapped, unwrapped
 from .exact_scaling import by_output_channel, unscaled, wide
-from .record import ATTRIBUTE, put_record
-from .undo_record import LayerUndo, NormUndo, Undo, undo_layer
+from .record import put_record, record_of
+from .undo_record import LayerUndo, NormUndo, Undo, reorder, undo_layer
 
 
 def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
@@ -26,9 +26,10 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
 
     Raises RevertError, before anything is changed, when the model was not converted, or exactness is lost.
     """
+    check_module(model)
     check_wrapper(model)
     wrapper, model = model, unwrapped(model)
-    record = model.__dict__.get(ATTRIBUTE)
+    record = record_of(model)
     if record is None:
         raise RevertError("this model was not made by normswap.convert or normswap.load; there is nothing to revert")
     undo: Undo = record.undo
@@ -46,7 +47,8 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
             f"the network no longer has all layers that were changed; the first of {len(gone)} is {gone[0]}",
             hint="Build the original network again from its source.",
         )
-    originals = {layer.path: undo_layer(modules[layer.path], layer) for layer in undo.layers}
+    orders = {order.path: order for order in undo.orders}
+    originals = {layer.path: undo_layer(modules[layer.path], layer, orders.get(layer.path)) for layer in undo.layers}
     changed = [path for path, original in originals.items() if original is None]
     if not record.calibrated:
         changed += [n.paths[0] for n in undo.norms if _norm_changed(modules[n.paths[0]], n)]
@@ -60,6 +62,8 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
                 'convert(to="bn") keeps what a sync, frozen or renorm norm has learned.',
             ),
         )
+    for path, order in orders.items():
+        reorder(modules[path], order, back=True)
     for layer in undo.layers:
         _restore_layer(modules[layer.path], layer, originals[layer.path])
     for norm in undo.norms:
@@ -73,7 +77,8 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
 
 
 def _paths_of(undo: Undo) -> list[str]:
-    return [*(layer.path for layer in undo.layers), *(path for norm in undo.norms for path in norm.paths)]
+    changed = [*(layer.path for layer in undo.layers), *(order.path for order in undo.orders)]
+    return [*changed, *(path for norm in undo.norms for path in norm.paths)]
 
 
 def _norm_changed(module: nn.Module, undo: NormUndo) -> bool:

@@ -8,8 +8,8 @@ changes every value after it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ def repeats(model: nn.Module, inputs: tuple[Any, ...], watched: Iterable[str]) -
     """Whether two runs of a model on the same input, with the same random numbers, give the same."""
     watched = list(watched)
     once, again = (observe(model, inputs, watched) for _ in range(2))
-    return all(_relative_error(before, again.get(path, [])) <= TOLERANCE for path, before in once.items())
+    return not any(_relative_error(before, again.get(path, [])) > TOLERANCE for path, before in once.items())
 
 
 def _is_detections(out: Any) -> bool:
@@ -98,8 +98,10 @@ def _floats(tree: Any) -> list[Tensor]:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLES)].double().cpu()
+    """Values of the tensor, evenly spread and at most so many: a copy of these alone, whatever its memory format."""
+    step = max(1, -(-tensor.numel() // _SAMPLES))
+    at = torch.arange(0, tensor.numel(), step, device=tensor.device)
+    return tensor.detach()[torch.unravel_index(at, tensor.shape)].cpu()
 
 
 def watched_paths(model: nn.Module, plan: Plan) -> list[str]:
@@ -120,15 +122,28 @@ def compare(
     model: nn.Module, plan: Plan, inputs: tuple[Any, ...], reference: Observations, originals: Mapping[str, nn.Module]
 ) -> Check:
     """Run the converted model with bare norms and compare with what `observe` saw of the original."""
+    with bare(model, plan, originals):
+        seen = observe(model, inputs, [path for path in reference if path != "(output)"])
+    error, where = difference(reference, seen)
+    exercised = sum(bool(reference.get(step.path)) or step.path == "" for step in plan.steps)
+    return Check(error, where, exercised, len(plan.steps))
+
+
+@contextmanager
+def bare(model: nn.Module, plan: Plan, originals: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within it, the converted norms compute what the original ones did from their standardised inputs."""
     with ExitStack() as stack:
         for step in plan.steps:
             _bare(stack, module_at(model, step.path), step, originals.get(step.path))
-        seen = observe(model, inputs, [path for path in reference if path != "(output)"])
+        yield
+
+
+def difference(reference: Observations, seen: Observations) -> tuple[float, str]:
+    """The largest relative error of any observed layer, and where; NaN and Inf count as the largest."""
     errors = {path: _relative_error(before, seen.get(path, [])) for path, before in reference.items()}
     where = max(errors, key=lambda path: math.inf if math.isnan(errors[path]) else errors[path], default="")
     error = errors.get(where, 0.0)
-    exercised = sum(bool(reference.get(step.path)) or step.path == "" for step in plan.steps)
-    return Check(error, where if error else "", exercised, len(plan.steps))
+    return error, where if error else ""
 
 
 def _relative_error(before: list[Tensor], after: list[Tensor]) -> float:
@@ -137,7 +152,7 @@ def _relative_error(before: list[Tensor], after: list[Tensor]) -> float:
         return math.inf
     if not before:
         return 0.0
-    a, b = torch.cat(before), torch.cat(after)
+    a, b = torch.cat(before).double(), torch.cat(after).double()
     finite = a.isfinite() & b.isfinite()
     if not bool(finite.all()):  # such as what a mask sets to -inf
         if not bool((finite | (a == b) | (a.isnan() & b.isnan())).all()):
@@ -158,7 +173,7 @@ def _bare(stack: ExitStack, module: nn.Module, step: Step, original: nn.Module |
         def affine(x: Tensor) -> Tensor:
             weight = torch.ones(step.channels) if norm.weight is None else norm.weight
             y = x * per_channel(weight.to(x) / factor, x.dim())
-            return y if norm.bias is None else y + per_channel(norm.bias.to(x), x.dim())
+            return y if norm.bias is None else y.add_(per_channel(norm.bias.to(x), x.dim()))
 
         _override(stack, norm, affine)
     elif step.transfer in ("copy", "reset") and original is not None:

@@ -52,36 +52,78 @@ class Undo:
     norms: list[NormUndo] = field(default_factory=list)
     layers: list[LayerUndo] = field(default_factory=list)
     complete: bool = True
+    orders: list[Order] = field(default_factory=list)
 
 
 @torch.no_grad()
-def undo_layer(layer: Any, record: LayerUndo) -> tuple[Tensor, Tensor | None] | None:
+def undo_layer(layer: Any, record: LayerUndo, order: Order | None = None) -> tuple[Tensor, Tensor | None] | None:
     """The layer's original weight and bias; None when it was changed since it was folded.
 
     Folding the recovered weight again must give the layer's present weight to the bit, which tells a trained layer
-    from an untouched one without having kept a checksum.
+    from an untouched one without having kept a checksum. order: the one that the layer stands in now.
     """
     device = layer.weight.device
     scale, shift = record.scale.to(device), record.shift.to(device)
     bias = None if record.bias is None else record.bias.to(device)
     factor = by_output_channel(layer, scale)
+    now, bias_now = in_first_order(layer, order)
     if record.weight is not None:
         weight = record.weight.to(device)
-    elif record.correction is not None and packed_size(layer.weight) == record.correction.numel():
-        weight = unfold(record.correction.to(device), layer.weight.detach(), factor)
+    elif record.correction is not None and packed_size(now) == record.correction.numel():
+        weight = unfold(record.correction.to(device), now, factor)
     else:
         return None
     if record.given is not None:
-        return (weight, bias) if torch.equal(layer_digest(layer), record.given.cpu()) else None
-    again = folded_bias(bias, scale, shift, layer.weight.dtype)
-    if not same_bits(scaled(weight, factor), layer.weight) or not same_bits(again, layer.bias):
+        return (weight, bias) if torch.equal(layer_digest(now, bias_now), record.given.cpu()) else None
+    again = folded_bias(bias, scale, shift, now.dtype)
+    if not same_bits(scaled(weight, factor), now) or not same_bits(again, bias_now):
         return None
     return weight, bias
 
 
-def layer_digest(layer: Any) -> Tensor:
+def layer_digest(*tensors: Tensor | None) -> Tensor:
     """The SHA-256 of a layer's weight and bias, `(32,)` uint8."""
     made = hashlib.sha256()
-    for tensor in (layer.weight, layer.bias):
-        made.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for tensor in tensors:
+        if tensor is not None:
+            made.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return torch.tensor(list(made.digest()), dtype=torch.uint8)
+
+
+@dataclass
+class Order:
+    """How `calibrate` has put the channels of a layer or norm in another order than the original has.
+
+    rows: of its output, `(C,)` int64, where each channel was before; columns: of its input, likewise. None where they
+    stand as they were. All other records speak of the original's order.
+    """
+
+    path: str
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+
+def ordered(tensor: Tensor, order: Order, *, back: bool = False) -> Tensor:
+    """A layer's or norm's weight, bias, or anything of its shape, in an order, or back in the original's: a copy."""
+    for dim, index in enumerate((order.rows, order.columns)):
+        if index is not None and tensor.dim() > dim:
+            index = index.to(tensor.device)
+            tensor = tensor.index_select(dim, index.argsort() if back else index)
+    return tensor
+
+
+def in_first_order(layer: Any, order: Order | None) -> tuple[Tensor, Tensor | None]:
+    """A layer's weight and bias, with their channels as the original has them."""
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+    if order is None:
+        return weight, bias
+    return ordered(weight, order, back=True), None if bias is None else ordered(bias, order, back=True)
+
+
+@torch.no_grad()
+def reorder(module: Any, order: Order, *, back: bool = False) -> None:
+    """Put a module's channels in an order, or back, in place."""
+    module = getattr(module, "norm", module)
+    for parameter in (module.weight, module.bias):
+        if parameter is not None:
+            parameter.data.copy_(ordered(parameter.data, order, back=back))

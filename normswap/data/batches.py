@@ -17,12 +17,16 @@ from ..modules.tree import device_and_dtype
 from .image_folder import ImageData, open_images
 
 Batch = tuple[tuple[Any, ...], Tensor | None]
+Transform = Callable[[Any], Tensor]
+MAX_BAD = 10
+"""How many images that cannot be read are left out, where nothing else was said."""
 
 _INPUTS = ("pixel_values", "pixel_values_videos", "image", "images", "input", "inputs", "x", "data", "video", "img")
 _LABELS = ("label", "labels", "target", "targets", "y", "class", "fine_label")
 _ACCEPTED = (
-    "data takes a tensor (N, C, H, W), a DataLoader or another iterable of batches, or a folder; a batch is a tensor, "
-    "(x, y), a dict with a key such as 'pixel_values' or 'image', or a list of images (C, H, W)"
+    "data takes a tensor (N, C, H, W), a pair of it and labels (N,), a Dataset, a DataLoader or another iterable of "
+    "batches, or a folder; a batch is a tensor, (x, y), a dict with a key such as 'pixel_values' or 'image', or a list "
+    "of images (C, H, W)"
 )
 
 
@@ -38,6 +42,11 @@ class Batches:
     source: Iterable[Any]
     classes: tuple[str, ...] | None = None
 
+    @property
+    def bad(self) -> tuple[str, ...]:
+        """The images that could not be read and were left out, with the reason."""
+        return tuple(getattr(self.source, "bad", ()))
+
     def __iter__(self) -> Iterator[Batch]:
         """Raises DataError for a batch it cannot read, and when there is none."""
         empty = True
@@ -50,12 +59,20 @@ class Batches:
             raise DataError("data holds no image", hint="A generator can be read only once; give list(...) of it.")
 
 
-def as_batches(data: Any, batch_size: int = 64, *, once: bool = False) -> Batches:
+def as_batches(
+    data: Any,
+    batch_size: int = 64,
+    *,
+    once: bool = False,
+    preprocess: Transform | None = None,
+    max_bad: int = MAX_BAD,
+) -> Batches:
     """Read what the Python API accepts as `data=`.
 
-    data: a tensor `(N, *)`, cut into batches of `batch_size`; a Dataset of samples, likewise (with boxes, as from
-    `open_coco`: batches are lists of images); a DataLoader or another iterable of batches, which keep their size; an
-    `ImageData` or a folder's path, read with the default `Preprocess`.
+    data: a tensor `(N, *)`, or a pair of it and int64 labels `(N,)`, cut into batches of `batch_size`; a Dataset of
+    samples, likewise (with boxes, as from `open_coco`: batches are lists of images); a DataLoader or another iterable
+    of batches, which keep their size; an `ImageData` or a folder's path, read with `preprocess` (by default
+    `Preprocess()`), where `max_bad` images that cannot be read are left out.
     A batch is a tensor, `(x, y)`, a dict (the values of the first known keys, such as "pixel_values" and "labels"),
     or a list of images `(C, H, W)` with 1, 3 or 4 channels, as torchvision's detectors take; x may be any of these,
     or a tuple of tensors for a forward with several arguments.
@@ -66,10 +83,10 @@ def as_batches(data: Any, batch_size: int = 64, *, once: bool = False) -> Batche
     whole("batch_size", batch_size)
     if isinstance(data, Batches):
         return data
-    if isinstance(data, (str, os.PathLike)):
-        data = open_images(data)
-    if isinstance(data, ImageData):
-        data = data.batches(batch_size=batch_size)
+    data = opened(data, batch_size, preprocess, max_bad)
+    if is_pair(data):
+        inputs, labels = data
+        return Batches(list(zip(inputs.split(batch_size), labels.split(batch_size), strict=True)))
     if isinstance(data, Tensor):
         if data.dim() == 0:
             raise DataError("data is a single number, not a batch", hint=_ACCEPTED)
@@ -84,6 +101,21 @@ def as_batches(data: Any, batch_size: int = 64, *, once: bool = False) -> Batche
     if isinstance(data, Iterator) and not once:
         data = list(data)
     return Batches(data, classes)
+
+
+def opened(data: Any, batch_size: int, preprocess: Transform | None = None, max_bad: int = MAX_BAD) -> Any:
+    """Batches of a folder's images; anything else as it is."""
+    if isinstance(data, (str, os.PathLike)):
+        data = open_images(data)
+    return data.batches(preprocess, batch_size, max_bad=max_bad) if isinstance(data, ImageData) else data
+
+
+def is_pair(data: Any) -> bool:
+    """Whether that is inputs `(N, *)` and whole numbers `(N,)`, and not two batches of inputs."""
+    if not (isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)):
+        return False
+    inputs, labels = data
+    return inputs.dim() > 1 and labels.dim() == 1 and _labels(labels, len(inputs)) is not None
 
 
 def collated(items: Sequence[Any]) -> Any:

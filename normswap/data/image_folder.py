@@ -6,9 +6,9 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -50,28 +50,37 @@ class ImageData:
         classes = f" in {len(self.classes)} class{'es' * (len(self.classes) != 1)}" if self.classes else ", no labels"
         return f"{self.folder}: {count}{classes}"
 
-    def batches(self, transform: Transform | None = None, batch_size: int = 64, *, stack: bool = True) -> ImageBatches:
+    def batches(
+        self, transform: Transform | None = None, batch_size: int = 64, *, stack: bool = True, max_bad: int = 0
+    ) -> ImageBatches:
         """Batches of `(images, labels)`; may be iterated any number of times, and reads the files each time.
 
         images: float32 `(N, C, H, W)`, or a list of `(C, H, W)` with stack=False (what torchvision's detectors take).
         labels: int64 `(N,)`, or None. transform: a `Preprocess` (the default one if None), or a callable that takes a
-        PIL image in mode RGB and returns a tensor `(C, H, W)`, such as `weights.transforms()`.
+        PIL image in mode RGB and returns a tensor `(C, H, W)`, such as `weights.transforms()`. max_bad: so many images
+        that cannot be read are left out of their batches, and named in `ImageBatches.bad`.
 
         While iterating, raises DataError for images that cannot be read, named and counted, for images of different
         sizes with stack=True, and for a transform that fails.
         """
         whole("batch_size", batch_size)
-        return ImageBatches(self, transform or Preprocess(), batch_size, stack)
+        whole("max_bad", max_bad, least=0)
+        return ImageBatches(self, transform or Preprocess(), batch_size, stack, max_bad)
 
 
 @dataclass(frozen=True)
 class ImageBatches:
-    """What `ImageData.batches` returns; its length is the number of batches."""
+    """What `ImageData.batches` returns; its length is the number of batches.
+
+    bad: the images that could not be read and were left out, with the reason, as iterating has found them.
+    """
 
     data: ImageData
     transform: Transform
     batch_size: int
     stack: bool
+    max_bad: int = 0
+    bad: list[str] = field(default_factory=list, compare=False)
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -91,9 +100,11 @@ class ImageBatches:
             for start in range(0, len(data), size):
                 batch = coming
                 coming = [pool.submit(_load, file, transform) for file in data.files[start + size : start + 2 * size]]
-                images = self._images(batch, start, pool)
-                labels = None if data.labels is None else torch.tensor(data.labels[start : start + size])
-                yield (_stacked(images, data.files[start : start + size]) if self.stack else images), labels
+                read = self._read(batch, start, pool)
+                if read:
+                    images, files = list(read.values()), [data.files[i] for i in read]
+                    labels = None if data.labels is None else torch.tensor([data.labels[i] for i in read])
+                    yield (_stacked(images, files) if self.stack else images), labels
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -106,17 +117,34 @@ class ImageBatches:
         size = next((s for s in sizes if s is not None), None)
         return self.transform if size is None else self.transform.settled(*size)
 
-    def _images(self, batch: list[Future[Tensor]], start: int, pool: ThreadPoolExecutor) -> list[Tensor]:
-        try:
-            return [future.result() for future in batch]
-        except Unreadable:
-            files = self.data.files
-            stop = min(len(files), start + _LOOK_AHEAD)
-            problems = [p for p in pool.map(_problem, files[start:stop]) if p is not None]
-            looked_at = f"{stop}" if stop == len(files) else f"the first {stop}"
-            names = [f"{_short(file, self.data.folder)}: {reason}" for file, reason in problems]
-            summary = f"{len(problems)} of {looked_at} images in {self.data.folder} cannot be read:"
-            raise DataError(listed(summary, names), hint="Remove or replace them.") from None
+    def _read(self, batch: list[Future[Tensor]], start: int, pool: ThreadPoolExecutor) -> dict[int, Tensor]:
+        """The images of a batch by their place among the files, without those that cannot be read."""
+        found = {}
+        for i, future in enumerate(batch, start):
+            try:
+                found[i] = future.result()
+            except Unreadable as error:
+                name = self._named(self.data.files[i], str(error))
+                if name not in self.bad:
+                    if len(self.bad) == self.max_bad:
+                        self._refuse(start, pool)
+                    self.bad.append(name)
+        return found
+
+    def _named(self, file: Path, reason: str) -> str:
+        return f"{_short(file, self.data.folder)}: {reason}"
+
+    def _refuse(self, start: int, pool: ThreadPoolExecutor) -> NoReturn:
+        files = self.data.files
+        stop = min(len(files), start + _LOOK_AHEAD)
+        later = [self._named(*p) for p in pool.map(_problem, files[start:stop]) if p is not None]
+        names = list(dict.fromkeys([*self.bad, *later]))
+        looked_at = f"{stop}" if stop == len(files) else f"the first {stop}"
+        summary = f"{len(names)} of {looked_at} images in {self.data.folder} cannot be read:"
+        raise DataError(
+            listed(summary, names),
+            hint=Text("Remove or replace them, or skip them: ", Fix("max_bad", len(names)), "."),
+        ) from None
 
 
 def open_images(folder: str | os.PathLike[str], *, limit: int | None = None, seed: int = 0) -> ImageData:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import one_of
+from ..choices import INTERPOLATIONS, Interpolation
 from ..errors import Fix, OptionError, Text
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 SMALL = 64
 _USUAL = 224
 _CROP_FRACTION = 0.875
-_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic")  # at PIL's numbers, which transformers stores as `resample`
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 
@@ -52,13 +52,13 @@ class Preprocess:
     resize: int | tuple[int, int] | None = None
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    interpolation: str = "bilinear"
+    interpolation: Interpolation = "bilinear"
     channels: int = 3
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
             raise OptionError(f"channels must be 3 (colour) or 1 (grey), got {self.channels!r}")
-        one_of("interpolation", self.interpolation, tuple(_FILTERS))
+        one_of("interpolation", self.interpolation, INTERPOLATIONS)
         if self.size not in ("auto", "native"):
             object.__setattr__(self, "size", _pair("size", self.size))
         if self.resize is not None and not _is_count(self.resize):
@@ -226,7 +226,7 @@ def _from_timm(config: Mapping[str, Any]) -> Preprocess | None:
         scaled[0] if mode == "center" else (scaled[0], scaled[1]),
         tuple(config.get("mean") or IMAGENET_MEAN),
         tuple(config.get("std") or IMAGENET_STD),
-        filter_name if filter_name in _FILTERS else "bicubic",  # timm's own default
+        filter_name if filter_name in INTERPOLATIONS else "bicubic",  # timm's own default
         channels,
     )
 
@@ -249,5 +249,5 @@ def _from_transformers(config: Mapping[str, Any]) -> Preprocess | None:
         resize,
         tuple(config["image_mean"]) if normalised else (0.0,),
         tuple(config["image_std"]) if normalised else (1.0,),
-        _FILTERS[number] if number in range(4) else "bilinear",
+        INTERPOLATIONS[number] if number in range(4) else "bilinear",
     )

@@ -131,7 +131,7 @@ def _methods(
     normswap.calibrate(model, original, training.images[some])
     found.append(Method("+ calibrated", accuracy(model, held_out), len(some)))
     say(f"distilling for {steps} steps")
-    normswap.distil(model, original, training.images, steps=steps, seed=seed, augment=False)  # digits have no mirror
+    normswap.distil(model, original, training.images, steps=steps, seed=seed, augment="none")  # digits have no mirror
     found.append(Method("+ distilled", accuracy(model, held_out), len(training)))
     return tuple(found), model
 

@@ -16,7 +16,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyrami
 
 from ..conversion.composite import extracted_record
 from ..conversion.record import put_record, record_of
-from ..errors import OptionError, first_line
+from ..errors import NetworkError, first_line
 from ..modules.restore import evaluating, undisturbed
 from ..modules.tree import device_and_dtype
 
@@ -112,11 +112,11 @@ def levels_of(backbone: nn.Module) -> tuple[Level, ...]:
     size, output = _run(backbone)
     maps = _maps_in(output)
     if not maps:
-        raise OptionError(f"{type(backbone).__name__} gives no feature maps", hint=_ACCEPTED)
+        raise NetworkError(f"{type(backbone).__name__} gives no feature maps", hint=_ACCEPTED)
     levels = tuple(Level(name, m.shape[1], size // m.shape[2]) for name, m in maps.items() if min(m.shape[2:]))
     for name, found in maps.items():
         if found.shape[2] != found.shape[3]:
-            raise OptionError(
+            raise NetworkError(
                 f"map {name} of {type(backbone).__name__} is {tuple(found.shape)} for a square image",
                 hint="Its channels may be last; maps must be (N, C, H, W).",
             )
@@ -140,7 +140,7 @@ def body_of(backbone: nn.Module, finest: int) -> tuple[nn.Module, tuple[Level, .
         chosen = {names[place]: str(i) for i, place in enumerate(places)}
         body = _up_to(backbone, chosen) if places else backbone
     if not places:
-        raise OptionError(f"{type(backbone).__name__} gives no map of stride {finest} to {_COARSEST}", hint=_ACCEPTED)
+        raise NetworkError(f"{type(backbone).__name__} gives no map of stride {finest} to {_COARSEST}", hint=_ACCEPTED)
     return body, levels_of(body)
 
 
@@ -192,7 +192,7 @@ def _run(network: nn.Module) -> tuple[int, Any]:
                 return size, network(torch.zeros(1, 3, size, size, device=device, dtype=dtype))
         except Exception as error:  # a stranger's forward on a size it may not take
             failure = failure or f"{type(error).__name__}: {first_line(error)}"
-    raise OptionError(f"{type(network).__name__} does not run on an image (1, 3, H, W) ({failure})", hint=_ACCEPTED)
+    raise NetworkError(f"{type(network).__name__} does not run on an image (1, 3, H, W) ({failure})", hint=_ACCEPTED)
 
 
 def _maps_in(output: Any) -> dict[str, Tensor] | None:
@@ -212,7 +212,7 @@ def _sequence_in(network: nn.Module) -> nn.Module:
     features = network._modules.get("features")
     if isinstance(features, nn.Sequential):
         return features
-    raise OptionError(f"the stages of {type(network).__name__} are not known", hint=_ACCEPTED)
+    raise NetworkError(f"the stages of {type(network).__name__} are not known", hint=_ACCEPTED)
 
 
 def _stages_of(network: nn.Module) -> dict[str, int]:

@@ -11,11 +11,15 @@ SHIFT = 1 / 8
 """The largest shift, as a share of the image's height and width: 4 pixels of 32."""
 
 
-def augmented(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Forward's arguments with `mirrored` and `shifted` images, if the first is a batch `(N, C, H, W)`."""
-    if args and isinstance(args[0], Tensor) and args[0].dim() == 4:
-        return shifted(mirrored(args[0])), *args[1:]
-    return args
+def augmented(args: tuple[Any, ...], how: str) -> tuple[Any, ...]:
+    """Forward's arguments with changed images, if the first is a batch `(N, C, H, W)`.
+
+    how: "auto" (`mirrored` and `shifted`), "flip" (`mirrored`) or "none".
+    """
+    if how == "none" or not (args and isinstance(args[0], Tensor) and args[0].dim() == 4):
+        return args
+    images = mirrored(args[0])
+    return (shifted(images) if how == "auto" else images), *args[1:]
 
 
 def mirrored(images: Tensor) -> Tensor:

@@ -8,20 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..arguments import whole
+from ..choices import Augment, Loss, Parameters, Precision
 from ..conversion.record import record_of
-from ..data.batches import as_batches
+from ..data.batches import MAX_BAD, Batches, as_batches, opened
 from ..errors import Fix, Interrupted, OptionError, Text
 from ..files.locking import locked
 from ..files.writing import check_writable
+from ..modules.tree import check_module
 from ..modules.wrappers import unwrapped
 from ..training.parameters import trained_parameters, training_only
 from ..training.run_state import load_state, network_digest
 from ..training.teacher import original_of, side_by_side
 from .judging import Look
-from .report import DistillationReport, Progress
+from .report import DistillationReport, Progress, told
 from .run import DistillationRun
 from .settings import Settings
 from .stream import Compared, Stream, stream_of
@@ -45,16 +47,18 @@ def distil(
     batch_size: int = 64,
     lr: float | None = None,
     temperature: float = 2.0,
-    train: str = "all",
+    train: Parameters = "all",
     weight_decay: float = 0.01,
     seed: int = 0,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     max_grad_norm: float | None = 1.0,
-    augment: bool = False,
-    loss: str = "auto",
+    augment: Augment = "none",
+    loss: Loss = "auto",
     features: float = FEATURES,
     eval_data: Any = None,
-    progress: Callable[[Progress], None] | None = None,
+    preprocess: Callable[[Any], Tensor] | None = None,
+    max_bad: int = MAX_BAD,
+    progress: Callable[[Progress], None] | bool | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 50,
     resume: str | Path | None = None,
@@ -79,15 +83,18 @@ def distil(
     share at most; by default what suits the number of steps (see `suited_rate`). A share suits layers of any width, and
     whatever was folded into them. train: "all" parameters that require a gradient, or those of the "norm" layers.
     precision: "bf16" or "fp16" computes in autocast on CUDA; on a CPU it is float32 always.
-    max_grad_norm: limit of the gradient's norm, None for no limit. augment: mirror and shift images `(N, C, H, W)` at
-    random, the same for both networks; off, since it gained nothing measurable, and mirrors text and digits.
+    max_grad_norm: limit of the gradient's norm, None for no limit. augment: "auto" mirrors and shifts images
+    `(N, C, H, W)` at random, the same for both networks, "flip" mirrors them; "none" by default, since it gained
+    nothing measurable, and text and digits have no mirror image.
     loss: "match" takes the second formula for class scores as well. features: the weight, falling linearly to 0, of the
     second formula's mean over the outputs of all converted norms, on half of each batch; 0 compares outputs alone.
     eval_data: what the report's loss, drift, agreement and, with labels, accuracy are measured on; by default a part of
     data that is held back from training for it (see `stream_of`), or, of an iterable that gives its batches in an order
     of its own, some of them. At the start, at the end and ten times between the model is compared with its original on
     these images, and it keeps the state with the smallest loss among those that decide no fewer images as the original
-    does than at the start; the start counts. progress: called after each step.
+    does than at the start; the start counts. preprocess: of a folder's images, by default `Preprocess()`; max_bad: so
+    many that cannot be read are left out. progress: called after each step; by default a line on a terminal or in a
+    notebook shows where the run stands, with True elsewhere too, with False nowhere.
     checkpoint: a file to which the state of the run is written every `checkpoint_every` steps, when it is interrupted
     and at its end; resume: such a file, to go on from: the weights are then those of a run without interruption, on a
     CPU bit for bit, if model, data and settings are those it began with.
@@ -103,6 +110,7 @@ def distil(
     Source: Hinton, Vinyals and Dean 2015; Beyer et al. 2022, "Knowledge distillation: a good teacher is patient and
     consistent" (teacher and student see the same view).
     """
+    check_module(model)
     if data is None:
         raise OptionError(
             "distil needs images", hint=Text(Fix("data"), " takes a tensor (N, C, H, W), or batches of them.")
@@ -119,16 +127,19 @@ def distil(
     parameters = trained_parameters(model, train)
     reference = original_of(model, None if reference is None else unwrapped(reference))
     data = list(data) if isinstance(data, Iterator) else data
-    stream = stream_of(data, batch_size, seed, hold=eval_data is None)
+    reading: dict[str, Any] = {"preprocess": preprocess, "max_bad": max_bad}
+    stream = stream_of(opened(data, batch_size, **reading), batch_size, seed, hold=eval_data is None)
+    given = None if eval_data is None else as_batches(eval_data, batch_size, **reading)
     alone = nullcontext() if checkpoint is None else locked(Path(checkpoint))
     with alone, side_by_side(reference, model), training_only(model, parameters):
-        work = DistillationRun(model, reference, settings, stream, parameters, _compared(stream, settings, eval_data))
+        work = DistillationRun(model, reference, settings, stream, parameters, _compared(stream, settings, given))
         if checkpoint is not None:
             work.checkpoint, work.every = Path(checkpoint), checkpoint_every
         if resume is not None:
             work.resume(load_state(Path(resume), vars(settings), parameters))
         try:
-            work.finish(progress)
+            with told(progress) as tell:
+                work.finish(tell)
         except KeyboardInterrupt:
             raise Interrupted(_report(work, interrupted=True)) from None
         finally:
@@ -145,12 +156,11 @@ def suited_rate(steps: int) -> float:
     return LR * min(1.0, steps / FULL) ** 2
 
 
-def _compared(stream: Stream, settings: Settings, eval_data: Any) -> Compared:
+def _compared(stream: Stream, settings: Settings, given: Batches | None) -> Compared:
     """What is held back or given; without either, some batches, at a small part of the run's cost."""
-    if eval_data is None:
+    if given is None:
         return stream.compared(max(1, settings.steps // 20))
-    batches = as_batches(eval_data, settings.batch_size)
-    return Compared(batches, "of eval_data", None if batches.classes is None else len(batches.classes))
+    return Compared(given, "of eval_data", None if given.classes is None else len(given.classes))
 
 
 def _report(work: DistillationRun, *, interrupted: bool = False) -> DistillationReport:
@@ -166,7 +176,7 @@ def _report(work: DistillationRun, *, interrupted: bool = False) -> Distillation
     return DistillationReport(
         work.loop.step, work.settings.steps, work.stream.images, begun, ended, work.judge.images,
         interrupted=interrupted, resumed_at=work.resumed_at, notes=notes, kept=best.step,
-        compared_on=work.judge.compared.origin, **values,
+        compared_on=work.judge.compared.origin, bad=tuple(work.stream.bad), **values,
     )  # fmt: skip
 
 

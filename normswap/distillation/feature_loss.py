@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..conversion.convert import back_in_order
 from ..conversion.record import record_of
 from ..modules.tree import module_at
 from ..training.losses import distance
@@ -28,6 +29,7 @@ class Features:
         steps = () if record is None else record.plan.steps
         modules = dict(teacher.named_modules(remove_duplicate=False))
         self._pairs = [(s.path, modules[s.path], module_at(student, s.path)) for s in steps if s.path in modules]
+        self._teacher_order, self._student_order = back_in_order(teacher), back_in_order(student)
         self._wanted: dict[str, list[Tensor]] = {}
         self._found: list[Tensor] = []
 
@@ -49,13 +51,15 @@ class Features:
 
     def _keep(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Tensor) -> None:
-            self._wanted[path].append(_half(out).clone())  # what follows may change it in place
+            self._wanted[path].append(
+                self._teacher_order(path, _half(out)).clone()
+            )  # what follows may change it in place
 
         return hook
 
     def _compare(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Tensor) -> None:
-            given = _half(out)
+            given = self._student_order(path, _half(out))
             if self._wanted[path]:  # a norm with several calls has them in the same order in both networks
                 wanted = self._wanted[path].pop(0)
                 if wanted.shape == given.shape and given.requires_grad and given.numel():

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from ..display.overview import ReportInNotebook
+from ..display.progress import shown
 
 
 @dataclass(frozen=True)
@@ -20,9 +25,24 @@ class Progress:
     agreement: float | None
     lr: float
 
+    def figures(self) -> str:
+        """`loss 0.53, agreement 0.98`."""
+        agreement = "" if self.agreement is None else f", agreement {self.agreement:.3f}"
+        return f"loss {self.loss:.3g}{agreement}"
+
+
+@contextmanager
+def told(progress: Callable[[Progress], None] | bool | None) -> Iterator[Callable[[Progress], None] | None]:
+    """What a run tells: the caller's function, or a line of its own (see `progress.shown`)."""
+    if callable(progress):
+        yield progress
+        return
+    with shown(progress, "distilling") as line:
+        yield None if line is None else lambda now: line(now.step, now.steps, now.figures())
+
 
 @dataclass(frozen=True)
-class DistillationReport:
+class DistillationReport(ReportInNotebook):
     """The result of `distil`.
 
     steps: how many were done, of `planned`; kept: the step whose state the network has, 0 for the one it came in.
@@ -31,7 +51,7 @@ class DistillationReport:
     The other figures are over `compared` images, `compared_on` says which, of the network as it came and as it is.
     eval_loss: what a run lowers, without `features`. drift: relative error `|out - original| / |original|` of the
     output; agreement: share of images decided alike; None where outputs do not compare so. accuracy: where
-    `eval_data` came with labels.
+    `eval_data` came with labels. bad: images that could not be read and were left out.
     """
 
     steps: int
@@ -54,10 +74,11 @@ class DistillationReport:
     interrupted: bool = False
     resumed_at: int = 0
     notes: tuple[str, ...] = ()
+    bad: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {**asdict(self), "notes": list(self.notes)}
+        return {**asdict(self), "notes": list(self.notes), "bad": list(self.bad)}
 
     def figures(self) -> list[tuple[str, str]]:
         """What to print: a name and its text. The scores' own error is left out: it may rise as the decisions near."""

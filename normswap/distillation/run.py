@@ -135,8 +135,7 @@ class DistillationRun:
         seed_step(settings.seed, step)
         args = next(batches)
         seed_step(settings.seed, step)
-        if settings.augment:
-            args = augmented(args)
+        args = augmented(args, settings.augment)
         watching = nullcontext() if self._features is None else self._features.watching()
         with watching, torch.autocast(self._kind, dtype=self._narrow, enabled=self._narrow is not None):
             with torch.no_grad():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..arguments import number, one_of, seed_value, whole
+from ..choices import AUGMENTS, LOSSES, PARAMETERS
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,7 +28,7 @@ class Settings:
     seed: int
     precision: str
     max_grad_norm: float | None
-    augment: bool
+    augment: str
     loss: str
     network: str
     features: float = 0.0
@@ -41,5 +42,6 @@ class Settings:
         if self.max_grad_norm is not None:
             number("max_grad_norm", self.max_grad_norm)
         one_of("precision", self.precision, tuple(PRECISIONS))
-        one_of("loss", self.loss, ("auto", "match"))
-        one_of("train", self.train, ("all", "norm"))
+        one_of("augment", self.augment, AUGMENTS)
+        one_of("loss", self.loss, LOSSES)
+        one_of("train", self.train, PARAMETERS)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..data.batches import Batch, Batches, as_batches, collated, images_in
+from ..data.batches import Batch, Batches, as_batches, collated, images_in, is_pair
 from ..data.image_folder import ImageBatches, ImageData, open_images
 from ..errors import DataError
 from ..training.seeding import seed_step
@@ -42,7 +42,7 @@ class Stream:
 
     epoch: gives one pass over the data in an order of its own (epoch's number, first batch). batches: how many a
     pass has, None where only iterating tells. images: how many the data holds, those held back included, if known.
-    held: batches that no pass gives.
+    held: batches that no pass gives. bad: images that could not be read so far.
     """
 
     seed: int
@@ -50,6 +50,7 @@ class Stream:
     batches: int | None = None
     images: int | None = None
     held: Callable[[], Iterator[Args]] = field(default=lambda: iter(()))
+    bad: Sequence[str] = ()
 
     def compared(self, most: int) -> Compared:
         """What is held back; where that is nothing, the first batches, at most so many."""
@@ -111,10 +112,11 @@ def stream_of(data: Any, batch_size: int, seed: int, *, hold: bool = True) -> St
         data = open_images(data)
     if isinstance(data, ImageData):
         data = data.batches(batch_size=batch_size)
+    data = data[0] if is_pair(data) else data
     if isinstance(data, Tensor) and data.dim() > 0:
         return _indexed(len(data), batch_size, seed, lambda parts: (data[part] for part in parts), hold=hold)
     if isinstance(data, ImageBatches):
-        return _indexed(len(data.data), data.batch_size, seed, _of_files(data), hold=hold)
+        return replace(_indexed(len(data.data), data.batch_size, seed, _of_files(data), hold=hold), bad=data.bad)
     if isinstance(data, Dataset) and not isinstance(data, (IterableDataset, DataLoader)) and hasattr(data, "__len__"):
         samples: Dataset[Any] = data
         # No DataLoader: starting one takes a random number, at a step that depends on where a run was resumed.

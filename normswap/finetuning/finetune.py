@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from ..arguments import one_of, whole
+from ..choices import TASKS, Augment, Device, Optimizer, Precision
+from ..choices import Task as TaskName
 from ..conversion.composite import adopt_part_records
 from ..conversion.convert import convert
 from ..conversion.record import record_of
@@ -22,6 +24,7 @@ from ..conversion.stabilize import stabilized
 from ..errors import DataError, Fix, Interrupted, OptionError, Text
 from ..modules.frozen_class import FrozenStatistics
 from ..modules.restore import restored_on_error
+from ..modules.tree import check_module
 from ..norms.registry import identify
 from ..training.parameters import training_only
 from ..training.run_state import network_digest
@@ -32,7 +35,7 @@ from .engine.freezing import frozen, modes_kept
 from .engine.optimizer import default_rate, trained
 from .engine.trainer import Job, Trainer
 from .output.layout import check_outside, run_folder
-from .output.report import FinetuneReport, Progress
+from .output.report import FinetuneReport, Progress, told
 from .settings import RunOptions, Settings
 from .tasks.base import Task
 from .tasks.classification import Classification
@@ -40,7 +43,6 @@ from .tasks.detection import Detection
 from .tasks.segmentation import Segmentation
 
 EPOCHS = 10
-TASKS = ("classification", "detection", "segmentation")
 
 
 @torch.enable_grad()
@@ -49,30 +51,30 @@ def finetune(
     data: Any,
     eval_data: Any = None,
     *,
-    task: str = "classification",
+    task: TaskName = "classification",
     output: str | Path | None = None,
     batch_size: int = 2,
     epochs: int | None = None,
     steps: int | None = None,
     accumulate: int = 1,
     lr: float | None = None,
-    optimizer: str = "adamw",
+    optimizer: Optimizer = "adamw",
     weight_decay: float = 0.01,
     warmup: float = 0.05,
     clip_grad: float | None = 1.0,
     train: str = "all",
     freeze_stats: bool = False,
     freeze_affine: bool = False,
-    distill: float = 0.0,
+    distil: float = 0.0,
     reference: nn.Module | None = None,
     ema: float = 0.0,
     label_smoothing: float = 0.0,
     num_classes: int | None = None,
-    augment: str = "auto",
+    augment: Augment = "auto",
     preprocess: Callable[[Any], torch.Tensor] | None = None,
     stabilize: bool = True,
-    precision: str = "fp32",
-    device: str = "auto",
+    precision: Precision = "fp32",
+    device: Device = "auto",
     channels_last: bool | None = None,
     compile: bool = False,
     workers: int | None = None,
@@ -81,14 +83,14 @@ def finetune(
     tensorboard: bool = False,
     resume: bool = False,
     overwrite: bool = False,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] | bool | None = None,
 ) -> FinetuneReport:
     """Train a network on labelled images, boxes or masks, at batches of any size. In place.
 
     data: a folder with `train` and `val` folders, or without, when a tenth of its images is held back for validation;
     or a map-style Dataset. eval_data: likewise. task says what is in them:
     "classification": one subfolder of images for each class; samples are (input, label). Also a pair of tensors,
-    inputs `(N, *)` and int64 labels `(N,)`.
+    inputs `(N, *)` and int64 labels `(N,)`, batches of such, or a DataLoader, of which the data set is used.
     "detection", for networks in torchvision's convention, `model(images, targets)` -> a dict of losses: what
     `normswap.data.open_coco` reads; in a folder, `annotations.json` with the images beside it or in `images/`, or
     COCO's own layout. Samples are (image, target); see `CocoData`.
@@ -107,14 +109,15 @@ def finetune(
     a converted network takes the learning rates of its original (see `stabilized`; False is for comparison).
     train: "all", "norm" (gamma and beta), "head", or a pattern of parameter names; norms outside of it keep their
     running statistics. freeze_stats, freeze_affine: freeze running statistics, or gamma and beta, of all norms.
-    distill: share of the loss that follows the scores of the original network, `reference`, by default rebuilt.
+    distil: share of the loss that follows the scores of the original network, `reference`, by default rebuilt.
     ema: decay of an average of the weights, such as 0.999; the average is then what is validated, saved and returned.
     num_classes: a new head for another number of classes (detection: with the background, as in torchvision); by
     default where the data has another number.
     augment: "auto" (random crop, mirroring; detection: mirroring), "flip" or "none", for pictures in files; your own
     Dataset stays as it is. preprocess: PIL image -> tensor `(C, H, W)`, by default `Preprocess()`; detectors do that.
     precision: "fp32", "bf16" or "fp16". device: "auto", "cpu", "cuda", "mps".
-    max_bad: so many unreadable images are skipped. progress: told of the run several times a second.
+    max_bad: so many unreadable images are skipped. progress: told of the run several times a second; by
+    default a line on a terminal or in a notebook shows it, with True elsewhere too, with False nowhere.
 
     Under torchrun or accelerate launch each process takes its share of every step, and the figures count each sample
     once. The same seed gives the same network, on a CPU bit for bit. Needs the extra `normswap[train]`.
@@ -127,16 +130,17 @@ def finetune(
     folder = None if output is None else Path(output)
     if resume and folder is None:
         raise OptionError("resume needs the output folder of the run to go on with")
+    check_module(model)
     _check_model(model, freeze_stats)
     place = RunOptions(folder, device, workers, channels_last, compile, max_bad, tensorboard=tensorboard)
     settings = Settings(
         steps=1, batch_size=batch_size, accumulate=accumulate, processes=1, samples=1, optimizer=optimizer,
         lr=1.0 if lr is None else lr, weight_decay=weight_decay, warmup=warmup, clip_grad=clip_grad, train=train,
-        distill=distill, ema=ema, label_smoothing=label_smoothing, precision=precision, stabilize=stabilize, seed=seed,
+        distil=distil, ema=ema, label_smoothing=label_smoothing, precision=precision, stabilize=stabilize, seed=seed,
         network="", task=task, augment=augment, prepare=_name_of(preprocess),
         frozen=" ".join(name for name, on in (("statistics", freeze_stats), ("affine", freeze_affine)) if on),
     )  # fmt: skip
-    doing = task_of(task, label_smoothing=label_smoothing, distill=distill)
+    doing = task_of(task, label_smoothing=label_smoothing, distil=distil)
     sets = data if isinstance(data, Sets) else doing.open(model, data, eval_data, seed=seed)
     if folder is not None:
         check_outside(folder, (getattr(part, "folder", None) for part in (sets.train, sets.validation)))
@@ -152,7 +156,7 @@ def finetune(
         if folder is not None and adopt_part_records(model) is None:
             model = convert(model, rules={"*": "keep"}, inplace=True, check=False)  # so that it can be saved
         model.to(accelerator.device)
-        if distill and isinstance(doing, Classification):
+        if distil and isinstance(doing, Classification):
             doing.teacher = original_of(model, reference).to(accelerator.device).eval()
         fitted_before = getattr(record_of(model), "head", None)
         head = doing.fit(model, sets, num_classes, seed)
@@ -164,8 +168,8 @@ def finetune(
         trainer: Trainer | None = None
         sized = stabilized(model) if stabilize else nullcontext()
         try:
-            with scope as notes, modes_kept(model), training_only(model, parameters), sized:
-                trainer = Trainer(model, Job(doing, settings, place, sets), parameters, flags, accelerator, progress)
+            with scope as notes, modes_kept(model), training_only(model, parameters), sized, told(progress) as tell:
+                trainer = Trainer(model, Job(doing, settings, place, sets), parameters, flags, accelerator, tell)
                 report = trainer.run(resume=resume)
         finally:
             if trainer is not None and trainer.checkpointer.saved is not None:
@@ -185,16 +189,16 @@ def finetune(
     return report
 
 
-def task_of(name: str, *, label_smoothing: float = 0.0, distill: float = 0.0) -> Task:
+def task_of(name: str, *, label_smoothing: float = 0.0, distil: float = 0.0) -> Task:
     """A task by its name. Raises OptionError for an unknown one, or an option that does not go with it."""
     one_of("task", name, TASKS)
-    if name != "classification" and distill:
+    if name != "classification" and distil:
         raise OptionError(
-            Text(Fix("distill"), f" goes with classification, not with {name}"),
+            Text(Fix("distil"), f" goes with classification, not with {name}"),
             hint="normswap distil trains a detector or segmentation network after its original, without labels.",
         )
     if name == "classification":
-        return Classification(label_smoothing, distill=distill)
+        return Classification(label_smoothing, distil=distil)
     if name == "segmentation":
         return Segmentation(label_smoothing)
     if label_smoothing:

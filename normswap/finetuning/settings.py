@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import number, one_of, seed_value, whole
+from ..choices import DEVICES, OPTIMIZERS
 from ..errors import Fix, OptionError, Text
 from ..machine.limits import check_workers
 from .output.layout import LAST
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-OPTIMIZERS = ("adamw", "sgd")
-DEVICES = ("auto", "cpu", "cuda", "mps")
 _COUNTS = ("steps", "batch_size", "accumulate", "processes", "samples")
 _POSITIVE = ("lr",)
-_FROM_ZERO = ("weight_decay", "distill", "label_smoothing", "warmup", "ema")
+_FROM_ZERO = ("weight_decay", "distil", "label_smoothing", "warmup", "ema")
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Settings:
 
     steps: optimizer steps of the whole run. batch_size: samples of one forward pass of one process. accumulate:
     forward passes of a step. lr: the largest. warmup: share of the steps in which it rises. train: "all", "norm",
-    "head" or a pattern of parameter names. distill: share of the loss that follows the teacher, 0 to 1. ema: decay
+    "head" or a pattern of parameter names. distil: share of the loss that follows the teacher, 0 to 1. ema: decay
     of the averaged weights, 0 for none. stabilize: see `stabilizing`. samples: of the training set. network: a digest
     of the converted network. task: what is learnt. frozen: which parts of all norms. augment, prepare: how pictures
     are changed and prepared. data: a digest of what is trained on.
@@ -43,7 +42,7 @@ class Settings:
     warmup: float
     clip_grad: float | None
     train: str
-    distill: float
+    distil: float
     ema: float
     label_smoothing: float
     precision: str
@@ -65,8 +64,8 @@ class Settings:
             if name == "clip_grad" and value is None:
                 continue
             number(name, value, zero=name in _FROM_ZERO)
-        for name in ("distill", "label_smoothing", "warmup", "ema"):
-            if getattr(self, name) > 1 or (name != "distill" and getattr(self, name) == 1):
+        for name in ("distil", "label_smoothing", "warmup", "ema"):
+            if getattr(self, name) > 1 or (name != "distil" and getattr(self, name) == 1):
                 raise OptionError(f"{name} must be a share of 1, got {getattr(self, name)!r}")
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("precision", self.precision, tuple(PRECISIONS))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError
+from ..errors import NetworkError
 from ..modules.restore import evaluating, undisturbed
 from ..modules.tree import module_at, replace_module
 from .dense import resize_predictor
@@ -49,7 +49,7 @@ def find_head(model: nn.Module, inputs: tuple[Any, ...]) -> Head:
             hook.remove()
     found = next((path for path, outputs in reversed(ran) if outputs == scores.shape[1]), None)
     if found is None:
-        raise OptionError(
+        raise NetworkError(
             f"no linear layer of the network gives its {scores.shape[1]} scores, so its head is not known",
             hint="Give the network its new head before it is converted.",
         )
@@ -86,7 +86,7 @@ def resize_head(model: nn.Module, head: Head) -> None:
     elif resize_predictor(old, head.classes):
         return
     else:
-        raise OptionError(f"{head.path} is a {type(old).__name__}, not a linear layer or a convolution")
+        raise NetworkError(f"{head.path} is a {type(old).__name__}, not a linear layer or a convolution")
     new.train(old.training)
     replace_module(model, [head.path], new)
     for holder in (model, getattr(model, "config", None)):  # where timm and transformers note the number
@@ -105,7 +105,7 @@ def scores_of(output: Any) -> Tensor:
         found = output.get("logits")
     if not isinstance(found, Tensor) or found.dim() != 2:
         got = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(output).__name__
-        raise OptionError(f"the network gives {got}; a classifier gives scores (N, classes)")
+        raise NetworkError(f"the network gives {got}; a classifier gives scores (N, classes)")
     return found
 
 

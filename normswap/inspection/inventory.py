@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -11,7 +12,9 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .. import norms as _norms  # noqa: F401  (registers the norm types)
+from ..display.overview import Table, counted, layers_table
 from ..errors import DataError, first_line
+from ..modules.path_ranges import ROOT
 from ..modules.tree import aliases, check_module, hidden_references, module_at
 from ..modules.wrappers import unwrapped
 from ..norms.registry import class_of, identify, why_suspicious
@@ -87,14 +90,22 @@ class Inventory:
                 return layer
         raise KeyError(path)
 
+    def __repr__(self) -> str:
+        kinds = counted(self.layers, lambda layer: layer.spec.name)
+        return f"<Inventory: {len(self.layers)} norm layers ({kinds}), {len(self.suspects)} suspects>"
+
     def __str__(self) -> str:
-        rows = [
-            f"{x.path or '(root)'}  {x.class_name}({x.state.channels})  eps={x.state.eps:g}  {x.mode}  "
-            f"fed by {x.feed.kind}{' (foldable)' * x.feed.foldable}"
-            for x in self.layers
-        ]
-        rows += [f"{s.path or '(root)'}  {s.class_name}: {s.reason}" for s in self.suspects]
-        return "\n".join(rows) or "no norm layer"
+        tables = [layers_table(self.layers)] if self.layers else []
+        if self.suspects:
+            tables.append(self._suspects())
+        return "\n\n".join(map(str, tables)) or "no norm layer"
+
+    def _repr_html_(self) -> str:
+        tables = [layers_table(self.layers), *([self._suspects()] if self.suspects else [])]
+        return f"<p>{html.escape(repr(self)[1:-1])}</p>" + "".join(table.to_html() for table in tables)
+
+    def _suspects(self) -> Table:
+        return Table(("module", "type", "why"), tuple((s.path or ROOT, s.class_name, s.reason) for s in self.suspects))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

@@ -10,9 +10,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
+from ..choices import ROLES
 from ..errors import OptionError, did_you_mean
 
-ROLES = ("backbone", "fpn", "head")
 PREFIX = "role:"
 
 _BACKBONE = re.compile(r"backbone|bottom_up")

@@ -51,7 +51,7 @@ def check_workers(workers: int) -> None:
 def check_images(height: int, width: int, batch_size: int = 1) -> None:
     """Raise OptionError where not even a batch of RGB images of this size fits in memory, let alone a network."""
     images = "an image" if batch_size == 1 else f"a batch of {batch_size} images"
-    smaller = [" or a smaller ", Fix("batch_size")] if batch_size > 1 else []
+    smaller: list[str | Fix] = [" or a smaller ", Fix("batch_size")] if batch_size > 1 else []
     fewer = Text("Take smaller images with ", Fix("size"), *smaller, ".")
     check_memory(IMAGE * batch_size * 3 * height * width * 4, f"{images} of {height}x{width} pixels", fewer)
 

@@ -16,14 +16,16 @@ from torch import nn
 # What every nn.Module carries; anything else in a module's __dict__ is its own or its user's.
 MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 SCALARS = frozenset({bool, int, float, str, type(None)})
+RECORD = "_normswap"
+"""Where `conversion.record` keeps what a network remembers of its conversion; no part of the network itself."""
 
 
 def kept_by(model: nn.Module) -> Iterator[Any]:
     """All that the modules hold in attributes of their own, and what that holds, in objects of the network's own too.
 
-    Each thing once: modules often share one configuration.
+    Each thing once: modules often share one configuration. The record of a conversion is no part of the network.
     """
-    values = [value for module in model.modules() for _, value in own_attributes(module)]
+    values = [value for module in model.modules() for name, value in own_attributes(module) if name != RECORD]
     return (v for v in nested(values, attributes_of) if v is not values)
 
 

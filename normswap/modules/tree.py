@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
+import os
 from collections.abc import Iterable, Mapping
 from types import FunctionType, MethodType
 from typing import Any
@@ -16,10 +16,11 @@ from .attributes import leaves_of, own_attributes
 from .hooks import _HOOK_ATTRIBUTES
 
 
-def check_module(model: Any) -> None:
+def check_module(model: Any, name: str = "model") -> None:
     """Raise OptionError for what is no network, such as its name."""
     if not isinstance(model, nn.Module):
-        raise OptionError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        hint = "normswap.load(file) gives the network of a file." if isinstance(model, (str, os.PathLike)) else None
+        raise OptionError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}", hint=hint)
 
 
 def aliases(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -64,11 +65,6 @@ def replace_module(model: nn.Module, paths: Iterable[str], new: nn.Module) -> nn
             raise KeyError(path)
         parent._modules[name] = new
     return model
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Whether a rule's pattern covers a path: shell wildcards over the dotted path, or a module and all below it."""
-    return fnmatch.fnmatchcase(path, pattern) or path == pattern or path.startswith(pattern + ".")
 
 
 def hidden_references(paths: Mapping[nn.Module, list[str]]) -> list[tuple[str, str, nn.Module]]:

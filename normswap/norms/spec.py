@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..arguments import one_of
+from ..choices import INDIVISIBLE
 from ..errors import Fix, OptionError, Text
 
 
@@ -80,7 +81,7 @@ class NormRequest:
                 raise OptionError(
                     Text(Fix(name), f" must be a positive integer{' or auto' * (name == 'groups')}, got {value!r}")
                 )
-        one_of("indivisible", self.indivisible, ("error", "nearest"))
+        one_of("indivisible", self.indivisible, INDIVISIBLE)
         number = isinstance(self.eps, (int, float)) and not isinstance(self.eps, bool)
         if self.eps is not None and not (number and 0 <= self.eps < float("inf")):
             raise OptionError(Text(Fix("eps"), f" must be a finite number >= 0, got {self.eps!r}"))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..conversion.apply import scales_gamma
 from ..conversion.exact_scaling import by_output_channel
 from ..conversion.record import Record, record_of
+from ..conversion.undo_record import Order
 from ..errors import OptionError
 from ..modules.tree import module_at
 from ..planning.plan import Step
@@ -110,7 +111,8 @@ class Changes:
     """What became of each parameter of the original, from the records of the conversions between.
 
     target: new names by old parameter, None for those that are gone. factors: what a parameter was multiplied by,
-    shaped to broadcast. restart: new names whose state means nothing any more, and why.
+    shaped to broadcast. orders: how its channels have been put in another order since. restart: new names whose state
+    means nothing any more, and why.
     """
 
     old: dict[nn.Parameter, list[str]]
@@ -119,6 +121,7 @@ class Changes:
     records: list[Record]
     target: dict[nn.Parameter, str | None] = field(default_factory=dict)
     factors: dict[str, Tensor] = field(default_factory=dict)
+    orders: dict[str, list[Order]] = field(default_factory=dict)
     restart: dict[str, str] = field(default_factory=dict)
     added: dict[str, _Place] = field(default_factory=dict)
 
@@ -134,6 +137,8 @@ class Changes:
             self._scale_layers(record)
             for step in record.plan.steps:
                 self._change_norm(step)
+            for order in record.undo.orders:
+                self._reorder(order)
         taken = {self.new[name] for name in self.target.values() if name is not None}
         for name, parameter in self.new.items():
             if parameter not in taken:
@@ -187,6 +192,16 @@ class Changes:
                 elif own == "weight" and scales_gamma(step):
                     factor = math.sqrt(1 + (step.options.eps or 0.0))
                     self._scale(name, torch.tensor(factor, device=self.new[name].device))
+
+    def _reorder(self, order: Order) -> None:
+        """Weight and bias of a layer or norm whose channels stand in another order, and what they were scaled by."""
+        for own in ("weight", "bias", *(f"norm.{name}" for name in ("weight", "bias"))):
+            name = _join(order.path, own)
+            if name in self.new:
+                self.orders.setdefault(name, []).append(order)
+                factor = self.factors.get(name)
+                if factor is not None and factor.dim() and order.rows is not None:
+                    self.factors[name] = factor.index_select(0, order.rows.to(factor.device))
 
     def _scale(self, name: str, factor: Tensor) -> None:
         self.factors[name] = self.factors[name] * factor if name in self.factors else factor

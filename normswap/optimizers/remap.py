@@ -14,6 +14,7 @@ from torch.optim import LBFGS, Optimizer
 
 from ..conversion.exact_scaling import scaled
 from ..conversion.record import Record
+from ..conversion.undo_record import Order, ordered
 from ..errors import Fix, OptionError, Text
 from .parameter_map import Changes, converted, names_before, records_since
 
@@ -37,9 +38,10 @@ _DONE: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Record]] = weakref.WeakK
 class RemapReport:
     """The result of `remap_optimizer`: names of parameters in the converted network, removed ones in the original.
 
-    kept: go on with their state as it was. rescaled: their weights were, and so was their state. restarted: still
-    trained, but without their state. added: new parameters. left_out: new parameters that train, but whose
-    neighbours the optimizer did not hold. notes: why states were not carried over, and groups that are empty now.
+    kept: go on with their state as it was. rescaled: their weights were, or stand in another order since `calibrate`,
+    and so does their state. restarted: still trained, but without their state. added: new parameters. left_out: new
+    parameters that train, but whose neighbours the optimizer did not hold. notes: why states were not carried over,
+    and groups that are empty now.
     """
 
     kept: tuple[str, ...] = ()
@@ -90,8 +92,8 @@ def remap_optimizer(optimizer: Optimizer | Iterable[Optimizer], model: nn.Module
         result.apply()
         _DONE[result.optimizer] = weakref.ref(record)
     if original is bare:
-        for name in changes.factors:
-            changes.new[name].grad = None  # it belongs to the weight before it was scaled
+        for name in (*changes.factors, *changes.orders):
+            changes.new[name].grad = None  # it belongs to the weight before it was scaled or reordered
     return _report(results, changes)
 
 
@@ -142,7 +144,12 @@ class _Remapped:
     def _state(self, old: nn.Parameter, new: nn.Parameter, name: str) -> Any:
         """The state of the parameter that takes another's place; None if that one's means nothing for it."""
         state, factor = self.optimizer.state.get(old), self.changes.factors.get(name)
-        reason = self.changes.restart.get(name)
+        reason, orders = self.changes.restart.get(name), self.changes.orders.get(name, [])
+        if state and orders and reason is None:
+            odd = [k for k, v in state.items() if isinstance(v, Tensor) and v.numel() > 1 and v.shape != new.shape]
+            if odd:
+                reason = f"{type(self.optimizer).__name__}'s {odd[0]} does not say which channel is which"
+            state = {key: _reordered(value, new, orders) for key, value in state.items()}
         if state and reason is None and factor is not None:
             powers = self._powers()
             unknown = [key for key, value in state.items() if isinstance(value, Tensor) and key not in powers]
@@ -154,7 +161,7 @@ class _Remapped:
             self.names["restarted"].append(name)
             self.reasons[reason].append(name)
             return None
-        self.names["kept" if factor is None else "rescaled"].append(name)
+        self.names["kept" if factor is None and not orders else "rescaled"].append(name)
         return None if state is None else {key: _beside(value, new) for key, value in state.items()}
 
     def _powers(self) -> dict[str, int]:
@@ -190,6 +197,14 @@ class _Remapped:
 
 def _scaled(value: Any, factor: Tensor, power: int) -> Any:
     return scaled(value, factor.to(value.device) ** -power) if power and isinstance(value, Tensor) else value
+
+
+def _reordered(value: Any, parameter: nn.Parameter, orders: list[Order]) -> Any:
+    """A state of the parameter's shape, with the channels in the order that they have now."""
+    if isinstance(value, Tensor) and value.shape == parameter.shape:
+        for order in orders:
+            value = ordered(value, order)
+    return value
 
 
 def _beside(value: Any, parameter: nn.Parameter) -> Any:

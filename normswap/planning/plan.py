@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..display.overview import Table, counted, kept_table, steps_table
 from ..errors import CheckpointError, OptionError
 from ..norms.registry import norm_named
 from ..norms.spec import Options
 
-TRANSFERS = ("fold", "copy", "reset")
 SOFT = 1.0
 """The eps at which a norm of standardised channels follows half of a sample's own variance; `auto` stands for it."""
 
@@ -60,9 +61,18 @@ class Plan:
     transfer: str = "fold"
     meta: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        changes = counted(self.steps, lambda step: f"{step.source} to {step.target}")
+        return f"<Plan: {changes or 'no change'}; {len(self.kept)} kept>"
+
     def __str__(self) -> str:
-        lines = [f"{s.path or '(root)'}: {s.source} -> {describe(s)} ({s.transfer})" for s in self.steps]
-        return "\n".join([*lines, *(f"{k.path or '(root)'}: keeps {k.norm} ({k.reason})" for k in self.kept)])
+        return "\n\n".join(map(str, self._tables())) or "no norm layer"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self)[1:-1])}</p>" + "".join(table.to_html() for table in self._tables())
+
+    def _tables(self) -> list[Table]:
+        return [*([steps_table(self.steps)] if self.steps else []), *([kept_table(self.kept)] if self.kept else [])]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

@@ -11,33 +11,35 @@ from typing import Any, cast
 from torch import nn
 
 from ..arguments import one_of
+from ..choices import MISSING_STATISTICS, TRANSFERS, Indivisible, MissingStatistics, Norm, Transfer
 from ..errors import Fix, OptionError, PlanError, Text, did_you_mean
 from ..inspection.inventory import Inventory, Layer, inspect, positions
 from ..norms.registry import norm_named, targets
 from ..norms.spec import DoesNotFit, NormRequest, NormSpec, Options
-from .plan import SOFT, TRANSFERS, Kept, Plan, Step
+from .plan import SOFT, Kept, Plan, Step
 from .rules import Rule, Rules, assigned, check_rules, rules_of, selected
 
 
 def plan(
     model: nn.Module,
-    to: str | None = None,
+    to: Norm | str | None = None,
     *,
     groups: int | str | None = None,
     channels_per_group: int | None = None,
-    indivisible: str = "error",
-    transfer: str = "fold",
+    indivisible: Indivisible = "error",
+    transfer: Transfer = "fold",
     eps: float | str | None = None,
     rules: Rules | None = None,
     sources: Collection[str] | None = None,
     example_inputs: Any = None,
     zero_init_residual: bool = False,
-    missing_statistics: str = "error",
+    missing_statistics: MissingStatistics = "error",
 ) -> Plan:
     """Plan how to replace the norm layers of `model`. Changes nothing.
 
     to: the target of every layer no rule matches. rules: ordered `pattern -> norm or "keep"`, the first match wins;
-    a pattern is a path with shell wildcards, or the part of the network, as `role:backbone`, `role:fpn`, `role:head`.
+    a pattern is a path with shell wildcards or ranges as `layer3.{0..35}.bn1`, or the part of the network, as
+    `role:backbone`, `role:fpn`, `role:head`.
     groups: number of groups for `gn`, or "auto" (default), which aims at 16 channels a group; channels_per_group
     excludes it. indivisible: "error", or "nearest" for the largest divisor that does not exceed what was asked.
     transfer: "fold" carries the running statistics over, "copy" only gamma and beta, "reset" nothing.
@@ -69,7 +71,7 @@ def _check_options(
     request: NormRequest, names: set[str], transfer: str, missing: str, sources: Collection[str] | None
 ) -> None:
     one_of("transfer", transfer, TRANSFERS)
-    one_of("missing_statistics", missing, ("error", "later"))
+    one_of("missing_statistics", missing, MISSING_STATISTICS)
     if (request.groups is not None or request.channels_per_group is not None) and "gn" not in names:
         raise OptionError(f"groups apply to gn only, not to {', '.join(sorted(names)) or 'keep'}")
     if transfer != "fold" and "fused" in names:
@@ -241,7 +243,7 @@ def _problem_error(planner: _Planner, among: set[str]) -> PlanError:
         frozen = Fix("rules", {"PATH": "frozen"})
         hints.append(Text("A rule keeps such a layer or gives it another norm: ", frozen, ", or fewer groups."))
     if planner.no_statistics:
-        hints.append("calibrate estimates them from images: `normswap convert ... --calibrate DIR`.")
+        hints.append("calibrate estimates them from images: `normswap convert ... --calibrate FOLDER`.")
     if planner.inventory.suspects or planner.held:
         hints.append(Text("To leave a layer as it is: ", Fix("rules", {"PATH": "keep"}), "."))
     return PlanError(summary, planner.problems, hint=Text.joined("\n", hints) or None, indivisible=planner.indivisible)

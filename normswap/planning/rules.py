@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..errors import Fix, OptionError, Text
 from ..inspection.inventory import Inventory
 from ..inspection.roles import counted, role_in
-from ..modules.tree import matches
+from ..modules.path_ranges import matches
 from ..norms.registry import norm_named, targets
 
 Rules = Mapping[str, str] | Sequence[tuple[str, str]]
@@ -18,7 +18,8 @@ Rules = Mapping[str, str] | Sequence[tuple[str, str]]
 class Rule:
     """`pattern` -> a norm's name, or `keep`.
 
-    pattern: shell wildcards over paths, or a module and all below it, or a role, as `role:head`.
+    pattern: shell wildcards over paths, ranges of numbers as `layer3.{0..5}.bn1`, or a module and all below it (see
+    `path_ranges.matches`); or a role, as `role:head`.
     """
 
     pattern: str
@@ -29,7 +30,8 @@ class Rule:
             raise OptionError("a rule needs a pattern, such as 'layer4.*=frozen'")
         if self.target != "keep":
             norm_named(self.target)
-        role_in(self.pattern)
+        if role_in(self.pattern) is None:
+            matches(self.pattern, "")  # its check of ranges
 
     def covers(self, names: Iterable[str], role: str) -> bool:
         """Whether a layer of these paths, in that part of the network, is meant."""

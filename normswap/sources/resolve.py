@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from ..errors import Fix, NormswapError, SourceError, Text, did_you_mean
+from ..errors import Fix, NormswapError, OptionError, SourceError, Text, did_you_mean
 from ..modules.wrappers import unwrapped
 from . import (
     timm as timm_models,
@@ -68,7 +68,7 @@ def parse_args(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
-            raise SourceError(Text(Fix("args"), f" needs KEY=VALUE, got {pair!r}"))
+            raise OptionError(Text(Fix("args"), f" needs KEY=VALUE, got {pair!r}"))
         try:
             result[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

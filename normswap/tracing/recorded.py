@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,9 +29,10 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self.made_by: dict[int, int] = {}
-        self.filled_by: dict[int, int] = {}  # the same by memory, for views that no operation announces (`x.data`)
-        self.alive: list[Tensor] = []  # ids and memory are unique only while their tensors live
+        # A run would take many times its memory if it kept its tensors, so ids and addresses are used again by others.
+        # Each goes with a weak reference to what it stood for, and means nothing once that is gone.
+        self.made_by: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self.filled_by: dict[int, tuple[StorageWeakRef, int]] = {}  # for views no operation announces (`x.data`)
         self.parameters: dict[int, list[tuple[Span, str]]] = defaultdict(list)
         for name, parameter in model.named_parameters():
             if (span := span_of(parameter)) is not None:
@@ -37,11 +40,11 @@ class _Recorder(TorchDispatchMode):
         self.depth = 0
 
     def source_of(self, tensor: Tensor) -> int:
-        index = self.made_by.get(id(tensor))
+        index = self.made(tensor)
         if index is None:
             index = self.parameters_in(tensor)
         if index is None:
-            index = self.filled_by.get(storage_of(tensor))
+            index = self.known(tensor)
         return self.add("input", "", (), [tensor]) if index is None else index
 
     def parameters_in(self, tensor: Tensor) -> int | None:
@@ -50,19 +53,30 @@ class _Recorder(TorchDispatchMode):
         for own, name in self.parameters.get(span[0], ()) if span is not None else ():
             if overlap(span, own):
                 self.calls.append(Call("parameter", name, (), tuple(tensor.shape)))
-                self.made_by[id(tensor)] = len(self.calls) - 1
-                self.alive.append(tensor)
-        return self.made_by.get(id(tensor))
+                self.made_by[id(tensor)] = weakref.ref(tensor), len(self.calls) - 1
+        return self.made(tensor)
+
+    def made(self, tensor: Tensor) -> int | None:
+        """The call that made a tensor, if one has."""
+        made, index = self.made_by.get(id(tensor), (None, -1))
+        return index if made is not None and made() is tensor else None
+
+    def known(self, tensor: Tensor) -> int | None:
+        """The call that made a tensor, or filled its memory; None if none of them has."""
+        index = self.made(tensor)
+        if index is not None:
+            return index
+        filled, index = self.filled_by.get(storage_of(tensor), (None, -1))
+        return None if filled is None or filled.expired() else index
 
     def add(self, kind: str, target: str, inputs: Iterable[int], outputs: Iterable[Tensor]) -> int:
         outputs = list(outputs)
         shape = tuple(outputs[0].shape) if outputs else None
         self.calls.append(Call(kind, target, tuple(inputs), shape))
         for tensor in outputs:
-            self.made_by[id(tensor)] = len(self.calls) - 1
+            self.made_by[id(tensor)] = weakref.ref(tensor), len(self.calls) - 1
             if memory := storage_of(tensor):
-                self.filled_by[memory] = len(self.calls) - 1
-            self.alive.append(tensor)
+                self.filled_by[memory] = StorageWeakRef(tensor.untyped_storage()), len(self.calls) - 1
         return len(self.calls) - 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -110,7 +124,7 @@ def record(model: nn.Module, inputs: tuple[Any, ...], watched: Mapping[nn.Module
         stack.enter_context(recorder)
         out = model(*inputs)
         # What is kept on a module may be used later, like an output.
-        kept = [t for t in _attributes(model) if id(t) in recorder.made_by or storage_of(t) in recorder.filled_by]
+        kept = [t for t in _attributes(model) if recorder.known(t) is not None]
         recorder.add("output", "", [recorder.source_of(t) for t in (*_tensors(out), *kept)], ())
     return Region("", recorder.calls)
 

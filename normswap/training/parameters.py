@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ..arguments import one_of
-from ..errors import Fix, OptionError, Text
+from ..choices import PARAMETERS
+from ..errors import Fix, NetworkError, Text
 from ..norms.registry import identify
 
 WARM_UP = 0.1
@@ -39,17 +40,17 @@ def trained_parameters(model: nn.Module, train: str) -> dict[str, nn.Parameter]:
     Raises OptionError for another word, when nothing is left to train, and for weights of half precision, in which
     small steps are lost to rounding.
     """
-    one_of("train", train, ("all", "norm"))
+    one_of("train", train, PARAMETERS)
     norms = norm_parameters(model)
     found = {n: p for n, p in model.named_parameters() if p.requires_grad and (train == "all" or p in norms)}
     if not found:
         what = "parameter" if train == "all" else "gamma or beta"
-        raise OptionError(
+        raise NetworkError(
             f"no {what} of the network requires a gradient", hint="model.requires_grad_(True) lets all train."
         )
     narrow = next((n for n, p in found.items() if p.dtype not in (torch.float32, torch.float64)), None)
     if narrow is not None:
-        raise OptionError(
+        raise NetworkError(
             f"{narrow} is {found[narrow].dtype}, in which small steps are lost to rounding",
             hint=Text("Train in float32: model.float(); ", Fix("precision", "bf16"), " still computes in half of it."),
         )

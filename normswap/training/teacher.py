@@ -9,7 +9,7 @@ from torch import nn
 
 from ..conversion.record import check_order, record_of
 from ..conversion.revert import revert
-from ..errors import Fix, OptionError, RevertError, Text
+from ..errors import Fix, NetworkError, OptionError, RevertError, Text
 from ..modules.restore import evaluating, undisturbed
 from ..modules.tree import copied
 
@@ -31,7 +31,7 @@ def original_of(model: nn.Module, reference: nn.Module | None) -> nn.Module:
         return reference
     record = record_of(model)
     if record is None:
-        raise OptionError(
+        raise NetworkError(
             "this model was not made by normswap.convert or normswap.load, so its original is not known",
             hint=Text("Pass the original network as ", Fix("reference"), "."),
         )

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import Residual, bits, broadcast, contents, conv_bn, fingerprint, randomized, relative, run
+from memory import Held, Wasteful, peak
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
 import normswap
 from normswap.calibration.balance import rescale, signs, sizes
 from normswap.calibration.calibrate import calibrate
+from normswap.calibration.footprint import Footprint, fitting, footprint
 from normswap.calibration.lockstep import Lockstep
+from normswap.calibration.matching import thread_context
 from normswap.calibration.moments import Moments, moments_of
 from normswap.calibration.norm_targets import targets_of
 from normswap.calibration.refit import fitted
@@ -74,7 +78,12 @@ def trained(model: nn.Module, data: Tensor) -> nn.Module:
 
 
 def outputs(model: nn.Module, paths: list[str], batches: list[Any]) -> dict[str, Tensor]:
-    """What the norms at these paths give over all batches, `(values, C)` float64, taken inside a hook."""
+    """What the norms at these paths give over all batches, `(values, C)` float64, taken inside a hook.
+
+    With the channels in the order of the original, which regrouping may have changed.
+    """
+    record = record_of(model)
+    orders = {} if record is None else {order.path: order.rows for order in record.undo.orders}
     seen: dict[str, list[Tensor]] = {path: [] for path in paths}
     handles = []
     for path in paths:
@@ -87,7 +96,12 @@ def outputs(model: nn.Module, paths: list[str], batches: list[Any]) -> dict[str,
         run(model, batch)
     for handle in handles:
         handle.remove()
-    return {path: torch.cat(values) for path, values in seen.items()}
+    found = {path: torch.cat(values) for path, values in seen.items()}
+    for path, values in found.items():
+        if (rows := orders.get(path)) is not None:
+            found[path] = torch.empty_like(values)
+            found[path][:, rows] = values
+    return found
 
 
 def assert_same_moments(model: nn.Module, reference: nn.Module, batches: list[Any], tolerance: float = 1e-4) -> None:
@@ -303,7 +317,8 @@ def test_a_dead_channel_keeps_gamma_and_gets_its_mean(net: nn.Module) -> None:
     gamma = float(model.body[0].bn1.weight[2].detach())
     data = images()
     report = calibrate(model, net, data)
-    assert float(model.body[0].bn1.weight[2].detach()) == gamma == 0
+    rows = {order.path: order.rows for order in record_of(model).undo.orders}["body.0.bn1"]
+    assert float(model.body[0].bn1.weight[int((rows == 2).nonzero())].detach()) == gamma == 0
     assert all(torch.isfinite(t).all() for t in model.state_dict().values())
     paths = ["stem.1", "body.0.bn1", "body.1.bn2"]
     new, old = outputs(model, paths, [data]), outputs(net, paths, [data])
@@ -340,15 +355,67 @@ def test_too_few_images_for_running_statistics_are_an_error(net: nn.Module) -> N
 
 def test_no_more_images_are_used_than_memory_holds(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     model, expected = normswap.convert(net, to="gn"), normswap.convert(net, to="gn")
-    monkeypatch.setattr(
-        "normswap.calibration.calibrate.free_memory", lambda model: 2 * 3 * 4 * (4 * 6 * 6) * 7
-    )  # seven images
-    report = calibrate(model, net, images(30), batch_size=5)
-    assert report.images == 10
-    assert "10 of 30 images" in str(report)
+    with torch.no_grad():
+        plain = peak(lambda: net(images(1)))
+    monkeypatch.setattr("normswap.calibration.calibrate.free_memory", lambda model: 2 * 9.5 * plain)
+    report = calibrate(model, net, images(30), batch_size=15)
+    assert 5 <= report.images <= 10
+    assert f"{report.images} of 30 images" in str(report)
     monkeypatch.undo()
-    calibrate(expected, net, images(30)[:10])
+    calibrate(expected, net, images(30)[: report.images])
     assert_close(model, expected)
+
+
+@pytest.mark.parametrize("method", ["balance", "refit"])
+def test_calibration_holds_a_plain_run_and_what_lies_between_two_layers(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, x = trained(randomized(Wasteful()), torch.randn(8, 3, 24, 24)), torch.randn(12, 3, 24, 24)
+    model = normswap.convert(net, to="gn", groups=2)
+    with torch.no_grad():
+        plain = peak(lambda: net(x[:2]))
+    held, context = Held(), thread_context(model)
+
+    @contextmanager
+    def watched() -> Iterator[None]:
+        with context(), held:
+            yield
+
+    monkeypatch.setattr("normswap.calibration.calibrate.matching.thread_context", lambda model: watched)
+    with held:
+        calibrate(model, net, x, batch_size=2, method=method)
+    between = 12 * 8 * 24 * 24 * 4  # what a layer gives for all images
+    # At a norm there are its input, its output, and what entered the layer before it, which the network's loop holds.
+    # Refit has two networks, and the original's values; a fit needs as much as its equations.
+    assert held.peak < 1.2 * plain + (3 if method == "balance" else 9) * between
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_fewer_images_run_at_once_where_memory_runs_out(net: nn.Module, error: type[Exception]) -> None:
+    class Small(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > 3:
+                raise error("out of memory")
+            return super().forward(x)
+
+    small = Small().eval()
+    small.load_state_dict(net.state_dict())
+    model, expected = normswap.convert(small, to="gn"), normswap.convert(net, to="gn")
+    assert calibrate(model, small, images(12)).images == 12
+    calibrate(expected, net, images(12))
+    assert_close(model, expected)
+
+
+def test_what_a_network_takes_is_measured_on_one_image() -> None:
+    net, x = Wasteful().eval(), torch.randn(1, 3, 16, 16)
+    size = 8 * 16 * 16 * 4
+    with torch.no_grad():
+        assert footprint(net, (x,), [net.norm, net.norm2]) == Footprint(peak(lambda: net(x)), 3 * size)
+    one = Footprint(100.0, 20.0)
+    batches = [(torch.zeros(4, 2),), (torch.zeros(4, 4),)]
+    parts, _, used = fitting(batches, [None, None], one, 250)
+    assert [len(args[0]) for args in parts] == [2, 2, 1, 1, 1, 1]  # those of the second are twice as large
+    assert used == 2  # 80 of four images and 160 of one that runs; two more of 40 do not fit
 
 
 def test_no_more_images_than_asked_for_are_read(net: nn.Module) -> None:
@@ -764,8 +831,10 @@ def test_refitting_brings_what_enters_the_norms_closer_to_the_original_and_keeps
         model = normswap.convert(net, to="gn", groups=2)
         calibrate(model, net, data.split(17), method=method)
         assert_same_moments(model, net, [data])
+        order = {order.path: order.rows for order in record_of(model).undo.orders}["body.1.conv1"]
         found = run_at(model.body[1].conv1, run_at(model.body[0], run_at(model.stem, data))).movedim(1, 0).flatten(1)
-        unexplained[method] = np.mean([1 - np.corrcoef(a, b)[0, 1] ** 2 for a, b in zip(wanted, found, strict=True)])
+        pairs = zip(wanted[order], found, strict=True)
+        unexplained[method] = np.mean([1 - np.corrcoef(a, b)[0, 1] ** 2 for a, b in pairs])
     assert unexplained["refit"] < unexplained["balance"]
 
 

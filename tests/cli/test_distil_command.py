@@ -39,7 +39,7 @@ def test_the_same_seed_gives_the_same_file(cli: Cli, converted: str) -> None:
 
 
 def test_training_the_norms_leaves_the_convolutions(cli: Cli, converted: str) -> None:
-    assert distil(cli, converted, "--train", "norm", "--augment", "--lr", "0.01").code == 0
+    assert distil(cli, converted, "--train", "norm", "--augment", "auto", "--lr", "0.01").code == 0
     before = normswap.load(converted, trust_code=True)
     after = normswap.load("tiny-gn-distilled.safetensors", trust_code=True)
     assert torch.equal(before[0].weight, after[0].weight)

@@ -41,7 +41,7 @@ def pixels():
     torch.manual_seed(0)
     return Pixels().eval()
 """
-FIXED = ("finetune", "--weights", "none", "--trust-code", "--device", "cpu", "--steps", "2", "--calibrate", "2")
+FIXED = ("finetune", "--weights", "none", "--trust-code", "--device", "cpu", "--steps", "2", "--calibrate-images", "2")
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +106,6 @@ def test_a_folder_without_annotations_and_an_unfit_option_are_named(cli: Cli) ->
     ran = cli(*FIXED, "own.py:tiny", "--task", "detection", "--data", "shapes/train/images")
     assert ran.code == 1
     assert "annotations.json" in ran.err
-    ran = cli(*FIXED, "own.py:tiny", "--task", "detection", "--data", "shapes", "--distill", "0.5")
-    assert ran.code == 1
+    ran = cli(*FIXED, "own.py:tiny", "--task", "detection", "--data", "shapes", "--distil", "0.5")
+    assert ran.code == 2
     assert "classification" in ran.err

@@ -23,10 +23,18 @@ def test_every_norm_is_listed_with_what_feeds_it(cli: Cli) -> None:
 
 
 def test_repeated_layers_are_one_row_and_all_shows_each(cli: Cli) -> None:
-    assert "[0-11].1" in cli("inspect", "nets.py:deep").out
+    assert "{0..11}.1" in cli("inspect", "nets.py:deep").out
     shown = cli("inspect", "nets.py:deep", "--all").out
     assert all(f"\n{i}.1 " in "\n" + shown for i in range(12))
     assert "conv 11.0" in shown
+
+
+def test_what_a_row_is_called_is_a_rule_for_its_layers(cli: Cli) -> None:
+    rows = [line.split() for line in cli("inspect", "nets.py:deep").out.splitlines() if "BatchNorm2d" in line]
+    assert rows
+    for name, count, *_ in rows:
+        matched = cli("inspect", "nets.py:deep", "--rule", f"{name}=gn", "--json").json["rules"][0]["layers"]
+        assert len(matched) == int(count)
 
 
 def test_json_is_what_the_api_says(cli: Cli, nets: Any) -> None:
@@ -142,7 +150,7 @@ def test_quiet_and_verbose_exclude_each_other(cli: Cli) -> None:
         ("missing.py:build", "missing.py does not exist"),
         ("no.such.module:build", "cannot be imported"),
         ("what is this:", "unknown model"),
-        ("missing.safetensors", "There is no such file"),
+        ("missing.safetensors", "missing.safetensors does not exist"),
         ("weights.pth", "A checkpoint needs its architecture"),
     ],
 )

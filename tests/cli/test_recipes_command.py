@@ -67,7 +67,7 @@ def test_what_exists_is_replaced_by_force_alone(cli: Cli, folder: Path) -> None:
 def test_an_unknown_name_is_an_error_with_the_names_and_a_near_match(cli: Cli, folder: Path) -> None:
     before = sorted(folder.iterdir())
     ran = cli("recipes", "train_digit")
-    assert (ran.code, ran.out) == (1, "")
+    assert (ran.code, ran.out) == (2, "")
     assert all(name in ran.err for name in NAMES)
     assert "Did you mean train_digits?" in ran.err
     assert sorted(folder.iterdir()) == before

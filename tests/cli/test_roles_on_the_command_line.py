@@ -59,7 +59,7 @@ def test_inspect_shows_what_rules_match_before_anything_is_converted(cli: Cli) -
 @pytest.mark.parametrize("rule", ["role:neck=gn", "*=foo"])
 def test_inspect_refuses_rules_that_convert_would(cli: Cli, rule: str) -> None:
     ran = cli("inspect", "parts.py:build", "--rule", rule)
-    assert (ran.code, ran.out) == (1, "")
+    assert (ran.code, ran.out) == (2, "")
     assert "unknown" in ran.err
 
 
@@ -72,5 +72,5 @@ def test_inspect_refuses_rules_that_convert_would(cli: Cli, rule: str) -> None:
 )
 def test_a_role_that_is_not_there_is_said(cli: Cli, source: str, role: str, words: str) -> None:
     ran = cli("convert", source, "--rule", f"role:{role}=gn")
-    assert ran.code == 1
+    assert ran.code == 2
     assert words in ran.err

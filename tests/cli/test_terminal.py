@@ -11,9 +11,10 @@ import typer
 
 from normswap.cli.terminal.flags import written
 from normswap.cli.terminal.output import Output
-from normswap.cli.terminal.render import Page, number_range, size
+from normswap.cli.terminal.render import Page, size
 from normswap.cli.terminal.streams import printable
 from normswap.cli.terminal.suggestions import changed, command
+from normswap.display.overview import number_range
 from normswap.errors import Fix, NormswapError, Text, plural
 
 
@@ -36,7 +37,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Terminal]:
     return of
 
 
-ROWS = [[("layer1.[0-2].bn1", "path"), "3", "BatchNorm2d"], [("[red]", "path"), "12", "BatchNorm2d"]]
+ROWS = [[("layer1.{0..2}.bn1", "path"), "3", "BatchNorm2d"], [("[red]", "path"), "12", "BatchNorm2d"]]
 COLUMNS = ("layer", ">layers", "type")
 
 
@@ -48,16 +49,16 @@ def table(stream: io.StringIO) -> str:
 def test_a_table_is_plain_and_unwrapped_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     expected = [
-        "layer             layers  type",
-        "layer1.[0-2].bn1       3  BatchNorm2d",
-        "[red]                 12  BatchNorm2d",
+        "layer              layers  type",
+        "layer1.{0..2}.bn1       3  BatchNorm2d",
+        "[red]                  12  BatchNorm2d",
     ]
     assert table(io.StringIO()).splitlines() == expected
 
 
 def test_a_table_is_coloured_on_a_terminal(terminal: Callable[[int], Terminal]) -> None:
     shown = table(terminal(80))
-    assert "\x1b[36mlayer1.[0-2].bn1\x1b[0m" in shown
+    assert "\x1b[36mlayer1.{0..2}.bn1\x1b[0m" in shown
     assert "\x1b[36m[red]\x1b[0m" in shown
 
 

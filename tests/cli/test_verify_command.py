@@ -143,6 +143,6 @@ def test_a_folder_without_images_is_named(cli: Cli, folder: Path) -> None:
 
 def test_a_device_that_does_not_exist_is_named(cli: Cli) -> None:
     ran = cli("verify", "nets.py:tiny", "nets.py:tiny", "--device", "cuda:99")
-    assert ran.code == 1
+    assert ran.code == 2
     assert "cuda:99" in ran.err
     assert cli("verify", "nets.py:tiny", "nets.py:tiny", "--device", "cpu").code == 0

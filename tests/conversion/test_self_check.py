@@ -9,6 +9,7 @@ import pytest
 import torch
 from detectors import worn
 from helpers import Net, Residual, X, conv_bn, fingerprint, randomized
+from memory import Wasteful, peak
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import detection as zoo
@@ -224,3 +225,27 @@ def test_detectors_are_checked_on_small_images_and_keep_their_own_sizes() -> Non
     assert max(sides) <= 320
     for each in (model, converted):
         assert (tuple(each.transform.min_size), each.transform.max_size) == ((800,), 1333)
+
+
+def test_the_self_check_holds_little_more_than_a_plain_run() -> None:
+    model, x = Wasteful().eval(), torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        plain = peak(lambda: model(x))
+    weights = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
+    assert peak(lambda: normswap.convert(model, "gn", groups=2, example_inputs=x)) < 1.2 * plain + 4 * weights
+
+
+def test_samples_are_copies_evenly_spread() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).mul_(2)
+
+    x = torch.arange(20000.0, dtype=torch.float64)
+    seen = observe(Twice(), (x.clone(),), ["layer"])
+    assert torch.equal(seen["layer"][0], x[::5])
+    images = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(observe(nn.Identity(), (images,), [])["(output)"][0], images.flatten())

@@ -388,7 +388,7 @@ def test_a_folder_without_annotations_says_what_is_expected(tmp_path: Path) -> N
 
 
 def test_what_does_not_go_with_detection_is_refused(folder: Path) -> None:
-    for option in ({"distill": 0.5}, {"label_smoothing": 0.1}, {"task": "tracking"}):
+    for option in ({"distil": 0.5}, {"label_smoothing": 0.1}, {"task": "tracking"}):
         with pytest.raises(NormswapError):
             train(tiny(), folder, **option)
     with pytest.raises(DataError, match="keypoints"):

@@ -292,7 +292,7 @@ def test_the_teacher_pulls_the_network_towards_it(data: Any) -> None:
     before = tensors(teacher)
     for share in (0.0, 1.0):
         model = normswap.convert(pretrained(), "gn", groups=4)
-        normswap.finetune(model, wrong, batch_size=8, steps=20, distill=share, reference=teacher)
+        normswap.finetune(model, wrong, batch_size=8, steps=20, distil=share, reference=teacher)
         with torch.no_grad():
             distances.append(float((model.eval()(x) - teacher(x)).norm()))
     assert distances[1] < distances[0] / 2
@@ -300,7 +300,7 @@ def test_the_teacher_pulls_the_network_towards_it(data: Any) -> None:
 
 
 def test_the_original_is_rebuilt_as_teacher(gn: nn.Module, data: Any) -> None:
-    report = normswap.finetune(gn, *data, **SMALL, distill=0.5)
+    report = normswap.finetune(gn, *data, **SMALL, distil=0.5)
     assert report.figures["val_accuracy"] > 0.8
 
 
@@ -481,7 +481,7 @@ def test_labels_beyond_the_scores_name_the_head(gn: nn.Module, data: Any) -> Non
         ({"epochs": 1, "steps": 1}, "exclude each other"),
         ({"epochs": 0}, "epochs"),
         ({"clip_grad": 0.0}, "clip_grad"),
-        ({"distill": 1.5}, "distill"),
+        ({"distil": 1.5}, "distil"),
         ({"ema": 1.0}, "ema"),
         ({"train": "layer9.*"}, "layer9"),
         ({"device": "gpu"}, "device"),

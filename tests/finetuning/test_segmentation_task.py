@@ -226,7 +226,7 @@ def test_what_gives_no_scores_for_pixels_is_refused(folder: Path) -> None:
     with pytest.raises(OptionError, match="segmentation network gives scores"):
         train(model, folder)
     with pytest.raises(OptionError, match="distil"):
-        train(pixels(), folder, distill=0.5)
+        train(pixels(), folder, distil=0.5)
 
 
 @pytest.mark.parametrize("size", [20, 48])

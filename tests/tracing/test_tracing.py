@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import MODES, Net, X, edges, fingerprint, randomized
+from memory import Wasteful, peak
 from test_feeds import Stored, StoredInDict, StoredInList
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import normswap
 from normswap.inspection.inventory import inspect
 from normswap.modules.attributes import leaves_of
+from normswap.tracing.recorded import _Recorder
 
 
 def branch(y: Tensor) -> Tensor:
@@ -473,3 +475,25 @@ def test_example_inputs_are_a_tensor_or_the_forwards_arguments(inputs: object) -
             return super().forward(x[0] if isinstance(x, list) else x)
 
     assert inspect(First(), inputs)["bn"].feed.foldable
+
+
+def test_a_recorded_run_holds_little_more_than_a_plain_one() -> None:
+    model, x = Wasteful().eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        plain = peak(lambda: model(x))
+    assert peak(lambda: inspect(model, x)) < 1.2 * plain
+    assert inspect(model, x)["norm2"].feed.producers == ("conv2",)
+
+
+def test_the_address_of_a_dead_tensor_stands_for_nothing() -> None:
+    recorder = _Recorder(nn.Linear(1, 1))
+    first = torch.zeros(64)
+    recorder.add("function", "zeros", (), [first])
+    view, address = first.data, first.data_ptr()
+    del first
+    assert recorder.known(view) == 0  # its memory lives
+    del view
+    others: list[Tensor] = []
+    while not others or (others[-1].data_ptr() != address and len(others) < 1000):
+        others.append(torch.zeros(64))
+    assert [recorder.known(other) for other in others] == [None] * len(others)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ...errors import OptionError
+from ...errors import CheckpointError
 from ..terminal.output import Output
 from ..terminal.suggestions import repeated
 from . import options
@@ -96,14 +97,14 @@ def converted_file(text: str) -> Path | None:
 
 
 def check_converted(text: str, what: str, hint: str) -> None:
-    """Raise SourceError for a file that is not there, and OptionError, with `hint`, for anything else not converted."""
+    """Raise SourceError for a file that is not there, CheckpointError, with `hint`, for anything else not converted."""
     if converted_file(text) is not None:
         return
     from ...sources.resolve import missing_file
 
     if (missing := missing_file(text)) is not None:
         raise missing
-    raise OptionError(f"{what}{text} is not a file that normswap wrote", hint=hint)
+    raise CheckpointError(f"{what}{text} is not a file that normswap wrote", hint=hint)
 
 
 def locate(ctx: typer.Context, wanted: SourceRequest, *, default_weights: str = "DEFAULT") -> ResolvedSource:
@@ -260,6 +261,23 @@ def example_inputs(model: nn.Module, shapes: list[tuple[int, ...]]) -> tuple[Ten
     from ...inspection.example_inputs import random_tensor
 
     return tuple(random_tensor(shape, model) for shape in shapes)
+
+
+@contextmanager
+def on_device(name: str, *models: nn.Module | None) -> Iterator[None]:
+    """The networks on a device; afterwards they are on the CPU, where files are written from. Raises OptionError."""
+    from ...machine.devices import device_of
+
+    device = device_of(name)
+    try:
+        for model in models:
+            if model is not None:
+                model.to(device)
+        yield
+    finally:
+        for model in models:
+            if model is not None:
+                model.cpu()
 
 
 def original_of(model: nn.Module, origin: ResolvedSource, instead: str, *, approximate: bool = False) -> nn.Module:

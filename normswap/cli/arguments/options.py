@@ -3,38 +3,60 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ...arguments import MOST_SEED
+from ...choices import DEVICES, INDIVISIBLE, METHODS, NORMS
 from ...errors import did_you_mean
 from ...machine.limits import check_memory
+from .completion import converted_files, model_names
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's own, under a name that all versions of typer have
 
-# As `registry.targets()` has them, which would need torch to be imported; a test compares the two.
-NORMS = ("bn", "sync", "frozen", "fused", "gn", "in", "ln", "ln-channel", "renorm")
+
+def completing(*known: str) -> Callable[[str], list[str]]:
+    """Completion of one of these words."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in known if word.startswith(incomplete)]
+
+    return complete
 
 
-def norm_names(incomplete: str) -> list[str]:
-    """Completion of a norm's name."""
-    return [name for name in NORMS if name.startswith(incomplete)]
+norm_names = completing(*NORMS)
+target_names = completing(*NORMS, "original")
 
 
-def target_names(incomplete: str) -> list[str]:
-    """Completion of what --to takes."""
-    return [name for name in (*NORMS, "original") if name.startswith(incomplete)]
+def word(known: tuple[str, ...], text: str, *, also: str = "", fits: str = "") -> Any:
+    """An option that takes one of a few words, or what `also` stands for: what the expression `fits` matches."""
+
+    def check(ctx: typer.Context, param: typer.CallbackParam, value: str) -> str:
+        return value if fits and re.fullmatch(fits, value) else choice(ctx, param.opts[0], value, known)
+
+    shown = "|".join((*known, also) if also else known)
+    return typer.Option(metavar=shown, help=text, autocompletion=completing(*known), callback=check)
 
 
 SOURCE_HELP = (
     "A torchvision name, timm:NAME, hf:ID, package.module:factory, file.py:factory, or a file that normswap wrote."
 )
 
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP, show_default=False)]
+Source = Annotated[
+    str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP, autocompletion=model_names, show_default=False)
+]
 Converted = Annotated[
-    str, typer.Argument(metavar="FILE", help="A file that normswap convert wrote.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="FILE",
+        help="A file that normswap convert wrote.",
+        autocompletion=converted_files,
+        show_default=False,
+    ),
 ]
 Weights = Annotated[
     str | None,
@@ -81,9 +103,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors."
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show warnings of libraries, and where an error happened.")]
 Method = Annotated[
     str,
-    typer.Option(
-        metavar="balance|refit|moments",
-        help="How to calibrate; refit also fits the layers before the norms: closer with small groups, but slower.",
+    word(
+        METHODS, "How to calibrate; refit also fits the layers before the norms: closer with small groups, but slower."
     ),
 ]
 Groups = Annotated[
@@ -98,10 +119,7 @@ ChannelsPerGroup = Annotated[
 ]
 Indivisible = Annotated[
     str,
-    typer.Option(
-        metavar="error|nearest",
-        help="What to do where the channels do not divide: nearest takes the next divisor below.",
-    ),
+    word(INDIVISIBLE, "What to do where the channels do not divide: nearest takes the next divisor below."),
 ]
 Rule = Annotated[
     list[str] | None,
@@ -112,7 +130,6 @@ Rule = Annotated[
         show_default=False,
     ),
 ]
-METHODS = ("balance", "refit", "moments")
 Data = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="Images, alone or in one subfolder for each class.", show_default=False),
@@ -136,7 +153,25 @@ Mean = Annotated[
 Std = Annotated[
     str | None, typer.Option(metavar="R,G,B", help="Standard deviation to divide by; likewise.", show_default=False)
 ]
-Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="Where to run, such as cuda.", show_default="cpu")]
+Device = Annotated[
+    str,
+    word(
+        DEVICES,
+        "Where images are run; auto takes a GPU if there is one.",
+        also="cuda:N",
+        fits=r"cuda:\d+",
+    ),
+]
+MaxBad = Annotated[int, typer.Option(min=0, metavar="N", help="Skip so many images that cannot be read.")]
+Calibrate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER|none", help="Calibrate too, on the unlabelled images of a folder.", show_default=False
+    ),
+]
+CalibrateImages = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Calibrate on at most so many images.", show_default="256")
+]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="OUT", help="The file to write.", show_default=False)
 ]
@@ -199,6 +234,19 @@ def groups(ctx: typer.Context, text: str | None) -> int | str | None:
     if value < 1:
         raise typer.BadParameter(f"{text!r} is neither a positive number nor auto", ctx=ctx, param_hint="--groups")
     return value
+
+
+def calibration(ctx: typer.Context, text: str | None, missing: Path | None = None) -> Path | None:
+    """The folder that --calibrate names, None for `none`. A number was its meaning once, and is an error."""
+    if text is None:
+        return missing
+    if text.isdecimal() and not Path(text).exists():
+        raise typer.BadParameter(
+            f"{text!r} is no folder; the number of images is --calibrate-images {text}",
+            ctx=ctx,
+            param_hint="--calibrate",
+        )
+    return None if text == "none" else Path(text)
 
 
 def eps(ctx: typer.Context, text: str | None) -> float | str | None:

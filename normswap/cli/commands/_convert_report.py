@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...display.overview import CARRIED, kept_table, steps_table
+from ...modules.path_ranges import local_names
 from ..arguments.networks import ResolvedSource
-from ..terminal.problem_lines import Run, collapse, local_names
 from ..terminal.suggestions import building
 from .calibrate import figures
 
 if TYPE_CHECKING:
     from ...calibration.report import CalibrationReport
     from ...conversion.self_check import Check
-    from ...planning.plan import Kept, Plan, Step
+    from ...planning.plan import Plan
     from ..terminal.render import Page
 
-_CARRIED = {
-    "fold": ("folded", "good"),
-    "prescale": ("prescaled", "bad"),
-    "fuse": ("fused", "good"),
-    "affine": ("scale and shift left", "bad"),
-    "exact": ("exact", "good"),
-    "copy": ("γ and β copied", ""),
-    "reset": ("reset", ""),
-}
 _MEANING = {
     "fold": "statistics folded into the layer before",
     "prescale": "statistics in a fixed scale and shift before the norm",
@@ -92,71 +83,22 @@ def show(page: Page, result: Result) -> None:
         _check(page, result.check)
     if result.calibration is not None:
         page.facts(*figures(result.calibration), indent=0)
+        page.skipped(result.calibration.bad)
     _file(page, result)
 
 
 def _steps(page: Page, plan: Plan) -> None:
-    from ..terminal.render import number_range
-
-    runs = collapse(plan.steps, lambda s: s.path, _key, _loose_key)
-    rows = []
-    for run in runs:
-        first = run.items[0]
-        words, style = _CARRIED[first.transfer]
-        zero = ", γ = 0" if first.zero_init else ""
-        rows.append(
-            (
-                (run.name or "(root)", "path"),
-                str(len(run.items)),
-                number_range(s.channels for s in run.items),
-                first.source_class,
-                _target(run.items),
-                (words + zero, style),
-            )
-        )
-    page.table(("layer", ">layers", ">channels", "was", "becomes", "statistics"), rows)
-
-
-def _key(step: Step) -> tuple[Hashable, ...]:
-    return (step.channels, step.options, *_loose_key(step))
-
-
-def _loose_key(step: Step) -> tuple[Hashable, ...]:
-    """What the layers of one row share; channels and groups may then differ."""
-    return (step.source_class, step.target, step.options.eps, step.transfer, step.note == "", step.zero_init)
-
-
-def _target(steps: Sequence[Step]) -> str:
-    """The new norm with its options, as `gn (32 groups)`, or `gn (16 per group)` where that is what stays the same."""
-    first = steps[0]
-    options = {k: v for k, v in asdict(first.options).items() if v is not None}
-    parts = []
-    if options.pop("num_groups", None) is not None:
-        parts.append(_groups([(step.channels, asdict(step.options)["num_groups"]) for step in steps]))
-    parts += [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in options.items()]
-    return first.target + (f" ({', '.join(parts)})" if parts else "")
-
-
-def _groups(pairs: Sequence[tuple[int, int]]) -> str:
-    from ...errors import plural
-    from ..terminal.render import number_range
-
-    numbers, sizes = {groups for _, groups in pairs}, {channels // groups for channels, groups in pairs}
-    if len(numbers) > 1 and len(sizes) == 1:
-        return f"{sizes.pop()} per group"
-    return plural(numbers.pop(), "group") if len(numbers) == 1 else f"{number_range(numbers)} groups"
+    table = steps_table(plan.steps)
+    page.table(table.columns, table.rows)
 
 
 def _kept(page: Page, plan: Plan) -> None:
     if not plan.kept:
         return
-    runs: list[Run[Kept]] = collapse(plan.kept, lambda k: k.path, lambda k: (k.norm, k.reason))
+    table = kept_table(plan.kept)
     page.gap()
     page.line(("Kept", "strong"))
-    page.table(
-        ("layer", ">layers", "norm", "why"),
-        (((run.name or "(root)", "path"), str(len(run.items)), run.items[0].norm, run.items[0].reason) for run in runs),
-    )
+    page.table(table.columns, table.rows)
 
 
 def _summary(page: Page, plan: Plan) -> None:
@@ -173,7 +115,7 @@ def _summary(page: Page, plan: Plan) -> None:
         if rule["pattern"] != "*":
             page.line("  ", (rule["pattern"], "path"), f" matched {plural(rule['layers'], 'layer')}: {rule['target']}")
     for how, count in carried.items():
-        page.line("  ", (_CARRIED[how][0], _CARRIED[how][1]), f" {count}: {_MEANING[how]}")
+        page.line("  ", (CARRIED[how][0], CARRIED[how][1]), f" {count}: {_MEANING[how]}")
         reasons = Counter(
             local_names(step.note, step.path) for step in plan.steps if step.transfer == how and step.note
         )

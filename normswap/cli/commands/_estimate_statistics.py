@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ...errors import OptionError
+from ...errors import NetworkError
 from ..arguments.networks import ResolvedSource
-from ..arguments.preprocessing import PreprocessOverrides
 from ..terminal.output import Output
-from .calibrate import estimate
+from .calibrate import Calibration, estimate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,45 +16,48 @@ if TYPE_CHECKING:
     from ...planning.plan import Plan
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What --calibrate and the options that go with it ask for."""
-
-    data: Path
-    images: int
-    asked: PreprocessOverrides
-    method: str
-
-
 def mend_statistics(
     model: nn.Module, made: Plan, origin: ResolvedSource, wish: Calibration | None, out: Output, *, dry_run: bool
-) -> None:
-    """Statistics that were never updated say nothing: estimate them where there are images, else say what to do."""
+) -> ResolvedSource:
+    """Statistics that were never updated say nothing: estimate them where there are images, else say what to do.
+
+    Returns where the network comes from now.
+    """
     from ...conversion.preconditions import affine_moved, needs_statistics, never_updated
 
     standardises = needs_statistics(made)
     keeps = any(step.target == "frozen" or step.transfer in ("fuse", "affine") for step in made.steps)
     built = not any(p.is_meta for p in model.parameters())
     if not (built and (standardises or keeps) and (count := never_updated(model))):
-        return
+        return origin
     if wish is not None:
         if not dry_run:
             out.step("estimating running statistics")
-            report = estimate(model, origin, wish.data, wish.images, 32, wish.asked, out)
+            report = estimate(model, origin, wish, out)
             out.note(f"the running statistics of {origin} were never updated: estimated on {report.images} images")
-        return
+            return estimated(origin, model)
+        return origin
     text = f"the running statistics of {origin} were never updated: mean 0, variance 1 in all of its {count} norms"
     ways = (
         "--calibrate FOLDER estimates them first, from images without labels. --transfer copy carries γ and β "
         "over alone, if the network is meant to be used with its statistics as they are."
     )
-    named = origin.weights not in (None, "none") and not (origin.weights == "DEFAULT" and _runs_code(origin))
-    named = named and origin.file is None
+    named = origin.file is None and origin.weights is not None and not origin.weights.random
     if named and standardises:
-        raise OptionError(text, hint=ways)
+        raise NetworkError(text, hint=ways)
     if named or affine_moved(model):
         out.note(f"{text}. {ways if standardises else ways.partition('. ')[0] + '.'}")
+    return origin
 
 
-def _runs_code(origin: ResolvedSource) -> bool:
-    return origin.source is not None and origin.source.runs_code
+def estimated(origin: ResolvedSource, model: nn.Module) -> ResolvedSource:
+    """The origin of a network whose running statistics were estimated: they are the original's from now on."""
+    from ...sources.weights import digest_of
+
+    made = origin.made_with
+    if origin.source is None or made is None:
+        return origin
+    name = f"{made}, with running statistics estimated on images"
+    weights = replace(made, name=name, digest=digest_of(model.state_dict()))
+    source = replace(origin.source, weights=weights.to_dict())
+    return replace(origin, source=source, weights=origin.weights if origin.file else weights)

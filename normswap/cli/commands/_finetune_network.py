@@ -14,6 +14,9 @@ from ..arguments.networks import ResolvedSource, SourceRequest, open_network
 from ..arguments.preprocessing import Preparation, PreprocessOverrides, prepare
 from ..terminal.output import Output
 from ..terminal.suggestions import building, with_commands
+from ._estimate_statistics import estimated
+from .calibrate import Calibration, estimate
+from .calibrate import run as run_calibration
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,17 +26,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ConversionRequest:
-    """What --to and the options that go with it ask for. images: how many to calibrate on."""
+    """What --to and the options that go with it ask for.
+
+    calibrate: on at most so many `images`, of `folder` or else of those to train on.
+    """
 
     to: str | None
     rules: list[tuple[str, str]]
     planning: dict[str, Any]
     images: int
+    calibrate: bool = True
+    folder: Path | None = None
 
     def described(self, origin: ResolvedSource, asked: PreprocessOverrides) -> dict[str, Any]:
         """JSON values."""
         source = None if origin.source is None else origin.source.to_dict()
-        swap = {"to": self.to, "rules": self.rules, **self.planning, "calibrate": self.images}
+        images = {"calibrate": self.images if self.calibrate else 0, "calibrate_on": self.folder and str(self.folder)}
+        swap = {"to": self.to, "rules": self.rules, **self.planning, **images}
         return {"source": source, "file": None if origin.file is None else str(origin.file), **swap, **asked.given()}
 
     def check(self) -> None:
@@ -95,18 +104,27 @@ def converted(
     origin: ResolvedSource,
     swap: ConversionRequest,
     inputs: Iterator[Any],
+    asked: PreprocessOverrides,
     out: Output,
+    device: str = "auto",
 ) -> nn.Module:
-    """inputs: batches to calibrate on."""
+    """inputs: batches to calibrate on, where no other folder was named."""
     from ...calibration.calibrate import calibrate, estimate_statistics
     from ...conversion.convert import convert
     from ...conversion.preconditions import affine_moved, never_updated
     from ...conversion.record import record_of
 
-    batches = list(inputs) if swap.wanted and swap.images else []
-    if batches and never_updated(model) and affine_moved(model):
-        report = estimate_statistics(model, batches)
-        out.note(f"the running statistics were never updated: estimated on {report.images} training images")
+    calibrating = swap.wanted and swap.calibrate
+    wish = None if swap.folder is None else Calibration(swap.folder, swap.images, asked, device=device)
+    batches = list(inputs) if calibrating and wish is None else []
+    where = "training images" if wish is None else f"images of {wish.data}"
+    if calibrating and never_updated(model) and affine_moved(model):
+        if wish is None:
+            report = estimate_statistics(model, batches, progress=False)
+        else:
+            report = estimate(model, origin, wish, out)
+        origin = estimated(origin, model)
+        out.note(f"the running statistics were never updated: estimated on {report.images} {where}")
     out.step("converting" if swap.wanted else "preparing")
     rules = swap.rules if swap.wanted else [("*", "keep")]
     with with_commands(ctx):
@@ -117,15 +135,14 @@ def converted(
             if rule["pattern"] != "*":
                 out.note(f"{rule['pattern']} matched {plural(rule['layers'], 'layer')}: {rule['target']}")
         record.source = None if origin.source is None else origin.source.to_dict()
-    if swap.wanted and swap.images:
+    if calibrating:
         out.step("calibrating")
-        report = calibrate(model, None, batches)
+        if wish is None:
+            report = calibrate(model, None, batches, progress=False)
+        else:
+            report = run_calibration(model, None, origin, wish, out)
         if report.layers:
-            note, before, after = (
-                f"calibrated on {report.images} training images",
-                report.drift_before,
-                report.drift_after,
-            )
+            note, before, after = f"calibrated on {report.images} {where}", report.drift_before, report.drift_after
             if before is not None and after is not None:  # outputs of detectors differ in number, so there is none
                 note += f": relative error of the output {before:.3g}, after {after:.3g}"
             out.note(note)

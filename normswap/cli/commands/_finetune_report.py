@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ...display.progress import Line, duration
 from ...errors import OptionError, plural
 from ..arguments.networks import ResolvedSource
 from ..terminal import flags
-from ..terminal.output import Output
 
 if TYPE_CHECKING:
     from ...finetuning.output.report import FinetuneReport, Progress
@@ -61,27 +61,16 @@ class Teller:
     command: noted with `keep_command` when the run has begun, None for one that goes on.
     """
 
-    def __init__(self, bar: Any, out: Output, folder: Path, command: Mapping[str, Any] | None) -> None:
-        self._bar, self._out, self._folder, self._command = bar, out, folder, command
+    def __init__(self, bar: Line, folder: Path, command: Mapping[str, Any] | None) -> None:
+        self._bar, self._folder, self._command = bar, folder, command
 
     def __call__(self, progress: Progress) -> None:
         if self._command is not None:
             keep_command(self._folder, self._command, resume=False)
             self._command = None
-        figures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in progress.figures.items())
-        if progress.validation:
-            self._out.note(f"epoch {progress.epoch:.3g}: {figures}")
-            return
-        left = "" if progress.seconds_left is None else f", {duration(progress.seconds_left)} left"
-        text = f"{figures}, {progress.samples_per_second:.3g} images/s, {progress.memory / 2**30:.2f} GiB{left}"
-        self._bar(progress.step, progress.steps, text)
+        from ...finetuning.output.report import show as show_progress
 
-
-def duration(seconds: float) -> str:
-    """`1:02:03`, or `2:03`."""
-    whole = round(seconds)
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+        show_progress(self._bar, progress)
 
 
 def _figure(report: FinetuneReport, name: str, value: float) -> tuple[str, str]:
@@ -111,8 +100,7 @@ def show(page: Page, report: FinetuneReport, folder: Path, origin: ResolvedSourc
     page.facts(*facts, indent=0)
     for note in report.notes:
         page.line(("note: ", "dim"), flags.told(note))
-    for bad in report.bad:
-        page.line(("skipped: ", "bad"), bad)
+    page.skipped(report.bad)
     files = (report.best_file, report.last_file, report.curves, report.examples)
     page.line(("Written: ", "strong"), (str(folder), "path"), ": ", ", ".join(f.name for f in files if f is not None))
     if report.interrupted:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -15,6 +16,7 @@ from ..arguments.networks import (
     check_converted,
     files_read,
     locate,
+    on_device,
     open_network,
     open_original,
     restored,
@@ -30,9 +32,28 @@ if TYPE_CHECKING:
 
     from ...calibration.report import CalibrationReport
     from ...data.batches import Batches
+    from ...planning.plan import Plan
     from ..terminal.render import Page
 
 IMAGES = 256
+BUDGET = 0.01
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What to calibrate on, and how. max_bad: so many images that cannot be read are skipped.
+
+    budget: how much of the output each layer may change when its number of groups is chosen; None to choose none.
+    """
+
+    data: Path
+    images: int
+    asked: PreprocessOverrides
+    method: str = "balance"
+    batch_size: int = 32
+    device: str = "auto"
+    max_bad: int = 10
+    budget: float | None = None
 
 
 def calibrate(
@@ -54,8 +75,10 @@ def calibrate(
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    max_bad: options.MaxBad = 10,
     weights: options.Weights = None,
     arg: options.Arg = None,
+    device: options.Device = "auto",
     output: options.Output = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
     built_by: options.BuiltBy = None,
@@ -76,7 +99,6 @@ def calibrate(
     normswap calibrate resnet50-gn.safetensors --data photos/
     """
     asked = PreprocessOverrides.of(ctx, size, mean, std)
-    options.choice(ctx, "--method", method, options.METHODS)
     if reference is None and (weights or arg):
         raise options.usage(ctx, "--weights and --arg go with --reference")
     wanted = SourceRequest(file, None, (), False, trust_code, allow_nonfinite, seed, built_by)
@@ -97,7 +119,8 @@ def calibrate(
         model, origin = open_network(origin, wanted, out)
         teacher, named = open_original(ctx, other[1], origin, wanted, out) if other else (None, restored(origin))
         with naming_the_original(ctx, origin.source, origin.made_with):
-            report = run(model, teacher, origin, data, images, batch_size, asked, out, method)
+            wish = Calibration(data, images, asked, method, batch_size, device, max_bad)
+            report = run(model, teacher, origin, wish, out)
         out.step(f"writing {target}")
         save(model, target, overwrite=force)
         ctx.meta[WRITTEN] = target
@@ -116,55 +139,48 @@ def run(
     model: nn.Module,
     reference: nn.Module | None,
     origin: ResolvedSource,
-    data: Path,
-    images: int,
-    batch_size: int,
-    asked: PreprocessOverrides,
+    wish: Calibration,
     out: Output,
-    method: str = "balance",
 ) -> CalibrationReport:
-    """Calibrate `model` in place on a folder of images, prepared as its weights want them."""
+    """Calibrate `model` in place on a folder of images, prepared as its weights want them. It ends on the CPU."""
     from ...calibration import calibrate as calibration
 
-    tracked = _batches(model, origin, data, images, batch_size, asked, out, "calibrating")
-    return calibration.calibrate(model, reference, tracked, method=method)
+    batches, method = _batches(model, origin, wish, out), cast(Any, wish.method)
+    with on_device(wish.device, model, reference), out.bar("calibrating") as bar:
+        return calibration.calibrate(model, reference, batches, method=method, progress=bar)
 
 
-def estimate(
-    model: nn.Module,
-    origin: ResolvedSource,
-    data: Path,
-    images: int,
-    batch_size: int,
-    asked: PreprocessOverrides,
-    out: Output,
-) -> CalibrationReport:
+def estimate(model: nn.Module, origin: ResolvedSource, wish: Calibration, out: Output) -> CalibrationReport:
     """Estimate the running statistics of `model` in place, on a folder of images prepared as its weights want them."""
     from ...calibration import calibrate as calibration
 
-    tracked = _batches(model, origin, data, images, batch_size, asked, out, "estimating running statistics")
-    return calibration.estimate_statistics(model, tracked)
+    batches = _batches(model, origin, wish, out)
+    with on_device(wish.device, model), out.bar("estimating running statistics") as bar:
+        return calibration.estimate_statistics(model, batches, progress=bar)
 
 
-def _batches(
-    model: nn.Module,
-    origin: ResolvedSource,
-    data: Path,
-    images: int,
-    batch_size: int,
-    asked: PreprocessOverrides,
-    out: Output,
-    doing: str,
-) -> Batches:
+def _batches(model: nn.Module, origin: ResolvedSource, wish: Calibration, out: Output) -> Batches:
     from ...data.batches import Batches
     from ...data.image_folder import open_images
 
-    folder = open_images(data, limit=images)
-    if len(folder.files) < images:
-        out.note(f"{data} has {plural(len(folder.files), 'image')}, fewer than the {images} asked for")
-    preparation = prepare(model, origin, asked)
-    batches = folder.batches(preparation.transform, batch_size, stack=preparation.stack)
-    return Batches(out.track(batches, len(batches), doing), folder.classes)
+    folder = open_images(wish.data, limit=wish.images)
+    if len(folder.files) < wish.images:
+        there = plural(len(folder.files), "image")
+        out.note(f"{wish.data} has {there}, fewer than the {wish.images} asked for")
+    preparation = prepare(model, origin, wish.asked)
+    read = folder.batches(preparation.transform, wish.batch_size, stack=preparation.stack, max_bad=wish.max_bad)
+    return Batches(read, folder.classes)
+
+
+def with_groups(model: nn.Module, made: Plan, origin: ResolvedSource, wish: Calibration, out: Output) -> Plan:
+    """The plan with the numbers of groups that the layers bear on the first images."""
+    from ...calibration.choosing import IMAGES, choose_groups
+
+    count = min(IMAGES, wish.images)
+    batches = _batches(model, origin, replace(wish, images=count, batch_size=count), out)
+    out.step("choosing groups")
+    with on_device(wish.device, model):
+        return choose_groups(model, made, batches, budget=BUDGET if wish.budget is None else wish.budget)
 
 
 def figures(report: CalibrationReport) -> list[tuple[str, str]]:
@@ -194,4 +210,5 @@ def _page(page: Page, report: CalibrationReport, original: ResolvedSource, targe
     page.facts(("original", original.told), *figures(report), indent=0)
     for note in report.notes if report.layers else ():
         page.line(("note: ", "dim"), flags.told(note))
+    page.skipped(report.bad)
     page.line(("Written: ", "strong"), (str(target), "path"), f", {size(target.stat().st_size)}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...choices import NORMS, TRANSFERS
 from ..arguments import options
 from ..arguments.networks import (
     ResolvedSource,
@@ -24,8 +25,8 @@ from ..terminal.errors import WRITTEN
 from ..terminal.output import Output, reporting
 from ..terminal.suggestions import building, command, with_commands
 from . import _convert_report as changes
-from ._estimate_statistics import Calibration, mend_statistics
-from .calibrate import IMAGES
+from ._estimate_statistics import mend_statistics
+from .calibrate import BUDGET, IMAGES, Calibration, with_groups
 from .calibrate import run as run_calibration
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ...conversion.record import Record
 
 ORIGINAL = "original"
+_PICKLES = (".pth", ".pt", ".th", ".ckpt", ".pkl", ".bin")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="NORM",
-            help=f"The norm to convert to: {', '.join(options.NORMS)}; or original, to undo a conversion.",
+            help=f"The norm to convert to: {', '.join(NORMS)}; or original, to undo a conversion.",
             autocompletion=options.target_names,
             show_default=False,
         ),
@@ -70,10 +72,7 @@ def convert(
     indivisible: options.Indivisible = "error",
     transfer: Annotated[
         str,
-        typer.Option(
-            metavar="fold|copy|reset",
-            help="fold carries the running statistics over, copy only γ and β, reset nothing.",
-        ),
+        options.word(TRANSFERS, "fold carries the running statistics over, copy only γ and β, reset nothing."),
     ] = "fold",
     eps: Annotated[
         str | None,
@@ -103,15 +102,23 @@ def convert(
     weights: options.Weights = None,
     arg: options.Arg = None,
     input_shape: options.Input = None,
-    calibrate: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Calibrate on these unlabelled images too.", show_default=False),
-    ] = None,
-    images: options.Images = None,
+    calibrate: options.Calibrate = None,
+    calibrate_images: options.CalibrateImages = None,
     method: options.Method = "balance",
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DRIFT",
+            help="With --groups auto and --calibrate: as many groups as each layer bears if it alone may change the "
+            "output by this share.",
+            show_default="0.01",
+        ),
+    ] = None,
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    max_bad: options.MaxBad = 10,
+    device: options.Device = "auto",
     no_check: Annotated[bool, typer.Option("--no-check", help="Skip the self-check.")] = False,
     no_undo: Annotated[
         bool, typer.Option("--no-undo", help="Keep nothing to undo the conversion with; the file is a little smaller.")
@@ -140,20 +147,34 @@ def convert(
     normswap convert nets.py:build --arg width=64 --weights mine.pth --to ln
     normswap convert resnet50-gn.safetensors --to original
     """
+    place = options.calibration(ctx, calibrate)
     planning = {
         "groups": options.groups(ctx, groups),
         "channels_per_group": channels_per_group,
-        "indivisible": options.choice(ctx, "--indivisible", indivisible, ("error", "nearest")),
-        "transfer": options.choice(ctx, "--transfer", transfer, ("fold", "copy", "reset")),
+        "indivisible": indivisible,
+        "transfer": transfer,
         "eps": options.eps(ctx, eps),
         "sources": sources or None,
         "zero_init_residual": zero_init_residual,
-        "missing_statistics": "error" if calibrate is None else "later",
+        "missing_statistics": "error" if place is None else "later",
     }
     asked = PreprocessOverrides.of(ctx, size, mean, std)
-    options.choice(ctx, "--method", method, options.METHODS)
-    if calibrate is None and (images is not None or method != "balance" or asked.given()):
-        raise options.usage(ctx, "--images, --method, --size, --mean and --std go with --calibrate")
+    if place is None and (calibrate_images is not None or method != "balance" or budget is not None or asked.given()):
+        raise options.usage(ctx, "--calibrate-images, --method, --budget, --size, --mean and --std go with --calibrate")
+    if budget is not None and (groups not in (None, "auto") or channels_per_group is not None):
+        raise options.usage(ctx, "--budget chooses the number of groups; it goes with --groups auto")
+    wish = None
+    if place is not None:
+        choosing = groups == "auto" or budget is not None
+        wish = Calibration(
+            place,
+            calibrate_images or IMAGES,
+            asked,
+            method,
+            device=device,
+            max_bad=max_bad,
+            budget=budget or BUDGET if choosing else None,
+        )
     job = Job(
         to,
         options.rules(ctx, rule),
@@ -165,7 +186,7 @@ def convert(
         dry_run=dry_run,
         output=output,
         force=force,
-        calibration=None if calibrate is None else Calibration(calibrate, images or IMAGES, asked, method),
+        calibration=wish,
     )
     _check_combination(ctx, job)
     wanted = SourceRequest(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
@@ -178,7 +199,7 @@ def convert(
 def _check_combination(ctx: typer.Context, job: Job) -> None:
     """What is a contradiction whatever the network is an error of the call."""
     if job.to is None and not job.rules:
-        norms = ", ".join(options.NORMS)
+        norms = ", ".join(NORMS)
         raise options.usage(ctx, f"say what to convert to, with --to NORM or --rule PATTERN=NORM; norms: {norms}")
     if job.planning["groups"] is not None and job.planning["channels_per_group"] is not None:
         raise options.usage(ctx, "--groups and --channels-per-group exclude each other")
@@ -210,16 +231,18 @@ def _convert(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output) -
     inputs = example_inputs(model, job.shapes)
     with with_commands(ctx):
         made = plan(model, job.to, rules=job.rules, example_inputs=inputs, **job.planning)
-    mend_statistics(model, made, origin, job.calibration, out, dry_run=job.dry_run)
+    origin = mend_statistics(model, made, origin, job.calibration, out, dry_run=job.dry_run)
     if job.dry_run:
         return changes.Result(origin, made, target, written=False)
+    if (wish := job.calibration) is not None and wish.budget is not None:
+        made = with_groups(model, made, origin, wish, out)
     out.step("converting and checking" if job.check else "converting")
     reference = copied(model) if job.calibration and not job.undo else None
     model = convert_model(model, using=made, example_inputs=inputs, inplace=True, check=job.check, undo=job.undo)
     record = _record(model)
     report = None
-    if (wish := job.calibration) is not None:
-        report = run_calibration(model, reference, origin, wish.data, wish.images, 32, wish.asked, out, wish.method)
+    if wish is not None:
+        report = run_calibration(model, reference, origin, wish, out)
     record.source = None if origin.source is None else origin.source.to_dict()
     from ...checkpoint.saving import save
 

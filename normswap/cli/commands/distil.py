@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...errors import Fix, Interrupted, OptionError, OutputError, Text, plural
+from ...choices import AUGMENTS, PARAMETERS, PRECISIONS
+from ...errors import CheckpointError, DataError, Fix, Interrupted, Text, plural
 from ..arguments import options
 from ..arguments.networks import (
     ResolvedSource,
@@ -15,6 +16,7 @@ from ..arguments.networks import (
     check_converted,
     files_read,
     locate,
+    on_device,
     open_network,
     open_original,
     restored,
@@ -26,9 +28,7 @@ from ..terminal.output import reporting
 from ..terminal.suggestions import naming_the_original
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from ...distillation.report import DistillationReport, Progress
+    from ...distillation.report import DistillationReport
     from ..terminal.render import Page
 
 
@@ -56,11 +56,9 @@ def distil(
     features: Annotated[
         float, typer.Option(min=0, metavar="W", help="Weight of the norms' outputs at first; 0: none.")
     ] = 2.0,
-    train: Annotated[str, typer.Option(metavar="all|norm", help="All weights, or γ and β of the norms only.")] = "all",
-    precision: Annotated[
-        str, typer.Option(metavar="fp32|bf16|fp16", help="What is computed in on CUDA; a CPU takes fp32.")
-    ] = "fp32",
-    augment: Annotated[bool, typer.Option("--augment", help="Mirror and shift the images at random.")] = False,
+    train: Annotated[str, options.word(PARAMETERS, "All weights, or γ and β of the norms only.")] = "all",
+    precision: Annotated[str, options.word(PRECISIONS, "What is computed in on CUDA; a CPU takes fp32.")] = "fp32",
+    augment: Annotated[str, options.word(AUGMENTS, "Random changes: mirror and shift, mirror only, or none.")] = "none",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from where an interrupted run stopped.")] = False,
     reference: Annotated[
         str | None,
@@ -71,9 +69,10 @@ def distil(
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    max_bad: options.MaxBad = 10,
     weights: options.Weights = None,
     arg: options.Arg = None,
-    device: options.Device = None,
+    device: options.Device = "auto",
     output: options.Output = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
     built_by: options.BuiltBy = None,
@@ -95,8 +94,7 @@ def distil(
     normswap distil resnet50-gn-calibrated.safetensors --data photos/ --steps 300
     """
     asked = PreprocessOverrides.of(ctx, size, mean, std)
-    options.choice(ctx, "--train", train, ("all", "norm"))
-    options.choice(ctx, "--precision", precision, ("fp32", "bf16", "fp16"))
+    words: Any = {"train": train, "precision": precision, "augment": augment}
     if reference is None and (weights or arg):
         raise options.usage(ctx, "--weights and --arg go with --reference")
     wanted = SourceRequest(file, None, (), False, trust_code, allow_nonfinite, seed, built_by)
@@ -109,7 +107,7 @@ def distil(
         target = output or Path(file).with_name(f"{Path(file).stem}-distilled.safetensors")
         state = target.with_name(f"{target.name}.training")
         if resume and not state.exists():
-            raise OptionError(
+            raise CheckpointError(
                 f"there is no {state} to resume from", hint=Text("Leave ", Fix("resume"), " out to begin anew.")
             )
         from ...checkpoint.saving import save
@@ -126,15 +124,15 @@ def distil(
         preparation = prepare(model, origin, asked)
         _check_batch(batch_size, len(folder.files), data)
         # Shuffled by distil: in the folder's order, one class comes after the other.
-        loaded = folder.batches(preparation.transform, batch_size, stack=preparation.stack)
-        _move(device, model, teacher)
+        loaded = folder.batches(preparation.transform, batch_size, stack=preparation.stack, max_bad=max_bad)
         try:
-            with naming_the_original(ctx, origin.source, origin.made_with):
+            naming = naming_the_original(ctx, origin.source, origin.made_with)
+            with naming, on_device(device, model, teacher), out.bar("distilling") as bar:
                 report = train_model(
                     model, teacher, loaded, steps=steps, batch_size=batch_size, lr=lr, temperature=temperature,
-                    train=train, seed=seed, precision=precision, augment=augment, features=features,
-                    progress=lambda step: out.status(_standing(step)), checkpoint=state,
-                    resume=state if resume else None,
+                    seed=seed, features=features, **words,
+                    progress=lambda now: bar(now.step, now.steps, now.figures()),
+                    checkpoint=state, resume=state if resume else None,
                 )  # fmt: skip
         except Interrupted as stop:
             report = stop.report
@@ -158,26 +156,10 @@ def distil(
 
 def _check_batch(batch_size: int, images: int, data: Path) -> None:
     if images < batch_size:
-        raise OptionError(
+        raise DataError(
             f"{data} has {plural(images, 'image')}, fewer than a batch of {batch_size}",
             hint=Text("Lower ", Fix("batch_size"), "."),
         )
-
-
-def _move(device: str | None, *models: nn.Module | None) -> None:
-    if device is None:
-        return
-    for model in models:
-        if model is not None:
-            try:
-                model.to(device)
-            except (RuntimeError, AssertionError) as error:
-                raise OutputError(f"cannot run on {device}: {str(error).splitlines()[0]}") from error
-
-
-def _standing(progress: Progress) -> str:
-    agreement = "" if progress.agreement is None else f", agreement {progress.agreement:.3f}"
-    return f"distilling: step {progress.step} of {progress.steps}, loss {progress.loss:.3g}{agreement}"
 
 
 def _page(page: Page, report: DistillationReport, original: ResolvedSource, target: Path) -> None:
@@ -186,4 +168,5 @@ def _page(page: Page, report: DistillationReport, original: ResolvedSource, targ
     page.facts(("original", original.told), *report.figures(), indent=0)
     for note in report.notes:
         page.line(("note: ", "dim"), flags.told(note))
+    page.skipped(report.bad)
     page.line(("Written: ", "strong"), (str(target), "path"), f", {size(target.stat().st_size)}")

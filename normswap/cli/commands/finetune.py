@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...choices import AUGMENTS, OPTIMIZERS, PARAMETERS, PRECISIONS, TASKS
 from ...errors import Interrupted
 from ...machine.limits import check_workers
 from ..arguments import options
@@ -37,10 +38,7 @@ def finetune(
     ],
     task: Annotated[
         str,
-        typer.Option(
-            metavar="classification|detection|segmentation",
-            help="One subfolder for each class; COCO boxes and masks; or a mask beside each image.",
-        ),
+        options.word(TASKS, "One subfolder for each class; COCO boxes and masks; or a mask beside each image."),
     ] = "classification",
     eval_data: Annotated[
         Path | None,
@@ -75,11 +73,19 @@ def finetune(
     indivisible: options.Indivisible = "error",
     rule: options.Rule = None,
     calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|none",
+            help="After --to or --rule, calibrate on the unlabelled images of a folder, or not at all.",
+            show_default="the images of --data",
+        ),
+    ] = None,
+    calibrate_images: Annotated[
         int | None,
         typer.Option(
-            min=0,
+            min=1,
             metavar="N",
-            help="After --to or --rule, calibrate on so many images; 0 leaves it out.",
+            help="Calibrate on at most so many images.",
             show_default="256, or 32 with boxes or masks",
         ),
     ] = None,
@@ -87,7 +93,7 @@ def finetune(
         float | None,
         typer.Option(metavar="RATE", help="Largest learning rate.", show_default="scaled by the global batch"),
     ] = None,
-    optimizer: Annotated[str, typer.Option(metavar="adamw|sgd", help="The optimizer.")] = "adamw",
+    optimizer: Annotated[str, options.word(OPTIMIZERS, "The optimizer.")] = "adamw",
     weight_decay: Annotated[
         float, typer.Option(min=0, metavar="VALUE", help="Decay of weights; γ, β and biases do not decay.")
     ] = 0.01,
@@ -100,11 +106,12 @@ def finetune(
     ] = False,
     accumulate: Annotated[int, typer.Option(min=1, metavar="N", help="Batches summed up for one step.")] = 1,
     train: Annotated[
-        str, typer.Option(metavar="all|norm|head|PATTERN", help="What is trained; a pattern is one of parameter names.")
+        str,
+        options.word((*PARAMETERS, "head"), "What trains; a pattern is of parameter names.", also="PATTERN", fits=".*"),
     ] = "all",
     freeze_stats: Annotated[bool, typer.Option("--freeze-stats", help="Freeze running statistics.")] = False,
     freeze_affine: Annotated[bool, typer.Option("--freeze-affine", help="Freeze γ and β.")] = False,
-    distill: Annotated[
+    distil: Annotated[
         float, typer.Option(min=0, max=1, metavar="WEIGHT", help="Share of the loss that follows the original network.")
     ] = 0.0,
     ema: Annotated[bool, typer.Option("--ema", help="Average the weights, and keep the average.")] = False,
@@ -121,9 +128,7 @@ def finetune(
             show_default="as the data has",
         ),
     ] = None,
-    augment: Annotated[
-        str, typer.Option(metavar="auto|flip|none", help="Random changes: crop and mirror, mirror only, or none.")
-    ] = "auto",
+    augment: Annotated[str, options.word(AUGMENTS, "Random changes: crop and mirror, mirror only, or none.")] = "auto",
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -131,8 +136,8 @@ def finetune(
         "data"
     ),
     download: Annotated[bool, typer.Option("--download", help="Fetch torchvision's data set.")] = False,
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|mps", help="Where to train.")] = "auto",
-    precision: Annotated[str, typer.Option(metavar="fp32|bf16|fp16", help="What is computed in.")] = "fp32",
+    device: options.Device = "auto",
+    precision: Annotated[str, options.word(PRECISIONS, "What is computed in.")] = "fp32",
     channels_last: Annotated[
         bool | None, typer.Option("--channels-last/--channels-first", help="Memory layout.", show_default="by device")
     ] = None,
@@ -140,7 +145,7 @@ def finetune(
     workers: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="Processes that read images.", show_default="by device")
     ] = None,
-    max_bad: Annotated[int, typer.Option(min=0, metavar="N", help="Skip so many images that cannot be read.")] = 10,
+    max_bad: options.MaxBad = 10,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FOLDER", help="Where the run is kept.", show_default="runs/<SOURCE>"),
@@ -172,20 +177,22 @@ def finetune(
     normswap finetune resnet50-gn.safetensors --data torchvision:CIFAR10 --download --epochs 5
     normswap finetune fasterrcnn_resnet50_fpn_v2 --task detection --data coco/ --rule 'role:head=gn' --batch-size 1
     """
-    options.choice(ctx, "--task", task, ("classification", "detection", "segmentation"))
-    options.choice(ctx, "--optimizer", optimizer, ("adamw", "sgd"))
-    options.choice(ctx, "--precision", precision, ("fp32", "bf16", "fp16"))
-    options.choice(ctx, "--device", device, ("auto", "cpu", "cuda", "mps"))
-    options.choice(ctx, "--augment", augment, ("auto", "flip", "none"))
+    words: Any = {"task": task, "optimizer": optimizer, "precision": precision, "augment": augment, "device": device}
     if epochs is not None and steps is not None:
         raise options.usage(ctx, "--epochs and --steps exclude each other")
     planning = {
         "groups": options.groups(ctx, groups),
         "channels_per_group": channels_per_group,
-        "indivisible": options.choice(ctx, "--indivisible", indivisible, ("error", "nearest")),
+        "indivisible": indivisible,
     }
-    count = calibrate if calibrate is not None else 256 if task == "classification" else 32
-    swap = ConversionRequest(to, options.rules(ctx, rule), planning, count)
+    swap = ConversionRequest(
+        to,
+        options.rules(ctx, rule),
+        planning,
+        calibrate_images or (256 if task == "classification" else 32),
+        calibrate=calibrate != "none",
+        folder=options.calibration(ctx, calibrate),
+    )
     place = DataPlace(task, data, eval_data, annotations, eval_annotations, data_root, download)
     place.check(ctx)
     if not swap.wanted and (groups is not None or channels_per_group is not None):
@@ -217,10 +224,10 @@ def finetune(
         origin = locate(ctx, wanted)
         folder = output or Path("runs", stem_of(origin, swap))
         if not helper:
-            check_outside(folder, (Path(data), eval_data))
+            check_outside(folder, (Path(data), eval_data, swap.folder))
             kept = [*files_read((origin, wanted)), *filter(None, (annotations, eval_annotations))]
             ctx.with_resource(run_folder(folder, resume=resume, force=force, inputs=kept))
-        doing = task_of(task, label_smoothing=label_smoothing, distill=distill)
+        doing = task_of(task, label_smoothing=label_smoothing, distil=distil)
         command = swap.described(origin, asked)
         if resume:
             training.keep_command(folder, command, resume=True)
@@ -230,7 +237,7 @@ def finetune(
             out.note(sets.note)
         if origin.file is None:
             inputs = doing.inputs(sets, transform_of(doing, preparation), swap.images)
-            model = converted(ctx, model, origin, swap, inputs, out)
+            model = converted(ctx, model, origin, swap, inputs, asked, out, device)
         _warn(model, batch_size, freeze_stats, out)
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         used = training.options_of(
@@ -242,15 +249,15 @@ def finetune(
         with out.bar("training") as bar:
             try:
                 report = train_model(
-                    model, sets, task=task, output=folder, batch_size=batch_size, epochs=epochs, steps=steps,
-                    accumulate=accumulate, lr=lr, optimizer=optimizer, weight_decay=weight_decay, warmup=warmup,
+                    model, sets, output=folder, **words, batch_size=batch_size, epochs=epochs, steps=steps,
+                    accumulate=accumulate, lr=lr, weight_decay=weight_decay, warmup=warmup,
                     clip_grad=clip_grad or None,
                     stabilize=not no_stabilize, train=train, freeze_stats=freeze_stats, freeze_affine=freeze_affine,
-                    distill=distill, ema=decay if ema else 0.0, label_smoothing=label_smoothing,
-                    num_classes=num_classes, augment=augment, preprocess=transform_of(doing, preparation),
-                    precision=precision, device=device, channels_last=channels_last, compile=compile,
+                    distil=distil, ema=decay if ema else 0.0, label_smoothing=label_smoothing,
+                    num_classes=num_classes, preprocess=transform_of(doing, preparation),
+                    channels_last=channels_last, compile=compile,
                     workers=workers, seed=seed, max_bad=max_bad, tensorboard=tensorboard, resume=resume, overwrite=True,
-                    progress=training.Teller(bar, out, folder, None if resume else {**command, "options": used}),
+                    progress=training.Teller(bar, folder, None if resume else {**command, "options": used}),
                 )  # fmt: skip
             except Interrupted as stop:
                 report = stop.report

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...display.overview import layers_table
 from ..arguments import options
-from ..arguments.networks import ResolvedSource, SourceRequest, example_inputs, locate, open_network
+from ..arguments.networks import ResolvedSource, SourceRequest, example_inputs, locate, on_device, open_network
 from ..terminal.output import reporting
-from ..terminal.problem_lines import Run, collapse, local_names
 
 if TYPE_CHECKING:
-    from ...inspection.inventory import Inventory, Layer
+    from ...inspection.inventory import Inventory
     from ...planning.rules import Rule
     from ..terminal.render import Page
 
@@ -35,6 +36,7 @@ def inspect(
         ),
     ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="A row for each layer, and what feeds it by name.")] = False,
+    device: options.Device = "auto",
     built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
@@ -68,7 +70,8 @@ def inspect(
         origin = locate(ctx, wanted, default_weights="none")
         model, origin = open_network(origin, wanted, out, values=bool(shapes), warn=False)
         out.step("looking for norms")
-        found = inventory.inspect(model, example_inputs(model, shapes))
+        with on_device(device, model) if shapes else nullcontext():
+            found = inventory.inspect(model, example_inputs(model, shapes))
         matched = Matched(rules, assigned(found, rules, selected(found)))
         out.show(lambda: _values(origin, found, matched), lambda page: _render(page, origin, found, matched, show_all))
 
@@ -97,16 +100,9 @@ def _render(page: Page, origin: ResolvedSource, found: Inventory, matched: Match
     from ...errors import plural
 
     if found.layers:
-        rule = {x.path: matched.chosen[x.path].target if x.path in matched.chosen else "" for x in found.layers}
-        keys = [lambda x, key=key: (rule[x.path], *key(x)) for key in (_key, _loose_key)]
-        runs = collapse(found.layers, lambda x: x.path, *keys, together=not show_all)
-        roles = len({layer.role for layer in found.layers}) > 1
-        given = bool(matched.rules)
-        columns = ("layer", *(["role"] if roles else []), *(["rule"] if given else []),
-                   *([] if show_all else [">layers"]), "type", ">channels", ">eps", "affine", "mode", "fed by",
-                   "foldable")  # fmt: skip
-        rows = (_row(run, show_all, roles, [rule[run.items[0].path]] if given else []) for run in runs)
-        page.table(columns, rows)
+        rule = {path: chosen.target for path, chosen in matched.chosen.items()} if matched.rules else None
+        table = layers_table(found.layers, rule=rule, show_all=show_all)
+        page.table(table.columns, table.rows)
     if found.suspects:
         page.gap()
         page.line(("Not known, so convert fails unless a rule keeps them:", "bad"))
@@ -117,50 +113,6 @@ def _render(page: Page, origin: ResolvedSource, found: Inventory, matched: Match
         count, left = len(each["layers"]), "" if len(matched.rules) == 1 else " that an earlier rule has left"
         told = f" matches {plural(count, 'layer')}" if count else (f" matches no layer{left}", "bad")
         page.line("  ", (f"{each['pattern']}={each['target']}", "path"), told)
-
-
-def _key(layer: Layer) -> tuple[Any, ...]:
-    return (layer.state.channels, *_loose_key(layer))
-
-
-def _loose_key(layer: Layer) -> tuple[Any, ...]:
-    """What the layers of one row share; channels may then be a range."""
-    state = layer.state
-    groups = _groups(layer)
-    fixed = (layer.role, layer.class_name, state.eps, state.affine, layer.mode, groups)
-    return (*fixed, layer.feed.kind, layer.feed.foldable, local_names(layer.feed.reason, layer.path))
-
-
-def _row(run: Run[Layer], show_all: bool, roles: bool, rule: Sequence[str]) -> list[str | tuple[str, str]]:
-    from ..terminal import render
-
-    first = run.items[0]
-    fed_by = first.feed.kind.replace("_", " ")
-    if show_all and first.feed.producers:
-        fed_by += " " + ", ".join(first.feed.producers)
-    known = first.feed.kind in ("conv", "conv_transpose", "linear")  # else what feeds it is the reason
-    why = f": {local_names(first.feed.reason, first.path)}" if known or first.feed.kind == "other" else ""
-    fold = ("yes", "good") if first.feed.foldable else (f"no{why}", "bad")
-    also = f" = {', '.join(first.aliases)}" if show_all and first.aliases else ""
-    return [
-        ((run.name or "(root)") + also, "path"),
-        *([first.role] if roles else []),
-        *rule,
-        *([] if show_all else [str(len(run.items))]),
-        first.class_name + _groups(first),
-        render.number_range(x.state.channels for x in run.items),
-        f"{first.state.eps:g}",
-        "yes" if first.state.affine else "no",
-        first.mode,
-        fed_by,
-        fold if first.state.has_statistics else "no statistics",
-    ]
-
-
-def _groups(layer: Layer) -> str:
-    from ...errors import plural
-
-    return f" ({plural(layer.state.num_groups, 'group')})" if layer.state.num_groups else ""
 
 
 def _summary(page: Page, origin: ResolvedSource, found: Inventory) -> None:

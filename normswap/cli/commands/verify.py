@@ -10,6 +10,7 @@ import typer
 
 from ...errors import plural
 from ..arguments import options
+from ..arguments.completion import model_names
 from ..arguments.networks import (
     ResolvedSource,
     SourceRequest,
@@ -29,9 +30,9 @@ from ..terminal.suggestions import building, command
 if TYPE_CHECKING:
     from torch import nn
 
-    from ...comparison.verification import Report
+    from ...comparison.verification import VerificationReport
     from ...data.batches import Batches
-    from ...data.image_folder import ImageData
+    from ...data.image_folder import ImageBatches, ImageData
     from ..terminal.render import Page
 
 _WORST = 10
@@ -39,11 +40,18 @@ _WORST = 10
 
 def verify(
     ctx: typer.Context,
-    a: Annotated[str, typer.Argument(metavar="A", help="The reference: " + options.SOURCE_HELP, show_default=False)],
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A", help="The reference: " + options.SOURCE_HELP, autocompletion=model_names, show_default=False
+        ),
+    ],
     b: Annotated[
         str | None,
         typer.Argument(
-            metavar="B", help="The other; without it, A is a converted file and compared with its original."
+            metavar="B",
+            autocompletion=model_names,
+            help="The other; without it, A is a converted file and compared with its original.",
         ),
     ] = None,
     data: options.Data = None,
@@ -52,11 +60,12 @@ def verify(
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    max_bad: options.MaxBad = 10,
     weights: options.Weights = None,
     arg: options.Arg = None,
     input_shape: options.Input = None,
     show_all: Annotated[bool, typer.Option("--all", help="Every layer, in order, instead of the worst ten.")] = False,
-    device: options.Device = None,
+    device: options.Device = "auto",
     built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
@@ -90,11 +99,15 @@ def verify(
         folder = None if data is None else open_images(data, limit=images)
         first, second, origins = _pair(ctx, wanted, b, out)
         preparation = prepare(first, origins[0], asked)
-        batches = _batches(first, folder, preparation, batch_size, shapes, out)
+        read = None
+        if folder is not None:
+            read = folder.batches(preparation.transform, batch_size, stack=preparation.stack, max_bad=max_bad)
+        batches = _batches(first, read, shapes, out)
         if folder is None:
             out.step("comparing")
         report = verification.verify(first, second, batches, device=device)
-        report = replace(report, random_inputs=folder is None, notes=(*report.notes, *_untrained(first)))
+        notes = (*report.notes, *_untrained(first))
+        report = replace(report, random_inputs=folder is None, notes=notes, bad=() if read is None else tuple(read.bad))
         used = preparation if folder is not None else None
         out.show(
             lambda: _values(report, origins, used, data),
@@ -132,22 +145,14 @@ def _pair(
     return first, second, (origin_a, origin_b)
 
 
-def _batches(
-    model: nn.Module,
-    folder: ImageData | None,
-    preparation: Preparation,
-    batch_size: int,
-    shapes: list[tuple[int, ...]],
-    out: Output,
-) -> Batches | None:
+def _batches(model: nn.Module, read: ImageBatches | None, shapes: list[tuple[int, ...]], out: Output) -> Batches | None:
     """Images, inputs of the shapes asked for, or None for inputs that verify finds itself."""
     from ...data.batches import Batches
 
-    if folder is None:
+    if read is None:
         inputs = example_inputs(model, shapes)
         return None if inputs is None else Batches((inputs[0] if len(inputs) == 1 else (inputs, None),))
-    batches = folder.batches(preparation.transform, batch_size, stack=preparation.stack)
-    return Batches(out.track(batches, len(batches), "comparing batches"), folder.classes)
+    return Batches(out.track(read, len(read), "comparing batches"), read.classes)
 
 
 def _untrained(model: nn.Module) -> list[str]:
@@ -174,7 +179,10 @@ def _description(folder: ImageData | None, preparation: Preparation | None) -> s
 
 
 def _values(
-    report: Report, origins: tuple[ResolvedSource, ResolvedSource], preparation: Preparation | None, data: Path | None
+    report: VerificationReport,
+    origins: tuple[ResolvedSource, ResolvedSource],
+    preparation: Preparation | None,
+    data: Path | None,
 ) -> dict[str, Any]:
     return {
         "a": origins[0].to_dict(),
@@ -186,7 +194,7 @@ def _values(
 
 
 def _render(
-    page: Page, report: Report, origins: tuple[ResolvedSource, ResolvedSource], inputs: str, show_all: bool
+    page: Page, report: VerificationReport, origins: tuple[ResolvedSource, ResolvedSource], inputs: str, show_all: bool
 ) -> None:
     page.facts(
         ("A", origins[0].told),
@@ -199,9 +207,10 @@ def _render(
     page.facts(*_figures(report), indent=0)
     for note in report.notes:
         page.line(("note: ", "dim"), flags.told(note))
+    page.skipped(report.bad)
 
 
-def _layers(page: Page, report: Report, show_all: bool) -> None:
+def _layers(page: Page, report: VerificationReport, show_all: bool) -> None:
     if not report.layers:
         return
     rows = list(report.layers)
@@ -217,7 +226,7 @@ def _layers(page: Page, report: Report, show_all: bool) -> None:
         page.line((f"{plural(hidden, 'layer')} more; --all shows every layer in order", "dim"))
 
 
-def _figures(report: Report) -> list[tuple[str, str]]:
+def _figures(report: VerificationReport) -> list[tuple[str, str]]:
     figures = []
     jump = next((layer for layer in report.layers if layer.path == report.first_jump), None)
     if report.layers:

@@ -1,6 +1,7 @@
 """The one place where errors become messages and exit codes.
 
-0: done. 1: a problem in the input. 2: a wrong call, which typer reports. 130: interrupted. 141: nobody reads stdout.
+0: done. 1: a problem in the input. 2: a wrong call, which typer or an OptionError tells of.
+130: interrupted. 141: nobody reads stdout.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ...errors import NormswapError, PlanError, Text, first_line
+from ...errors import NetworkError, NormswapError, OptionError, PlanError, Text, first_line
 from ..arguments.options import UsageError
 from . import flags
 from .output import VERBOSE
@@ -70,7 +71,7 @@ def report(error: BaseException, meta: Mapping[str, Any]) -> int | None:
         known = meta.get(FLAGS)
         shown = _of_plan(error, known, verbose) if isinstance(error, PlanError) else error
         say(shown.written(lambda fix: flags.written(fix, known)), prefix="error: ")
-        return 1
+        return 2 if isinstance(error, OptionError) and not isinstance(error, NetworkError) else 1
     if not isinstance(error, Exception):
         return None
     if verbose:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -13,14 +12,14 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 import typer
 
+from ...display.progress import Line, Lines, Silent
 from ..arguments.options import usage
 from .streams import Lasting, is_terminal, printable
 
 if TYPE_CHECKING:
-    from .render import Bar, Page
+    from .render import Page
 
 T = TypeVar("T")
-_EVERY = 5.0  # seconds between lines of progress where there is no terminal
 
 
 class Output:
@@ -31,8 +30,7 @@ class Output:
         self._json, self._quiet = as_json, quiet
         self.live = not quiet and is_terminal(stderr)
         self._line = False
-        self._bar: Bar | None = None
-        self._said = 0.0
+        self._bar: Line | None = None
 
     def step(self, what: str) -> None:
         """Say what is being done: one line that is overwritten on a terminal, lines of their own elsewhere."""
@@ -48,46 +46,31 @@ class Output:
         if self._quiet:
             return
         if self._bar is not None:
-            self._bar.above(f"note: {text}")
+            self._bar.above(f"note: {printable(text)}")
             return
         self._clear()
         self._stderr.write(f"note: {printable(text)}\n")
 
-    def status(self, what: str) -> None:
-        """Where a long work stands: a line that keeps changing on a terminal, a line now and then elsewhere."""
-        if time.monotonic() - self._said > (0.1 if self.live else _EVERY):
-            self._said = time.monotonic()
-            self.step(what)
-
     def track(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
         """Pass the items on while showing how many of `total` are done."""
-        self._clear()
-        if self.live:
-            from . import render
-
-            yield from render.progress(items, total, what, self._stderr)
-            return
-        said = time.monotonic()
-        for done, item in enumerate(items):
-            if time.monotonic() - said > _EVERY:
-                self.step(f"{what}: {done} of {total}")
-                said = time.monotonic()
-            yield item
+        with self.bar(what) as tell:
+            for done, item in enumerate(items):
+                tell(done, total, "")
+                yield item
 
     @contextmanager
-    def bar(self, what: str) -> Iterator[Callable[[int, int, str], None]]:
-        """A progress bar for work that tells how far it is: a function of steps done, steps in all, and a text."""
+    def bar(self, what: str) -> Iterator[Line]:
+        """A progress line for work that tells how far it is; lines now and then where there is no terminal."""
         self._clear()
-        if self.live:
-            from . import render
-
-            with render.bar(what, self._stderr) as self._bar:
-                try:
-                    yield self._bar
-                finally:
-                    self._bar = None
+        if not self.live:
+            yield Lines(printable(what), self._stderr) if not self._quiet else Silent(what, self._stderr)
             return
-        yield lambda done, total, text: self.status(f"{what}: step {done} of {total}, {text}")
+        self._bar = Line(printable(what), self._stderr)
+        try:
+            yield self._bar
+        finally:
+            self._bar.close()
+            self._bar = None
 
     def show(self, values: Callable[[], Mapping[str, Any]], page: Callable[[Page], None]) -> None:
         """The result, on stdout: `values` as JSON if that was asked for, else what `page` puts on a page."""

@@ -5,21 +5,18 @@ All text goes through `rich.text.Text`, never through markup, so a layer may be 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TextIO, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import TextIO
 
 from rich import box
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from .streams import is_terminal, printable
 
-T = TypeVar("T")
 Cell = str | tuple[str, str]
 _UNWRAPPED = 100_000
 STYLES = {"good": "green", "bad": "yellow", "dim": "dim", "strong": "bold", "path": "cyan", "head": "bold"}
@@ -87,6 +84,11 @@ class Page:
             table.add_row(Text(label), _text([value]))
         self._print(Padding(table, (0, 0, 0, indent), expand=False))
 
+    def skipped(self, names: Iterable[str]) -> None:
+        """Images that could not be read."""
+        for name in names:
+            self.line(("skipped: ", "bad"), name)
+
     def block(self, text: str, indent: int = 2) -> None:
         """An indented paragraph."""
         self._print(Padding(_text([text]), (0, 0, 0, indent), expand=False))
@@ -112,43 +114,6 @@ def _text(parts: Iterable[Cell]) -> Text:
     return text
 
 
-def progress(items: Iterable[T], total: int, what: str, stream: TextIO) -> Iterator[T]:
-    """Pass the items on with a progress bar, which is removed at the end."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=stream), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        for item in items:
-            yield item
-            bar.advance(task)
-
-
-class Bar:
-    """A progress bar that is told how far the work is, with a text behind, and lines above it."""
-
-    def __init__(self, progress: Progress, what: str) -> None:
-        self._progress, self._task = progress, progress.add_task(what, total=None, count="", text="")
-
-    def __call__(self, done: int, total: int, text: str) -> None:
-        self._progress.update(self._task, completed=done, total=total, count=f"{done}/{total}", text=printable(text))
-
-    def above(self, text: str) -> None:
-        """A line that stays."""
-        self._progress.console.print(Text(printable(text)))
-
-
-@contextmanager
-def bar(what: str, stream: TextIO) -> Iterator[Bar]:
-    """A `Bar`, removed at the end."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[count]}", style="progress.download"),
-        TextColumn("{task.fields[text]}", markup=False),
-    )
-    with Progress(*columns, console=Console(file=stream), transient=True) as progress:
-        yield Bar(progress, what)
-
-
 def size(count: int) -> str:
     """Bytes for a reader: `98.0 MiB`."""
     value, unit = float(count), "B"
@@ -157,9 +122,3 @@ def size(count: int) -> str:
             break
         value, unit = value / 1024, larger
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def number_range(values: Iterable[int]) -> str:
-    """`64`, or `64-1760` where they differ."""
-    low, high = min(values := list(values)), max(values)
-    return str(low) if low == high else f"{low}-{high}"

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from ...arguments import one_of
+from ...choices import AUGMENTS
 from ...data.image_folder import Unreadable, decode
 from ...data.preprocess import SMALL, Preprocess, canonical, eight_bit
 
-AUGMENT = ("auto", "flip", "none")
 _SHIFT = 1 / 8
 _LEAST_AREA = 0.35
 
@@ -69,7 +69,7 @@ class Plain:
 
 def training_transform(prepare: Callable[[Any], Tensor], augment: str) -> Callable[[Any], Tensor]:
     """augment: "auto" (crop and mirror), "flip" (mirror only) or "none". Raises OptionError for another word."""
-    one_of("augment", augment, AUGMENT)
+    one_of("augment", augment, AUGMENTS)
     return Plain(prepare) if augment == "none" else Augmented(prepare, crop=augment == "auto")
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from ...data.batches import is_pair
 from ...data.image_folder import ImageData, decode, open_images
 from ...data.image_folder import Unreadable as UnreadableImage
 from ...errors import DataError
@@ -137,8 +139,21 @@ def _classed(folder: Path) -> ImageData:
     return data
 
 
+def _in_memory(data: Any) -> Any:
+    """A pair of tensors from batches (x, y); a DataLoader's own data set, whose order and batches finetune decides."""
+    if isinstance(data, DataLoader):
+        return data.dataset
+    if isinstance(data, Iterator) or (isinstance(data, (list, tuple)) and data and all(map(is_pair, data))):
+        batches = list(data)
+        if batches and all(map(is_pair, batches)):
+            return tuple(torch.cat([batch[part] for batch in batches]) for part in (0, 1))
+        return batches
+    return data
+
+
 def _set(name: str, data: Any) -> Any:
-    """A map-style set of (input, label)."""
+    """A map-style set of (input, label). Batches of such, that are no set of samples, are read into memory."""
+    data = _in_memory(data)
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(hasattr(t, "shape") for t in data):
         inputs, labels = (torch.as_tensor(t) for t in data)
         if len(inputs) != len(labels) or labels.dim() != 1:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ...arguments import one_of
+from ...choices import AUGMENTS
 from ...data.image_folder import Unreadable as UnreadableImage
 from ...data.preprocess import Preprocess
 from ...data.segmentation_masks import IGNORED, MaskData, open_masks
 from ...errors import DataError, OptionError
-from .augmentation import AUGMENT
 from .loader import Unreadable
 from .splits import TRAIN, VALIDATION, Sets, check_apart, held_note, part_of, sized, split
 
@@ -26,7 +26,7 @@ _LARGEST = 480
 
 @dataclass(frozen=True)
 class SegmentationImages:
-    """Images and masks from files, normalised and resized as `prepare` says. changes: "none", or see `AUGMENT`.
+    """Images and masks from files, normalised and resized as `prepare` says. changes: one of `choices.AUGMENTS`.
 
     The shorter side becomes that of `prepare.resize` or `prepare.size`, if they are numbers; masks are resized only in
     training, so that validation is at their own size. "flip" mirrors half of the images; "auto" also scales them by
@@ -129,7 +129,7 @@ def open_scenes(data: Any, eval_data: Any = None, *, seed: int = 0) -> Sets:
 
 def prepared_scenes(sets: Sets, preprocess: Callable[[Any], Tensor] | None, augment: str) -> Sets:
     """With changes of the training images, where they are files; crops have the size of `preprocess`, or up to 480."""
-    one_of("augment", augment, AUGMENT)
+    one_of("augment", augment, AUGMENTS)
     prepare = _checked(preprocess)
     train, validation = (
         replace(s, prepare=prepare) if isinstance(s, SegmentationImages) else s for s in (sets.train, sets.validation)

@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from ...errors import Fix, OptionError, Text
-from ...modules.tree import matches
+from ...modules.path_ranges import matches
 from ...training.parameters import norm_parameters
 from ..settings import Settings
 

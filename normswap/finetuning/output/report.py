@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...display.overview import ReportInNotebook
+from ...display.progress import Line, shown
 from ...errors import plural
 
 
@@ -28,8 +32,28 @@ class Progress:
     validation: bool = False
 
 
+@contextmanager
+def told(progress: Callable[[Progress], None] | bool | None) -> Iterator[Callable[[Progress], None] | None]:
+    """What a run tells: the caller's function, or a line of its own (see `progress.shown`)."""
+    if callable(progress):
+        yield progress
+        return
+    with shown(progress, "training") as line:
+        yield None if line is None else lambda now: show(line, now)
+
+
+def show(line: Line, now: Progress) -> None:
+    """A validation above the line, all else in it."""
+    figures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in now.figures.items())
+    if now.validation:
+        line.above(f"epoch {now.epoch:.3g}: {figures}")
+        return
+    text = f"{figures}, {now.samples_per_second:.3g} images/s, {now.memory / 2**30:.2f} GiB"
+    line(now.step, now.steps, text, left=now.seconds_left)
+
+
 @dataclass(frozen=True)
-class FinetuneReport:
+class FinetuneReport(ReportInNotebook):
     """The result of `finetune`.
 
     steps: how many were done, of `planned`; processes: how many trained together. figures: the last of training, means

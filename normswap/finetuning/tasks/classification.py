@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from ...data.preprocess import Preprocess
 from ...errors import DataError, Fix, OptionError, Text
 from ...heads.classifier import Head, find_head, scores_of
-from ...modules.tree import device_and_dtype, matches
+from ...modules.path_ranges import matches
+from ...modules.tree import device_and_dtype
 from ...training.losses import divergence
 from ..datasets.augmentation import Plain, settled, training_transform
 from ..datasets.collate import collate
@@ -32,7 +33,7 @@ TEMPERATURE = 2.0
 
 @dataclass
 class Classification:
-    """Cross-entropy on labels, and, with a teacher, `distill` of the loss on the teacher's scores instead.
+    """Cross-entropy on labels, and, with a teacher, `distil` of the loss on the teacher's scores instead.
 
     teacher: the original network, in eval mode, never changed; its share of the loss is
     `T^2 KL(softmax(teacher / T) || softmax(model / T))` at T = 2 (Hinton, Vinyals and Dean 2015).
@@ -40,7 +41,7 @@ class Classification:
 
     label_smoothing: float = 0.0
     teacher: nn.Module | None = None
-    distill: float = 0.0
+    distil: float = 0.0
 
     name: ClassVar[str] = "classification"
     best: ClassVar[str] = "val_accuracy"
@@ -86,11 +87,11 @@ class Classification:
                 raise
             return None
         wanted = num_classes if num_classes is not None else sets.count
-        if self.distill and wanted is not None and wanted != found.classes:
+        if self.distil and wanted is not None and wanted != found.classes:
             raise OptionError(
                 f"the original network gives {found.classes} scores and the new head {wanted}: there is nothing to "
                 "distil",
-                hint=Text("Leave ", Fix("distill"), " out."),
+                hint=Text("Leave ", Fix("distil"), " out."),
             )
         if isinstance(sets.train, Tensors) and int(sets.train.labels.max()) >= (wanted or found.classes):
             raise DataError(
@@ -119,10 +120,10 @@ class Classification:
             if more.shape[1] != scores.shape[1]:
                 continue  # of the classes that the network had before it got a new head
             loss = loss + AUXILIARY * F.cross_entropy(more.float(), labels, label_smoothing=self.label_smoothing)
-        if self.teacher is not None and self.distill:
+        if self.teacher is not None and self.distil:
             with torch.no_grad():
                 wanted = scores_of(self.teacher(inputs))
-            loss = (1 - self.distill) * loss + self.distill * divergence(wanted.to(scores), scores, TEMPERATURE)
+            loss = (1 - self.distil) * loss + self.distil * divergence(wanted.to(scores), scores, TEMPERATURE)
         return Outcome(loss, {"accuracy": (scores.detach().argmax(1) == labels).sum()})
 
     def meter(self) -> Accuracy:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ...arguments import one_of
-from ...errors import DataError, NormswapError, OptionError, first_line
+from ...choices import AUGMENTS
+from ...errors import DataError, NetworkError, NormswapError, OptionError, first_line
 from ...heads.classifier import Head
 from ...training.distributed import gathered
-from ..datasets.augmentation import AUGMENT
 from ..datasets.coco import DetectionImages, check_sample, open_boxes
 from ..datasets.loader import spread
 from ..datasets.splits import Sets
@@ -62,7 +62,7 @@ class Detection:
 
     def prepared(self, sets: Sets, preprocess: Callable[[Any], Tensor] | None, augment: str) -> Sets:
         """With half of the training images mirrored, unless `augment` is "none"; the network itself does the rest."""
-        one_of("augment", augment, AUGMENT)
+        one_of("augment", augment, AUGMENTS)
         if augment == "none" or not isinstance(sets.train, DetectionImages):
             return sets
         return replace(sets, train=replace(sets.train, flip=True))
@@ -100,7 +100,7 @@ class Detection:
         images, targets = content
         losses = _called(forward, images, targets)
         if not isinstance(losses, Mapping) or not losses or not all(isinstance(v, Tensor) for v in losses.values()):
-            raise OptionError(
+            raise NetworkError(
                 f"in training the network gives {type(losses).__name__}; a detector in torchvision's convention gives "
                 "a dict of losses",
                 hint="Wrap it in a module whose forward(images, targets) does.",

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...arguments import whole
 from ...conversion.record import put_record, record_of
-from ...errors import Fix, OptionError, Text
+from ...errors import Fix, NetworkError, OptionError, Text
 from ...heads.classifier import Head, resize_head
 from ...heads.dense import find_predictor
 from ...machine.limits import check_memory
@@ -27,7 +27,7 @@ def fitted_predictor(
     if found is not None and (found[0] == "") == whole_network:
         return fitted(model, Head(*found), in_data, asked, seed)
     if asked is not None:
-        raise OptionError(
+        raise NetworkError(
             f"where {type(model).__name__} has its class scores is not known, so it gets no new head",
             hint=Text("Build it with the right number of classes, and leave ", Fix("num_classes"), " out."),
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...data.segmentation_masks import IGNORED
-from ...errors import DataError, Fix, OptionError, Text
+from ...errors import DataError, Fix, NetworkError, Text
 from ...heads.classifier import Head
 from ..datasets.loader import spread
 from ..datasets.masks import open_scenes, plain, prepared_scenes
@@ -192,7 +192,7 @@ def scores_of(output: Any) -> Tensor:
     found = found if isinstance(found, Tensor) else getattr(found, "logits", None)
     if not isinstance(found, Tensor) or found.dim() != 4:
         got = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(output).__name__
-        raise OptionError(f"the network gives {got}; a segmentation network gives scores (N, classes, H, W)")
+        raise NetworkError(f"the network gives {got}; a segmentation network gives scores (N, classes, H, W)")
     return found
 
 

@@ -43,7 +43,7 @@ def test_layers_that_do_not_fit_are_collapsed_with_the_way_out_first(cli: Cli, f
     assert told[0] == "200 layers cannot be converted as asked:"
     assert "--indivisible nearest" in told[2]
     assert told[-1] == (
-        "  [0-199].1 (BatchNorm2d): 12 channels do not divide into 5 groups; allowed groups: 1, 2, 3, 4, 6, 12"
+        "  {0..199}.1 (BatchNorm2d): 12 channels do not divide into 5 groups; allowed groups: 1, 2, 3, 4, 6, 12"
     )
     assert len(told) < 8
 
@@ -68,6 +68,6 @@ def test_layers_that_are_not_alike_are_cut_short_unless_all_are_wanted(cli: Cli,
 
 def test_reasons_that_differ_in_numbers_become_ranges() -> None:
     problems = [f"a.{i}.bn (BN): {8 * i} channels do not divide into 7 groups; allowed: {i}" for i in range(1, 5)]
-    assert problem_lines(problems) == ["a.[1-4].bn (BN): 8-32 channels do not divide into 7 groups"]
+    assert problem_lines(problems) == ["a.{1..4}.bn (BN): 8-32 channels do not divide into 7 groups"]
     problems = ["a.0.bn: folded into a.0.conv, it leaves", "a.1.bn: folded into a.1.conv, it leaves", "no path at all"]
-    assert problem_lines(problems) == ["a.[0-1].bn: folded into conv, it leaves", "no path at all"]
+    assert problem_lines(problems) == ["a.{0,1}.bn: folded into conv, it leaves", "no path at all"]

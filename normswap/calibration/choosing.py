@@ -1,0 +1,144 @@
+"""Choose each layer's number of groups by what it does to the output on a few images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..comparison.layers import parts
+from ..comparison.outputs import OutputTally
+from ..conversion.exact_scaling import wide
+from ..data.batches import as_batches, images_in
+from ..errors import DataError, OptionError
+from ..modules.restore import evaluating, undisturbed
+from ..modules.tree import module_at
+from ..norms._wrappers import per_channel
+from ..norms.group import GroupOptions, divisors
+from ..planning.plan import SOFT, Plan, Step
+from .balance import Spread, signs, sizes
+from .matching import forward
+from .moments import Args, moments_of, rows_of
+from .norm_targets import first_input, repair, state_of, statistics_of
+
+BUDGET = 0.01
+IMAGES = 16
+
+
+@torch.no_grad()
+def choose_groups(
+    model: nn.Module, plan: Plan, data: Any, *, budget: float = BUDGET, images: int = IMAGES, batch_size: int = 64
+) -> Plan:
+    """The plan, with as many groups for each GroupNorm as its layer bears on the images.
+
+    A layer bears a number of groups if the network's output, with this layer alone as a calibrated group norm, differs
+    by a relative `|out - original| / |original|` of at most `budget`; the largest such number is taken, and one group
+    where none is borne. Groups have at least two channels. Numbers are tried by bisection, as if more groups never
+    did less harm, each with one run on the images: about four a layer.
+
+    model: the original network, unchanged. plan: from `normswap.plan(model, "gn", ...)`; steps to other norms, and
+    those that do not start from a norm with running statistics, stay as they are. data: images without labels,
+    anything `normswap.data.as_batches` takes; the first batch, at most `images` of it.
+    The result goes to `normswap.convert(model, using=...)`.
+
+    Raises OptionError for a budget that is not positive, DataError for data that cannot be used, a single image, which
+    does not show how images differ, or outputs that do not compare (detections).
+    """
+    if isinstance(budget, bool) or not 0 < budget < float("inf"):
+        raise OptionError(f"budget must be a positive number, got {budget!r}")
+    args = next(parts(next(iter(as_batches(data, batch_size, once=True)))[0], None, images))[0]
+    if images_in(args) < 2:
+        raise DataError("a single image does not show how images differ", hint="Give at least two in the first batch.")
+    steps = {step.path: step for step in plan.steps if _is_open(model, step)}
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(model))
+        stack.enter_context(evaluating(model))
+        trial = _Trial(model, args, steps)
+        chosen = {path: _most(trial, step, budget) for path, step in steps.items()}
+    new = tuple(
+        dataclasses.replace(step, options=GroupOptions(eps=step.options.eps, num_groups=chosen[step.path]))
+        if step.path in chosen
+        else step
+        for step in plan.steps
+    )
+    return dataclasses.replace(plan, steps=new)
+
+
+def _is_open(model: nn.Module, step: Step) -> bool:
+    folded = step.target == "gn" and step.transfer in ("fold", "prescale")
+    return folded and state_of(module_at(model, step.path)).has_statistics
+
+
+def _most(trial: _Trial, step: Step, budget: float) -> int:
+    """The largest number of groups within the budget."""
+    numbers = [d for d in divisors(step.channels) if d == 1 or step.channels // d > 1]
+    low, high = 0, len(numbers)  # numbers[low] is borne, or 1; numbers[high] is not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if trial.drift(step, numbers[middle]) <= budget:
+            low = middle
+        else:
+            high = middle
+    return numbers[low]
+
+
+class _Trial:
+    """Runs the network with one of its norms as a group norm."""
+
+    def __init__(self, model: nn.Module, args: Args, steps: dict[str, Step]) -> None:
+        self.model, self.args = model, args
+        self.spreads = {path: Spread() for path in steps}
+        with ExitStack() as stack:
+            for path in steps:
+                norm = module_at(model, path)
+                stack.callback(norm.register_forward_pre_hook(self._see(path), with_kwargs=True).remove)
+            self.wanted = forward(model, args)
+
+    def _see(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.spreads[path].add(rows_of(first_input(args, kwargs)), module, state_of(module).eps)
+
+        return hook
+
+    def drift(self, step: Step, groups: int) -> float:
+        """By how much the output then differs."""
+        if not self.spreads[step.path].means:
+            return 0.0
+        with self._grouped(step, groups):
+            found = forward(self.model, self.args)
+        tally = OutputTally()
+        tally.add(self.wanted, found, None)
+        total = tally.total()
+        if total is None:
+            raise DataError("the network's outputs do not compare, so no number of groups can be chosen by them")
+        return total.relative
+
+    @contextmanager
+    def _grouped(self, step: Step, groups: int) -> Iterator[None]:
+        """The norm is given what makes its output that of a group norm, so that what is fused into it stays."""
+        norm = module_at(self.model, step.path)
+        state, (mean, var) = state_of(norm), statistics_of(norm)
+        eps = SOFT if step.options.eps is None else step.options.eps
+        means, squares = self.spreads[step.path].centred()
+        gamma = torch.ones_like(means[0]) if state.weight is None else state.weight.detach().to(means)
+        sign = signs(means, groups)
+        factor = sign * sizes(means * sign, squares, gamma, groups, eps)
+        scale = (var.double() + state.eps).sqrt()
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Tensor], dict[str, Any]]:
+            x = first_input(args, kwargs)
+            centre, grown = (per_channel(t.to(wide(x)), x.dim()) for t in (mean, factor / scale))
+            y = F.group_norm((wide(x) - centre) * grown, groups, eps=eps) / grown
+            k, shift = (per_channel(t.to(y), x.dim()) for t in repair(moments_of(x), moments_of(y)))
+            return ((y * k + shift).to(x.dtype),), {}
+
+        handle = norm.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()

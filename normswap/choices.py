@@ -1,0 +1,39 @@
+"""The words that options take, each set once: for the Python API, the command line and its completion.
+
+A norm of your own is one more word for `to`; everything else is as it stands here. Imports nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Norm = Literal["bn", "sync", "frozen", "fused", "gn", "in", "ln", "ln-channel", "renorm"]
+Role = Literal["backbone", "fpn", "head"]
+Indivisible = Literal["error", "nearest"]
+Transfer = Literal["fold", "copy", "reset"]
+MissingStatistics = Literal["error", "later"]
+Method = Literal["balance", "refit", "moments"]
+Parameters = Literal["all", "norm"]
+Loss = Literal["auto", "match"]
+Task = Literal["classification", "detection", "segmentation"]
+Optimizer = Literal["adamw", "sgd"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Augment = Literal["auto", "flip", "none"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+# At PIL's numbers, which transformers stores as `resample`.
+Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic"]
+
+NORMS: tuple[str, ...] = get_args(Norm)
+ROLES: tuple[str, ...] = get_args(Role)
+INDIVISIBLE: tuple[str, ...] = get_args(Indivisible)
+TRANSFERS: tuple[str, ...] = get_args(Transfer)
+MISSING_STATISTICS: tuple[str, ...] = get_args(MissingStatistics)
+METHODS: tuple[str, ...] = get_args(Method)
+PARAMETERS: tuple[str, ...] = get_args(Parameters)
+LOSSES: tuple[str, ...] = get_args(Loss)
+TASKS: tuple[str, ...] = get_args(Task)
+OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+AUGMENTS: tuple[str, ...] = get_args(Augment)
+DEVICES: tuple[str, ...] = get_args(Device)
+INTERPOLATIONS: tuple[str, ...] = get_args(Interpolation)

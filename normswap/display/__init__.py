@@ -1,0 +1,1 @@
+"""Tables and progress, for terminals and notebooks alike."""

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import normswap
+from normswap.display.progress import Line, duration, line
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+FIGURES = "loss 0.532, accuracy 0.812, 1.2e+03 images/s, 0.54 GiB"
+
+
+@pytest.mark.parametrize("columns", [12, 20, 30, 40, 60, 80, 120, 200])
+def test_a_line_keeps_step_and_time_at_any_width_and_never_wraps(columns: int) -> None:
+    shown = line("training", 120, 3000, 754.0, FIGURES, columns)
+    assert len(shown) <= columns
+    assert "120/3000 12:34 left"[:columns] in shown
+    assert ("━" in shown) == (columns >= 80)
+    assert ("training" in shown) == (columns >= 30)
+    assert (FIGURES in shown) == (columns >= 120)
+
+
+def test_the_bar_is_full_at_the_end_and_empty_at_the_start() -> None:
+    assert "─" not in line("x", 10, 10, 0.0, "", 80)
+    assert "━" not in line("x", 0, 10, None, "", 80)
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (0, 59.6, 61, 3723)] == ["0:00", "1:00", "1:01", "1:02:03"]
+
+
+def test_a_terminal_line_is_overwritten_and_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = Terminal()
+    shown = Line("work", stream)
+    shown(1, 2, "loss 1")
+    shown.above("kept")
+    shown(2, 2, "loss 0")
+    shown.close()
+    parts = stream.getvalue().split("\r\x1b[2K")
+    assert parts[2] == "kept\n"
+    assert parts[-1] == ""
+    assert all(len(part) < 40 for part in parts)
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 2)).eval()
+
+
+def calibrate(**options: Any) -> None:
+    torch.manual_seed(0)
+    model = net()
+    converted = normswap.convert(model, to="gn", groups=2)
+    normswap.calibrate(converted, model, torch.randn(6, 3, 8, 8), batch_size=2, **options)
+
+
+def distil(**options: Any) -> None:
+    model = net()
+    converted = normswap.convert(model, to="gn", groups=2)
+    normswap.distil(converted, model, torch.randn(6, 3, 8, 8), batch_size=2, steps=3, **options)
+
+
+def finetune(**options: Any) -> None:
+    pytest.importorskip("accelerate")
+    data = torch.randn(8, 3, 8, 8), torch.arange(8) % 2
+    normswap.finetune(net(), data, data, batch_size=4, steps=2, device="cpu", freeze_stats=True, **options)
+
+
+@pytest.mark.parametrize("work", [calibrate, distil, finetune])
+def test_long_work_shows_itself_on_a_terminal_and_is_silent_elsewhere(
+    work: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for stream, options, seen in (
+        (Terminal(), {}, True),
+        (Terminal(), {"progress": False}, False),
+        (io.StringIO(), {}, False),
+    ):
+        monkeypatch.setattr(sys, "stderr", stream)
+        work(**options)
+        assert ("ing " in stream.getvalue()) is seen
+
+
+def test_calibrate_tells_a_function_of_batches_and_norms() -> None:
+    told: list[tuple[int, int]] = []
+    calibrate(progress=lambda done, total: told.append((done, total)))
+    assert told == [(done, 4) for done in range(1, 5)]
