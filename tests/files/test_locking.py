@@ -21,7 +21,7 @@ from normswap.files.locking import locked
 HOLDER = """
 import sys, time
 from pathlib import Path
-from normswap.locking import locked
+from normswap.files.locking import locked
 
 with locked(Path(sys.argv[1])):
     print("HELD", flush=True)

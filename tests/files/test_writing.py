@@ -20,7 +20,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import safetensors.torch
-from normswap.writing import write_safetensors
+from normswap.files.writing import write_safetensors
 
 
 def killed(tensors, path, metadata=None):
