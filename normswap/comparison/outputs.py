@@ -185,10 +185,13 @@ def matched_boxes(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[int
     In falling order of score, each box of b takes the free box of a with the same label that overlaps it most, if
     their intersection over union is at least 0.5: the matching of PASCAL VOC (Everingham et al. 2010).
     """
+    from torchvision.ops import box_iou
+
     device = b["boxes"].device
     keep_a, keep_b = a["scores"] > SCORE, b["scores"] > SCORE
     order = b["scores"][keep_b].argsort(descending=True)
-    overlap = _iou(b["boxes"][keep_b][order], a["boxes"][keep_a].to(device))
+    found, wanted = b["boxes"][keep_b][order].double(), a["boxes"][keep_a].to(device).double()
+    overlap = box_iou(found, wanted).nan_to_num()  # NaN for two boxes without area
     same_label = b["labels"][keep_b][order][:, None] == a["labels"][keep_a].to(device)[None]
     overlap = torch.where(same_label, overlap, 0.0).cpu()
     matched = 0
@@ -198,15 +201,6 @@ def matched_boxes(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[int
             matched += 1
             overlap[:, best] = 0.0
     return matched, int(keep_a.sum()), int(keep_b.sum())
-
-
-def _iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of every pair, `(n, 4)` and `(m, 4)` -> `(n, m)`."""
-    a, b = a.double()[:, None], b.double()[None]
-    sides = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
-    areas = [(x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (a, b)]
-    both = sides.prod(-1)
-    return both / (areas[0] + areas[1] - both).clamp(min=1e-12)
 
 
 def _logits(out: Any, tensors: dict[str, Tensor]) -> str | None:
