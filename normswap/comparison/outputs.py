@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DataError, plural
+from ..modules.precision import at_least_float32
 
 SCORE = 0.5
 IOU = 0.5
@@ -29,7 +30,7 @@ class Deviation:
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Count two tensors of one shape, in at least float32, summed in float64."""
-        a, b = _wide(a.detach()).to(b.device), _wide(b.detach())
+        a, b = at_least_float32(a.detach()).to(b.device), at_least_float32(b.detach())
         if a.numel() == 0:
             return
         difference, reference = b - a, a
@@ -52,10 +53,6 @@ class Deviation:
         if not (math.isfinite(self.squares) and math.isfinite(self.reference)):
             return math.inf
         return math.sqrt(self.squares / self.reference) if self.reference > 0 else math.sqrt(self.squares)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def _squares(tensor: Tensor) -> float:
