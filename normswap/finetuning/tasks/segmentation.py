@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...data.segmentation_masks import IGNORED
-from ...errors import DataError, Fix, OptionError, Text
-from ...heads.classifier import Head
+from ...errors import DataError, Fix, Text
+from ...heads.classifier import Head, scores_of
 from ..datasets.loader import spread
 from ..datasets.masks import open_scenes, plain, prepared_scenes
 from ..datasets.splits import Sets
@@ -97,7 +97,7 @@ class Segmentation:
                 raise DataError(f"a training image is {tuple(image.shape)} and its mask {tuple(mask.shape)}")
         images, masks = _padded(content[0], 0), _padded(content[1], IGNORED)
         output = forward(images)
-        scores = _at(scores_of(output), masks)
+        scores = _at(scores_of(output, per_pixel=True), masks)
         if self.classes is None:  # from now on `collate` knows
             check_classes(masks, scores.shape[1])
             self.classes = scores.shape[1]
@@ -123,7 +123,8 @@ class Segmentation:
     def draw(self, network: nn.Module, content: Any, path: Path) -> bool:
         """True classes beside those predicted."""
         images, masks = content
-        found = [_at(scores_of(network(i[None])), m[None])[0].argmax(0) for i, m in zip(images, masks, strict=True)]
+        scores = (scores_of(network(image[None]), per_pixel=True) for image in images)
+        found = [_at(one, mask[None])[0].argmax(0) for one, mask in zip(scores, masks, strict=True)]
         return masks_page(path, images, [m.cpu() for m in masks], [f.cpu() for f in found], self.names)
 
 
@@ -141,7 +142,7 @@ class Overlap:
             groups[image.shape, mask.shape].append(i)
         for group in groups.values():
             images, masks = (torch.stack([part[i] for i in group]) for part in content)
-            scores = _at(scores_of(model(images)), masks)
+            scores = _at(scores_of(model(images), per_pixel=True), masks)
             check_classes(masks, scores.shape[1])
             self._loss += float(F.cross_entropy(scores, masks, ignore_index=IGNORED, reduction="sum"))
             self._overlap = self._overlap or _overlap_of(scores.shape[1]).to(scores.device)
@@ -176,16 +177,6 @@ def check_classes(masks: Tensor, classes: int | None) -> None:
             f"{(classes or 0) - 1}, and {IGNORED} is ignored",
             hint=Text(Fix("num_classes", int(known.max()) + 1), " gives it a new head."),
         )
-
-
-def scores_of(output: Any) -> Tensor:
-    """Scores `(N, K, h, w)` in what a segmentation network gives. Raises OptionError."""
-    found = output.get("out") if isinstance(output, Mapping) and "out" in output else output
-    found = found if isinstance(found, Tensor) else getattr(found, "logits", None)
-    if not isinstance(found, Tensor) or found.dim() != 4:
-        got = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(output).__name__
-        raise OptionError(f"the network gives {got}; a segmentation network gives scores (N, classes, H, W)")
-    return found
 
 
 def _at(scores: Tensor, masks: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Figures over several processes, without starting any; the pages of pictures."""
+"""What a task makes of outputs: scores, figures over several processes without starting any, pages of pictures."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, OptionError
 from normswap.finetuning.output.plots import _colours, _with_objects
 from normswap.finetuning.tasks.classification import Accuracy
 from normswap.finetuning.tasks.segmentation import Overlap
+from normswap.heads.classifier import scores_of
 
 
 class Processes:
@@ -80,3 +81,14 @@ def test_boxes_are_drawn_around_and_masks_over_their_pixels_by_half() -> None:
     assert (drawn[:, :3] == 51).all()
     assert (drawn[:, 6, 6] == 51).all()
     assert (_with_objects(image, target, masked=False)[:, 9, 9] == 51).all()
+
+
+@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: {"logits": t}, lambda t: {"out": t, "aux": t + 1}])
+def test_scores_are_found_in_what_networks_of_each_library_give(wrap: Any) -> None:
+    rows, maps = torch.randn(2, 3), torch.randn(2, 3, 4, 4)
+    assert scores_of(wrap(rows)) is rows
+    assert scores_of(wrap(maps), per_pixel=True) is maps
+    with pytest.raises(OptionError, match=r"shape \(2, 3, 4, 4\); a classifier gives"):
+        scores_of(wrap(maps))
+    with pytest.raises(OptionError, match="gives int; a segmentation network gives"):
+        scores_of(1, per_pixel=True)
