@@ -84,7 +84,7 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Any]]]):
             raise self._unreadable(index % len(self)) from None
 
     def read(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        """The same, but raises `images.Unreadable`, and looks at no other image."""
+        """The same, but raises `Unreadable`, and looks at no other image."""
         picture = self.pictures[index]
         image = _read(self.folder, picture)
         objects = len(picture.boxes)

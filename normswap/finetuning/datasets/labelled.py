@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.image_folder import ImageData, decode, open_images
-from ...data.image_folder import Unreadable as UnreadableImage
+from ...data.image_folder import ImageData, Unreadable, decode, open_images
 from ...errors import DataError
 from .augmentation import Plain, settled
 from .collate import check_input
-from .loader import Tensors, Transform, Unreadable, spread
+from .loader import Tensors, Transform, spread
 from .splits import TRAIN, VALIDATION, Sets, check_apart, classes_of, held_note, part_of, sized, split
 from .torchvision_named import TorchvisionSubset
 
@@ -38,8 +37,9 @@ class LabelledImages:
         file = self.files[index]
         try:
             image = decode(file)
-        except UnreadableImage as error:
-            raise Unreadable(str(file.relative_to(self.folder.parent)), str(error)) from error
+        except Unreadable as error:
+            error.name = str(file.relative_to(self.folder.parent))
+            raise
         return (image if self.transform is None else self.transform(image)), self.labels[index]
 
     @classmethod

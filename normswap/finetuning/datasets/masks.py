@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from ...arguments import one_of
-from ...data.image_folder import Unreadable as UnreadableImage
+from ...data.image_folder import Unreadable
 from ...data.preprocess import Preprocess
 from ...data.segmentation_masks import IGNORED, MaskData, open_masks
 from ...errors import DataError, OptionError
 from .augmentation import AUGMENT
-from .loader import Unreadable
 from .splits import TRAIN, VALIDATION, Sets, check_apart, held_note, part_of, sized, split
 
 _SCALES = (0.5, 2.0)
@@ -60,8 +59,9 @@ class SegmentationImages:
 
         try:
             image, mask = self.data.read(index)
-        except UnreadableImage as error:
-            raise Unreadable(str(self.data.files[index].relative_to(self.data.folder)), str(error)) from error
+        except Unreadable as error:
+            error.name = str(self.data.files[index].relative_to(self.data.folder))
+            raise
         resize = v2.Resize(self._size(*image.shape[1:]))
         normalize = v2.Normalize(list(self.prepare.mean), list(self.prepare.std))
         if not self.training:
