@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..comparison.outputs import comparison_lines
+from ..comparison.before_after import BeforeAfter
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,15 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
-class CalibrationReport:
+class CalibrationReport(BeforeAfter):
     """The result of `calibrate`.
 
-    images: how many were used. drift_before, drift_after: relative error `|out - original| / |original|` of the
-    network's output over `compared` of them, None where outputs do not compare (detections). agreement_before and
-    agreement_after: share of images decided alike. accuracy: of the original, before and after, where labels came.
-    passes: how often the converted network ran over the images.
+    images: how many were used, of which `compared` for the figures of `BeforeAfter`. passes: how often the converted
+    network ran over the images.
     """
 
     images: int
     layers: tuple[LayerResult, ...]
-    compared: int = 0
-    drift_before: float | None = None
-    drift_after: float | None = None
-    agreement_before: float | None = None
-    agreement_after: float | None = None
-    accuracy_original: float | None = None
-    accuracy_before: float | None = None
-    accuracy_after: float | None = None
     passes: int = 1
     notes: tuple[str, ...] = ()
 
@@ -71,4 +61,4 @@ class CalibrationReport:
             f"calibrated {count} layer{'s' * (count != 1)} on {self.images} image{'s' * (self.images != 1)}",
             f"moment error, largest of any layer: {self.error_before:.3g} -> {self.error_after:.3g}",
         ]
-        return "\n".join([*lines, *comparison_lines(self), *self.notes])
+        return "\n".join([*lines, *self.lines(), *self.notes])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import DataError, plural
+from ..errors import DataError
 from ..modules.precision import at_least_float32
 
 SCORE = 0.5
@@ -224,17 +224,3 @@ def _require_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
             f"the two networks' outputs cannot be compared: the first gives {texts[0]}, the second {texts[1]}",
             hint="Compare networks with the same head (number of classes).",
         )
-
-
-def comparison_lines(report: Any) -> list[str]:
-    """Drift, agreement and accuracy before and after, of a report that has them (`calibrate`'s, `distil`'s)."""
-    lines = []
-    if report.drift_before is not None and report.drift_after is not None:
-        on = f" (on {plural(report.compared, 'image')})"
-        lines.append(f"output drift: {report.drift_before:.3g} -> {report.drift_after:.3g}{on}")
-    if report.agreement_before is not None and report.agreement_after is not None:
-        lines.append(f"agreement: {report.agreement_before:.1%} -> {report.agreement_after:.1%}")
-    if report.accuracy_before is not None and report.accuracy_after is not None:
-        before, after = f"{report.accuracy_before:.1%}", f"{report.accuracy_after:.1%}"
-        lines.append(f"accuracy: {before} -> {after} (original {report.accuracy_original:.1%})")
-    return lines

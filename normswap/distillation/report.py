@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..comparison.before_after import BeforeAfter
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -22,16 +24,14 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class DistillationReport:
+class DistillationReport(BeforeAfter):
     """The result of `distil`.
 
     steps: how many were done, of `planned`; kept: the step whose state the network has, 0 for the one it came in.
     images: how many different ones the data holds, None if only iterating tells. loss_first, loss_last: of the batches
     trained on, mean over the first and the last tenth of the steps; what is left of `features` counts in it.
     The other figures are over `compared` images, `compared_on` says which, of the network as it came and as it is.
-    eval_loss: what a run lowers, without `features`. drift: relative error `|out - original| / |original|` of the
-    output; agreement: share of images decided alike; None where outputs do not compare so. accuracy: where
-    `eval_data` came with labels.
+    eval_loss: what a run lowers, without `features`. For drift, agreement and accuracy see `BeforeAfter`.
     """
 
     steps: int
@@ -39,18 +39,10 @@ class DistillationReport:
     images: int | None
     loss_first: float | None
     loss_last: float | None
-    compared: int = 0
     compared_on: str = ""
     kept: int = 0
     eval_loss_before: float | None = None
     eval_loss_after: float | None = None
-    drift_before: float | None = None
-    drift_after: float | None = None
-    agreement_before: float | None = None
-    agreement_after: float | None = None
-    accuracy_original: float | None = None
-    accuracy_before: float | None = None
-    accuracy_after: float | None = None
     interrupted: bool = False
     resumed_at: int = 0
     notes: tuple[str, ...] = ()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from normswap.comparison.before_after import BeforeAfter, before_after
 from normswap.comparison.outputs import Deviation, OutputTally, are_detections, floating, matched_boxes
 from normswap.errors import DataError
 
@@ -235,3 +236,16 @@ def test_agreement_of_detectors_is_the_f1_over_all_images() -> None:
     assert tally.agreement() == pytest.approx(2 * 1 / (2 * 1 + 2 + 2))
     assert tally.total() is None
     assert tallied([detected()], [detected()]).agreement() is None
+
+
+def test_what_was_counted_becomes_figures_before_and_after() -> None:
+    original, labels = torch.eye(4) * 2, torch.tensor([0, 1, 2, 0])
+    before, after = OutputTally(), OutputTally()
+    before.add(original, -original, labels)
+    after.add(original, original.clone(), labels)
+    figures = BeforeAfter(compared=4, **before_after(before, after))
+    assert (figures.drift_before, figures.drift_after) == (2, 0)  # |-2x| / |x|
+    assert (figures.agreement_before, figures.agreement_after) == (0, 1)
+    assert (figures.accuracy_original, figures.accuracy_before, figures.accuracy_after) == (0.75, 0.25, 0.75)
+    assert figures.lines()[0] == "output drift: 2 -> 0 (on 4 images)"
+    assert BeforeAfter().lines() == []
