@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..arguments import whole
 from ..choices import Method
+from ..comparison.before_after import before_after
 from ..comparison.outputs import OutputTally
 from ..conversion.record import check_order, record_of
 from ..conversion.revert import revert
@@ -368,19 +369,12 @@ class _Comparison:
         """Keyword arguments for the report."""
         if not self.enabled:
             return {}
-        values: dict[str, Any] = {"compared": sum(map(images_in, self.batches))}
-        for which in ("before", "after"):
-            tally = OutputTally(None if self.classes is None else len(self.classes))
+        tallies = [OutputTally(None if self.classes is None else len(self.classes)) for _ in ("before", "after")]
+        for which, tally in zip(("before", "after"), tallies, strict=True):
             for one, other, y in zip(self.outputs["original"], self.outputs[which], self.labels, strict=True):
                 tally.add(one, other, y)
-            total = tally.total()
-            values[f"drift_{which}"] = None if total is None else total.relative
-            values[f"agreement_{which}"] = tally.agreement()
-            if tally.labelled:
-                values["accuracy_original"] = tally.correct[0] / tally.labelled
-                values[f"accuracy_{which}"] = tally.correct[1] / tally.labelled
-            self.notes = tuple(tally.notes)
-        return values
+        self.notes = tuple(tallies[1].notes)
+        return {"compared": sum(map(images_in, self.batches)), **before_after(*tallies)}
 
 
 def _rows(out: Any, size: int, wanted: int) -> Any:

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from ..comparison.layers import parts
 from ..comparison.outputs import OutputTally
-from ..conversion.exact_scaling import wide
 from ..data.batches import as_batches, images_in
 from ..errors import DataError, OptionError
+from ..modules.precision import at_least_float32
 from ..modules.restore import evaluating, undisturbed
 from ..modules.tree import module_at
 from ..norms._wrappers import per_channel
@@ -132,8 +132,8 @@ class _Trial:
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Tensor], dict[str, Any]]:
             x = first_input(args, kwargs)
-            centre, grown = (per_channel(t.to(wide(x)), x.dim()) for t in (mean, factor / scale))
-            y = F.group_norm((wide(x) - centre) * grown, groups, eps=eps) / grown
+            centre, grown = (per_channel(t.to(at_least_float32(x)), x.dim()) for t in (mean, factor / scale))
+            y = F.group_norm((at_least_float32(x) - centre) * grown, groups, eps=eps) / grown
             k, shift = (per_channel(t.to(y), x.dim()) for t in repair(moments_of(x), moments_of(y)))
             return ((y * k + shift).to(x.dtype),), {}
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..conversion.exact_scaling import wide
+from ..modules.precision import at_least_float32
 
 # Where E[x^2] is this many times the variance, float32 sums of squares lose too much; such channels are centred first.
 _OFFSET = 25.0
@@ -98,7 +98,7 @@ class Rows:
 @torch.no_grad()
 def rows_of(x: Tensor, channel_dim: int = 1) -> Rows:
     """Of one tensor `(N, C, *)`, or with channels in another place, of any floating dtype."""
-    values = wide(x.detach()).movedim(channel_dim, 1)
+    values = at_least_float32(x.detach()).movedim(channel_dim, 1)
     return _rows(values.flatten(2) if values.dim() > 2 else values.unsqueeze(-1))
 
 

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from ..conversion.apply import inner_norm
-from ..conversion.exact_scaling import wide
 from ..conversion.record import record_of
 from ..errors import Fix, NetworkError, NormswapError, Text
+from ..modules.precision import at_least_float32
 from ..modules.tree import module_at
 from ..norms._wrappers import per_channel
 from ..norms.registry import identify
@@ -223,7 +223,7 @@ def statistics_output(target: Target, inputs: Moments) -> Moments:
 def rewrite(y: Tensor, k: Tensor, shift: Tensor, channel_dim: int) -> None:
     """`y = k y + shift` in place, computed in at least float32."""
     view = y.movedim(channel_dim, 1)
-    scale, add = (per_channel(t.to(wide(y)), y.dim()) for t in (k, shift))
+    scale, add = (per_channel(t.to(at_least_float32(y)), y.dim()) for t in (k, shift))
     if y.dtype == scale.dtype:
         view.mul_(scale).add_(add)
     else:

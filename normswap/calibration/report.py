@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..comparison.outputs import comparison_lines
+from ..comparison.before_after import BeforeAfter
 from ..display.overview import ReportInNotebook
 from ..display.progress import shown
 
@@ -49,25 +49,15 @@ def told(
 
 
 @dataclass(frozen=True)
-class CalibrationReport(ReportInNotebook):
+class CalibrationReport(BeforeAfter, ReportInNotebook):
     """The result of `calibrate`.
 
-    images: how many were used. drift_before, drift_after: relative error `|out - original| / |original|` of the
-    network's output over `compared` of them, None where outputs do not compare (detections). agreement_before and
-    agreement_after: share of images decided alike. accuracy: of the original, before and after, where labels came.
-    passes: how often the converted network ran over the images. bad: images that could not be read and were left out.
+    images: how many were used, of which `compared` for the figures of `BeforeAfter`. passes: how often the converted
+    network ran over the images. bad: images that could not be read and were left out.
     """
 
     images: int
     layers: tuple[LayerResult, ...] = field(repr=False)
-    compared: int = 0
-    drift_before: float | None = None
-    drift_after: float | None = None
-    agreement_before: float | None = None
-    agreement_after: float | None = None
-    accuracy_original: float | None = None
-    accuracy_before: float | None = None
-    accuracy_after: float | None = None
     passes: int = 1
     notes: tuple[str, ...] = ()
     bad: tuple[str, ...] = ()
@@ -99,4 +89,4 @@ class CalibrationReport(ReportInNotebook):
             f"calibrated {count} layer{'s' * (count != 1)} on {self.images} image{'s' * (self.images != 1)}",
             f"moment error, largest of any layer: {self.error_before:.3g} -> {self.error_after:.3g}",
         ]
-        return "\n".join([*lines, *comparison_lines(self), *self.notes])
+        return "\n".join([*lines, *self.lines(), *self.notes])

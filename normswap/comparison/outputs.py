@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import DataError, plural
+from ..errors import DataError
+from ..modules.precision import at_least_float32
 
 SCORE = 0.5
 IOU = 0.5
@@ -29,7 +30,7 @@ class Deviation:
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Count two tensors of one shape, in at least float32, summed in float64."""
-        a, b = _wide(a.detach()).to(b.device), _wide(b.detach())
+        a, b = at_least_float32(a.detach()).to(b.device), at_least_float32(b.detach())
         if a.numel() == 0:
             return
         difference, reference = b - a, a
@@ -52,10 +53,6 @@ class Deviation:
         if not (math.isfinite(self.squares) and math.isfinite(self.reference)):
             return math.inf
         return math.sqrt(self.squares / self.reference) if self.reference > 0 else math.sqrt(self.squares)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def _squares(tensor: Tensor) -> float:
@@ -185,10 +182,13 @@ def matched_boxes(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[int
     In falling order of score, each box of b takes the free box of a with the same label that overlaps it most, if
     their intersection over union is at least 0.5: the matching of PASCAL VOC (Everingham et al. 2010).
     """
+    from torchvision.ops import box_iou
+
     device = b["boxes"].device
     keep_a, keep_b = a["scores"] > SCORE, b["scores"] > SCORE
     order = b["scores"][keep_b].argsort(descending=True)
-    overlap = _iou(b["boxes"][keep_b][order], a["boxes"][keep_a].to(device))
+    found, wanted = b["boxes"][keep_b][order].double(), a["boxes"][keep_a].to(device).double()
+    overlap = box_iou(found, wanted).nan_to_num()  # NaN for two boxes without area
     same_label = b["labels"][keep_b][order][:, None] == a["labels"][keep_a].to(device)[None]
     overlap = torch.where(same_label, overlap, 0.0).cpu()
     matched = 0
@@ -198,15 +198,6 @@ def matched_boxes(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[int
             matched += 1
             overlap[:, best] = 0.0
     return matched, int(keep_a.sum()), int(keep_b.sum())
-
-
-def _iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of every pair, `(n, 4)` and `(m, 4)` -> `(n, m)`."""
-    a, b = a.double()[:, None], b.double()[None]
-    sides = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
-    areas = [(x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (a, b)]
-    both = sides.prod(-1)
-    return both / (areas[0] + areas[1] - both).clamp(min=1e-12)
 
 
 def _logits(out: Any, tensors: dict[str, Tensor]) -> str | None:
@@ -233,17 +224,3 @@ def _require_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
             f"the two networks' outputs cannot be compared: the first gives {texts[0]}, the second {texts[1]}",
             hint="Compare networks with the same head (number of classes).",
         )
-
-
-def comparison_lines(report: Any) -> list[str]:
-    """Drift, agreement and accuracy before and after, of a report that has them (`calibrate`'s, `distil`'s)."""
-    lines = []
-    if report.drift_before is not None and report.drift_after is not None:
-        on = f" (on {plural(report.compared, 'image')})"
-        lines.append(f"output drift: {report.drift_before:.3g} -> {report.drift_after:.3g}{on}")
-    if report.agreement_before is not None and report.agreement_after is not None:
-        lines.append(f"agreement: {report.agreement_before:.1%} -> {report.agreement_after:.1%}")
-    if report.accuracy_before is not None and report.accuracy_after is not None:
-        before, after = f"{report.accuracy_before:.1%}", f"{report.accuracy_after:.1%}"
-        lines.append(f"accuracy: {before} -> {after} (original {report.accuracy_original:.1%})")
-    return lines

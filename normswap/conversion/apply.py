@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from ..errors import PlanError
 from ..modules.frozen_class import ATTRIBUTE, WANTED, hand_over
 from ..modules.hooks import adopt
+from ..modules.precision import at_least_float32
 from ..modules.tree import device_and_dtype, module_at, replace_module
 from ..norms._building import TAIL
 from ..norms._wrappers import ChannelAffine, NormSequence
@@ -20,7 +21,7 @@ from ..norms.fused import scale_and_shift
 from ..norms.registry import build, identify, norm_named
 from ..norms.spec import NormState
 from ..planning.plan import Plan, Step
-from .exact_scaling import by_output_channel, fold_exactly, folded_bias, scaled, wide
+from .exact_scaling import by_output_channel, fold_exactly, folded_bias, scaled
 from .undo_record import TENSORS, LayerUndo, NormUndo, Undo
 
 # Attributes that norm classes set on themselves; everything else on a norm was put there by its user.
@@ -34,8 +35,8 @@ _SPEC_TENSORS = frozenset((*TENSORS, "scale", "shift", "renorm_steps"))
 def standardization(state: NormState) -> tuple[Tensor, Tensor]:
     """`scale = 1 / sqrt(var + eps)` and `shift = -mean * scale`, each `(C,)`, in at least float32."""
     mean, var = state.statistics
-    scale = torch.rsqrt(wide(var) + state.eps)
-    return scale, -wide(mean) * scale
+    scale = torch.rsqrt(at_least_float32(var) + state.eps)
+    return scale, -at_least_float32(mean) * scale
 
 
 def read(model: nn.Module, step: Step) -> NormState:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..modules.precision import at_least_float32
+
 _INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
@@ -24,18 +26,13 @@ def by_output_channel(layer: Any, vector: Tensor) -> Tensor:
     return vector.view(-1, *([1] * (weight.dim() - 1)))
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """At least float32."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-
-
 def scaled(weight: Tensor, factor: Tensor) -> Tensor:
     """`weight * factor` rounded to the weight's dtype, computed in at least float32."""
-    return (wide(weight) * factor).to(weight.dtype)
+    return (at_least_float32(weight) * factor).to(weight.dtype)
 
 
 def unscaled(weight: Tensor, factor: Tensor) -> Tensor:
-    return (wide(weight) / factor).to(weight.dtype)
+    return (at_least_float32(weight) / factor).to(weight.dtype)
 
 
 _BLOCK = 1 << 16  # elements worked on at a time, so that what a block needs stays in the cache
@@ -98,4 +95,4 @@ def same_bits(a: Tensor, b: Tensor | None) -> bool:
 
 def folded_bias(bias: Tensor | None, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
     """`b' = b * scale + shift`, `(C,)`, in the layer's dtype."""
-    return shift.to(dtype) if bias is None else (wide(bias) * scale + shift).to(dtype)
+    return shift.to(dtype) if bias is None else (at_least_float32(bias) * scale + shift).to(dtype)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import Fix, PlanError, Text, plural
+from ..modules.precision import at_least_float32
 from ..modules.tree import aliases, module_at
 from ..norms.fused import scale_and_shift
 from ..norms.registry import identify, norm_named
@@ -18,7 +19,7 @@ from ..norms.spec import NormState
 from ..planning.plan import Plan, Step
 from ..tracing.calls import out_channels, producer_kind
 from .apply import read, scales_gamma, standardization
-from .exact_scaling import by_output_channel, folded_bias, scaled, wide
+from .exact_scaling import by_output_channel, folded_bias, scaled
 
 
 def check_fit(model: nn.Module, plan: Plan) -> None:
@@ -140,7 +141,7 @@ def _layers(problems: list[str]) -> str:
 
 def _all_sound(means: list[Tensor], variances: list[Tensor]) -> bool:
     """One pass over all layers at once; the slow search for the culprit is left to when there may be one."""
-    mean, var = (torch.cat([wide(t).view(-1).cpu() for t in tensors]) for tensors in (means, variances))
+    mean, var = (torch.cat([at_least_float32(t).view(-1).cpu() for t in tensors]) for tensors in (means, variances))
     return bool(torch.isfinite(mean).all() & torch.isfinite(var).all() & (var > 0).all())
 
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ..errors import Fix, RevertError, Text
 from ..modules.hooks import hand_over_hooks
+from ..modules.precision import at_least_float32
 from ..modules.tree import aliases, check_module, replace_module
 from ..modules.wrappers import check_wrapper, rewrapped, unwrapped
-from .exact_scaling import by_output_channel, unscaled, wide
+from .exact_scaling import by_output_channel, unscaled
 from .record import put_record, record_of
 from .undo_record import LayerUndo, NormUndo, Undo, reorder, undo_layer
 
@@ -95,7 +96,7 @@ def _norm_changed(module: nn.Module, undo: NormUndo) -> bool:
 def _restore_layer(layer: Any, record: LayerUndo, original: tuple[Tensor, Tensor | None] | None) -> None:
     if original is None:
         scale, shift = record.scale.to(layer.weight.device), record.shift.to(layer.weight.device)
-        bias = None if record.bias is None else ((wide(layer.bias) - shift) / scale).to(layer.bias.dtype)
+        bias = None if record.bias is None else ((at_least_float32(layer.bias) - shift) / scale).to(layer.bias.dtype)
         original = unscaled(layer.weight, by_output_channel(layer, scale)), bias
     weight, old_bias = original
     layer.weight.data.copy_(weight)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from ..errors import DataError, listed, plural
 from .coco_annotations import check_files, check_links, kept_of, tables_of
-from .coco_masks import mask_of
+from .coco_masks import mask_of, pycocotools_mask
 from .image_folder import Unreadable, decode
 from .preprocess import Preprocess
 
@@ -84,7 +84,7 @@ class CocoData(Dataset[tuple[Tensor, dict[str, Any]]]):
             raise self._unreadable(index % len(self)) from None
 
     def read(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        """The same, but raises `images.Unreadable`, and looks at no other image."""
+        """The same, but raises `Unreadable`, and looks at no other image."""
         picture = self.pictures[index]
         image = _read(self.folder, picture)
         objects = len(picture.boxes)
@@ -128,8 +128,11 @@ def open_coco(annotations: str | os.PathLike[str], folder: str | os.PathLike[str
     Images without objects stay. masks: targets get masks, from polygons or run lengths, compressed or not.
 
     Raises DataError, naming the file and up to 10 offenders, for what is not JSON or not COCO, ids that are given
-    twice or refer to nothing, boxes that are not four numbers, missing segmentations, and missing image files.
+    twice or refer to nothing, boxes that are not four numbers, missing segmentations, and missing image files; and
+    NormswapError for masks without pycocotools.
     """
+    if masks:
+        pycocotools_mask()  # its error, if it is missing, comes before the first image is read
     file, folder = Path(annotations), Path(folder)
     tables = tables_of(file)
     images = {entry["id"]: entry for entry in tables["images"]}

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, listed
-from .coco_masks import is_number
 
 _LARGEST = 2**20  # pixels of a side
+_FARTHEST = 1e7
 _TABLES = {
     "images": ("id", "file_name", "width", "height"),
     "annotations": ("image_id", "category_id", "bbox"),
@@ -113,6 +113,11 @@ def _bad_box(annotation: dict[str, Any]) -> str:
     box = annotation["bbox"]
     fine = isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
     return "" if fine else f"its bbox is {box!r}, not four numbers x, y, width, height"
+
+
+def is_number(value: Any) -> bool:
+    """A number that a pixel may have, which JSON's `true` and `NaN` are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_FARTHEST <= value <= _FARTHEST
 
 
 def _corners(box: list[float]) -> tuple[float, float, float, float]:

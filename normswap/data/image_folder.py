@@ -288,7 +288,11 @@ def _spread(labels: Sequence[int], limit: int | None, seed: int) -> list[int]:
 
 
 class Unreadable(Exception):
-    """A file that is no whole image; `ImageBatches` turns it into a DataError over all of them."""
+    """A file or sample that is broken in itself, and why; whoever reads many of them names it and counts it."""
+
+    def __init__(self, reason: str, name: str = "") -> None:
+        super().__init__(reason)
+        self.name = name
 
 
 def decode(file: Path) -> Image:

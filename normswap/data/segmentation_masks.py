@@ -54,7 +54,7 @@ class MaskData(Dataset[tuple[Tensor, Tensor]]):
         return replace(self, files=files, masks=masks)
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """The same, but raises `images.Unreadable`."""
+        """The same, but raises `Unreadable`."""
         return Preprocess.raw()(decode(self.files[index])), _mask(self.masks[index])
 
     def count_classes(self) -> int:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from ..arguments import whole
 from ..errors import OptionError, OutputError
 from ..files.writing import atomic
-from .coco_masks import rle_of
+from .coco_masks import pycocotools_mask, rle_of
 
 NAMES = ("circle", "square", "triangle")
 MOST = 4
@@ -92,9 +92,11 @@ def write_shapes(
     """Write what `shapes` draws as files: `images/*.png`, `annotations.json` (COCO), `masks/*.png`. Returns the folder.
 
     A mask's pixels are labels, 0 being the background. `open_coco` and `open_masks` read the folder.
-    Raises OutputError when the folder holds something already or cannot be written, and OptionError as `shapes`.
+    Raises OutputError when the folder holds something already or cannot be written, OptionError as `shapes`, and
+    NormswapError without pycocotools, which writes the masks.
     """
     data, folder = Shapes(count, size, classes, seed), Path(folder)
+    pycocotools_mask()  # its error, if it is missing, comes before anything is written
     try:
         if folder.is_dir() and any(folder.iterdir()):
             raise OutputError(f"{folder} is not empty", hint="Name a new folder.")

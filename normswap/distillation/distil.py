@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..arguments import whole
 from ..choices import Augment, Loss, Parameters, Precision
+from ..comparison.before_after import before_after
 from ..conversion.record import record_of
 from ..data.batches import MAX_BAD, Batches, as_batches, opened
 from ..errors import Fix, Interrupted, OptionError, Text
@@ -22,7 +23,6 @@ from ..modules.wrappers import unwrapped
 from ..training.parameters import trained_parameters, training_only
 from ..training.run_state import load_state, network_digest
 from ..training.teacher import original_of, side_by_side
-from .judging import Look
 from .report import DistillationReport, Progress, told
 from .run import DistillationRun
 from .settings import Settings
@@ -165,29 +165,16 @@ def _compared(stream: Stream, settings: Settings, given: Batches | None) -> Comp
 
 def _report(work: DistillationRun, *, interrupted: bool = False) -> DistillationReport:
     first, best = work.judge.first, work.judge.final()
-    values: dict[str, Any] = {f"{name}_before": value for name, value in _figures(first).items()}
-    values |= {f"{name}_after": value for name, value in _figures(best).items()}
-    if first.tally.labelled:
-        values["accuracy_original"] = first.tally.correct[0] / first.tally.labelled
     notes = (*work.notes, *first.tally.notes)
     if best.step == 0 and work.loop.step:
         notes += (UNCHANGED,)
     begun, ended = work.losses
     return DistillationReport(
-        work.loop.step, work.settings.steps, work.stream.images, begun, ended, work.judge.images,
+        work.loop.step, work.settings.steps, work.stream.images, begun, ended,
         interrupted=interrupted, resumed_at=work.resumed_at, notes=notes, kept=best.step,
-        compared_on=work.judge.compared.origin, bad=tuple(work.stream.bad), **values,
+        compared=work.judge.images, compared_on=work.judge.compared.origin, bad=tuple(work.stream.bad),
+        eval_loss_before=first.loss, eval_loss_after=best.loss, **before_after(first.tally, best.tally),
     )  # fmt: skip
-
-
-def _figures(look: Look) -> dict[str, float | None]:
-    tally, total = look.tally, look.tally.total()
-    return {
-        "eval_loss": look.loss,
-        "drift": None if total is None else total.relative,
-        "agreement": tally.agreement(),
-        "accuracy": tally.correct[1] / tally.labelled if tally.labelled else None,
-    }
 
 
 def _remember(model: nn.Module, work: DistillationRun) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ..comparison.outputs import OutputTally, floating
 from ..data.batches import images_in
 from ..errors import DataError
+from ..heads.dense import is_detector
 from ..training.losses import loss_of
 from ..training.seeding import seed_step
-from .outputs import is_detector, outputs_of, run
+from .outputs import outputs_of, run
 from .settings import Settings
 from .stream import Args, Compared
 

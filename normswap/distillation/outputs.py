@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..data.batches import run_on
+from ..heads.dense import is_detector
 
 Outputs = Callable[..., Any]
 
@@ -19,7 +20,7 @@ def outputs_of(model: nn.Module) -> Outputs:
     The model itself, but for torchvision's detectors, whose boxes after non-maximum suppression have no gradient: for
     them the feature maps of the backbone, and what the dense head (or the region proposal network's) makes of them.
     """
-    if not is_detector(model):
+    if not (is_detector(model) and isinstance(getattr(model, "backbone", None), nn.Module)):
         return model
     network: Any = model
 
@@ -31,14 +32,6 @@ def outputs_of(model: nn.Module) -> Outputs:
         return {"features": maps, "head": {} if head is None else head(list(maps.values()))}
 
     return features
-
-
-def is_detector(model: nn.Module) -> bool:
-    """Whether the model has torchvision's detection interface: lists of images, a transform, a backbone."""
-    transform = getattr(model, "transform", None)
-    return type(transform).__name__ == "GeneralizedRCNNTransform" and isinstance(
-        getattr(model, "backbone", None), nn.Module
-    )
 
 
 def run(outputs: Outputs, model: nn.Module, args: tuple[Any, ...]) -> Any:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..comparison.before_after import BeforeAfter
 from ..display.overview import ReportInNotebook
 from ..display.progress import shown
 
@@ -42,16 +43,15 @@ def told(progress: Callable[[Progress], None] | bool | None) -> Iterator[Callabl
 
 
 @dataclass(frozen=True)
-class DistillationReport(ReportInNotebook):
+class DistillationReport(BeforeAfter, ReportInNotebook):
     """The result of `distil`.
 
     steps: how many were done, of `planned`; kept: the step whose state the network has, 0 for the one it came in.
     images: how many different ones the data holds, None if only iterating tells. loss_first, loss_last: of the batches
     trained on, mean over the first and the last tenth of the steps; what is left of `features` counts in it.
     The other figures are over `compared` images, `compared_on` says which, of the network as it came and as it is.
-    eval_loss: what a run lowers, without `features`. drift: relative error `|out - original| / |original|` of the
-    output; agreement: share of images decided alike; None where outputs do not compare so. accuracy: where
-    `eval_data` came with labels. bad: images that could not be read and were left out.
+    eval_loss: what a run lowers, without `features`. For drift, agreement and accuracy see `BeforeAfter`.
+    bad: images that could not be read and were left out.
     """
 
     steps: int
@@ -59,18 +59,10 @@ class DistillationReport(ReportInNotebook):
     images: int | None
     loss_first: float | None
     loss_last: float | None
-    compared: int = 0
     compared_on: str = ""
     kept: int = 0
     eval_loss_before: float | None = None
     eval_loss_after: float | None = None
-    drift_before: float | None = None
-    drift_after: float | None = None
-    agreement_before: float | None = None
-    agreement_after: float | None = None
-    accuracy_original: float | None = None
-    accuracy_before: float | None = None
-    accuracy_after: float | None = None
     interrupted: bool = False
     resumed_at: int = 0
     notes: tuple[str, ...] = ()

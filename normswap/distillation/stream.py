@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ..data.batches import Batch, Batches, as_batches, collated, images_in, is_pair
 from ..data.image_folder import ImageBatches, ImageData, open_images
 from ..errors import DataError
-from ..training.seeding import seed_step
+from ..training.seeding import mixed_seed, seed_step
 
 Args = tuple[Any, ...]
 Epoch = Callable[[int, int], Iterator[Args]]
@@ -150,7 +150,7 @@ def _indexed(
         return (args for args, _ in Batches(_once(read(parts)))) if parts else iter(())
 
     def epoch(number: int, first: int) -> Iterator[Args]:
-        generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + number) % 2**63)
+        generator = torch.Generator().manual_seed(mixed_seed(seed, plus=number))
         order = [kept[i] for i in torch.randperm(len(kept), generator=generator).tolist()]
         return given([order[i : i + size] for i in range(0, len(kept) - size + 1, size)][first:])
 

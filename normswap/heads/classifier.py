@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,18 +97,24 @@ def resize_head(model: nn.Module, head: Head) -> None:
                 setattr(holder, name, head.classes)
 
 
-def scores_of(output: Any) -> Tensor:
-    """A classifier's scores `(N, K)` in what its forward gives: the tensor itself, or its `logits`.
+def scores_of(output: Any, *, per_pixel: bool = False) -> Tensor:
+    """A network's scores in what its forward gives: the tensor itself, or its `logits`, or its `out`.
 
-    Raises OptionError for anything else. Auxiliary outputs (GoogLeNet, Inception in train mode) are left out.
+    `(N, K)` of a classifier; per_pixel: `(N, K, h, w)` of a segmentation network. Raises OptionError for anything else.
+    Auxiliary outputs (GoogLeNet, Inception in train mode, `aux` of a segmentation) are left out.
     """
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if found is None and isinstance(output, dict):
-        found = output.get("logits")
-    if not isinstance(found, Tensor) or found.dim() != 2:
-        got = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(output).__name__
-        raise NetworkError(f"the network gives {got}; a classifier gives scores (N, classes)")
-    return found
+    dims, wanted = (
+        (4, "segmentation network gives scores (N, classes, H, W)")
+        if per_pixel
+        else (2, "classifier gives scores (N, classes)")
+    )
+    read = output.get if isinstance(output, Mapping) else partial(getattr, output)
+    parts = [found for found in (output, read("out", None), read("logits", None)) if isinstance(found, Tensor)]
+    scores = next((found for found in parts if found.dim() == dims), None)
+    if scores is None:
+        got = f"a tensor of shape {tuple(parts[0].shape)}" if parts else type(output).__name__
+        raise NetworkError(f"the network gives {got}; a {wanted}")
+    return scores
 
 
 def _outputs(layer: nn.Module) -> int:

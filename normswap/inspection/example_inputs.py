@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..heads.dense import is_detector
 from ..modules.restore import evaluating, undisturbed
 from ..modules.tree import device_and_dtype
 
@@ -48,13 +49,9 @@ def shrink_images(model: nn.Module) -> None:
     For a caller within `undisturbed`, which puts the sizes back.
     """
     transform: Any = getattr(model, "transform", None)
-    if _is_detector(model) and not transform.fixed_size:
+    if is_detector(model) and not transform.fixed_size:
         transform.min_size = tuple(min(side, _SIDE) for side in transform.min_size)
         transform.max_size = min(transform.max_size, 2 * _SIDE)
-
-
-def _is_detector(model: nn.Module) -> bool:
-    return type(getattr(model, "transform", None)).__name__ == "GeneralizedRCNNTransform"
 
 
 def random_tensor(shape: tuple[int, ...], model: nn.Module) -> torch.Tensor:
@@ -70,7 +67,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[Any, ...]]:
         for shape in _shapes_of_norm(model):
             yield (random_tensor(shape, model),)
         return
-    if _is_detector(model):
+    if is_detector(model):
         yield ([random_tensor((firsts[0].in_channels, 128, 160), model).sigmoid()],)
     times = _required_arguments(model)
     for layer in firsts:

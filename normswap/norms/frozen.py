@@ -52,9 +52,9 @@ class FrozenBatchNorm(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         """Compute scale and shift anew from the four buffers."""
-        wide = torch.promote_types(self.running_var.dtype, torch.float32)
-        scale = self.weight.to(wide) * torch.rsqrt(self.running_var.to(wide) + self.eps)
-        shift = self.bias.to(wide) - self.running_mean.to(wide) * scale
+        dtype = torch.promote_types(self.running_var.dtype, torch.float32)
+        scale = self.weight.to(dtype) * torch.rsqrt(self.running_var.to(dtype) + self.eps)
+        shift = self.bias.to(dtype) - self.running_mean.to(dtype) * scale
         self.scale, self.shift = scale.to(self.weight.dtype), shift.to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ from .spec import NormSpec, NormState, Options
 def scale_and_shift(state: NormState) -> tuple[torch.Tensor, torch.Tensor]:
     """The whole BN in eval as `y = scale * x + shift`, each `(C,)`, computed in at least float32."""
     mean, var = state.statistics
-    wide = torch.promote_types(var.dtype, torch.float32)
-    weight, bias = (t.detach().to(wide) for t in affine_or_identity(state, var))
-    scale = weight * torch.rsqrt(var.to(wide) + state.eps)
-    return scale, bias - mean.to(wide) * scale
+    dtype = torch.promote_types(var.dtype, torch.float32)
+    weight, bias = (t.detach().to(dtype) for t in affine_or_identity(state, var))
+    scale = weight * torch.rsqrt(var.to(dtype) + state.eps)
+    return scale, bias - mean.to(dtype) * scale
 
 
 def _read(module: nn.Module) -> NormState:

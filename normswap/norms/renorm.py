@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import OptionError
+from ..modules.precision import at_least_float32
 from ._building import read_statistics_norm
 from ._wrappers import per_channel
 from .batch import build_with_statistics
@@ -81,15 +82,15 @@ class BatchRenorm(nn.modules.batchnorm._BatchNorm):
         count = x.numel() // x.shape[1]
         if count < 2:
             raise ValueError(f"expected more than one value per channel in training, got input {tuple(x.shape)}")
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        var, mean = torch.var_mean(wide, axes, correction=0)
+        values = at_least_float32(x)
+        var, mean = torch.var_mean(values, axes, correction=0)
         with torch.no_grad():
             r_max, d_max = self.clips()
             std = (self.running_var + self.eps).sqrt()
             r = ((var + self.eps).sqrt() / std).clamp(1 / r_max, r_max)
             d = ((mean - self.running_mean) / std).clamp(-d_max, d_max)
         scale = r / (var + self.eps).sqrt()
-        y = (wide - per_channel(mean, x.dim())) * per_channel(scale, x.dim()) + per_channel(d, x.dim())
+        y = (values - per_channel(mean, x.dim())) * per_channel(scale, x.dim()) + per_channel(d, x.dim())
         if self.weight is not None:
             y = y * per_channel(self.weight, x.dim())
         if self.bias is not None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..comparison.outputs import are_detections, floating
 from ..errors import DataError, Fix, Text
+from ..modules.precision import at_least_float32
 
 
 def divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
@@ -20,8 +21,8 @@ def divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
     of the gradient independent of T. Source: Hinton, Vinyals and Dean 2015, "Distilling the knowledge in a neural
     network", section 2.
     """
-    p = F.log_softmax(_wide(teacher) / temperature, dim=1)
-    q = F.log_softmax(_wide(student) / temperature, dim=1)
+    p = F.log_softmax(at_least_float32(teacher) / temperature, dim=1)
+    q = F.log_softmax(at_least_float32(student) / temperature, dim=1)
     return F.kl_div(q, p, reduction="batchmean", log_target=True) * temperature**2
 
 
@@ -30,7 +31,7 @@ def distance(teacher: Tensor, student: Tensor) -> Tensor:
 
     The scale of the output does not matter, so one learning rate suits networks of any kind.
     """
-    a, b = _wide(teacher), _wide(student)
+    a, b = at_least_float32(teacher), at_least_float32(student)
     size = a.square().sum()
     squares = (a - b).square().sum()
     return squares / torch.where(size > 0, size, float(max(a.numel(), 1)))
@@ -97,7 +98,3 @@ def _check(a: Mapping[str, Tensor], b: Mapping[str, Tensor], *, learning: bool) 
             "the network's output has no gradient: it is computed without one, or from layers that are not trained",
             hint=Text("Give the part that can be trained, or ", Fix("train", "all"), "."),
         )
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

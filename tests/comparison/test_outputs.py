@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from normswap.comparison.outputs import Deviation, OutputTally, _iou, are_detections, floating, matched_boxes
+from normswap.comparison.before_after import BeforeAfter, before_after
+from normswap.comparison.outputs import Deviation, OutputTally, are_detections, floating, matched_boxes
 from normswap.errors import DataError
 
 
@@ -207,14 +208,9 @@ def detected(*rows: tuple[float, float, float, float, int, float]) -> Mapping[st
     return {"boxes": table[:, :4], "labels": table[:, 4].long(), "scores": table[:, 5]}
 
 
-def test_overlap_equals_torchvisions() -> None:
-    from torchvision.ops import box_iou
-
-    corners = torch.rand(2, 9, 4) * 10
-    corners[..., 2:] += corners[..., :2]
-    corners[0, 0, 2:] = corners[0, 0, :2]  # no area
-    a, b = corners
-    torch.testing.assert_close(_iou(a, b).float(), box_iou(a, b).nan_to_num())
+def test_boxes_without_area_match_nothing_and_hinder_no_match() -> None:
+    flat, box = (5, 5, 5, 5, 1, 0.9), (0, 0, 10, 10, 1, 0.8)
+    assert matched_boxes(detected(flat, box), detected(flat, box)) == (1, 2, 2)
 
 
 def test_boxes_match_once_by_label_overlap_and_score() -> None:
@@ -240,3 +236,16 @@ def test_agreement_of_detectors_is_the_f1_over_all_images() -> None:
     assert tally.agreement() == pytest.approx(2 * 1 / (2 * 1 + 2 + 2))
     assert tally.total() is None
     assert tallied([detected()], [detected()]).agreement() is None
+
+
+def test_what_was_counted_becomes_figures_before_and_after() -> None:
+    original, labels = torch.eye(4) * 2, torch.tensor([0, 1, 2, 0])
+    before, after = OutputTally(), OutputTally()
+    before.add(original, -original, labels)
+    after.add(original, original.clone(), labels)
+    figures = BeforeAfter(compared=4, **before_after(before, after))
+    assert (figures.drift_before, figures.drift_after) == (2, 0)  # |-2x| / |x|
+    assert (figures.agreement_before, figures.agreement_after) == (0, 1)
+    assert (figures.accuracy_original, figures.accuracy_before, figures.accuracy_after) == (0.75, 0.25, 0.75)
+    assert figures.lines()[0] == "output drift: 2 -> 0 (on 4 images)"
+    assert BeforeAfter().lines() == []

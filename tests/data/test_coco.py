@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from normswap.data import CocoData, open_coco
+from normswap.data import CocoData, open_coco, write_shapes
 from normswap.data.coco_masks import mask_of, rle_of
-from normswap.errors import DataError
+from normswap.errors import DataError, NormswapError
 
 
 @pytest.fixture
@@ -148,31 +149,41 @@ def test_compressed_run_lengths_are_those_of_pycocotools(text: str, rows: list[s
     assert torch.equal(mask_of({"size": [3, 3], "counts": text}, 3, 3), expected)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools and numpy 2
-def test_run_lengths_and_polygons_agree_with_pycocotools() -> None:
-    peer = pytest.importorskip("pycocotools.mask")
+def test_plain_run_lengths_are_zeros_and_ones_in_turn_down_the_columns() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
-        mask = (rng.random((13, 70)) < rng.random()).astype(np.uint8)
-        text = peer.encode(np.asfortranarray(mask))["counts"].decode()
-        assert np.array_equal(mask_of({"size": [13, 70], "counts": text}, 13, 70).numpy(), mask)
-        assert np.array_equal(peer.decode(peer.frPyObjects(rle_of(torch.from_numpy(mask)), 13, 70)), mask)
-    overlap = []
+        counts = [int(n) for n in rng.multinomial(13 * 70, rng.dirichlet(np.ones(9)))]
+        bits = [i % 2 for i, n in enumerate(counts) for _ in range(n)]
+        expected = np.array(bits).reshape(70, 13).T
+        assert np.array_equal(mask_of({"size": [13, 70], "counts": counts}, 13, 70).numpy(), expected)
+
+
+def test_a_polygon_has_the_area_of_the_shoelace_formula() -> None:
+    rng = np.random.default_rng(0)
     for _ in range(50):
         angle, radius = np.sort(rng.uniform(0, 6.28, 8)), rng.uniform(12, 28, 8)
-        points = np.stack([32 + radius * np.cos(angle), 32 + radius * np.sin(angle)], 1).round(2).ravel().tolist()
-        theirs = peer.decode(peer.merge(peer.frPyObjects([points], 64, 64)))
-        ours = mask_of([points], 64, 64).numpy()
-        overlap.append((ours & theirs).sum() / (ours | theirs).sum())
-    assert np.mean(overlap) > 0.97
+        x, y = 32 + radius * np.cos(angle), 32 + radius * np.sin(angle)
+        area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
+        mask = mask_of([np.stack([x, y], 1).ravel().tolist()], 64, 64)
+        assert int(mask.sum()) == pytest.approx(area, abs=0.5 * np.hypot(np.diff(x), np.diff(y)).sum())
 
 
 @pytest.mark.parametrize("rows", [["000", "000"], ["111", "111"], ["011", "010"], ["100", "001"]])
 def test_run_lengths_of_a_mask_lead_back_to_it(rows: list[str]) -> None:
     mask = torch.tensor([[int(bit) for bit in row] for row in rows], dtype=torch.uint8)
-    runs = rle_of(mask)
-    assert sum(runs["counts"]) == 6
-    assert torch.equal(mask_of(runs, 2, 3), mask)
+    assert torch.equal(mask_of(json.loads(json.dumps(rle_of(mask))), 2, 3), mask)
+
+
+def test_masks_without_pycocotools_are_an_error_that_says_how_to_get_it(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    assert len(opened(content, tmp_path)) == 3  # boxes need none
+    with pytest.raises(NormswapError, match=r"need pycocotools[\s\S]*pip install 'normswap\[train\]'"):
+        opened(content, tmp_path, masks=True)
+    with pytest.raises(NormswapError, match="need pycocotools"):
+        write_shapes(tmp_path / "new", 2)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_polygon_covers_its_area_and_may_reach_outside() -> None:
@@ -187,7 +198,8 @@ def test_a_polygon_covers_its_area_and_may_reach_outside() -> None:
         ("text", "neither a list of polygons"), ([], "neither"), ([[1, 2, 3, 4]], "three points"),
         ([[1, 2, 3, 4, 5, None]], "three points"), ({"size": [9, 9], "counts": [81]}, r"size is \[9, 9\]"),
         ({"size": [10, 20], "counts": [1, 2]}, "add up to 3"), ({"size": [10, 20]}, "neither numbers nor"),
-        ({"size": [10, 20], "counts": "\n"}, "no compressed"), ({"size": [10, 20], "counts": [-1, 201]}, "neither"),
+        ({"size": [10, 20], "counts": "\n"}, "no compressed"), ({"size": [10, 20], "counts": "1o"}, "no compressed"),
+        ({"size": [10, 20], "counts": "oooo0"}, "Invalid RLE"), ({"size": [10, 20], "counts": [-1, 201]}, "neither"),
     ],
 )  # fmt: skip
 def test_an_unusable_mask_is_named_when_it_is_read(

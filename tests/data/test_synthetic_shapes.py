@@ -98,7 +98,6 @@ def test_the_masks_as_png_hold_labels_and_0_for_the_background(tmp_path: Path) -
         assert torch.equal(mask, expected)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools and numpy 2
 def test_pycocotools_reads_the_file_as_we_do(tmp_path: Path) -> None:
     coco = pytest.importorskip("pycocotools.coco")
     folder = write_shapes(tmp_path / "new", 5, size=40)

@@ -22,6 +22,7 @@ from normswap.finetuning.datasets.loader import Loader, Samples, Skipped
 from normswap.finetuning.datasets.sampler import ResumableBatchSampler, ValidationSampler
 from normswap.finetuning.datasets.splits import split
 from normswap.finetuning.datasets.torchvision_named import from_torchvision
+from normswap.training.seeding import mixed_seed
 
 COLOURS = {"blue": (10, 20, 240), "green": (20, 230, 30), "red": (250, 20, 10)}
 
@@ -281,6 +282,14 @@ def test_calibration_inputs_are_spread_over_the_set(tmp_path: Path) -> None:
     assert [len(batch) for batch in batches] == [4, 2]
     means = torch.cat(batches).mean((2, 3)).argmax(1)
     assert len(set(means.tolist())) == 3
+
+
+def test_a_run_begun_before_goes_on_in_the_same_order() -> None:
+    order = ResumableBatchSampler(samples=9, size=3, seed=7)
+    order.start(epoch=4)
+    generator = torch.Generator().manual_seed((7 * 0x9E3779B1 + 4) % 2**63)
+    assert [index for batch in order for _, index in batch] == torch.randperm(9, generator=generator).tolist()
+    assert mixed_seed(7, 4, 5) == (7 * 0x9E3779B1 + 4 * 0x85EBCA77 + 5 * 0xC2B2AE3D + 1) % 2**63
 
 
 # --- torchvision's data sets ----------------------------------------------------------------------------------------

@@ -73,9 +73,10 @@ class Preparation:
 def prepare(model: nn.Module, origin: ResolvedSource, asked: PreprocessOverrides) -> Preparation:
     """What the library says of the network's weights, with what the user says in its place."""
     from ...data.preprocess import Preprocess
+    from ...heads.dense import is_detector
 
     channels = _channels(model)
-    if type(getattr(model, "transform", None)).__name__ == "GeneralizedRCNNTransform":
+    if is_detector(model):
         return Preparation(replace(Preprocess.raw(channels), **asked.given()), stack=False)
     said = _of_library(model, origin)
     known = Preprocess.of(said) if said is not None else None

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from ...data.coco import CocoData, Picture, open_coco
-from ...data.image_folder import Unreadable as UnreadableImage
+from ...data.image_folder import Unreadable
 from ...data.synthetic_shapes import Shapes
 from ...errors import DataError, Fix, Text
-from .loader import Unreadable
 from .splits import TRAIN, VALIDATION, Sets, check_apart, held_note, part_of, sized, split
 
 ANNOTATIONS = ("annotations.json", "_annotations.coco.json")
@@ -61,10 +60,11 @@ class DetectionImages:
             name = self.data.pictures[index].name
             try:
                 image, target = self.data.read(index)
-            except UnreadableImage as error:
-                raise Unreadable(name, str(error)) from error
+            except Unreadable as error:
+                error.name = name
+                raise
             except DataError as error:
-                raise Unreadable(name, error.message) from error
+                raise Unreadable(error.message, name) from error
         return flipped(image, target) if self.flip else (image, target)
 
 

@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ...data.batches import is_pair
-from ...data.image_folder import ImageData, decode, open_images
-from ...data.image_folder import Unreadable as UnreadableImage
+from ...data.image_folder import ImageData, Unreadable, decode, open_images
 from ...errors import DataError
 from .augmentation import Plain, settled
 from .collate import check_input
-from .loader import Tensors, Transform, Unreadable, spread
+from .loader import Tensors, Transform, spread
 from .splits import TRAIN, VALIDATION, Sets, check_apart, classes_of, held_note, part_of, sized, split
 from .torchvision_named import TorchvisionSubset
 
@@ -40,8 +39,9 @@ class LabelledImages:
         file = self.files[index]
         try:
             image = decode(file)
-        except UnreadableImage as error:
-            raise Unreadable(str(file.relative_to(self.folder.parent)), str(error)) from error
+        except Unreadable as error:
+            error.name = str(file.relative_to(self.folder.parent))
+            raise
         return (image if self.transform is None else self.transform(image)), self.labels[index]
 
     @classmethod

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ...data.image_folder import Unreadable
 from ...errors import DataError, Fix, Text, first_line
+from ...training.seeding import mixed_seed
 from .sampler import Key, ResumableBatchSampler, ValidationSampler
 
 _TRIES = 100
@@ -26,14 +28,6 @@ class Bad:
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
-
-
-class Unreadable(Exception):
-    """Raised by a dataset for a sample that is broken in itself: it is named, left out, and counted."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)
-        self.bad = Bad(name, reason)
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,7 @@ class Samples(Dataset[Any]):
                 with _drawing(self.seed, epoch, index):
                     return [self.source[index]]
             except Unreadable as error:
-                bad.append(error.bad)
+                bad.append(Bad(error.name, str(error)))
             index = (index + 7919 * (attempt + 1)) % len(self.source)
         return []
 
@@ -83,7 +77,7 @@ class Samples(Dataset[Any]):
 def _drawing(seed: int, epoch: int, index: int) -> Iterator[None]:
     """Torch's random state (on the CPU) for one sample; it is put back."""
     before = torch.get_rng_state()
-    torch.default_generator.manual_seed((seed * 0x9E3779B1 + epoch * 0x85EBCA77 + index * 0xC2B2AE3D + 1) % 2**63)
+    torch.default_generator.manual_seed(mixed_seed(seed, epoch, index))
     try:
         yield
     finally:

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from ...arguments import one_of
 from ...choices import AUGMENTS
-from ...data.image_folder import Unreadable as UnreadableImage
+from ...data.image_folder import Unreadable
 from ...data.preprocess import Preprocess
 from ...data.segmentation_masks import IGNORED, MaskData, open_masks
 from ...errors import DataError, OptionError
-from .loader import Unreadable
 from .splits import TRAIN, VALIDATION, Sets, check_apart, held_note, part_of, sized, split
 
 _SCALES = (0.5, 2.0)
@@ -55,20 +54,24 @@ class SegmentationImages:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Raises `Unreadable` for an image or a mask that is broken."""
+        from torchvision import tv_tensors
+        from torchvision.transforms import v2
+
         try:
             image, mask = self.data.read(index)
-        except UnreadableImage as error:
-            raise Unreadable(str(self.data.files[index].relative_to(self.data.folder)), str(error)) from error
-        size = self._size(*image.shape[1:])
-        image = _resized(image, size)
-        if self.training:
-            mask = _resized(mask[None], size, nearest=True)[0]
-            image, mask = self._changed(image, mask)
-        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.prepare.mean, self.prepare.std))
-        image = (image - mean) / std
-        if self.training and self.changes == "auto":
-            image, mask = self._cropped(image, mask)
-        return image, mask
+        except Unreadable as error:
+            error.name = str(self.data.files[index].relative_to(self.data.folder))
+            raise
+        resize = v2.Resize(self._size(*image.shape[1:]))
+        normalize = v2.Normalize(list(self.prepare.mean), list(self.prepare.std))
+        if not self.training:
+            return normalize(resize(image)), mask
+        changes = [resize, *[v2.RandomHorizontalFlip()] * (self.changes != "none"), normalize]
+        if self.changes == "auto":
+            nothing: dict[Any, int] = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}
+            changes.append(v2.RandomCrop(self.crop, pad_if_needed=True, fill=nothing))
+        image, mask = v2.Compose(changes)(tv_tensors.Image(image), tv_tensors.Mask(mask))
+        return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
         side = _side(self.prepare)
@@ -77,21 +80,6 @@ class SegmentationImages:
             low, high = _SCALES
             scale *= low + (high - low) * float(torch.rand(()))
         return max(1, round(height * scale)), max(1, round(width * scale))
-
-    def _changed(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        if self.changes == "none" or torch.rand(()) < 0.5:
-            return image, mask
-        return image.flip(-1), mask.flip(-1)
-
-    def _cropped(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        height, width = self.crop
-        missing = (0, max(0, width - mask.shape[1]), 0, max(0, height - mask.shape[0]))
-        image = torch.nn.functional.pad(image, missing)
-        mask = torch.nn.functional.pad(mask, missing, value=IGNORED)
-        top = int(torch.randint(mask.shape[0] - height + 1, ()))
-        left = int(torch.randint(mask.shape[1] - width + 1, ()))
-        part = (slice(top, top + height), slice(left, left + width))
-        return image[:, part[0], part[1]], mask[part]
 
 
 def open_scenes(data: Any, eval_data: Any = None, *, seed: int = 0) -> Sets:
@@ -172,17 +160,6 @@ def _crop(data: MaskData, prepare: Preprocess) -> tuple[int, int]:
     side = _side(prepare)
     scale = 1.0 if side is None else side / min(height, width)
     return min(_LARGEST, round(height * scale)), min(_LARGEST, round(width * scale))
-
-
-def _resized(image: Tensor, size: tuple[int, int], *, nearest: bool = False) -> Tensor:
-    if tuple(image.shape[-2:]) == size:
-        return image
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2 import functional
-
-    mode = InterpolationMode.NEAREST if nearest else InterpolationMode.BILINEAR
-    found: Tensor = functional.resize(image, list(size), interpolation=mode, antialias=not nearest)
-    return found
 
 
 def _set(name: str, data: Any) -> Any:

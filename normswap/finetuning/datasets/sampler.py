@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ...training.seeding import mixed_seed
+
 Key = tuple[int, int]
 """(epoch, index): what a sample depends on, its random changes included."""
 
@@ -39,7 +41,7 @@ class ResumableBatchSampler:
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, passes = self.epoch, len(self)
-        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + epoch) % 2**63)
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, plus=epoch))
         order = torch.randperm(self.samples, generator=generator).tolist()
         width = self.size * self.processes
         begin = self.first * self.accumulate * width + self.rank * self.size

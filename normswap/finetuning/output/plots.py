@@ -56,8 +56,8 @@ def boxes_page(
         second = "predicted" if len(kept["labels"]) else f"predicted: none above {SURE:g}"
         for place, title, target in ((axes[2 * i], "true", truths[i]), (axes[2 * i + 1], second, kept)):
             place.set_title(title, fontsize=9)
-            place.imshow(_picture(image, target.get("masks") if masked else None, target["labels"]))
-            _draw_boxes(place, target, names)
+            place.imshow(_with_objects(image, target, masked).permute(1, 2, 0).numpy())
+            _write_labels(place, target, names)
     save_canvas(canvas, path)
     return True
 
@@ -106,27 +106,30 @@ def _legend(canvas: Any, classes: Sequence[int], names: Sequence[str]) -> None:
     canvas.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 10) or 1, fontsize=8)
 
 
-def _picture(image: Tensor, masks: Tensor | None, labels: Tensor) -> Any:
-    """`(H, W, 3)` with the masks laid over it by half."""
-    picture = _in_colour(image).clamp(0, 1).permute(1, 2, 0).clone()
-    if masks is not None:
-        palette = _colours(int(labels.max()) + 1 if len(labels) else 1)
-        for mask, label in zip(masks.cpu(), labels.tolist(), strict=True):
-            inside = mask.reshape(mask.shape[-2:]) > 0.5
-            picture[inside] = 0.5 * picture[inside] + 0.5 * palette[label]
-    return picture.numpy()
+def _with_objects(image: Tensor, target: Any, masked: bool) -> Tensor:
+    """uint8 `(3, H, W)` with the boxes, and the masks laid over it by half, in the colours of the labels."""
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+    picture: Tensor = (_in_colour(image).clamp(0, 1) * 255).round().to(torch.uint8)
+    if not len(target["labels"]):
+        return picture
+    labels = target["labels"].cpu()
+    palette = (_colours(int(labels.max()) + 1)[labels] * 255).round().int().tolist()
+    colours: list[Any] = [tuple(colour) for colour in palette]
+    if masked and "masks" in target:
+        masks = target["masks"].cpu().reshape(-1, *picture.shape[1:]) > 0.5
+        picture = draw_segmentation_masks(picture, masks, alpha=0.5, colors=colours)
+    width = max(1, round(min(picture.shape[1:]) / 120))
+    return draw_bounding_boxes(picture, target["boxes"].cpu(), colors=colours, width=width)
 
 
-def _draw_boxes(axes: Any, target: Any, names: Sequence[str]) -> None:
-    from matplotlib.patches import Rectangle
-
+def _write_labels(axes: Any, target: Any, names: Sequence[str]) -> None:
+    """By matplotlib: the letters of torchvision's boxes are of one size whatever the size of the image."""
     labels, scores = target["labels"].tolist(), target.get("scores")
     palette = _colours(max(labels, default=0) + 1)
-    for i, (x1, y1, x2, y2) in enumerate(target["boxes"].tolist()):
-        colour = palette[labels[i]].tolist()
-        axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, lw=1.6, edgecolor=colour))
+    for i, (x1, y1, _, _) in enumerate(target["boxes"].tolist()):
         text = _name(labels[i], names, first=1) + ("" if scores is None else f" {float(scores[i]):.2f}")
-        style = {"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
+        style = {"facecolor": palette[labels[i]].tolist(), "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
         above = y1 > 0.08 * axes.get_ylim()[0]  # else it would lie outside the picture
         y, side = (y1 - 1.5, "bottom") if above else (y1 + 1, "top")
         axes.text(x1, y, text, fontsize=6.5, color="black", va=side, bbox=style, clip_on=True)

@@ -25,6 +25,7 @@ from ..datasets.splits import Sets
 from ..output.panel import Panel
 from .base import Outcome, Reduce, on_device
 from .head import fitted
+from .metrics import metric, over_all
 
 AUXILIARY = 0.3
 """The weight of auxiliary classifiers' losses (Szegedy et al. 2014, section 5)."""
@@ -139,25 +140,27 @@ class Accuracy:
     """Mean cross-entropy and share of right answers, exact over any number of processes and uneven parts."""
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None
+        self._right: Any = None
+        self._loss = torch.zeros(2, dtype=torch.float64)
 
     def add(self, model: nn.Module, content: Any) -> None:
         """One batch."""
         inputs, labels = content
         scores = scores_of(model(inputs)).float()
         _check(labels, scores)
+        if self._right is None:
+            self._right = metric("MulticlassAccuracy", scores.shape[1], average="micro").to(scores.device)
+        self._right.update(scores, labels)
         loss = F.cross_entropy(scores, labels, reduction="sum")
-        right = (scores.argmax(1) == labels).sum()
-        sums = torch.stack([loss.double().cpu(), right.double().cpu(), torch.tensor(float(len(labels))).double()])
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._loss += torch.tensor([float(loss), len(labels)], dtype=torch.float64)
 
     def result(self, total: Reduce) -> dict[str, float]:
         """`val_loss` and `val_accuracy`."""
-        sums = total(self._sums if self._sums is not None else torch.zeros(3, dtype=torch.float64))
-        loss, right, count = sums.tolist()
+        loss, count = total(self._loss).tolist()
         if not count:
             raise DataError("no validation image could be read")
-        return {"val_loss": loss / count, "val_accuracy": right / count}
+        right = self._right or metric("MulticlassAccuracy", 1, average="micro")  # of a process without images
+        return {"val_loss": loss / count, "val_accuracy": over_all(right, total)}
 
 
 def _auxiliary(output: Any) -> list[Tensor]:

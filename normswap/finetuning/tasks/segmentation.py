@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...data.segmentation_masks import IGNORED
-from ...errors import DataError, Fix, NetworkError, Text
-from ...heads.classifier import Head
+from ...errors import DataError, Fix, Text
+from ...heads.classifier import Head, scores_of
 from ..datasets.loader import spread
 from ..datasets.masks import open_scenes, plain, prepared_scenes
 from ..datasets.splits import Sets
@@ -22,6 +22,7 @@ from ..output.panel import Panel
 from ..output.plots import masks_page
 from .base import Outcome, Reduce, parameters_of_head
 from .head import fitted_predictor
+from .metrics import metric, over_all
 
 AUXILIARY = 0.5
 """The weight of an auxiliary classifier's loss, as in torchvision's reference."""
@@ -96,7 +97,7 @@ class Segmentation:
                 raise DataError(f"a training image is {tuple(image.shape)} and its mask {tuple(mask.shape)}")
         images, masks = _padded(content[0], 0), _padded(content[1], IGNORED)
         output = forward(images)
-        scores = _at(scores_of(output), masks)
+        scores = _at(scores_of(output, per_pixel=True), masks)
         if self.classes is None:  # from now on `collate` knows
             check_classes(masks, scores.shape[1])
             self.classes = scores.shape[1]
@@ -122,15 +123,16 @@ class Segmentation:
     def draw(self, network: nn.Module, content: Any, path: Path) -> bool:
         """True classes beside those predicted."""
         images, masks = content
-        found = [_at(scores_of(network(i[None])), m[None])[0].argmax(0) for i, m in zip(images, masks, strict=True)]
+        scores = (scores_of(network(image[None]), per_pixel=True) for image in images)
+        found = [_at(one, mask[None])[0].argmax(0) for one, mask in zip(scores, masks, strict=True)]
         return masks_page(path, images, [m.cpu() for m in masks], [f.cpu() for f in found], self.names)
 
 
 class Overlap:
-    """A confusion matrix over all known pixels, exact over any number of processes."""
+    """Mean cross-entropy, mean IoU and pixel accuracy of the known pixels, exact over any number of processes."""
 
     def __init__(self) -> None:
-        self._counts: Tensor | None = None
+        self._overlap: Any = None
         self._loss = 0.0
 
     def add(self, model: nn.Module, content: Any) -> None:
@@ -140,33 +142,30 @@ class Overlap:
             groups[image.shape, mask.shape].append(i)
         for group in groups.values():
             images, masks = (torch.stack([part[i] for i in group]) for part in content)
-            scores = _at(scores_of(model(images)), masks)
+            scores = _at(scores_of(model(images), per_pixel=True), masks)
             check_classes(masks, scores.shape[1])
             self._loss += float(F.cross_entropy(scores, masks, ignore_index=IGNORED, reduction="sum"))
-            counts = confusion(masks, scores.argmax(1), scores.shape[1]).cpu()
-            self._counts = counts if self._counts is None else self._counts + counts
+            self._overlap = self._overlap or _overlap_of(scores.shape[1]).to(scores.device)
+            self._overlap.update(scores, masks)
 
     def result(self, total: Reduce) -> dict[str, float]:
         """`val_loss`, `val_miou` (of the classes that are there or predicted) and `val_pixel_accuracy`."""
-        classes = int(total(torch.tensor(float(0 if self._counts is None else len(self._counts)))))
-        if not classes:
+        own = self._overlap
+        # A process without images does not know the number of classes.
+        parts, classes = total(torch.tensor([1.0, own.num_classes] if own else [0.0, 0.0])).tolist()
+        if not parts:
             raise DataError("no validation image could be read")
-        parts = total(torch.tensor(float(self._counts is not None)))
-        classes = round(classes / float(parts))  # of a process without images the number is not known
-        own = torch.zeros(classes, classes) if self._counts is None else self._counts
-        counts = total(own.double())
-        pixels = float(counts.sum())
+        own = own or _overlap_of(round(classes / parts))
+        overlap, loss = over_all(own, total), float(total(torch.tensor(self._loss, dtype=torch.float64)))
+        pixels = float(own.confmat.sum())
         if not pixels:
             raise DataError("all pixels of the validation masks are ignored (255)")
-        right = counts.diag()
-        union = counts.sum(0) + counts.sum(1) - right
-        loss = float(total(torch.tensor(self._loss, dtype=torch.float64)))
-        there = union > 0
-        return {
-            "val_loss": loss / pixels,
-            "val_miou": float((right[there] / union[there]).mean()),
-            "val_pixel_accuracy": float(right.sum()) / pixels,
-        }
+        right = float(own.confmat.diag().sum())
+        return {"val_loss": loss / pixels, "val_miou": overlap, "val_pixel_accuracy": right / pixels}
+
+
+def _overlap_of(classes: int) -> Any:
+    return metric("MulticlassJaccardIndex", classes, ignore_index=IGNORED)
 
 
 def check_classes(masks: Tensor, classes: int | None) -> None:
@@ -178,22 +177,6 @@ def check_classes(masks: Tensor, classes: int | None) -> None:
             f"{(classes or 0) - 1}, and {IGNORED} is ignored",
             hint=Text(Fix("num_classes", int(known.max()) + 1), " gives it a new head."),
         )
-
-
-def confusion(true: Tensor, found: Tensor, classes: int) -> Tensor:
-    """int64 `(classes, classes)`: pixels of each true class (rows) taken for each class; ignored ones are left out."""
-    known = true != IGNORED
-    return torch.bincount(true[known] * classes + found[known], minlength=classes**2).reshape(classes, classes)
-
-
-def scores_of(output: Any) -> Tensor:
-    """Scores `(N, K, h, w)` in what a segmentation network gives. Raises OptionError."""
-    found = output.get("out") if isinstance(output, Mapping) and "out" in output else output
-    found = found if isinstance(found, Tensor) else getattr(found, "logits", None)
-    if not isinstance(found, Tensor) or found.dim() != 4:
-        got = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(output).__name__
-        raise NetworkError(f"the network gives {got}; a segmentation network gives scores (N, classes, H, W)")
-    return found
 
 
 def _at(scores: Tensor, masks: Tensor) -> Tensor:
