@@ -118,10 +118,11 @@ def estimate_statistics(
     targets = [Target(path, spec.name, m, None, True, False) for path, m, spec in held if spec.read(m).has_statistics]
     if not targets:
         raise OptionError(f"{type(model).__name__} has no running statistics to estimate")
-    batches, labels, _ = _collected(data, images, batch_size)
+    batches, labels, classes = _collected(data, images, batch_size)
     _check_enough(targets, sum(map(images_in, batches)), images)
     with restoring(target.norm for target in targets):
-        return _run(model, None, Preparation(model, targets, "moments", None), batches, labels)
+        preparation = Preparation(model, targets, "moments", None)
+        return _run(model, None, preparation, _Comparison(batches, labels, classes, with_original=False))
 
 
 _MOVING = ("bn", "sync", "renorm")
