@@ -20,7 +20,7 @@ from ..modules.frozen_class import FrozenStatistics
 from ..modules.restore import evaluating, undisturbed
 from ..modules.tree import copied
 from ..modules.wrappers import unwrapped
-from ..norms.registry import identify
+from ..norms.registry import identify, norm_named
 from .matching import Args, Matching, Original, forward, free_memory
 from .norm_targets import Result, Target, restoring, targets_of
 from .prepare import Preparation
@@ -114,8 +114,8 @@ def estimate_statistics(
     """
     model = unwrapped(model)
     found = [(path, m, spec) for path, m in model.named_modules() if (spec := identify(m)) is not None]
-    held = [(path, m, spec) for path, m, spec in found if spec.name in _MOVING and not isinstance(m, FrozenStatistics)]
-    targets = [Target(path, spec.name, m, None, True, False) for path, m, spec in held if spec.read(m).has_statistics]
+    moving = [(p, m, spec) for p, m, spec in found if spec.updates_statistics and not isinstance(m, FrozenStatistics)]
+    targets = [Target(path, spec.name, m, None, True, False) for path, m, spec in moving if spec.read(m).has_statistics]
     if not targets:
         raise OptionError(f"{type(model).__name__} has no running statistics to estimate")
     batches, labels, classes = _collected(data, images, batch_size)
@@ -123,9 +123,6 @@ def estimate_statistics(
     with restoring(target.norm for target in targets):
         preparation = Preparation(model, targets, "moments", None)
         return _run(model, None, preparation, _Comparison(batches, labels, classes, with_original=False))
-
-
-_MOVING = ("bn", "sync", "renorm")
 
 
 def _run(
@@ -232,7 +229,7 @@ def _reference(model: nn.Module, reference: nn.Module | None) -> nn.Module | Non
         rebuilt = copied(model)
         return revert(rebuilt)
     except RevertError as error:
-        needed = any(s.target not in ("frozen", "fused") and s.transfer != "exact" for s in record.plan.steps)
+        needed = any(not norm_named(s.target).fixed and s.transfer != "exact" for s in record.plan.steps)
         if needed:
             raise RevertError(
                 error.message, hint=Text("Pass the original network as ", Fix("reference"), ".")

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from .. import norms as _norms  # noqa: F401  (registers the norm types)
 from ..errors import DataError, first_line
 from ..modules.tree import aliases, check_module, hidden_references, module_at
 from ..modules.wrappers import unwrapped
@@ -49,7 +48,7 @@ class Layer:
         """`frozen` if nothing in it can move; else `train` or `eval`."""
         tensors = (self.state.weight, self.state.bias)
         fixed = not any(t is not None and t.requires_grad for t in tensors)
-        if self.spec.name == "frozen" or (fixed and self.state.affine and not self.state.training):
+        if self.spec.fixed or (fixed and self.state.affine and not self.state.training):
             return "frozen"
         return "train" if self.state.training else "eval"
 

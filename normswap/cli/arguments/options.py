@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +16,14 @@ from ...machine.limits import check_memory
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's own, under a name that all versions of typer have
 
-# As `registry.targets()` has them, which would need torch to be imported; a test compares the two.
-NORMS = ("bn", "sync", "frozen", "fused", "gn", "in", "ln", "ln-channel", "renorm")
+
+def _names_of_norms() -> Iterator[str]:
+    """As `registry.targets()` has them, without torch, which that imports; a test compares the two."""
+    for file in sorted((Path(__file__).parents[2] / "norms").glob("*.py")):
+        yield from re.findall(r'^ +name="(.+)",$', file.read_text("utf-8"), re.MULTILINE)
+
+
+NORMS = tuple(_names_of_norms())
 
 
 def norm_names(incomplete: str) -> list[str]:
