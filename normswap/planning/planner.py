@@ -214,8 +214,10 @@ class _Planner:
                 return ("fuse", feed.producers, "") if feed.foldable else ("affine", (), feed.reason)
             return "exact", (), ""
         if not state.has_statistics:
-            same = layer.spec.per_sample and _same_groups(layer, target, options)
-            return ("exact" if same else "copy"), (), "" if same else "no running statistics to carry over"
+            if not (layer.spec.per_sample and _same_groups(layer, target, options)):
+                return "copy", (), "no running statistics to carry over"
+            same = options.eps == state.eps
+            return ("exact" if same else "copy"), (), "" if same else "another eps than it had"
         if self.transfer == "copy":
             return "copy", (), ""
         return ("fold", feed.producers, "") if feed.foldable else ("prescale", (), feed.reason)

@@ -73,7 +73,8 @@ def test_to_itself_it_computes_the_same_bit_for_bit(eps: float | None, affine: b
 
 
 def test_another_eps_is_the_one_asked_for() -> None:
-    converted = normswap.convert(tokens(), to="rms", sources=["rms"], eps=0.25, check=False)
+    converted = normswap.convert(tokens(), to="rms", sources=["rms"], eps=0.25, example_inputs=X)
+    assert {step.transfer for step in converted._normswap.plan.steps} == {"copy"}
     assert (converted[1].eps, converted[4].eps) == (0.25, 0.25)
 
 
@@ -149,7 +150,7 @@ def test_one_over_several_dimensions_is_refused() -> None:
 
 def test_calibrated_towards_a_reference_it_takes_a_new_gamma_and_no_beta() -> None:
     net = tokens()
-    other = normswap.convert(net, to="rms", sources=["rms"], eps=4.0, check=False)
+    other = normswap.convert(net, to="rms", sources=["rms"], eps=4.0, example_inputs=X)
     report = normswap.calibrate(other, net, X.repeat(4, 1, 1))
     assert report.error_after < report.error_before
     assert report.drift_after < report.drift_before
