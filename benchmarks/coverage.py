@@ -92,7 +92,7 @@ def randomise_statistics(model: nn.Module) -> None:
 
 
 def batch_norms(inventory: normswap.Inventory) -> dict[str, Layer]:
-    return {x.path: x for x in inventory.layers if x.spec.batch_type}
+    return {x.path: x for x in inventory.layers if x.spec.needs_statistics}
 
 
 def recorded_feeds(model: nn.Module, layers: dict[str, Layer], inputs: tuple[object, ...]) -> dict[str, Feed]:

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import importlib
 import inspect
 import re
 from pathlib import PurePosixPath
 from typing import Any
 
 MARKER = "<!-- generated -->"
+NORMS = "Norms"
+
+
+def on_config(config: Any) -> Any:
+    """The hook that mkdocs calls first: the pages of the norms take their place in `nav`, in the order of the norms."""
+    for entry in config.nav:
+        if NORMS in entry:
+            entry[NORMS] = norm_pages()
+    return config
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
@@ -21,7 +29,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     if MARKER not in markdown:
         return markdown
     path = PurePosixPath(page.file.src_uri)
-    references = {"cli": command_reference, "api": api_reference, "recipes": recipe_headers}
+    references = {"cli": command_reference, "api": api_reference, "recipes": recipe_headers, "index": norm_links}
     generated = references.get(path.stem) or (lambda: norm_facts(path.stem))
     return markdown.replace(MARKER, generated())
 
@@ -108,17 +116,28 @@ def recipe_headers() -> str:
 # --- the norms ----------------------------------------------------------------------------------------------------
 
 
+def norm_pages() -> list[dict[str, str]]:
+    """The page of each norm, by its name."""
+    from normswap.norms.registry import specs
+
+    return [{spec.name: f"norms/{spec.name}.md"} for spec in specs()]
+
+
+def norm_links() -> str:
+    """The same as links of the first page."""
+    return ", ".join(f"[{name}]({path})" for page in norm_pages() for name, path in page.items())
+
+
 def norm_facts(name: str) -> str:
     """What `normswap norms` knows of one norm, and the options of its own."""
-    from normswap.norms import registry
+    from normswap.norms.registry import exact_from, norm_named
 
-    importlib.import_module("normswap.norms")  # registers them
-    spec = registry.get(name)
+    spec = norm_named(name)
     facts = {
         "Formula": f"`{spec.formula}`",
         "Statistics over": spec.axes,
         "Source": spec.source,
-        "Exact in inference from": ", ".join(f"`{other}`" for other in spec.exact_from) or "no other norm",
+        "Exact in inference from": ", ".join(f"`{other}`" for other in exact_from(spec)) or "no other norm",
         "Options": ", ".join(f"`{f.name}`" for f in dataclasses.fields(spec.options)),
     }
     return "\n".join(["| | |", "|---|---|", *(f"| **{what}** | {text} |" for what, text in facts.items())])

@@ -8,10 +8,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from . import norms as _norms  # noqa: F401  (registers the norm types)
 from .errors import Fix, OptionError, Text
 from .modules.frozen_class import (
     ATTRIBUTE,
@@ -25,7 +23,7 @@ from .modules.frozen_class import (
 )
 from .modules.path_ranges import matches
 from .modules.tree import aliases, module_at
-from .norms.registry import class_of, identify, looks_batch
+from .norms.registry import class_of, derived_from, identify, looks_batch
 
 Patterns = str | Iterable[str]
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, AveragedModel; torch.compile
@@ -167,7 +165,7 @@ def frozen_drift(model: nn.Module) -> FrozenDrift:
 
 def _is_norm(module: nn.Module) -> bool:
     """Norms that normswap knows, and all that look like one: in eval mode their statistics rest, whatever they do."""
-    return isinstance(module, _NormBase) or looks_batch(module) or identify(module) is not None
+    return looks_batch(module) or identify(module) is not None
 
 
 def _selected(model: nn.Module, modules: Patterns | None) -> dict[str, nn.Module]:
@@ -221,8 +219,13 @@ def _has_statistics(module: nn.Module) -> bool:
     return module._buffers.get("running_mean") is not None and module._buffers.get("running_var") is not None
 
 
+def _expects_statistics(module: nn.Module) -> bool:
+    spec = derived_from(module)
+    return spec is not None and spec.updates_statistics
+
+
 def _check_statistics(found: Mapping[str, nn.Module], affine: bool) -> None:
-    without = [p or "(root)" for p, m in found.items() if isinstance(m, _BatchNorm) and not _has_statistics(m)]
+    without = [p or "(root)" for p, m in found.items() if _expects_statistics(m) and not _has_statistics(m)]
     if without:
         raise OptionError(
             f"{len(without)} batch norm layer{'s' * (len(without) != 1)} without running statistics to freeze: "

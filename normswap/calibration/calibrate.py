@@ -23,7 +23,7 @@ from ..modules.frozen_class import FrozenStatistics
 from ..modules.restore import evaluating, undisturbed
 from ..modules.tree import check_module, copied
 from ..modules.wrappers import unwrapped
-from ..norms.registry import identify
+from ..norms.registry import identify, norm_named
 from .footprint import Footprint, fitting, footprint_of_one, free_memory, ran_out
 from .matching import Matching, Original, forward
 from .moments import Args
@@ -141,8 +141,8 @@ def estimate_statistics(
     check_module(model)
     model = unwrapped(model)
     found = [(path, m, spec) for path, m in model.named_modules() if (spec := identify(m)) is not None]
-    held = [(path, m, spec) for path, m, spec in found if spec.name in _MOVING and not isinstance(m, FrozenStatistics)]
-    targets = [Target(path, spec.name, m, None, True, False) for path, m, spec in held if spec.read(m).has_statistics]
+    moving = [(p, m, spec) for p, m, spec in found if spec.updates_statistics and not isinstance(m, FrozenStatistics)]
+    targets = [Target(path, spec.name, m, None, True, False) for path, m, spec in moving if spec.read(m).has_statistics]
     if not targets:
         raise NetworkError(f"{type(model).__name__} has no running statistics to estimate")
     batches, labels, source = _collected(data, images, batch_size, preprocess, max_bad)
@@ -151,9 +151,6 @@ def estimate_statistics(
     with told(progress, len(targets), "estimating running statistics") as step:
         _, report = _calibrated(model, None, targets, given, ("moments", None), step)
     return replace(report, bad=source.bad)
-
-
-_MOVING = ("bn", "sync", "renorm")
 
 
 def _calibrated(
@@ -302,7 +299,7 @@ def _reference(model: nn.Module, reference: nn.Module | None) -> nn.Module | Non
         rebuilt = copied(model)
         return revert(rebuilt)
     except RevertError as error:
-        needed = any(s.target not in ("frozen", "fused") and s.transfer != "exact" for s in record.plan.steps)
+        needed = any(not norm_named(s.target).fixed and s.transfer != "exact" for s in record.plan.steps)
         if needed:
             raise RevertError(
                 error.message, hint=Text("Pass the original network as ", Fix("reference"), ".")

@@ -64,7 +64,7 @@ def targets_of(model: nn.Module, reference: nn.Module | None) -> list[Target]:
     for path, transfer in steps:
         norm = inner_norm(module_at(model, path))
         spec = identify(norm)
-        if spec is None or spec.name == "frozen":
+        if spec is None or spec.fixed:
             continue
         statistics = spec.read(norm).has_statistics
         match = not (statistics and transfer == "exact")

@@ -24,12 +24,9 @@ from ..planning.plan import Plan, Step
 from .exact_scaling import by_output_channel, fold_exactly, folded_bias, scaled
 from .undo_record import TENSORS, LayerUndo, NormUndo, Undo
 
-# Attributes that norm classes set on themselves; everything else on a norm was put there by its user.
-_OWN_ATTRIBUTES = frozenset(
-    "num_features eps momentum affine track_running_stats num_groups num_channels normalized_shape elementwise_affine "
-    "process_group r_max d_max warmup_steps _fast_norm training parametrizations".split()
-) | {ATTRIBUTE, WANTED}
-_SPEC_TENSORS = frozenset((*TENSORS, "scale", "shift", "renorm_steps"))
+# What a norm of any type may hold that belongs to it, beside what its type names; all else was put there by its user.
+_ATTRIBUTES = frozenset(("eps", "affine", "training", "parametrizations", ATTRIBUTE, WANTED))
+_REGISTERED = frozenset((*TENSORS, *TAIL, "parametrizations"))
 
 
 def standardization(state: NormState) -> tuple[Tensor, Tensor]:
@@ -74,7 +71,7 @@ def apply(model: nn.Module, plan: Plan, *, keep_undo: bool, structure_only: bool
                     undo.layers.append(record)
         new = _replacement(model, step, old, state)
         _change_gamma(inner_norm(new), step, state, changed)
-        hand_over(inner_norm(new), old)
+        hand_over(inner_norm(new), old, statistics=norm_named(step.target).updates_statistics)
         model = replace_module(model, (step.path, *step.aliases), new)
         if keep_undo:
             undo.norms.append(NormUndo((step.path, *step.aliases), old, before, _given(inner_norm(new), before)))
@@ -146,7 +143,8 @@ def _replacement(model: nn.Module, step: Step, old: nn.Module, state: NormState)
     state = dataclasses.replace(state, dims=state.dims or step.dims)
     if step.transfer == "reset":
         state = _reset(state)
-    if step.target in ("bn", "sync", "renorm") and not state.has_statistics:
+    target = norm_named(step.target)
+    if target.updates_statistics and not state.has_statistics:
         state = _with_fresh_statistics(model, state)
     standardize = None
     if step.transfer == "prescale":
@@ -158,13 +156,14 @@ def _replacement(model: nn.Module, step: Step, old: nn.Module, state: NormState)
         norm: Any = nn.Identity()
         norm.training = state.training
     else:
-        norm = build(norm_named(step.target), state, step.options)
+        norm = build(target, state, step.options)
         _keep_parametrizations(old, norm)
     new = norm
     if standardize is not None or state.tail:
         new = NormSequence(norm, standardize=standardize, tail=state.tail)
-    adopt(new, old, known=_OWN_ATTRIBUTES)
-    _adopt_registered(new, old)
+    was = identify(old)
+    adopt(new, old, known=_ATTRIBUTES.union(was.attributes if was else ()))
+    _adopt_registered(new, old, known=_REGISTERED.union(was.tensors if was else ()))
     return new
 
 
@@ -233,12 +232,12 @@ def _keep_parametrizations(old: Any, norm: Any) -> None:
                     setattr(norm.parametrizations[name], held, getattr(chain, held))
 
 
-def _adopt_registered(new: nn.Module, old: nn.Module) -> None:
+def _adopt_registered(new: nn.Module, old: nn.Module, *, known: frozenset[str]) -> None:
     """Parameters, buffers and children that the user registered on the old norm."""
     for table in ("_parameters", "_buffers", "_modules"):
         mine, theirs = new.__dict__[table], old.__dict__[table]
         for name, value in theirs.items():
-            if name not in mine and name not in _SPEC_TENSORS and name not in (*TAIL, "parametrizations"):
+            if name not in mine and name not in known:
                 mine[name] = value
                 if name in old._non_persistent_buffers_set:
                     new._non_persistent_buffers_set.add(name)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..choices import Indivisible, MissingStatistics, Norm, Transfer
+from ..choices import Indivisible, MissingStatistics, Transfer
 from ..errors import DataError, Fix, NormswapError, OptionError, SelfCheckError, Text, first_line
 from ..inspection.example_inputs import guess_inputs
 from ..inspection.inventory import as_inputs
@@ -52,7 +52,7 @@ def back_in_order(model: nn.Module) -> Callable[[str, Tensor], Tensor]:
 
 def convert(
     model: nn.Module,
-    to: Norm | str | None = None,
+    to: str | None = None,
     *,
     groups: int | str | None = None,
     channels_per_group: int | None = None,

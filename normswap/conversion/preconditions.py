@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..errors import Fix, PlanError, Text, plural
+from ..errors import Fix, PlanError, Text
 from ..modules.precision import at_least_float32
 from ..modules.tree import aliases, module_at
 from ..norms.fused import scale_and_shift
@@ -50,12 +50,13 @@ def _misfits(module: nn.Module, step: Step) -> Iterator[str]:
     state = spec.read(module)
     if state.channels != step.channels:
         yield f"it has {state.channels} channels, the plan says {step.channels}"
-    if step.channels % getattr(step.options, "num_groups", 1):
-        groups = plural(getattr(step.options, "num_groups", 1), "group")
-        yield f"{plural(step.channels, 'channel')} do not divide into {groups}"
+    if reason := step.options.misfit(step.channels):
+        yield reason
     needed = step.transfer in ("fold", "prescale", "fuse", "affine")
     if (needed or (step.transfer == "exact" and target.needs_statistics)) and not state.has_statistics:
         yield "it has no running statistics"
+    if state.bias is not None and not target.bias:
+        yield f"it has a bias (beta), which {target.title} does not"
     if target.needs_dims and state.dims is None and step.dims is None:
         yield f"whether {target.title} must be 1d, 2d or 3d is not known"
 

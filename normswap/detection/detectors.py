@@ -145,7 +145,7 @@ def _freeze_whole(module: nn.Module) -> None:
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     norms = [(path, m, identify(m)) for path, m in module.named_modules()]
-    moving = [path for path, m, spec in norms if spec and spec.name != "frozen" and spec.read(m).has_statistics]
+    moving = [path for path, m, spec in norms if spec and not spec.fixed and spec.read(m).has_statistics]
     if moving:
         freeze(module, affine=False, modules=None if moving == [""] else moving)
 

@@ -18,7 +18,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from ..errors import Fix, OptionError, Text
-from ..norms.registry import build, norm_named
+from ..norms.registry import build, norm_named, specs
 from ..norms.spec import DoesNotFit, NormRequest, NormState
 from .backbones import Level, NormLayer, PyramidBackbone, ShrinkingBackbone, body_of, is_complete, levels_of
 
@@ -55,17 +55,17 @@ def norm_layer_of(norm: str | None, groups: int | str | None, width: int) -> Nor
     """What makes a fresh norm for a number of channels; known to work for `width`, that of pyramid and heads."""
     if norm is None or norm == "none":
         if groups is not None:
-            raise OptionError("groups apply to gn only")
+            raise OptionError(f"groups apply to {_grouped()} only")
         return None
     spec = norm_named(norm)
-    if norm in ("frozen", "fused"):
+    if spec.fixed:
         raise OptionError(
             Text("new layers have no statistics to freeze, so ", Fix("norm", norm), " makes no sense for them"),
             hint=Text("Give the backbone alone frozen norms, and ", Fix("norm", "gn"), " or None here."),
         )
-    if groups is not None and norm != "gn":
-        raise OptionError(f"groups apply to gn only, not to {norm}")
-    request = NormRequest(PAPER_GROUPS if norm == "gn" and groups is None else groups)
+    if groups is not None and not spec.takes_groups:
+        raise OptionError(f"groups apply to {_grouped()} only, not to {norm}")
+    request = NormRequest(PAPER_GROUPS if spec.takes_groups and groups is None else groups)
 
     def layer(channels: int) -> nn.Module:
         state = NormState(
@@ -79,6 +79,10 @@ def norm_layer_of(norm: str | None, groups: int | str | None, width: int) -> Nor
 
     layer(width)
     return layer
+
+
+def _grouped() -> str:
+    return " and ".join(spec.name for spec in specs() if spec.takes_groups)
 
 
 def _two_stage_parts(

@@ -209,8 +209,8 @@ def task_of(name: str, *, label_smoothing: float = 0.0, distil: float = 0.0) -> 
 def small_batch_note(model: nn.Module, batch_size: int, processes: int = 1) -> str | None:
     """What to say to someone who trains BatchNorm layers on batches of 1 to 4 samples."""
     moving = [module for module in model.modules() if not isinstance(module, FrozenStatistics)]
-    names = [spec.name for module in moving if (spec := identify(module)) is not None]
-    count = names.count("bn") + (names.count("sync") if processes == 1 else 0)
+    suffers = [spec.small_batch for module in moving if (spec := identify(module)) is not None]
+    count = suffers.count("process") + (suffers.count("all") if processes == 1 else 0)
     if not count or batch_size > 4:
         return None
     shared = "; over several processes, sync shares the statistics" if processes > 1 else ""

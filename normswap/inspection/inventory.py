@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from .. import norms as _norms  # noqa: F401  (registers the norm types)
 from ..display.overview import Table, counted, layers_table
 from ..errors import DataError, first_line
 from ..modules.path_ranges import ROOT
@@ -52,7 +51,7 @@ class Layer:
         """`frozen` if nothing in it can move; else `train` or `eval`."""
         tensors = (self.state.weight, self.state.bias)
         fixed = not any(t is not None and t.requires_grad for t in tensors)
-        if self.spec.name == "frozen" or (fixed and self.state.affine and not self.state.training):
+        if self.spec.fixed or (fixed and self.state.affine and not self.state.training):
             return "frozen"
         return "train" if self.state.training else "eval"
 

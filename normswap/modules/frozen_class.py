@@ -112,13 +112,16 @@ def frozen_tensors(module: nn.Module, memory: Freeze) -> Iterator[tuple[str, Ten
     return ((name, now.get(name)) for name in memory.tensors)
 
 
-def hand_over(new: nn.Module, old: nn.Module) -> None:
-    """Freeze the norm that took another's place as the other was; the copies are of the new one's tensors."""
+def hand_over(new: nn.Module, old: nn.Module, *, statistics: bool) -> None:
+    """Freeze the norm that took another's place as the other was; the copies are of the new one's tensors.
+
+    statistics: whether the new one has running statistics that training would move.
+    """
     memory = freeze_of(old)
     if memory is None:
         return
     parameters = {name: p for name, p in new.named_parameters() if name in memory.trained}
-    statistics = isinstance(new, nn.modules.batchnorm._NormBase) and memory.training is not None
+    statistics = statistics and memory.training is not None
     tensors = {**parameters, **(dict(statistics_of(new)) if statistics else {})}
     if not tensors:
         return

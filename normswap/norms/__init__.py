@@ -1,8 +1,10 @@
 """The norm types. Each file registers its own; importing this package makes them all known.
 
-The order here is the order of `normswap norms`.
+Files are imported by their names, in order: that is the order of `normswap norms`.
 """
 
-from . import batch, frozen, fused, group, instance, layer, renorm
+import importlib
+import pkgutil
 
-__all__ = ["batch", "frozen", "fused", "group", "instance", "layer", "renorm"]
+for _file in sorted(found.name for found in pkgutil.iter_modules(__path__)):
+    importlib.import_module(f"{__name__}.{_file}")

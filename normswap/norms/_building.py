@@ -53,7 +53,8 @@ def with_affine(module: nn.Module, state: NormState) -> nn.Module:
     """
     if state.weight is not None:
         module._parameters["weight"] = as_parameter(state.weight)
-        module._parameters["bias"] = None if state.bias is None else as_parameter(state.bias)
+        if "bias" in module._parameters:
+            module._parameters["bias"] = None if state.bias is None else as_parameter(state.bias)
     module.training = state.training
     return module
 

@@ -17,6 +17,7 @@ from .spec import NormSpec, NormState, Options
 
 BY_DIMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _DIMS = {cls: dims for dims, cls in BY_DIMS.items()}
+ATTRIBUTES = ("num_features", "momentum", "track_running_stats")
 
 
 def _read(module: Any) -> NormState:
@@ -63,10 +64,11 @@ register(
         build=_build_batch,
         classes=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
         class_names=("timm.layers.norm_act.BatchNormAct2d",),
-        batch_type=True,
-        needs_statistics=True,
+        aliases=("batchnorm",),
+        attributes=ATTRIBUTES,
+        statistics="batch",
+        small_batch="process",
         needs_dims=True,
-        exact_from=("bn", "sync", "frozen", "renorm"),
     )
 )
 register(
@@ -80,8 +82,9 @@ register(
         build=_build_sync,
         classes=(nn.SyncBatchNorm,),
         class_names=("timm.layers.norm_act.SyncBatchNormAct",),
-        batch_type=True,
-        needs_statistics=True,
-        exact_from=("bn", "sync", "frozen", "renorm"),
+        aliases=("syncbn", "syncbatchnorm"),
+        attributes=(*ATTRIBUTES, "process_group"),
+        statistics="batch",
+        small_batch="all",
     )
 )

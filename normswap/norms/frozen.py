@@ -131,8 +131,9 @@ register(
         build=_build,
         classes=(FrozenBatchNorm,),
         matches=_looks_frozen,
-        batch_type=True,
-        needs_statistics=True,
-        exact_from=("bn", "sync", "frozen", "renorm"),
+        aliases=("frozenbn", "frozenbatchnorm"),
+        attributes=("num_features",),
+        tensors=("scale", "shift"),
+        statistics="fixed",
     )
 )

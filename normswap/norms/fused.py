@@ -46,7 +46,7 @@ register(
         source="Jacob et al. 2018; torch.nn.utils.fusion",
         read=_read,
         build=_build,
-        needs_statistics=True,
-        exact_from=("bn", "sync", "frozen", "renorm"),
+        statistics="fixed",
+        fuses=True,
     )
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import OptionError
+from ..errors import OptionError, plural
 from ._building import read_tail, with_affine
 from .registry import register
 from .spec import DoesNotFit, NormRequest, NormSpec, NormState, Options
@@ -28,6 +28,12 @@ class GroupOptions(Options):
         if not isinstance(self.num_groups, int) or self.num_groups < 1:
             raise OptionError(f"num_groups must be a positive integer, got {self.num_groups!r}")
 
+    def misfit(self, channels: int) -> str | None:
+        """Channels that do not divide into the groups."""
+        if channels % self.num_groups == 0:
+            return None
+        return f"{plural(channels, 'channel')} do not divide into {plural(self.num_groups, 'group')}"
+
 
 @functools.cache
 def divisors(number: int) -> list[int]:
@@ -37,7 +43,7 @@ def divisors(number: int) -> list[int]:
 
 
 def fit_groups(state: NormState, request: NormRequest) -> GroupOptions:
-    """Choose `num_groups` for one layer. Raises Misfit, naming the allowed numbers, when the request does not fit."""
+    """Choose `num_groups` for one layer. Raises DoesNotFit, naming the allowed numbers, where the request does not."""
     channels, nearest = state.channels, request.indivisible == "nearest"
     allowed = divisors(channels)
     if request.channels_per_group is not None:
@@ -102,7 +108,10 @@ register(
             f"timm.layers.{n}"
             for n in ("norm.GroupNorm", "norm.GroupNorm1", "norm_act.GroupNormAct", "norm_act.GroupNorm1Act")
         ),
-        per_sample=True,
+        aliases=("groupnorm",),
+        attributes=("num_groups", "num_channels", "_fast_norm"),
+        takes_groups=True,
+        groups=lambda state, options: state.num_groups if options is None else options.num_groups,
         exact_from=("gn", "in"),
         elements=lambda channels, positions, options: channels // options.num_groups * positions,
     )

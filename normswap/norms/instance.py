@@ -35,8 +35,10 @@ register(
         read=_read,
         build=_build,
         classes=(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-        per_sample=True,
+        aliases=("instancenorm",),
+        attributes=("num_features", "momentum", "track_running_stats"),
         needs_dims=True,
+        groups=lambda state, options: state.channels,
         exact_from=("in",),
         elements=lambda channels, positions, options: positions,
     )

@@ -89,7 +89,9 @@ register(
         build=_build_all,
         classes=(nn.LayerNorm,),
         class_names=("timm.layers.norm.LayerNorm", "timm.layers.norm_act.LayerNormAct"),
-        per_sample=True,
+        aliases=("layernorm",),
+        attributes=("normalized_shape", "elementwise_affine", "_fast_norm"),
+        groups=lambda state, options: 1,
         elements=lambda channels, positions, options: channels * positions,
     )
 )
@@ -108,7 +110,8 @@ register(
             "timm.layers.norm.LayerNorm2d",
             "timm.layers.norm_act.LayerNormAct2d",
         ),
-        per_sample=True,
+        aliases=("channellayernorm", "layernorm2d"),
+        attributes=("num_channels", "normalized_shape", "elementwise_affine", "_fast_norm"),
         exact_from=("ln-channel",),
         elements=lambda channels, positions, options: channels,
     )

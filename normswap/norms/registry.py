@@ -42,20 +42,27 @@ def targets() -> tuple[str, ...]:
     return tuple(spec.name for spec in _BY_NAME.values() if spec.build is not None)
 
 
-_USUAL = {
-    "batchnorm": "bn", "groupnorm": "gn", "layernorm": "ln", "instancenorm": "in", "syncbn": "sync",
-    "syncbatchnorm": "sync", "frozenbn": "frozen", "frozenbatchnorm": "frozen", "batchrenorm": "renorm",
-}  # fmt: skip
-"""What people call the norms."""
-
-
 def norm_named(name: str) -> NormSpec:
     """The norm type of that name. Raises OptionError, with near matches, for an unknown one."""
     spec = _BY_NAME.get(name)
     if spec is None or spec.build is None:
-        hint = did_you_mean(name, targets(), usual=_USUAL)
-        raise OptionError(f"unknown norm {name!r}; known: {', '.join(targets())}", hint=hint)
+        raise OptionError(f"unknown norm {name!r}; known: {', '.join(targets())}", hint=suggestion(name))
     return spec
+
+
+def suggestion(name: str) -> str | None:
+    """A hint with the norms that a name may mean; None where none is near."""
+    usual = {alias: spec.name for spec in specs() for alias in spec.aliases}
+    return did_you_mean(name, targets(), usual=usual)
+
+
+def exact_from(spec: NormSpec) -> tuple[str, ...]:
+    """Names of the types from which a conversion to this one computes the same in eval mode.
+
+    Of two norms that are fixed maps in eval mode, each can be the other.
+    """
+    maps = [other.name for other in specs() if other.needs_statistics and not other.fuses]
+    return tuple(maps) if spec.needs_statistics else spec.exact_from
 
 
 def build(spec: NormSpec, state: NormState, options: Options) -> nn.Module:
@@ -87,6 +94,11 @@ def identify(module: nn.Module) -> NormSpec | None:
             if spec.matches is not None and spec.matches(module):
                 return spec
     return None
+
+
+def derived_from(module: nn.Module) -> NormSpec | None:
+    """The norm type that a module's class is or derives from, whatever its own `forward` does."""
+    return next((_BY_CLASS[cls] for cls in class_of(module).__mro__ if cls in _BY_CLASS), None)
 
 
 @functools.lru_cache(maxsize=4096)

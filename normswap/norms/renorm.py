@@ -13,7 +13,7 @@ from ..errors import OptionError
 from ..modules.precision import at_least_float32
 from ._building import read_statistics_norm
 from ._wrappers import per_channel
-from .batch import build_with_statistics
+from .batch import ATTRIBUTES, build_with_statistics
 from .registry import register
 from .spec import NormSpec, NormState, Options
 
@@ -136,8 +136,9 @@ register(
         options=RenormOptions,
         fit=lambda state, request: RenormOptions(eps=request.eps),
         classes=(BatchRenorm,),
-        batch_type=True,
-        needs_statistics=True,
-        exact_from=("bn", "sync", "frozen", "renorm"),
+        aliases=("batchrenorm",),
+        attributes=(*ATTRIBUTES, "r_max", "d_max", "warmup_steps"),
+        tensors=("renorm_steps",),
+        statistics="batch",
     )
 )

@@ -100,6 +100,10 @@ class Options:
         if self.eps is not None and not self.eps >= 0:
             raise OptionError(f"eps must be >= 0, got {self.eps!r}")
 
+    def misfit(self, channels: int) -> str | None:
+        """Why they do not suit a layer of so many channels; None where they do."""
+        return None
+
 
 class DoesNotFit(Exception):
     """A request does not fit one layer. `plan` collects these, so that all of them are reported at once."""
@@ -113,16 +117,33 @@ def _fit_nothing(state: NormState, request: NormRequest) -> Options:
     return Options(eps=request.eps)
 
 
+STATISTICS = ("sample", "batch", "fixed")
+
+
 @dataclass(frozen=True)
 class NormSpec:
-    """One norm type: how to recognise, read and build it, and what is known about it.
+    """One norm type: how to recognise, read and build it, and all that is particular to it.
 
-    name: the word used in commands and rules. per_sample: statistics come from each sample at run time, so the
-    original's running statistics have to be folded into what comes before it. needs_statistics: it cannot be built
-    without running statistics. classes: module classes recognised exactly; class_names: the same, as
-    `module.QualName`, for libraries that may not be installed; matches: recognises by structure.
-    exact_from: types from which the conversion computes the same in eval mode. elements: how many values one
-    statistic is taken over, from (channels, positions, options).
+    name: the word used in commands and rules; aliases: what people call it, in lower case without hyphens.
+    read: a module's state, build: a module from a state and options (None: a source only).
+    options, fit: what one layer needs beyond eps, and how the request becomes that.
+    classes: module classes recognised exactly; class_names: the same, as `module.QualName`, for libraries that may not
+    be installed; matches: recognises by structure.
+    attributes: what its classes keep on an instance beside `eps` and `affine`; tensors: what they register beside
+    gamma, beta and the running statistics. All else on a norm was put there by its user and stays.
+
+    statistics: `sample`, computed from each sample at run time, so that running ones of the original have to be
+    folded into what comes before; `batch`, running ones that follow the batches in training; `fixed`, running ones as
+    they are at the conversion, for good.
+    small_batch: whose samples its statistics suffer from if they are few: those of the `process`, of `all` processes.
+    channel_dim: as in `NormState`, of what it builds. bias: whether it has a beta. needs_dims: whether its class
+    depends on the number of spatial dimensions. fuses: gamma, beta and all go into the layer before it; what is built
+    is what remains where that cannot be.
+
+    takes_groups: whether `groups` is for it. groups: into how many groups it splits channels, from a state, and from
+    the options of a norm yet to be built; norms with as many groups compute the same. None: it alone computes what it
+    does. elements: how many values one statistic is taken over, from (channels, positions, options).
+    exact_from: types from which the conversion computes the same in eval mode, beside what `registry.exact_from` adds.
     """
 
     name: str
@@ -132,14 +153,44 @@ class NormSpec:
     source: str
     read: Callable[[nn.Module], NormState]
     build: Callable[[NormState, Any], nn.Module] | None = None
+    aliases: tuple[str, ...] = ()
     options: type[Options] = Options
     fit: Callable[[NormState, NormRequest], Options] = _fit_nothing
     classes: tuple[type[nn.Module], ...] = ()
     class_names: tuple[str, ...] = ()
     matches: Callable[[nn.Module], bool] | None = None
-    batch_type: bool = False
-    per_sample: bool = False
-    needs_statistics: bool = False
+    attributes: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
+    statistics: str = "sample"
+    small_batch: str | None = None
+    channel_dim: int = 1
+    bias: bool = True
     needs_dims: bool = False
-    exact_from: tuple[str, ...] = ()
+    fuses: bool = False
+    takes_groups: bool = False
+    groups: Callable[[NormState, Any], int | None] | None = None
     elements: Callable[[int, int, Any], int] | None = None
+    exact_from: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        one_of("statistics", self.statistics, STATISTICS)
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether statistics come from each sample at run time."""
+        return self.statistics == "sample"
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether it cannot be without running statistics, and is a fixed map of each channel in eval mode."""
+        return self.statistics != "sample"
+
+    @property
+    def updates_statistics(self) -> bool:
+        """Whether its running statistics follow the batches, so that they can be estimated, and held."""
+        return self.statistics == "batch"
+
+    @property
+    def fixed(self) -> bool:
+        """Whether nothing of it trains: statistics, gamma and beta are those of the conversion."""
+        return self.statistics == "fixed"

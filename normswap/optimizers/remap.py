@@ -16,6 +16,7 @@ from ..conversion.exact_scaling import scaled
 from ..conversion.record import Record
 from ..conversion.undo_record import Order, ordered
 from ..errors import Fix, OptionError, Text
+from ..norms.registry import norm_named
 from .parameter_map import Changes, converted, names_before, records_since
 
 # How an entry of the state grows with the gradient: momentum with its first power, second moments with its square,
@@ -238,7 +239,7 @@ def _check(optimizer: Optimizer, changes: Changes, record: Record) -> None:
             hint="remap_optimizer(optimizer, model, gn_model): model is the network that the optimizer was built for.",
         )
     in_place = not held.isdisjoint(changes.new.values())
-    gone = any(s.target in ("frozen", "fused") for s in changes.steps.values())
+    gone = any(norm_named(s.target).fixed for s in changes.steps.values())
     if in_place and gone and not record.undo.norms and not held <= set(changes.target):
         raise OptionError(
             "which parameters the conversion removed is not known, since it was made in place and kept no record",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -11,10 +11,10 @@ from typing import Any, cast
 from torch import nn
 
 from ..arguments import one_of
-from ..choices import MISSING_STATISTICS, TRANSFERS, Indivisible, MissingStatistics, Norm, Transfer
-from ..errors import Fix, OptionError, PlanError, Text, did_you_mean
+from ..choices import MISSING_STATISTICS, TRANSFERS, Indivisible, MissingStatistics, Transfer
+from ..errors import Fix, OptionError, PlanError, Text
 from ..inspection.inventory import Inventory, Layer, inspect, positions
-from ..norms.registry import norm_named, targets
+from ..norms.registry import norm_named, specs, suggestion, targets
 from ..norms.spec import DoesNotFit, NormRequest, NormSpec, Options
 from .plan import SOFT, Kept, Plan, Step
 from .rules import Rule, Rules, assigned, check_rules, rules_of, selected
@@ -22,7 +22,7 @@ from .rules import Rule, Rules, assigned, check_rules, rules_of, selected
 
 def plan(
     model: nn.Module,
-    to: Norm | str | None = None,
+    to: str | None = None,
     *,
     groups: int | str | None = None,
     channels_per_group: int | None = None,
@@ -54,10 +54,10 @@ def plan(
     soft = eps == "auto"
     request = NormRequest(groups, channels_per_group, indivisible, None if soft else cast(Any, eps))
     ordered = rules_of(to, rules)
-    names = {rule.target for rule in ordered} - {"keep"}
-    _check_options(request, names, transfer, missing_statistics, sources)
-    needs_feeds = zero_init_residual or bool(names & {"in", "fused", "bn"})
-    needs_feeds |= transfer == "fold" and any(norm_named(name).per_sample for name in names)
+    wanted = [norm_named(name) for name in sorted({rule.target for rule in ordered} - {"keep"})]
+    _check_options(request, wanted, transfer, missing_statistics, sources)
+    needs_feeds = zero_init_residual or any(spec.needs_dims or spec.fuses for spec in wanted)
+    needs_feeds |= transfer == "fold" and any(spec.per_sample for spec in wanted)
     needs_feeds |= example_inputs is not None
     inventory = inspect(model, example_inputs, feeds=needs_feeds)
     if not inventory.layers and not inventory.suspects:
@@ -68,23 +68,30 @@ def plan(
 
 
 def _check_options(
-    request: NormRequest, names: set[str], transfer: str, missing: str, sources: Collection[str] | None
+    request: NormRequest, wanted: Sequence[NormSpec], transfer: str, missing: str, sources: Collection[str] | None
 ) -> None:
     one_of("transfer", transfer, TRANSFERS)
     one_of("missing_statistics", missing, MISSING_STATISTICS)
-    if (request.groups is not None or request.channels_per_group is not None) and "gn" not in names:
-        raise OptionError(f"groups apply to gn only, not to {', '.join(sorted(names)) or 'keep'}")
-    if transfer != "fold" and "fused" in names:
-        raise OptionError(Text("fused carries everything over; ", Fix("transfer", transfer), " does not go with it"))
-    if transfer == "reset" and "frozen" in names:
-        what = "frozen is made of the running statistics; "
-        raise OptionError(Text(what, Fix("transfer", "reset"), " leaves nothing of it"))
+    grouped = request.groups is not None or request.channels_per_group is not None
+    if grouped and not any(spec.takes_groups for spec in wanted):
+        takers = " and ".join(spec.name for spec in specs() if spec.takes_groups)
+        raise OptionError(f"groups apply to {takers} only, not to {', '.join(s.name for s in wanted) or 'keep'}")
+    for spec in wanted:
+        if transfer != "fold" and spec.fuses:
+            given = Fix("transfer", transfer)
+            raise OptionError(Text(f"{spec.name} carries everything over; ", given, " does not go with it"))
+        if transfer == "reset" and spec.fixed:
+            what = f"{spec.name} is made of the running statistics; "
+            raise OptionError(Text(what, Fix("transfer", "reset"), " leaves nothing of it"))
     for name in sources or ():
         if name not in targets():
             raise OptionError(
                 Text(f"unknown norm {name!r} in ", Fix("sources"), f"; known: {', '.join(targets())}"),
-                hint=did_you_mean(name, targets()),
+                hint=suggestion(name),
             )
+
+
+_PLACES = {1: "second", -1: "last"}
 
 
 @dataclass
@@ -184,8 +191,11 @@ class _Planner:
                 "it normalizes over several dimensions with one weight per element; no per-channel norm can"
             )
         vectors = self.inventory.recorded and feed.kind == "linear" and feed.positions == 1
-        if state.channel_dim != 1 and not vectors:
-            raise DoesNotFit("its channels are the last dimension, the new norm's the second")
+        if state.channel_dim != target.channel_dim and not vectors:
+            mine, new = _PLACES[state.channel_dim], _PLACES[target.channel_dim]
+            raise DoesNotFit(f"its channels are the {mine} dimension, the new norm's the {new}")
+        if state.bias is not None and not target.bias:
+            raise DoesNotFit(f"it has a bias (beta), which {target.title} does not")
         if layer.held_by:
             self.held = True
             raise DoesNotFit(f"{', '.join(layer.held_by)} holds it too, outside the children, where no swap reaches it")
@@ -198,16 +208,18 @@ class _Planner:
             return "reset", (), ""
         if target.needs_statistics:
             if not state.has_statistics:
-                if self.missing_statistics == "later" and target.name not in ("frozen", "fused"):
+                if self.missing_statistics == "later" and target.updates_statistics:
                     return "copy", (), "statistics to be estimated by calibrate"
                 self.no_statistics = True
                 raise DoesNotFit(f"{target.name} needs running statistics, which {layer.spec.name} does not have")
-            if target.name == "fused":
+            if target.fuses:
                 return ("fuse", feed.producers, "") if feed.foldable else ("affine", (), feed.reason)
             return "exact", (), ""
         if not state.has_statistics:
-            same = layer.spec.per_sample and _same_groups(layer, target, options)
-            return ("exact" if same else "copy"), (), "" if same else "no running statistics to carry over"
+            if not (layer.spec.per_sample and _same_groups(layer, target, options)):
+                return "copy", (), "no running statistics to carry over"
+            same = options.eps == state.eps
+            return ("exact" if same else "copy"), (), "" if same else "another eps than it had"
         if self.transfer == "copy":
             return "copy", (), ""
         return ("fold", feed.producers, "") if feed.foldable else ("prescale", (), feed.reason)
@@ -215,12 +227,9 @@ class _Planner:
 
 def _same_groups(layer: Layer, target: NormSpec, options: Options) -> bool:
     """Whether a norm without running statistics and its target normalize over the same values."""
-    channels = layer.state.channels
-    if "ln-channel" in (layer.spec.name, target.name):
-        return layer.spec.name == target.name
-    groups = {"in": channels, "ln": 1}
-    source = groups.get(layer.spec.name, layer.state.num_groups)
-    return source == groups.get(target.name, getattr(options, "num_groups", None))
+    if layer.spec.groups is None or target.groups is None:
+        return layer.spec is target
+    return layer.spec.groups(layer.state, None) == target.groups(layer.state, options)
 
 
 def _name(path: str) -> str:

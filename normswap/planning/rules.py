@@ -60,7 +60,7 @@ def selected(inventory: Inventory, sources: Collection[str] | None = None) -> se
     """Paths of the layers that rules apply to; see `sources` of `plan`. Suspects come on top of them."""
     if sources is not None:
         return {x.path for x in inventory.layers if x.spec.name in sources}
-    batch = {x.path for x in inventory.layers if x.spec.batch_type}
+    batch = {x.path for x in inventory.layers if x.spec.needs_statistics}
     if batch or inventory.suspects:
         return batch
     return {x.path for x in inventory.layers if x.state.channel_dim == 1}

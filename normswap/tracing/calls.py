@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from ..norms.registry import looks_batch
 from .run import Region
 
 # Convolutions of other libraries whose forward differs from torch's only in how it pads its input.
@@ -114,10 +115,6 @@ def dims_of(module: nn.Module) -> int | None:
     if isinstance(module, (nn.Linear, nn.Flatten)):
         return 1
     name = type(module).__name__
-    if (
-        isinstance(module, _ConvNd)
-        or "Pool" in name
-        or name.startswith(("BatchNorm", "InstanceNorm", "FrozenBatchNorm"))
-    ):
+    if isinstance(module, _ConvNd) or "Pool" in name or looks_batch(module):
         return next((d for d in (1, 2, 3) if f"{d}d" in name.lower()), None)
     return None

@@ -269,6 +269,14 @@ def test_group_norms_keep_their_eps_and_batch_norms_targets_take_their_own() -> 
     assert plan(conv_bn(4, eps=0.25), to="ln").steps[0].options.eps is None
 
 
+def test_a_group_norm_with_another_eps_computes_something_else_and_is_not_called_exact() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8))
+    steps = [plan(net, to="gn", groups=2, eps=eps).steps[0] for eps in (None, 1e-5, 0.5)]
+    assert [step.transfer for step in steps] == ["exact", "exact", "copy"]
+    assert steps[2].note == "another eps than it had"
+    assert normswap.convert(net.eval(), to="gn", groups=2, eps=0.5)[1].eps == 0.5
+
+
 @pytest.mark.parametrize(
     ("net", "options", "eps"),
     [

@@ -24,9 +24,10 @@ def mend_statistics(
     Returns where the network comes from now.
     """
     from ...conversion.preconditions import affine_moved, needs_statistics, never_updated
+    from ...norms.registry import norm_named
 
     standardises = needs_statistics(made)
-    keeps = any(step.target == "frozen" or step.transfer in ("fuse", "affine") for step in made.steps)
+    keeps = any(norm_named(step.target).fixed for step in made.steps)
     built = not any(p.is_meta for p in model.parameters())
     if not (built and (standardises or keeps) and (count := never_updated(model))):
         return origin

@@ -47,7 +47,6 @@ class ConversionRequest:
 
     def check(self) -> None:
         """Tell an unknown norm or role before a network is built."""
-        from ... import norms as _norms  # noqa: F401  (registers the norm types)
         from ...planning.rules import rules_of
 
         if self.wanted:

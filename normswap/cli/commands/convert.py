@@ -304,7 +304,6 @@ def _ways_back(model: nn.Module, origin: ResolvedSource) -> str:
 
 def _check_names(job: Job) -> None:
     """Tell an unknown norm or role before a network is built."""
-    from ... import norms as _norms  # noqa: F401  (registers the norm types)
     from ...norms.registry import norm_named
     from ...planning.rules import rules_of
 

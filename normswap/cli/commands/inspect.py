@@ -62,7 +62,6 @@ def inspect(
             source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by
         )
         out.step("loading PyTorch")
-        from ... import norms as _norms  # noqa: F401  (registers the norm types)
         from ...inspection import inventory
         from ...planning.rules import assigned, rules_of, selected
 

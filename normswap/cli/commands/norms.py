@@ -25,7 +25,6 @@ def norms(
 ) -> None:
     """List the norm types that --to and --rule take: formula, what the statistics are taken over, exact conversions."""
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
-        from ... import norms as _norms  # noqa: F401  (registers the norm types)
         from ...norms.registry import norm_named, specs
 
         chosen = specs() if name is None else (norm_named(name),)
@@ -33,11 +32,15 @@ def norms(
 
 
 def _values(spec: NormSpec) -> dict[str, Any]:
-    fields = ("name", "title", "formula", "axes", "exact_from", "source")
-    return {field: getattr(spec, field) for field in fields} | {"target": spec.build is not None}
+    from ...norms.registry import exact_from
+
+    fields = {field: getattr(spec, field) for field in ("name", "title", "formula", "axes")}
+    return fields | {"exact_from": exact_from(spec), "source": spec.source, "target": spec.build is not None}
 
 
 def _render(page: Page, specs: tuple[NormSpec, ...]) -> None:
+    from ...norms.registry import exact_from
+
     for i, spec in enumerate(specs):
         if i:
             page.gap()
@@ -45,6 +48,6 @@ def _render(page: Page, specs: tuple[NormSpec, ...]) -> None:
         page.block(spec.formula)
         page.facts(
             ("statistics over", spec.axes),
-            ("exact from", ", ".join(spec.exact_from) or "-"),
+            ("exact from", ", ".join(exact_from(spec)) or "-"),
             ("source", spec.source),
         )
