@@ -46,7 +46,7 @@ def test_a_stdout_that_takes_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("sys.stdout", Full())
     with pytest.raises(SystemExit) as end:
         app(["norms"])
-    assert end.value.code == 2
+    assert end.value.code == 1
     assert capsys.readouterr().err.splitlines()[0] == "error: No space left on device"
 
 
