@@ -24,7 +24,7 @@ def span_of(tensor: Tensor) -> Span | None:
         return None
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start, size = tensor.storage_offset(), tensor.element_size()
-    return storage, start * size, (start + last + 1) * size
+    return storage, int(start * size), int((start + last + 1) * size)
 
 
 def overlap(a: Span | None, b: Span | None) -> bool:
