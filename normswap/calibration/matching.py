@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data import run_on
 from ..errors import DataError
+from ..planning import Step
 from ..surgery import device_and_dtype
 from .balance import Spread
 from .lockstep import Lockstep
@@ -79,10 +80,10 @@ class Original:
     spreads: for the targets named in `spread`, moments of each sample before the norm.
     """
 
-    def __init__(self, targets: Sequence[Target], spread: Collection[str] = ()) -> None:
+    def __init__(self, targets: Sequence[Target], spread: Mapping[str, Step] | None = None) -> None:
         self.targets = [(t, t.original) for t in targets if t.original is not None]
         self.moments: dict[str, Moments] = {t.path: Moments() for t, _ in self.targets}
-        self.spreads: dict[str, Spread] = {path: Spread() for path in spread}
+        self.spreads: dict[str, Spread] = {p: Spread(step.unit) for p, step in (spread or {}).items()}
         self.calls: list[Counter[str]] = []
         self.bytes: list[int] = []
 
@@ -130,7 +131,7 @@ class Original:
             rows = rows_of(x)
             self._note(target, x, observed(module, rows))
             if target.path in self.spreads:
-                self.spreads[target.path].add(rows, module, state_of(module).eps)
+                self.spreads[target.path].add(rows, module)
 
         return hook
 
