@@ -164,12 +164,12 @@ def plates(count: int, seed: int) -> Data:
     y = torch.randint(0, 10, (count, 4), generator=g)
     u = torch.rand(count, 5, generator=g).tolist()
     out = torch.empty(count, 1, 24, 64)
+    fonts = [ImageFont.load_default(size=15 + i) for i in range(4)]
     for i, (a, b, c, d, e) in enumerate(u):
         image = Image.new("L", (64, 24), int(150 + 100 * a))
         draw = ImageDraw.Draw(image)
         for j, digit in enumerate(y[i].tolist()):
-            font = ImageFont.load_default(size=15 + 4 * b)
-            draw.text((4 + 15 * j + 2 * c, 1 + 3 * d), str(digit), fill=int(90 * e), font=font)
+            draw.text((4 + 15 * j + 2 * c, 1 + 3 * d), str(digit), fill=int(90 * e), font=fonts[int(4 * b)])
         image = image.rotate(10 * (c - 0.5), fillcolor=int(200 * a))
         out[i, 0] = torch.tensor(list(image.tobytes())).view(24, 64) / 255
     return (out + 0.1 * torch.randn(out.shape, generator=g)).clamp(0, 1), y

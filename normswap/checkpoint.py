@@ -102,7 +102,15 @@ def load(
     for name, parameter in root.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(parameter.is_floating_point() and name not in manifest["no_grad"])
     head = Head(**manifest["head"]) if manifest.get("head") else None
-    root.__dict__["_normswap"] = Record(plan, undo, check, manifest["source"], list(manifest["history"]), head=head)
+    root.__dict__["_normswap"] = Record(
+        plan,
+        undo,
+        check,
+        manifest["source"],
+        list(manifest["history"]),
+        head=head,
+        inputs=dict(manifest.get("inputs") or {}),
+    )
     return root.eval()
 
 

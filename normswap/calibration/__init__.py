@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from ..errors import DataError, OptionError, RevertError
 from ..surgery import copied, evaluating, undisturbed
 from ..undo import revert
 from ..values import whole
+from .fit import measured
 from .matching import Args, Matching, Original, forward, free_memory
 from .preparation import Preparation
 from .report import CalibrationReport as CalibrationReport
 from .report import LayerResult as LayerResult
+from .standins import KINDS, StandIns, stand_ins
 from .targets import Result, Target, restoring, targets_of
 
 HELD = 0.5
@@ -42,6 +45,8 @@ def calibrate(
     batch_size: int = 64,
     method: str = "balance",
     eps: float | None = None,
+    example_inputs: Any = None,
+    seed: int = 0,
 ) -> CalibrationReport:
     """Bring a converted network back to its original with a few unlabelled images. In place.
 
@@ -65,8 +70,11 @@ def calibrate(
 
     model: from `convert` or `load`. reference: the original network; by default it is rebuilt from what the
     conversion kept. data: images without labels, anything `normswap.data.as_batches` takes; labels add accuracies to
-    the report, for one more forward pass. images: use at most so many (default 256, or all of a tensor); batches may
-    differ in size. batch_size: for a tensor or a dataset.
+    the report, for one more forward pass. Or "photos": crops of photographs that come with the package; or "synthetic":
+    inputs optimised from them until the original's norms see the mean and variance that they remember from training.
+    These need no data; they are shaped like example_inputs, where the conversion was given none and none can be
+    guessed, and drawn by seed. The report says how near the inputs come to those of the training.
+    images: use at most so many (default 256, or all of a tensor); batches may differ in size. batch_size: for a tensor or a dataset.
 
     Cost, but for "refit": one forward pass of the reference and one of the converted network over the images. What
     lies between two layers is held for all images, however small the batches; where half of the free memory does not
@@ -80,9 +88,10 @@ def calibrate(
     Raises OptionError for a reference that does not fit, RevertError when none is given and it cannot be rebuilt,
     DataError for data that cannot be used, is empty, or is too short for running statistics.
     """
-    batches, labels = _collected(data, images, batch_size)
-    count = sum(map(images_in, batches))
     reference = _reference(model, reference)
+    made = _stand_ins(data, model, reference, example_inputs, images, seed)
+    batches, labels = _collected(made.batches if made else data, images, batch_size)
+    count = sum(map(images_in, batches))
     targets = targets_of(model, reference)
     _check_enough(targets, count, images)
     if not targets:
@@ -90,6 +99,8 @@ def calibrate(
     preparation = Preparation(model, targets, method, eps)
     with restoring(preparation.modules()):
         report = _run(model, reference, preparation, batches, labels)
+    if made is not None:
+        report = replace(report, stand_ins=str(made))
     _remember(model, report, preparation)
     return report
 
@@ -119,12 +130,27 @@ def _run(
         results = [Result(target.norm) for target in targets]
     for result in results:  # leaving `_quiet` has put buffers and attributes back
         result.write()
+    norms = {t.path: t.original for t in targets if t.original is not None}
     count, given = (sum(map(images_in, b)) for b in (batches[:used], batches))
     notes = [] if count == given else [f"{count} of {given} images used: more do not fit in memory at a time"]
     found = comparison.summary()
     if preparation.method == "balance" and preparation.balanced and (found.get("drift_after") or 0) > FAR:
         notes.append('the outputs are still far from the original\'s; method="refit" (--method refit) comes closer')
+    if original.inputs:
+        found["distance"] = measured(norms, original.inputs, count).distance
     return CalibrationReport(count, matching.results(), passes=matching.passes, notes=tuple(notes), **found)
+
+
+def _stand_ins(
+    data: Any, model: nn.Module, reference: nn.Module | None, example_inputs: Any, images: int | None, seed: int
+) -> StandIns | None:
+    if not isinstance(data, str) or data not in KINDS:
+        return None
+    if reference is None:
+        raise OptionError(f'data="{data}" needs the original network', hint="Pass it with reference=.")
+    record = record_of(model)
+    remembered = None if record is None else record.inputs
+    return stand_ins(data, reference, example_inputs, images=images, remembered=remembered, seed=seed)
 
 
 def _observe(
@@ -259,5 +285,6 @@ def _remember(model: nn.Module, report: CalibrationReport, preparation: Preparat
     if record is not None:
         preparation.note(record)
         entry = {"action": "calibrate", "images": report.images, "layers": len(report.layers)}
+        entry |= {"stand_ins": report.stand_ins} if report.stand_ins else {}
         entry |= {"method": preparation.method, "balanced": len(preparation.balanced), "eps": preparation.eps}
         record.history.append({**entry, "drift": [report.drift_before, report.drift_after]})

@@ -30,7 +30,7 @@ from .targets import (
     bare_output,
     distance,
     first_input,
-    observed,
+    fixed_map,
     repair,
     rewrite,
     state_of,
@@ -77,12 +77,14 @@ def thread_context(model: nn.Module) -> Callable[[], AbstractContextManager[None
 class Original:
     """What the reference gives: each norm's moments over all images, and how often each ran on each batch.
 
+    inputs: the moments before those norms that have running statistics.
     spreads: for the targets named in `spread`, moments of each sample before the norm.
     """
 
     def __init__(self, targets: Sequence[Target], spread: Mapping[str, Step] | None = None) -> None:
         self.targets = [(t, t.original) for t in targets if t.original is not None]
         self.moments: dict[str, Moments] = {t.path: Moments() for t, _ in self.targets}
+        self.inputs: dict[str, Moments] = {}
         self.spreads: dict[str, Spread] = {p: Spread(step.unit) for p, step in (spread or {}).items()}
         self.calls: list[Counter[str]] = []
         self.bytes: list[int] = []
@@ -129,7 +131,9 @@ class Original:
                 self._note(target, x, moments_of(bare_output(module, x)))
                 return
             rows = rows_of(x)
-            self._note(target, x, observed(module, rows))
+            inputs = rows.moments()
+            self.inputs.setdefault(target.path, Moments()).add(inputs)
+            self._note(target, x, inputs.mapped(*fixed_map(module)))
             if target.path in self.spreads:
                 self.spreads[target.path].add(rows, module)
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..agreement import comparison_lines
+from .fit import Fit
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class CalibrationReport:
     images: how many were used. drift_before, drift_after: relative error `|out - original| / |original|` of the
     network's output over `compared` of them, None where outputs do not compare (detections). agreement_before and
     agreement_after: share of images decided alike. accuracy: of the original, before and after, where labels came.
-    passes: how often the converted network ran over the images.
+    passes: how often the converted network ran over the images. distance: of the statistics that the images cause from
+    those that the original remembers of its training, see `Fit`; None where it remembers none. stand_ins: what was
+    taken in the place of images.
     """
 
     images: int
@@ -48,6 +51,13 @@ class CalibrationReport:
     accuracy_after: float | None = None
     passes: int = 1
     notes: tuple[str, ...] = ()
+    distance: float | None = None
+    stand_ins: str = ""
+
+    @property
+    def fit(self) -> str:
+        """One sentence on whether the images were of the kind the network was trained on; empty where unknown."""
+        return self.stand_ins or ("" if self.distance is None else f"the images: {Fit(self.distance, self.images)}")
 
     @property
     def error_before(self) -> float:
@@ -71,4 +81,4 @@ class CalibrationReport:
             f"calibrated {count} layer{'s' * (count != 1)} on {self.images} image{'s' * (self.images != 1)}",
             f"moment error, largest of any layer: {self.error_before:.3g} -> {self.error_after:.3g}",
         ]
-        return "\n".join([*lines, *comparison_lines(self), *self.notes])
+        return "\n".join([*lines, *comparison_lines(self), *filter(None, [self.fit]), *self.notes])
