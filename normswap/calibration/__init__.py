@@ -74,7 +74,8 @@ def calibrate(
     inputs optimised from them until the original's norms see the mean and variance that they remember from training.
     These need no data; they are shaped like example_inputs, where the conversion was given none and none can be
     guessed, and drawn by seed. The report says how near the inputs come to those of the training.
-    images: use at most so many (default 256, or all of a tensor); batches may differ in size. batch_size: for a tensor or a dataset.
+    images: use at most so many (default 256, or all of a tensor); batches may differ in size. batch_size: for a tensor
+    or a dataset.
 
     Cost, but for "refit": one forward pass of the reference and one of the converted network over the images. What
     lies between two layers is held for all images, however small the batches; where half of the free memory does not

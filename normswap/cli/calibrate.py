@@ -10,7 +10,7 @@ import typer
 from ..errors import OptionError
 from . import options
 from .boundary import WRITTEN
-from .images import Asked, prepare
+from .images import Asked, known_inputs, prepare
 from .networks import Origin, Wanted, converted_file, locate, open_network
 from .output import Output, reporting
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .render import Page
 
 IMAGES = 256
+STAND_INS = ("photos", "synthetic")  # as in calibration.standins, which imports torch
 
 
 def calibrate(
@@ -28,7 +29,11 @@ def calibrate(
     file: options.Converted,
     data: Annotated[
         Path,
-        typer.Option(metavar="FOLDER", help="Images, alone or in one subfolder for each class.", show_default=False),
+        typer.Option(
+            metavar="FOLDER|photos|synthetic",
+            help="Images, alone or in one subfolder for each class; or what stands in for them, see below.",
+            show_default=False,
+        ),
     ],
     images: Annotated[int, typer.Option(min=1, metavar="N", help="Use at most so many of the images.")] = IMAGES,
     batch_size: options.BatchSize = 32,
@@ -59,8 +64,13 @@ def calibrate(
     The images need no labels; with one subfolder for each class the accuracies are reported too. The result goes to
     <FILE>-calibrated.safetensors, or to --output. --weights and --arg are those of --reference.
 
+    Without any images, --data photos takes crops of photographs that come with normswap, and --data synthetic inputs
+    made for the network; both say how near they come to what it was trained on. A folder
+    of that name goes before.
+
     \b
     normswap calibrate resnet50-gn.safetensors --data photos/
+    normswap calibrate resnet50-gn.safetensors --data synthetic
     """
     asked = Asked.of(ctx, size, mean, std)
     options.choice(ctx, "--method", method, options.METHODS)
@@ -106,11 +116,19 @@ def run(
     out: Output,
     method: str = "balance",
 ) -> CalibrationReport:
-    """Calibrate `model` in place on a folder of images, prepared as its weights want them."""
+    """Calibrate `model` in place on a folder of images, prepared as its weights want them, or on stand-ins."""
     from .. import calibration
+    from ..conversion import record_of
     from ..data import Batches
     from ..images import open_images
 
+    if stands_in(data):
+        out.step(f"calibrating on {data}")
+        if (record := record_of(model)) is not None:
+            record.inputs = {**record.inputs, **known_inputs(model, origin, asked)}
+        return calibration.calibrate(model, reference, str(data), images=asked_for(images), method=method)
+    if str(data) in STAND_INS:
+        out.note(f"{data} is taken for the folder of that name; normswap's own {data} are for where there is none")
     folder = open_images(data, limit=images)
     if len(folder.files) < images:
         out.note(f"{data} has {len(folder.files)} images, fewer than the {images} asked for")
@@ -118,6 +136,16 @@ def run(
     batches = folder.batches(preparation.transform, batch_size, stack=preparation.stack)
     tracked = Batches(out.track(batches, len(batches), "calibrating"), folder.classes)
     return calibration.calibrate(model, reference, tracked, method=method)
+
+
+def stands_in(data: Path) -> bool:
+    """Whether it is the word, not a folder."""
+    return str(data) in STAND_INS and not data.exists()
+
+
+def asked_for(images: int) -> int | None:
+    """None where the user did not say; stand-ins then come in a number of their own."""
+    return None if images == IMAGES else images
 
 
 def figures(report: CalibrationReport) -> list[tuple[str, str]]:
@@ -128,6 +156,8 @@ def figures(report: CalibrationReport) -> list[tuple[str, str]]:
         ("calibrated", f"{len(report.layers)} layers on {report.images} images"),
         ("moments", f"largest error {report.error_before:.3g}, after {report.error_after:.3g}"),
     ]
+    if report.fit:
+        found.append(("fit", report.fit))
     if report.drift_before is not None and report.drift_after is not None:
         on = f" (on {report.compared} images)"
         found.append(("output", f"relative error {report.drift_before:.3g}, after {report.drift_after:.3g}{on}"))

@@ -11,7 +11,7 @@ import typer
 from ..errors import OptionError, OutputError
 from . import changes, options
 from .boundary import WRITTEN
-from .calibrate import IMAGES
+from .calibrate import IMAGES, stands_in
 from .calibrate import run as run_calibration
 from .images import Asked
 from .networks import Origin, Wanted, converted_file, example_inputs, locate, open_network, original_of
@@ -106,7 +106,11 @@ def convert(
     input_shape: options.Input = None,
     calibrate: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Calibrate on these unlabelled images too.", show_default=False),
+        typer.Option(
+            metavar="FOLDER|photos|synthetic|none",
+            help="Calibrate too: on these unlabelled images, or on photographs or made inputs that stand in for them.",
+            show_default=False,
+        ),
     ] = None,
     images: options.Images = None,
     method: options.Method = "balance",
@@ -140,6 +144,7 @@ def convert(
     normswap convert nets.py:build --arg width=64 --weights mine.pth --to ln
     normswap convert resnet50-gn.safetensors --to original
     """
+    calibrate = None if str(calibrate) == "none" else calibrate
     planning = {
         "groups": options.groups(ctx, groups),
         "channels_per_group": channels_per_group,
@@ -148,7 +153,7 @@ def convert(
         "eps": options.eps(ctx, eps),
         "sources": sources or None,
         "zero_init_residual": zero_init_residual,
-        "missing_statistics": "error" if calibrate is None else "later",
+        "missing_statistics": "error" if calibrate is None or stands_in(calibrate) else "later",
     }
     asked = Asked.of(ctx, size, mean, std)
     options.choice(ctx, "--method", method, options.METHODS)
