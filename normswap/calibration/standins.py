@@ -19,14 +19,15 @@ from ..inventory import as_inputs
 from ..photographs import crops
 from ..preprocess import IMAGENET_MEAN, IMAGENET_STD
 from ..surgery import device_and_dtype
-from .fit import ODD, Fit, fit, remembering, statistics_loss
+from .fit import MADE, ODD, Fit, fit, remembering, statistics_loss
 
 KINDS = ("photos", "synthetic")
 COUNTS = {"photos": 256, "synthetic": 64}
 _AT_ONCE = 32  # images, so that memory stays bounded
 _TRIED = 26  # crops that decide on the range of values
-_STEPS, _RATE = 40, 0.1  # Adam's, in standard deviations of the start
+_STEPS, _RATE = 150, 0.1  # of Adam at most; its rate in standard deviations of the start
 _LARGE, _LARGE_STEPS = 128 * 128, 20
+_ENOUGH = 0.01  # a loss below which more steps gained nothing
 _WIDE_COUNT = 128  # photographs, where inputs are large
 _CLEARLY = 0.95
 
@@ -130,7 +131,7 @@ def stand_ins(
     if kind == "synthetic":
         made = optimised(model, made, _LARGE_STEPS if large else _STEPS)
     found = fit(model, [(part,) for part in made])
-    if found is None or found.distance > ODD:
+    if found is None or found.distance > (ODD if kind == "photos" else MADE):
         raise DataError(f"no {kind} fit this network: {found}", hint=_hint(kind))
     return StandIns(kind, made, found, shape, scaling)
 
@@ -190,7 +191,10 @@ def optimised(model: nn.Module, batches: Sequence[Tensor], steps: int) -> list[T
             x = batch.to(device, dtype).detach().clone().requires_grad_()
             optimizer = torch.optim.Adam([x], lr=_RATE * float(x.detach().std()), betas=(0.9, 0.99))
             for _ in range(steps):
-                (x.grad,) = torch.autograd.grad(loss(x), x)
+                value = loss(x)
+                (x.grad,) = torch.autograd.grad(value, x)
                 optimizer.step()
+                if float(value) < _ENOUGH:
+                    break
             found.append(x.detach())
     return found
