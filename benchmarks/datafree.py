@@ -11,6 +11,7 @@ The columns "photos", "synthetic" and "own" are after `calibrate` with each of `
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ import normswap
 from normswap.calibration.fit import fit
 from normswap.calibration.standins import stand_ins
 from normswap.errors import DataError
+from normswap.undo import by_output_channel
 
 CIFAR = ("resnet20", "depthwise", "bottleneck")
 ZOO = ("spectrogram", "audio", "text", "plates", "slices", "segmenter", "denoiser")
@@ -84,6 +86,32 @@ def lite0_file() -> Path:
     return next(Path(package.__file__).parent.rglob("*.pth"))
 
 
+@torch.no_grad()
+def quieted(model: nn.Module, lowest: float = -3.0, highest: float = 2.0) -> nn.Module:
+    """The same function with quiet channels: running variances of 10^-3 to 10^2 eps, as many public networks have.
+
+    The layer before a BN gives smaller values, its statistics follow, gamma makes up for what eps then changes.
+    """
+    model = copy.deepcopy(model)
+    draw = torch.Generator().manual_seed(0)
+    for layer in normswap.inspect(model).layers:
+        if not layer.feed.foldable or layer.state.weight is None:
+            continue
+        norm, var = model.get_submodule(layer.path), layer.state.running_var
+        power = lowest + (highest - lowest) * torch.rand(var.shape, generator=draw)
+        wanted = torch.minimum(norm.eps * 10**power, var)
+        scale = (wanted / var.clamp_min(1e-30)).sqrt()
+        for path in layer.feed.producers:
+            producer = model.get_submodule(path)
+            producer.weight.mul_(by_output_channel(producer, scale))
+            if producer.bias is not None:
+                producer.bias.mul_(scale)
+        norm.weight.mul_(((wanted + norm.eps) / (var + norm.eps)).sqrt() / scale.clamp_min(1e-30))
+        norm.running_mean.mul_(scale)
+        norm.running_var.copy_(wanted)
+    return model
+
+
 def plain_fold(model: nn.Module, **options: object) -> nn.Module:
     """As BN leaves it: quiet channels keep their variance below 1."""
     plan = normswap.plan(model, "gn", **options)
@@ -130,12 +158,15 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=["lite0", *CIFAR, *ZOO])
     parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--eps", type=float, nargs="+", default=[0, 1, 4])
-    parser.add_argument("--kinds", nargs="+", default=["photos", "synthetic"], help="of stand-ins")
+    parser.add_argument("--kinds", nargs="*", default=["photos", "synthetic"], help="of stand-ins")
+    parser.add_argument("--quiet", action="store_true", help="the same networks with quiet channels, see quieted")
     parser.add_argument("--lite0", type=Path)
     parser.add_argument("--images", type=int, default=2000, help="test images of CIFAR-10")
     options = parser.parse_args()
     for name in options.networks:
         case = case_of(name, options.data, options.lite0, options.images)
+        if options.quiet:
+            case = dataclasses.replace(case, model=quieted(case.model))
         table(name, case, options.groups, options.eps, options.kinds)
 
 

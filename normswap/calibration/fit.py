@@ -18,8 +18,8 @@ from .targets import first_input, state_of, statistics_of
 
 FITS, ODD, MADE = 0.3, 0.45, 0.12
 """ResNet-20: its own images 0.17, crops of unrelated photographs 0.25, their values in another range from 0.39 on,
-noise 0.55, values 255 times too large 1.0. A network of CT slices: photographs 0.74; inputs made for it that reach 0.16 harm it, so
-that MADE is the limit for those."""
+noise 0.55, values 255 times too large 1.0. A network of CT slices: photographs 0.74; inputs made for it that reach 0.16
+harm it, so that MADE is the limit for those."""
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def stand_ins(
     made = list(start.split(_AT_ONCE))
     if kind == "synthetic":
         made = optimised(model, made, _LARGE_STEPS if large else _STEPS)
-    found = fit(model, [(part,) for part in made])
+    found = fit(model, [(made[0],)])  # the others are of the same kind
     if found is None or found.distance > (ODD if kind == "photos" else MADE):
         raise DataError(f"no {kind} fit this network: {found}", hint=_hint(kind))
     return StandIns(kind, made, found, shape, scaling)
@@ -194,7 +194,7 @@ def optimised(model: nn.Module, batches: Sequence[Tensor], steps: int) -> list[T
                 value = loss(x)
                 (x.grad,) = torch.autograd.grad(value, x)
                 optimizer.step()
-                if float(value) < _ENOUGH:
+                if float(value.detach()) < _ENOUGH:
                     break
             found.append(x.detach())
     return found
