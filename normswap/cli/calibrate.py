@@ -123,10 +123,9 @@ def run(
     from ..images import open_images
 
     if stands_in(data):
-        out.step(f"calibrating on {data}")
         if (record := record_of(model)) is not None:
             record.inputs = {**record.inputs, **known_inputs(model, origin, asked)}
-        return calibration.calibrate(model, reference, str(data), images=asked_for(images), method=method)
+        return on_stand_ins(model, reference, str(data), None if images == IMAGES else images, method, out)
     if str(data) in STAND_INS:
         out.note(f"{data} is taken for the folder of that name; normswap's own {data} are for where there is none")
     folder = open_images(data, limit=images)
@@ -143,9 +142,40 @@ def stands_in(data: Path) -> bool:
     return str(data) in STAND_INS and not data.exists()
 
 
-def asked_for(images: int) -> int | None:
-    """None where the user did not say; stand-ins then come in a number of their own."""
-    return None if images == IMAGES else images
+def on_stand_ins(
+    model: nn.Module, reference: nn.Module | None, kind: str, images: int | None, method: str, out: Output
+) -> CalibrationReport:
+    """Calibrate `model` in place without the user's images; images: None for the usual number."""
+    from .. import calibration
+
+    out.step(f"calibrating on {kind}")
+    return calibration.calibrate(model, reference, kind, images=images, method=method)
+
+
+def by_default(
+    model: nn.Module, reference: nn.Module | None, origin: Origin, asked: Asked, out: Output
+) -> CalibrationReport | None:
+    """What `convert` does unasked: calibrate on photographs, where it is known how pixels become inputs and they fit.
+
+    None where statistics were not folded, nothing is known, or the photographs are not what the network was trained on.
+    """
+    from ..conversion import record_of
+    from ..errors import DataError
+    from ..registry import get
+
+    record = record_of(model)
+    folded = record is not None and any(
+        s.transfer in ("fold", "prescale") and get(s.target).per_sample for s in record.plan.steps
+    )
+    known = known_inputs(model, origin, asked) if folded else {}
+    if record is None or not ("mean" in known and ("shape" in known or record.inputs)):
+        return None
+    record.inputs = {**known, **record.inputs}
+    try:
+        return on_stand_ins(model, reference, "photos", None, "balance", out)
+    except DataError as error:
+        out.note(f"not calibrated: {error.message}")
+        return None
 
 
 def figures(report: CalibrationReport) -> list[tuple[str, str]]:
