@@ -11,7 +11,7 @@ import typer
 from ..choices import NORMS, TRANSFERS
 from . import changes, options
 from .boundary import WRITTEN
-from .calibrate import BUDGET, IMAGES, Calibration, with_groups
+from .calibrate import BUDGET, Calibration, by_default, with_groups
 from .calibrate import run as run_calibration
 from .estimating import mend_statistics
 from .images import Asked
@@ -30,7 +30,10 @@ _PICKLES = (".pth", ".pt", ".th", ".ckpt", ".pkl", ".bin")
 
 @dataclass(frozen=True)
 class Job:
-    """What was asked of the conversion itself. planning: arguments of `normswap.plan`."""
+    """What was asked of the conversion itself. planning: arguments of `normswap.plan`.
+
+    unasked: how to calibrate where nothing was said and that is known to help.
+    """
 
     to: str | None
     rules: list[tuple[str, str]]
@@ -43,6 +46,7 @@ class Job:
     output: Path | None
     force: bool
     calibration: Calibration | None
+    unasked: Calibration | None
 
 
 def convert(
@@ -132,12 +136,14 @@ def convert(
 
     \b
     normswap convert resnet50 --to gn --groups 32
+    normswap convert resnet50 --to gn --groups 32 --calibrate photos/
     normswap convert resnet50 --rule 'layer4.*=frozen' --rule '*=gn'
     normswap convert fasterrcnn_resnet50_fpn_v2 --rule 'role:backbone=frozen' --rule 'role:head=gn'
     normswap convert nets.py:build --arg width=64 --weights mine.pth --to ln
     normswap convert resnet50-gn.safetensors --to original
     """
     place = options.calibration(ctx, calibrate)
+    unasked = calibrate is None and to != ORIGINAL
     planning = {
         "groups": options.groups(ctx, groups),
         "channels_per_group": channels_per_group,
@@ -146,7 +152,7 @@ def convert(
         "eps": options.eps(ctx, eps),
         "sources": sources or None,
         "zero_init_residual": zero_init_residual,
-        "missing_statistics": "error" if place is None else "later",
+        "missing_statistics": "error" if place is None or options.stands_in(place) else "later",
     }
     asked = Asked.of(ctx, size, mean, std)
     if place is None and (calibrate_images is not None or method != "balance" or budget is not None or asked.given()):
@@ -158,12 +164,13 @@ def convert(
         choosing = groups == "auto" or budget is not None
         wish = Calibration(
             place,
-            calibrate_images or IMAGES,
+            calibrate_images,
             asked,
             method,
             device=device,
             max_bad=max_bad,
             budget=budget or BUDGET if choosing else None,
+            seed=seed,
         )
     job = Job(
         to,
@@ -177,6 +184,7 @@ def convert(
         output=output,
         force=force,
         calibration=wish,
+        unasked=Calibration("photos", None, Asked(), device=device, seed=seed) if unasked else None,
     )
     _check_combination(ctx, job)
     wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
@@ -197,11 +205,11 @@ def _check_combination(ctx: typer.Context, job: Job) -> None:
         if job.approximate:
             raise options.usage(ctx, "--approximate goes with --to original")
         return
-    usual = {"indivisible": "error", "transfer": "fold", "missing_statistics": "error"}
+    usual = {"indivisible": "error", "transfer": "fold", "missing_statistics": job.planning["missing_statistics"]}
     given = [name for name, value in job.planning.items() if value not in (None, False, usual.get(name))]
     flags = ["--" + {"sources": "from"}.get(name, name.replace("_", "-")) for name in given]
     flags += ["--rule"] if job.rules else []
-    flags = ["--calibrate" if flag == "--missing-statistics" else flag for flag in flags]
+    flags += ["--calibrate"] if job.calibration else []
     if flags:
         raise options.usage(ctx, f"--to original undoes a conversion, which {' and '.join(flags)} cannot change")
 
@@ -227,12 +235,14 @@ def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> chang
     if (wish := job.calibration) is not None and wish.budget is not None:
         made = with_groups(model, made, origin, wish, out)
     out.step("converting and checking" if job.check else "converting")
-    reference = copied(model) if job.calibration and not job.undo else None
+    reference = copied(model) if (job.calibration or job.unasked) and not job.undo else None
     model = convert_model(model, using=made, example_inputs=inputs, inplace=True, check=job.check, undo=job.undo)
     record = _record(model)
     report = None
     if wish is not None:
         report = run_calibration(model, reference, origin, wish, out)
+    elif job.unasked is not None:
+        report = by_default(model, reference, origin, job.unasked, out)
     record.source = None if origin.source is None else origin.source.to_dict()
     from ..checkpoint import save
 
