@@ -152,32 +152,6 @@ def on_stand_ins(
     return calibration.calibrate(model, reference, kind, images=images, method=method)
 
 
-def by_default(
-    model: nn.Module, reference: nn.Module | None, origin: Origin, asked: Asked, out: Output
-) -> CalibrationReport | None:
-    """What `convert` does unasked: calibrate on photographs, where it is known how pixels become inputs and they fit.
-
-    None where statistics were not folded, nothing is known, or the photographs are not what the network was trained on.
-    """
-    from ..conversion import record_of
-    from ..errors import DataError
-    from ..registry import get
-
-    record = record_of(model)
-    folded = record is not None and any(
-        s.transfer in ("fold", "prescale") and get(s.target).per_sample for s in record.plan.steps
-    )
-    known = known_inputs(model, origin, asked) if folded else {}
-    if record is None or not ("mean" in known and ("shape" in known or record.inputs)):
-        return None
-    record.inputs = {**known, **record.inputs}
-    try:
-        return on_stand_ins(model, reference, "photos", None, "balance", out)
-    except DataError as error:
-        out.note(f"not calibrated: {error.message}")
-        return None
-
-
 def figures(report: CalibrationReport) -> list[tuple[str, str]]:
     """The report's figures, one fact each."""
     if not report.layers:

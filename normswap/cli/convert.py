@@ -11,7 +11,7 @@ import typer
 from ..errors import OptionError, OutputError
 from . import changes, options
 from .boundary import WRITTEN
-from .calibrate import IMAGES, by_default, stands_in
+from .calibrate import IMAGES, stands_in
 from .calibrate import run as run_calibration
 from .images import Asked
 from .networks import Origin, Wanted, converted_file, example_inputs, locate, open_network, original_of
@@ -39,10 +39,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Job:
-    """What was asked of the conversion itself. planning: arguments of `normswap.plan`.
-
-    unasked: calibrate on photographs, where that is known to help.
-    """
+    """What was asked of the conversion itself. planning: arguments of `normswap.plan`."""
 
     to: str | None
     rules: list[tuple[str, str]]
@@ -55,7 +52,6 @@ class Job:
     output: Path | None
     force: bool
     calibration: Calibration | None
-    unasked: bool
 
 
 def convert(
@@ -113,7 +109,7 @@ def convert(
         typer.Option(
             metavar="FOLDER|photos|synthetic|none",
             help="Calibrate too: on these unlabelled images, or on photographs or made inputs that stand in for them.",
-            show_default="photos where the library says how images are prepared and they fit, else none",
+            show_default="none",
         ),
     ] = None,
     images: options.Images = None,
@@ -149,7 +145,6 @@ def convert(
     normswap convert nets.py:build --arg width=64 --weights mine.pth --to ln
     normswap convert resnet50-gn.safetensors --to original
     """
-    unasked = calibrate is None and to != ORIGINAL
     calibrate = None if str(calibrate) == "none" else calibrate
     planning = {
         "groups": options.groups(ctx, groups),
@@ -177,7 +172,6 @@ def convert(
         output=output,
         force=force,
         calibration=None if calibrate is None else Calibration(calibrate, images or IMAGES, asked, method),
-        unasked=unasked,
     )
     _check_combination(ctx, job)
     wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed)
@@ -225,14 +219,12 @@ def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> chang
     if job.dry_run:
         return changes.Result(origin, made, target, written=False)
     out.step("converting and checking" if job.check else "converting")
-    reference = copied(model) if (job.calibration or job.unasked) and not job.undo else None
+    reference = copied(model) if job.calibration and not job.undo else None
     model = convert_model(model, using=made, example_inputs=inputs, inplace=True, check=job.check, undo=job.undo)
     record = _record(model)
     report = None
     if (wish := job.calibration) is not None:
         report = run_calibration(model, reference, origin, wish.data, wish.images, 32, wish.asked, out, wish.method)
-    elif job.unasked:
-        report = by_default(model, reference, origin, Asked(), out)
     record.source = None if origin.source is None else origin.source.to_dict()
     from ..checkpoint import save
 
