@@ -86,7 +86,8 @@ def state_before(norm: NormUndo) -> NormState:
     spec = identify(norm.module)
     if spec is None:
         raise TypeError(f"{type(norm.module).__name__} is no norm")
-    return dataclasses.replace(spec.read(norm.module), **norm.tensors)
+    kept: dict[str, Any] = dict(norm.tensors)
+    return dataclasses.replace(spec.read(norm.module), **kept)
 
 
 @torch.no_grad()

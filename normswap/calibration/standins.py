@@ -181,7 +181,7 @@ def _noise(count: int, like: Tensor, seed: int) -> Tensor:
     if axes:
         spectrum = torch.fft.fftn(x, dim=axes)
         grids = torch.meshgrid(*(torch.fft.fftfreq(x.shape[a]) * x.shape[a] for a in axes), indexing="ij")
-        x = torch.fft.ifftn(spectrum / sum(g.square() for g in grids).sqrt().clamp_min(1), dim=axes).real
+        x = torch.fft.ifftn(spectrum / torch.stack(grids).norm(dim=0).clamp_min(1), dim=axes).real
     x = (x - x.mean()) / x.std()
     return x * (like.std() if like.numel() > 1 else 1) + like.mean()
 

@@ -219,35 +219,6 @@ def with_groups(model: nn.Module, made: Plan, origin: Origin, wish: Calibration,
         return choose_groups(model, made, batches, budget=BUDGET if wish.budget is None else wish.budget)
 
 
-def by_default(
-    model: nn.Module, reference: nn.Module | None, origin: Origin, wish: Calibration, out: Output
-) -> CalibrationReport | None:
-    """What `convert` does unasked: calibrate on photographs, where it is known how pixels become inputs and they fit.
-
-    None where statistics were not folded, nothing is known, or the photographs are not what the network was trained on.
-    """
-    from .. import calibration
-    from ..conversion import record_of
-    from ..errors import DataError
-    from ..registry import get
-
-    record = record_of(model)
-    folded = record is not None and any(
-        s.transfer in ("fold", "prescale") and get(s.target).per_sample for s in record.plan.steps
-    )
-    known = known_inputs(model, origin, wish.asked) if folded else {}
-    random = origin.weights is not None and origin.weights.random
-    if record is None or random or not ("mean" in known and ("shape" in known or record.inputs)):
-        return None
-    record.inputs = {**known, **record.inputs}
-    try:
-        with on_device(wish.device, model, reference), out.bar("calibrating on photographs") as bar:
-            return calibration.calibrate(model, reference, wish.data, seed=wish.seed, progress=bar)
-    except DataError as error:
-        out.note(f"not calibrated: {flags.told(error.message)}")
-        return None
-
-
 def figures(report: CalibrationReport) -> list[tuple[str, str]]:
     """The report's figures, one fact each."""
     from .render import plural

@@ -11,7 +11,7 @@ import typer
 from ..choices import NORMS, TRANSFERS
 from . import changes, options
 from .boundary import WRITTEN
-from .calibrate import BUDGET, Calibration, by_default, with_groups
+from .calibrate import BUDGET, Calibration, with_groups
 from .calibrate import run as run_calibration
 from .estimating import mend_statistics
 from .images import Asked
@@ -30,10 +30,7 @@ _PICKLES = (".pth", ".pt", ".th", ".ckpt", ".pkl", ".bin")
 
 @dataclass(frozen=True)
 class Job:
-    """What was asked of the conversion itself. planning: arguments of `normswap.plan`.
-
-    unasked: how to calibrate where nothing was said and that is known to help.
-    """
+    """What was asked of the conversion itself. planning: arguments of `normswap.plan`."""
 
     to: str | None
     rules: list[tuple[str, str]]
@@ -46,7 +43,6 @@ class Job:
     output: Path | None
     force: bool
     calibration: Calibration | None
-    unasked: Calibration | None
 
 
 def convert(
@@ -143,7 +139,6 @@ def convert(
     normswap convert resnet50-gn.safetensors --to original
     """
     place = options.calibration(ctx, calibrate)
-    unasked = calibrate is None and to != ORIGINAL
     planning = {
         "groups": options.groups(ctx, groups),
         "channels_per_group": channels_per_group,
@@ -184,7 +179,6 @@ def convert(
         output=output,
         force=force,
         calibration=wish,
-        unasked=Calibration("photos", None, Asked(), device=device, seed=seed) if unasked else None,
     )
     _check_combination(ctx, job)
     wanted = Wanted(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
@@ -235,14 +229,12 @@ def _convert(ctx: typer.Context, wanted: Wanted, job: Job, out: Output) -> chang
     if (wish := job.calibration) is not None and wish.budget is not None:
         made = with_groups(model, made, origin, wish, out)
     out.step("converting and checking" if job.check else "converting")
-    reference = copied(model) if (job.calibration or job.unasked) and not job.undo else None
+    reference = copied(model) if job.calibration and not job.undo else None
     model = convert_model(model, using=made, example_inputs=inputs, inplace=True, check=job.check, undo=job.undo)
     record = _record(model)
     report = None
     if wish is not None:
         report = run_calibration(model, reference, origin, wish, out)
-    elif job.unasked is not None:
-        report = by_default(model, reference, origin, job.unasked, out)
     record.source = None if origin.source is None else origin.source.to_dict()
     from ..checkpoint import save
 

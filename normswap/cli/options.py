@@ -169,7 +169,7 @@ Calibrate = Annotated[
     typer.Option(
         metavar=f"FOLDER|{STAND_IN}|none",
         help="Calibrate too: on the unlabelled images of a folder, or on photographs or made inputs in their place.",
-        show_default="photos where the library says how images are prepared and they fit, else none",
+        show_default="none",
     ),
 ]
 CalibrateImages = Annotated[

@@ -16,7 +16,7 @@ from ..values import whole
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_AREA = (0.02, 0.3)  # of a crop, as a share of its photograph's
+_AREA = (0.02, 0.3)  # of a crop, as a share of its photograph's; more where it would have to be enlarged
 _RATIO = 4 / 3
 _LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # ITU-R 601-2
 
@@ -45,7 +45,10 @@ def _crop(picture: Image, size: tuple[int, ...], channels: int, u: list[float]) 
     """u: five numbers in [0, 1] that decide it."""
     from PIL.Image import Resampling
 
-    area = picture.width * picture.height * (_AREA[0] + (_AREA[1] - _AREA[0]) * u[0])
+    whole_area = picture.width * picture.height
+    least = min(1.0, max(_AREA[0], size[0] * size[1] / whole_area))
+    most = max(_AREA[1], min(1.0, 3 * least))
+    area = whole_area * (least + (most - least) * u[0])
     ratio = size[1] / size[0] * _RATIO ** (2 * u[1] - 1)
     width, height = min(picture.width, math.sqrt(area * ratio)), min(picture.height, math.sqrt(area / ratio))
     left, top = u[2] * (picture.width - width), u[3] * (picture.height - height)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import pytest
 import torch
 from ran import COLOURS, Cli
 from torch import Tensor, nn
@@ -197,20 +196,3 @@ def test_a_folder_goes_before_the_word_for_stand_ins(cli: Cli, images: Path) -> 
     ran = cli("convert", "nets.py:tiny", "--to", "gn", "--groups", "4", "--calibrate", "photos", "--json")
     assert ran.json["calibration"]["images"] == 12
     assert "taken for the folder" in ran.err
-
-
-def test_convert_calibrates_unasked_where_the_preparation_is_known_and_photographs_fit(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said = {"input_size": (3, 16, 16), "mean": (0.0,) * 3, "std": (1.0,) * 3}
-    monkeypatch.setattr("normswap.cli.images._of_library", lambda model, origin: said)
-    convert = ("convert", "nets.py:real", "--to", "gn", "--groups", "4", "--json", "--force")
-    report = cli(*convert).json["calibration"]
-    assert report["drift_after"] < report["drift_before"]
-    assert "crops of photographs 3x16x16" in report["stand_ins"]
-    assert cli(*convert, "--calibrate", "none").json["calibration"] is None
-    assert cli(*convert, "--transfer", "copy").json["calibration"] is None
-    said["std"] = (1e-3,) * 3
-    foreign = cli(*convert)
-    assert foreign.json["calibration"] is None
-    assert "not calibrated" in foreign.err
