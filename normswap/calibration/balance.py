@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ..planning import Step
 from ..surgery import get
+from ..transfer import standardization
 from ..undo import LayerUndo, Undo, by_output_channel, fold_exactly, folded_bias, scaled, undo_layer
 from .moments import Rows
-from .targets import Target, set_parameter, statistics_of
+from .targets import Target, set_parameter, state_of, statistics_of
 
 LARGEST = 2.0
 """Sizes stay within 1/2 and 2, so that no channel dominates its group and learning rates keep their meaning."""
@@ -28,17 +29,21 @@ _STEPS, _RATE = 6, 0.6
 
 @dataclass
 class Spread:
-    """Of each sample (and call): mean and mean square of the original norm's standardised input, `(N, C)` float64."""
+    """Of each sample (and call): mean and mean square of the original norm's standardised input, `(N, C)` float64.
 
+    unit: how its input was standardised, see `Step`.
+    """
+
+    unit: bool = False
     means: list[Tensor] = field(default_factory=list)
     squares: list[Tensor] = field(default_factory=list)
 
-    def add(self, rows: Rows, original: nn.Module, eps: float) -> None:
+    def add(self, rows: Rows, original: nn.Module) -> None:
         """rows: of what enters the original norm, which has running statistics."""
         if rows.values.numel() == 0:
             return
-        mean, var = (t.double() for t in statistics_of(original))
-        scale = (var + eps).rsqrt()
+        mean = statistics_of(original)[0].double()
+        scale = standardization(state_of(original), unit=self.unit)[0].double()
         self.means.append((rows.mean - mean) * scale)
         square = rows.square - 2 * mean * rows.mean + mean.square()
         self.squares.append(square.clamp_min(0) * scale.square())

@@ -10,6 +10,7 @@ from typing import Any
 from ..agreement import comparison_lines
 from ..overview import ReportInNotebook
 from ..progress import shown
+from .fit import Fit
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class CalibrationReport(ReportInNotebook):
     network's output over `compared` of them, None where outputs do not compare (detections). agreement_before and
     agreement_after: share of images decided alike. accuracy: of the original, before and after, where labels came.
     passes: how often the converted network ran over the images. bad: images that could not be read and were left out.
+    distance: of the statistics that the images cause from those that the original remembers of its training, see
+    `Fit`; None where it remembers none. stand_ins: what was taken in the place of images.
     """
 
     images: int
@@ -71,6 +74,13 @@ class CalibrationReport(ReportInNotebook):
     passes: int = 1
     notes: tuple[str, ...] = ()
     bad: tuple[str, ...] = ()
+    distance: float | None = None
+    stand_ins: str = ""
+
+    @property
+    def fit(self) -> str:
+        """One sentence on whether the images were of the kind the network was trained on; empty where unknown."""
+        return self.stand_ins or ("" if self.distance is None else f"the images: {Fit(self.distance, self.images)}")
 
     @property
     def error_before(self) -> float:
@@ -99,4 +109,4 @@ class CalibrationReport(ReportInNotebook):
             f"calibrated {count} layer{'s' * (count != 1)} on {self.images} image{'s' * (self.images != 1)}",
             f"moment error, largest of any layer: {self.error_before:.3g} -> {self.error_after:.3g}",
         ]
-        return "\n".join([*lines, *comparison_lines(self), *self.notes])
+        return "\n".join([*lines, *comparison_lines(self), *filter(None, [self.fit]), *self.notes])

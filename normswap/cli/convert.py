@@ -11,7 +11,7 @@ import typer
 from ..choices import NORMS, TRANSFERS
 from . import changes, options
 from .boundary import WRITTEN
-from .calibrate import BUDGET, IMAGES, Calibration, with_groups
+from .calibrate import BUDGET, Calibration, with_groups
 from .calibrate import run as run_calibration
 from .estimating import mend_statistics
 from .images import Asked
@@ -132,6 +132,7 @@ def convert(
 
     \b
     normswap convert resnet50 --to gn --groups 32
+    normswap convert resnet50 --to gn --groups 32 --calibrate photos/
     normswap convert resnet50 --rule 'layer4.*=frozen' --rule '*=gn'
     normswap convert fasterrcnn_resnet50_fpn_v2 --rule 'role:backbone=frozen' --rule 'role:head=gn'
     normswap convert nets.py:build --arg width=64 --weights mine.pth --to ln
@@ -146,7 +147,7 @@ def convert(
         "eps": options.eps(ctx, eps),
         "sources": sources or None,
         "zero_init_residual": zero_init_residual,
-        "missing_statistics": "error" if place is None else "later",
+        "missing_statistics": "error" if place is None or options.stands_in(place) else "later",
     }
     asked = Asked.of(ctx, size, mean, std)
     if place is None and (calibrate_images is not None or method != "balance" or budget is not None or asked.given()):
@@ -158,12 +159,13 @@ def convert(
         choosing = groups == "auto" or budget is not None
         wish = Calibration(
             place,
-            calibrate_images or IMAGES,
+            calibrate_images,
             asked,
             method,
             device=device,
             max_bad=max_bad,
             budget=budget or BUDGET if choosing else None,
+            seed=seed,
         )
     job = Job(
         to,
@@ -197,11 +199,11 @@ def _check_combination(ctx: typer.Context, job: Job) -> None:
         if job.approximate:
             raise options.usage(ctx, "--approximate goes with --to original")
         return
-    usual = {"indivisible": "error", "transfer": "fold", "missing_statistics": "error"}
+    usual = {"indivisible": "error", "transfer": "fold", "missing_statistics": job.planning["missing_statistics"]}
     given = [name for name, value in job.planning.items() if value not in (None, False, usual.get(name))]
     flags = ["--" + {"sources": "from"}.get(name, name.replace("_", "-")) for name in given]
     flags += ["--rule"] if job.rules else []
-    flags = ["--calibrate" if flag == "--missing-statistics" else flag for flag in flags]
+    flags += ["--calibrate"] if job.calibration else []
     if flags:
         raise options.usage(ctx, f"--to original undoes a conversion, which {' and '.join(flags)} cannot change")
 
