@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..conversion.apply import standardization
 from ..conversion.exact_scaling import by_output_channel, fold_exactly, folded_bias, scaled
 from ..conversion.undo_record import LayerUndo, Undo, undo_layer
 from ..modules.tree import module_at
 from ..planning.plan import Step
 from .moments import Rows
-from .norm_targets import Target, set_parameter, statistics_of
+from .norm_targets import Target, set_parameter, state_of, statistics_of
 
 LARGEST = 2.0
 """Sizes stay within 1/2 and 2, so that no channel dominates its group and learning rates keep their meaning."""
@@ -29,17 +30,21 @@ _STEPS, _RATE = 6, 0.6
 
 @dataclass
 class Spread:
-    """Of each sample (and call): mean and mean square of the original norm's standardised input, `(N, C)` float64."""
+    """Of each sample (and call): mean and mean square of the original norm's standardised input, `(N, C)` float64.
 
+    unit: how its input was standardised, see `Step`.
+    """
+
+    unit: bool = False
     means: list[Tensor] = field(default_factory=list)
     squares: list[Tensor] = field(default_factory=list)
 
-    def add(self, rows: Rows, original: nn.Module, eps: float) -> None:
+    def add(self, rows: Rows, original: nn.Module) -> None:
         """rows: of what enters the original norm, which has running statistics."""
         if rows.values.numel() == 0:
             return
-        mean, var = (t.double() for t in statistics_of(original))
-        scale = (var + eps).rsqrt()
+        mean = statistics_of(original)[0].double()
+        scale = standardization(state_of(original), unit=self.unit)[0].double()
         self.means.append((rows.mean - mean) * scale)
         square = rows.square - 2 * mean * rows.mean + mean.square()
         self.squares.append(square.clamp_min(0) * scale.square())

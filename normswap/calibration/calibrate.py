@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..arguments import whole
-from ..choices import Method
+from ..choices import STAND_INS, Method
 from ..comparison.before_after import before_after
 from ..comparison.outputs import OutputTally
 from ..conversion.record import check_order, record_of
@@ -24,12 +24,14 @@ from ..modules.restore import evaluating, undisturbed
 from ..modules.tree import check_module, copied
 from ..modules.wrappers import unwrapped
 from ..norms.registry import identify, norm_named
+from .fit import measured
 from .footprint import Footprint, fitting, footprint_of_one, free_memory, ran_out
 from .matching import Matching, Original, forward
 from .moments import Args
 from .norm_targets import Result, Target, restoring, targets_of
 from .prepare import Preparation
 from .report import CalibrationReport, told
+from .stand_ins import StandIns, stand_ins
 
 HELD = 0.5
 """The share of free memory that calibration may take; if it needs more, fewer images run at once, then fewer at all."""
@@ -55,6 +57,8 @@ def calibrate(
     eps: float | None = None,
     preprocess: Callable[[Any], Tensor] | None = None,
     max_bad: int = MAX_BAD,
+    example_inputs: Any = None,
+    seed: int = 0,
     progress: Callable[[int, int], None] | bool | None = None,
 ) -> CalibrationReport:
     """Bring a converted network back to its original with a few unlabelled images. In place.
@@ -80,8 +84,13 @@ def calibrate(
 
     model: from `convert` or `load`. reference: the original network; by default it is rebuilt from what the
     conversion kept. data: images without labels, anything `normswap.data.as_batches` takes; labels add accuracies to
-    the report, for one more forward pass. images: use at most so many (default 256, or all of a tensor); batches may
-    differ in size. batch_size: for a tensor or a dataset.
+    the report, for one more forward pass. Or "photos": crops of photographs that come with the package; or "synthetic":
+    inputs optimised from them until the original's norms see the mean and variance that they remember from training.
+    These need no data; they are shaped like example_inputs, where the conversion was given none and none can be
+    guessed, and drawn by seed. A folder of such a name is Path("photos"). The report says how near any inputs come to
+    those of the training.
+    images: use at most so many (default 256, or all of a tensor); batches may differ in size. batch_size: for a tensor
+    or a dataset.
 
     preprocess: of a folder's images, by default `Preprocess()`; max_bad: so many that cannot be read are left out.
     progress: called with steps done and steps in all: batches that the original has seen, then norms repaired. By
@@ -102,10 +111,11 @@ def calibrate(
     or is too short for running statistics.
     """
     check_module(model)
-    batches, labels, source = _collected(data, images, batch_size, preprocess, max_bad)
-    count = sum(map(images_in, batches))
     model = unwrapped(model)
     reference = _reference(model, None if reference is None else unwrapped(reference))
+    made = _stand_ins(data, model, reference, example_inputs, images, seed)
+    batches, labels, source = _collected(made.batches if made else data, images, batch_size, preprocess, max_bad)
+    count = sum(map(images_in, batches))
     targets = targets_of(model, reference)
     _check_enough(targets, count, images)
     if not targets:
@@ -113,8 +123,9 @@ def calibrate(
     given = batches, labels, source.classes
     with told(progress, len(batches) + len(targets)) as step:
         preparation, report = _calibrated(model, reference, targets, given, (method, eps), step)
+    report = replace(report, bad=source.bad, stand_ins=str(made) if made else "")
     _remember(model, report, preparation)
-    return replace(report, bad=source.bad)
+    return report
 
 
 def estimate_statistics(
@@ -135,10 +146,15 @@ def estimate_statistics(
     holds.
 
     data, images, batch_size, preprocess, max_bad, progress: as in `calibrate`. Raises OptionError for a network without
-    running statistics, DataError for data that cannot be used; on an exception, Ctrl-C included, the model is as it
-    was.
+    running statistics, and for stand-ins, which are made by such; DataError for data that cannot be used; on an
+    exception, Ctrl-C included, the model is as it was.
     """
     check_module(model)
+    if isinstance(data, str) and data in STAND_INS:
+        raise OptionError(
+            Text(Fix("data", data), " is made by the running statistics, which are to be estimated"),
+            hint=f'Give images of your own; a folder of that name is Path("{data}").',
+        )
     model = unwrapped(model)
     found = [(path, m, spec) for path, m in model.named_modules() if (spec := identify(m)) is not None]
     moving = [(p, m, spec) for p, m, spec in found if spec.updates_statistics and not isinstance(m, FrozenStatistics)]
@@ -210,6 +226,9 @@ def _run(
     if preparation.method == "balance" and preparation.balanced and (found.get("drift_after") or 0) > FAR:
         notes.append(Text("the outputs are still far from the original's; ", Fix("method", "refit"), " comes closer"))
     notes += comparison.notes
+    if original.inputs:
+        norms = {t.path: t.original for t in targets if t.original is not None}
+        found["distance"] = measured(norms, original.inputs, count).distance
     return CalibrationReport(count, matching.results(), passes=matching.passes, notes=tuple(notes), **found)
 
 
@@ -223,6 +242,20 @@ def _footprint(model: nn.Module, reference: nn.Module | None, preparation: Prepa
     if preparation.method == "refit":
         return Footprint(max(mine.peak, theirs.peak), 0) + Footprint(1, 1) * (mine.kept + theirs.kept + mine.kept)
     return Footprint(max(mine.peak, theirs.peak), max(mine.kept, theirs.kept))
+
+
+def _stand_ins(
+    data: Any, model: nn.Module, reference: nn.Module | None, example_inputs: Any, images: int | None, seed: int
+) -> StandIns | None:
+    if not isinstance(data, str) or data not in STAND_INS:
+        return None
+    if reference is None:
+        raise OptionError(
+            Text(Fix("data", data), " needs the original network"), hint=Text("Pass it as ", Fix("reference"), ".")
+        )
+    record = record_of(model)
+    remembered = None if record is None else record.inputs
+    return stand_ins(data, reference, example_inputs, images=images, remembered=remembered, seed=seed)
 
 
 def _observe(
@@ -387,5 +420,6 @@ def _remember(model: nn.Module, report: CalibrationReport, preparation: Preparat
     if record is not None:
         preparation.note(record)
         entry = {"action": "calibrate", "images": report.images, "layers": len(report.layers)}
+        entry |= {"stand_ins": report.stand_ins} if report.stand_ins else {}
         entry |= {"method": preparation.method, "balanced": len(preparation.balanced), "eps": preparation.eps}
         record.history.append({**entry, "drift": [report.drift_before, report.drift_after]})

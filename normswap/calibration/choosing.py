@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..choices import STAND_INS
 from ..comparison.layers import parts
 from ..comparison.outputs import OutputTally
+from ..conversion.apply import standardization
 from ..data.batches import as_batches, images_in
 from ..errors import DataError, OptionError
 from ..modules.precision import at_least_float32
@@ -24,10 +26,12 @@ from ..planning.plan import SOFT, Plan, Step
 from .balance import Spread, signs, sizes
 from .matching import forward
 from .moments import Args, moments_of, rows_of
-from .norm_targets import first_input, repair, state_of, statistics_of
+from .norm_targets import first_input, repair, state_of
+from .stand_ins import stand_ins
 
 BUDGET = 0.01
 IMAGES = 16
+_STAND_INS = 32  # made at a time, since how well they fit shows badly on fewer
 
 
 @torch.no_grad()
@@ -43,7 +47,8 @@ def choose_groups(
 
     model: the original network, unchanged. plan: from `normswap.plan(model, "gn", ...)`; steps to other norms, and
     those that do not start from a norm with running statistics, stay as they are. data: images without labels,
-    anything `normswap.data.as_batches` takes; the first batch, at most `images` of it.
+    anything `normswap.data.as_batches` takes, or "photos" or "synthetic", as in `calibrate`; the first batch, at most
+    `images` of it.
     The result goes to `normswap.convert(model, using=...)`.
 
     Raises OptionError for a budget that is not positive, DataError for data that cannot be used, a single image, which
@@ -51,6 +56,8 @@ def choose_groups(
     """
     if isinstance(budget, bool) or not 0 < budget < float("inf"):
         raise OptionError(f"budget must be a positive number, got {budget!r}")
+    if isinstance(data, str) and data in STAND_INS:
+        data = stand_ins(data, model, images=_STAND_INS).batches
     args = next(parts(next(iter(as_batches(data, batch_size, once=True)))[0], None, images))[0]
     if images_in(args) < 2:
         raise DataError("a single image does not show how images differ", hint="Give at least two in the first batch.")
@@ -92,7 +99,7 @@ class _Trial:
 
     def __init__(self, model: nn.Module, args: Args, steps: dict[str, Step]) -> None:
         self.model, self.args = model, args
-        self.spreads = {path: Spread() for path in steps}
+        self.spreads = {path: Spread(step.unit) for path, step in steps.items()}
         with ExitStack() as stack:
             for path in steps:
                 norm = module_at(model, path)
@@ -101,7 +108,7 @@ class _Trial:
 
     def _see(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self.spreads[path].add(rows_of(first_input(args, kwargs)), module, state_of(module).eps)
+            self.spreads[path].add(rows_of(first_input(args, kwargs)), module)
 
         return hook
 
@@ -122,17 +129,17 @@ class _Trial:
     def _grouped(self, step: Step, groups: int) -> Iterator[None]:
         """The norm is given what makes its output that of a group norm, so that what is fused into it stays."""
         norm = module_at(self.model, step.path)
-        state, (mean, var) = state_of(norm), statistics_of(norm)
+        state = state_of(norm)
         eps = SOFT if step.options.eps is None else step.options.eps
         means, squares = self.spreads[step.path].centred()
         gamma = torch.ones_like(means[0]) if state.weight is None else state.weight.detach().to(means)
         sign = signs(means, groups)
         factor = sign * sizes(means * sign, squares, gamma, groups, eps)
-        scale = (var.double() + state.eps).sqrt()
+        mean, scale = state.statistics[0], standardization(state, unit=step.unit)[0].double()
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Tensor], dict[str, Any]]:
             x = first_input(args, kwargs)
-            centre, grown = (per_channel(t.to(at_least_float32(x)), x.dim()) for t in (mean, factor / scale))
+            centre, grown = (per_channel(t.to(at_least_float32(x)), x.dim()) for t in (mean, factor * scale))
             y = F.group_norm((at_least_float32(x) - centre) * grown, groups, eps=eps) / grown
             k, shift = (per_channel(t.to(y), x.dim()) for t in repair(moments_of(x), moments_of(y)))
             return ((y * k + shift).to(x.dtype),), {}

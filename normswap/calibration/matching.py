@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from ..conversion.undo_record import Order, ordered
 from ..data.batches import run_on
 from ..errors import DataError
 from ..modules.tree import device_and_dtype
+from ..planning.plan import Step
 from .balance import Spread
 from .lockstep import Lockstep
 from .moments import Args, Moments, moments_of, rows_of
@@ -27,7 +28,7 @@ from .norm_targets import (
     bare_output,
     distance,
     first_input,
-    observed,
+    fixed_map,
     repair,
     rewrite,
     state_of,
@@ -64,13 +65,15 @@ def thread_context(model: nn.Module) -> Callable[[], AbstractContextManager[None
 class Original:
     """What the reference gives: each norm's moments over all images, and how often each ran on each batch.
 
+    inputs: the moments before those norms that have running statistics.
     spreads: for the targets named in `spread`, moments of each sample before the norm.
     """
 
-    def __init__(self, targets: Sequence[Target], spread: Collection[str] = ()) -> None:
+    def __init__(self, targets: Sequence[Target], spread: Mapping[str, Step] | None = None) -> None:
         self.targets = [(t, t.original) for t in targets if t.original is not None]
         self.moments: dict[str, Moments] = {t.path: Moments() for t, _ in self.targets}
-        self.spreads: dict[str, Spread] = {path: Spread() for path in spread}
+        self.inputs: dict[str, Moments] = {}
+        self.spreads: dict[str, Spread] = {p: Spread(step.unit) for p, step in (spread or {}).items()}
         self.calls: list[Counter[str]] = []
 
     @contextmanager
@@ -115,9 +118,11 @@ class Original:
                 self._note(target, moments_of(bare_output(module, x)))
                 return
             rows = rows_of(x)
-            self._note(target, observed(module, rows))
+            inputs = rows.moments()
+            self.inputs.setdefault(target.path, Moments()).add(inputs)
+            self._note(target, inputs.mapped(*fixed_map(module)))
             if target.path in self.spreads:
-                self.spreads[target.path].add(rows, module, state_of(module).eps)
+                self.spreads[target.path].add(rows, module)
 
         return hook
 

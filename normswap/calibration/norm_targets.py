@@ -21,7 +21,7 @@ from ..modules.tree import module_at
 from ..norms._wrappers import per_channel
 from ..norms.registry import identify
 from ..norms.spec import NormState
-from .moments import Moments, Rows
+from .moments import Moments
 
 # A channel whose variance is below these shares of its squared mean and of the layer's mean variance is dead:
 # what varies in it is rounding.
@@ -128,11 +128,6 @@ def fixed_map(norm: nn.Module) -> tuple[Tensor, Tensor]:
     scale = scale if state.weight is None else scale * state.weight.detach().double()
     shift = -mean.double() * scale
     return scale, shift if state.bias is None else shift + state.bias.detach().double()
-
-
-def observed(original: nn.Module, rows: Rows) -> Moments:
-    """The moments of what an original norm with running statistics makes of its input: a fixed map of each channel."""
-    return rows.moments().mapped(*fixed_map(original))
 
 
 def bare_output(original: nn.Module, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from ..comparison.before_after import BeforeAfter
 from ..display.overview import ReportInNotebook
 from ..display.progress import shown
+from .fit import Fit
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class CalibrationReport(BeforeAfter, ReportInNotebook):
 
     images: how many were used, of which `compared` for the figures of `BeforeAfter`. passes: how often the converted
     network ran over the images. bad: images that could not be read and were left out.
+    distance: of the statistics that the images cause from those that the original remembers of its training, see
+    `Fit`; None where it remembers none. stand_ins: what was taken in the place of images.
     """
 
     images: int
@@ -61,6 +64,13 @@ class CalibrationReport(BeforeAfter, ReportInNotebook):
     passes: int = 1
     notes: tuple[str, ...] = ()
     bad: tuple[str, ...] = ()
+    distance: float | None = None
+    stand_ins: str = ""
+
+    @property
+    def fit(self) -> str:
+        """One sentence on whether the images were of the kind the network was trained on; empty where unknown."""
+        return self.stand_ins or ("" if self.distance is None else f"the images: {Fit(self.distance, self.images)}")
 
     @property
     def error_before(self) -> float:
@@ -89,4 +99,4 @@ class CalibrationReport(BeforeAfter, ReportInNotebook):
             f"calibrated {count} layer{'s' * (count != 1)} on {self.images} image{'s' * (self.images != 1)}",
             f"moment error, largest of any layer: {self.error_before:.3g} -> {self.error_after:.3g}",
         ]
-        return "\n".join([*lines, *self.lines(), *self.notes])
+        return "\n".join([*lines, *self.lines(), *filter(None, [self.fit]), *self.notes])

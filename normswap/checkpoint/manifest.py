@@ -82,6 +82,7 @@ def make_manifest(
         "plan": record.plan.to_dict(),
         "check": asdict(record.check),
         "history": record.history,
+        "inputs": record.inputs,
         "head": None if record.head is None else record.head.to_dict(),
         "ties": dict(ties),
         "no_grad": [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad],

@@ -120,7 +120,9 @@ def load(
     for name, parameter in root.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(parameter.is_floating_point() and name not in manifest["no_grad"])
     head = Head(**manifest["head"]) if manifest.get("head") else None
-    put_record(root, Record(plan, undo, check, manifest["source"], list(manifest["history"]), head=head))
+    record = Record(plan, undo, check, manifest["source"], list(manifest["history"]), head=head)
+    record.inputs = dict(manifest.get("inputs") or {})
+    put_record(root, record)
     return root.eval()
 
 

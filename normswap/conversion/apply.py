@@ -29,11 +29,46 @@ _ATTRIBUTES = frozenset(("eps", "affine", "training", "parametrizations", ATTRIB
 _REGISTERED = frozenset((*TENSORS, *TAIL, "parametrizations"))
 
 
-def standardization(state: NormState) -> tuple[Tensor, Tensor]:
-    """`scale = 1 / sqrt(var + eps)` and `shift = -mean * scale`, each `(C,)`, in at least float32."""
+QUIET = 1e2
+"""Channels whose variance is below so many `eps` leave the fold with a variance of their own below 0.99."""
+
+FLOOR = 1e-3
+"""Below this share of `eps`, what little variance was seen in training says nothing of what a channel may do."""
+
+
+def standardization(state: NormState, *, unit: bool) -> tuple[Tensor, Tensor]:
+    """`scale = 1 / sqrt(var + eps)` and `shift = -mean * scale`, each `(C,)`, in at least float32.
+
+    unit: quiet channels are divided by `sqrt(var)` alone, which makes their variance 1 like all others'.
+    """
     mean, var = state.statistics
-    scale = torch.rsqrt(at_least_float32(var) + state.eps)
+    scale = torch.rsqrt(_divisor(state) if unit else at_least_float32(var) + state.eps)
     return scale, -at_least_float32(mean) * scale
+
+
+def _divisor(state: NormState) -> Tensor:
+    """The square of what the channels are divided by. A dead one keeps eps, so as not to drown others if it wakes."""
+    var = at_least_float32(state.statistics[1])
+    quiet = (var < QUIET * state.eps) & (var > FLOOR * state.eps)
+    return torch.where(quiet, var, var + state.eps)
+
+
+def gamma_factor(state: NormState | None, step: Step) -> Tensor | None:
+    """What gamma is multiplied by, `(C,)` or a single number, so that the network stays the same; None for 1.
+
+    `sqrt(1 + eps)` of a new norm's chosen eps, by which a channel of unit variance passes unchanged; and
+    `sqrt(var / (var + eps))` of the old one's, which brings a quiet channel's output back to its size. Without the
+    state the latter is not known, and taken for 1.
+    """
+    soft = math.sqrt(1 + (step.options.eps or 0.0))
+    factor = torch.tensor(soft, dtype=torch.float64) if scales_gamma(step) else None
+    if not step.unit or state is None:
+        return factor
+    var = at_least_float32(state.statistics[1])
+    own = torch.sqrt(_divisor(state) / (var + state.eps))
+    if var.is_meta or bool((own == 1).all()):
+        return factor
+    return own if factor is None else own * factor.to(own)
 
 
 def read(model: nn.Module, step: Step) -> NormState:
@@ -43,6 +78,15 @@ def read(model: nn.Module, step: Step) -> NormState:
     if spec is None:
         raise PlanError("the plan does not fit this model:", [f"{step.path} is {type(module).__name__}, no norm"])
     return spec.read(module)
+
+
+def state_before(norm: NormUndo) -> NormState:
+    """The state of an original norm, with the values that were kept of it."""
+    spec = identify(norm.module)
+    if spec is None:
+        raise TypeError(f"{type(norm.module).__name__} is no norm")
+    kept: dict[str, Any] = dict(norm.tensors)
+    return dataclasses.replace(spec.read(norm.module), **kept)
 
 
 @torch.no_grad()
@@ -64,7 +108,8 @@ def apply(model: nn.Module, plan: Plan, *, keep_undo: bool, structure_only: bool
         if structure_only:
             _add_biases(model, step)
         elif step.transfer in ("fold", "fuse"):
-            scale, shift = standardization(state) if step.transfer == "fold" else scale_and_shift(state)
+            fold = step.transfer == "fold"
+            scale, shift = standardization(state, unit=step.unit) if fold else scale_and_shift(state)
             for producer in step.producers:
                 record = scale_layer(module_at(model, producer), producer, scale, shift, keep_undo=keep_undo)
                 if record is not None:
@@ -148,7 +193,7 @@ def _replacement(model: nn.Module, step: Step, old: nn.Module, state: NormState)
         state = _with_fresh_statistics(model, state)
     standardize = None
     if step.transfer == "prescale":
-        scale, shift = standardization(state)
+        scale, shift = standardization(state, unit=step.unit)
         dtype = state.statistics[1].dtype
         standardize = ChannelAffine(scale.to(dtype), shift.to(dtype))
         standardize.training = state.training
@@ -182,13 +227,13 @@ def _change_gamma(norm: Any, step: Step, state: NormState, changed: set[int]) ->
     weight = getattr(norm, "weight", None)
     if weight is not None and id(weight) in changed:
         return
-    if scales_gamma(step):
-        factor = math.sqrt(1 + (step.options.eps or 0.0))
+    factor = gamma_factor(state, step)
+    if factor is not None:
         if weight is None:
-            weight = nn.Parameter(torch.full_like(state.statistics[1], factor), requires_grad=False)
+            weight = nn.Parameter(torch.full_like(state.statistics[1], float(factor)), requires_grad=False)
             norm._parameters["weight"], norm.affine = weight, True
         else:
-            weight.data.mul_(factor)
+            weight.data.copy_(at_least_float32(weight.data) * factor.to(at_least_float32(weight.data)))
     if step.zero_init and weight is not None:
         weight.data.zero_()
     changed.add(id(weight))

@@ -118,6 +118,7 @@ def convert(
     root, undo_record = apply(work, using, keep_undo=undo or reference is not None)
     check_result = Check(None, reason=reason, total=len(using.steps))
     record = Record(using, undo_record, check_result, previous=previous, head=previous.head if previous else None)
+    record.inputs = _shape_of(example_inputs) or (dict(previous.inputs) if previous else {})
     put_record(root, record)
     if reference is not None and inputs is not None:
         _prove(root, record, inputs, reference, model if not inplace else None)
@@ -134,6 +135,13 @@ def _warn_never_updated(model: nn.Module, using: Plan) -> None:
             "converting: normswap.estimate_statistics(model, images)",
             stacklevel=3,
         )
+
+
+def _shape_of(example_inputs: Any) -> dict[str, Any]:
+    """What to remember of inputs that were given: the shape of one, of a network that takes one floating tensor."""
+    given = as_inputs(example_inputs)
+    single = len(given) == 1 and isinstance(given[0], torch.Tensor) and given[0].is_floating_point()
+    return {"shape": list(given[0].shape[1:])} if single and given[0].dim() > 1 else {}
 
 
 def _check_inputs(

@@ -176,7 +176,8 @@ def _overflows(model: nn.Module, plan: Plan) -> Iterator[str]:
 
 
 def _overflows_float16(layer: Any, state: NormState, step: Step) -> bool:
-    scale, shift = standardization(state) if step.transfer == "fold" else scale_and_shift(state)
+    fold = step.transfer == "fold"
+    scale, shift = standardization(state, unit=step.unit) if fold else scale_and_shift(state)
     weight = layer.weight.detach()
     bias = folded_bias(layer.bias, scale, shift, weight.dtype)
     folded = scaled(weight, by_output_channel(layer, scale))

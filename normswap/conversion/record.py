@@ -37,7 +37,8 @@ class Record:
     source: how to rebuild the original architecture (see `sources.Source.to_dict`), None when only its caller can.
     previous: of the conversion before this one, when a converted network was converted again. head: the last layer,
     where it was replaced since for another number of classes. factors: by which layers are larger for the time of a
-    training (see `stabilizing`).
+    training (see `stabilizing`). inputs: what is known of the inputs, JSON values: `shape` of one of them, and how
+    pixels in [0, 1] are prepared: `mean`, `std`, `bgr`.
     """
 
     plan: Plan
@@ -48,6 +49,7 @@ class Record:
     previous: Record | None = None
     head: Head | None = None
     factors: dict[str, float] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def calibrated(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -34,7 +35,8 @@ class Layer:
     """One norm layer. `path` is its first name, `aliases` the others; `state` aliases the module's tensors.
 
     held_by: attributes that hold it beside the tables of children, as `PATH.ATTRIBUTE`; a swap cannot reach them.
-    role: the part of the network it is in: `backbone`, `fpn` or `head`.
+    role: the part of the network it is in: `backbone`, `fpn` or `head`. free_gamma: whether it has a gamma that is no
+    other layer's and not computed from something else.
     """
 
     path: str
@@ -45,6 +47,7 @@ class Layer:
     feed: Feed
     held_by: tuple[str, ...] = ()
     role: str = "backbone"
+    free_gamma: bool = False
 
     @property
     def mode(self) -> str:
@@ -140,6 +143,7 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, feeds: bool = True)
     for holder, attribute, module in hidden_references(paths):
         held.setdefault(module, []).append(f"{holder}.{attribute}" if holder else attribute)
     known = _feeds(model, paths, channels, example_inputs, suspects, held) if runs else {}
+    owners = Counter(id(t) for m in paths for table in (m._parameters, m._buffers) for t in table.values())
     layers = tuple(
         Layer(
             paths[module][0],
@@ -150,6 +154,7 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, feeds: bool = True)
             known.get(paths[module][0], UNKNOWN),
             tuple(held.get(module, ())),
             roles[paths[module][0]],
+            state.weight is not None and owners[id(state.weight)] == 1,
         )
         for module, spec, state in found
     )

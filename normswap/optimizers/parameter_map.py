@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..conversion.apply import scales_gamma
+from ..conversion.apply import gamma_factor, scales_gamma, state_before
 from ..conversion.exact_scaling import by_output_channel
 from ..conversion.record import Record, record_of
 from ..conversion.undo_record import Order
@@ -136,7 +134,7 @@ class Changes:
         for record in self.records:
             self._scale_layers(record)
             for step in record.plan.steps:
-                self._change_norm(step)
+                self._change_norm(step, record)
             for order in record.undo.orders:
                 self._reorder(order)
         taken = {self.new[name] for name in self.target.values() if name is not None}
@@ -177,7 +175,7 @@ class Changes:
                     scale = scales[path].to(layer.weight.device)
                     self._scale(name, by_output_channel(layer, scale) if own == "weight" else scale)
 
-    def _change_norm(self, step: Step) -> None:
+    def _change_norm(self, step: Step, record: Record) -> None:
         """Gamma and beta of a norm whose values the conversion changed."""
         for own in ("weight", "bias", *_REMAINDER.values()):
             for name in (_join(step.path, own), _join(step.path, f"norm.{own}")):
@@ -189,9 +187,13 @@ class Changes:
                     self.restart[name] = "transfer='reset' set it anew"
                 elif own == "weight" and step.zero_init:
                     self.restart[name] = "zero_init_residual set it to 0"
-                elif own == "weight" and scales_gamma(step):
-                    factor = math.sqrt(1 + (step.options.eps or 0.0))
-                    self._scale(name, torch.tensor(factor, device=self.new[name].device))
+                elif own == "weight" and (step.unit or scales_gamma(step)):
+                    self._scale_gamma(name, step, record)
+
+    def _scale_gamma(self, name: str, step: Step, record: Record) -> None:
+        norm = next((n for n in record.undo.norms if n.paths[0] == step.path), None)
+        if (factor := gamma_factor(None if norm is None else state_before(norm), step)) is not None:
+            self._scale(name, factor.to(self.new[name].device))
 
     def _reorder(self, order: Order) -> None:
         """Weight and bias of a layer or norm whose channels stand in another order, and what they were scaled by."""

@@ -24,6 +24,7 @@ class Step:
     transfer: `fold` (statistics into `producers`), `prescale` (statistics as two fixed vectors before the norm),
     `fuse` (statistics, gamma and beta into `producers`), `affine` (what remains of a fused norm as one per-channel
     map), `exact` (the new norm computes the same in eval), `copy` (gamma and beta only) or `reset`.
+    unit: whether channels quieter than the old `eps` are brought to variance 1 too, gamma making up for it.
     """
 
     path: str
@@ -38,6 +39,7 @@ class Step:
     dims: int | None = None
     zero_init: bool = False
     note: str = ""
+    unit: bool = False
 
 
 @dataclass(frozen=True)

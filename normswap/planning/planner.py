@@ -166,6 +166,7 @@ class _Planner:
             state.dims or feed.dims,
             self.zero_init and feed.last_of_branch,
             note,
+            unit=transfer in ("fold", "prescale") and layer.free_gamma,
         )
 
     def _check_elements(self, layer: Layer, target: NormSpec, options: Options) -> None:

@@ -68,7 +68,7 @@ def images(count: int = 16, seed: int = 1) -> Tensor:
 
 def chains(model: nn.Module) -> dict[tuple[str, ...], tuple[str, ...]]:
     """Of a network that is to be converted, by its norms: the layers whose channels are free."""
-    gn = normswap.convert(model, "gn", groups=4)
+    gn = normswap.convert(model, "gn", groups=4, example_inputs=images(2))
     steps = {step.path: step for step in record_of(gn).plan.steps if step.transfer == "fold"}
     targets = {target.path: target for target in targets_of(gn, model) if target.path in steps}
     found = chains_of(gn, (images(2),), targets, steps)

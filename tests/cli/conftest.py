@@ -45,6 +45,19 @@ def tiny(width=8, seed=0):
     return trained(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 4)), seed)
 
 
+def real():
+    """Its statistics are those of pictures with values from 0 to 1."""
+    from normswap.photographs import crops
+    model = tiny()
+    for norm in (model[1], model[4]):
+        norm.momentum = None
+        norm.reset_running_stats()
+    with torch.no_grad():
+        for _ in range(3):
+            model(crops(64, (16, 16), seed=3))
+    return model.eval()
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()

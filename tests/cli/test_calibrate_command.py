@@ -172,3 +172,27 @@ def test_auto_with_images_takes_as_many_groups_as_the_budget_allows(cli: Cli, im
         refused = cli("convert", "nets.py:tiny", "--to", "gn", *wrong, "--budget", "0.1")
         assert refused.code == 2
         assert "--budget" in refused.err
+
+
+def test_a_network_is_calibrated_without_any_images(cli: Cli) -> None:
+    said = ("--size", "16", "--mean", "0", "--std", "1")
+    for kind in ("photos", "synthetic"):
+        ran = cli("convert", "nets.py:real", "--to", "gn", "--groups", "4", "--calibrate", kind, *said, "--force")
+        assert ran.code == 0, ran.err
+        assert "3x16x16" in ran.out
+        assert "what the network was trained on" in ran.out
+    ran = cli("calibrate", "real-gn.safetensors", "--data", "photos", "--trust-code", "--images", "13", "--json")
+    assert ran.json["images"] == 13
+    assert "13 crops of photographs 3x16x16" in ran.json["stand_ins"], "the file remembers size and values"
+
+
+def test_none_leaves_calibration_out(cli: Cli) -> None:
+    ran = cli("convert", "nets.py:tiny", "--to", "gn", "--groups", "4", "--calibrate", "none", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["calibration"] is None
+
+
+def test_a_folder_goes_before_the_word_for_stand_ins(cli: Cli, images: Path) -> None:
+    ran = cli("convert", "nets.py:tiny", "--to", "gn", "--groups", "4", "--calibrate", "photos", "--json")
+    assert ran.json["calibration"]["images"] == 12
+    assert "taken for the folder" in ran.err

@@ -11,7 +11,7 @@ import normswap
 
 @pytest.fixture
 def converted(cli: Cli, images: Path) -> str:
-    ran = cli("convert", "nets.py:tiny", "--to", "gn", "--groups", "4", "--calibrate", "photos")
+    ran = cli("convert", "nets.py:tiny", "--to", "gn", "--groups", "4", "--calibrate", "photos", "--method", "moments")
     assert ran.code == 0, ran.err
     return "tiny-gn.safetensors"
 

@@ -314,7 +314,7 @@ def test_a_run_that_is_to_be_longer_is_told_in_epochs_and_how_to_go_on(cli: Cli)
     more = ("--calibrate", "none", "--output", "run")
     assert cli(*TINY, *more, "--epochs", "1").code == 0
     ran = cli(*TINY, *more, "--epochs", "2", "--resume")
-    assert ran.code == 1
+    assert ran.code == 2
     assert "a run of 1 epoch (4 steps), which cannot become one of 2 epochs (8 steps)" in ran.err
     assert "--epochs 1" in ran.err
     assert "run/last.safetensors" in ran.err

@@ -65,7 +65,7 @@ def test_augment_is_a_word_wherever_it_is(command: str) -> None:
 
 def test_the_number_of_images_to_calibrate_on_has_its_own_flag(cli: Cli) -> None:
     for command in ("convert", "finetune"):
-        assert option(command, "--calibrate").metavar == "FOLDER|none"
+        assert option(command, "--calibrate").metavar == "FOLDER|photos|synthetic|none"
         ran = cli(command, "nets.py:tiny", "--data" if command == "finetune" else "--to", "gn", "--calibrate", "64")
         assert ran.code == 2
         assert "--calibrate-images 64" in ran.err

@@ -337,3 +337,83 @@ def test_a_fold_that_leaves_the_range_of_float16_is_refused(target: str) -> None
     with pytest.raises(PlanError, match="1: folded into 0, it leaves the range of float16; convert in float32 first"):
         normswap.convert(net, to=target, inplace=True)
     assert fingerprint(net) == before
+
+
+# --- quiet channels ---------------------------------------------------------------------------------------------------
+
+
+def _quiet_network(var: list[float], mean: float = 0.3, bias: bool = True) -> nn.Module:
+    """A convolution and a BN of eps 1e-3 whose running statistics fit the standard normal input."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, len(var), 1, bias=bias), nn.BatchNorm2d(len(var), eps=1e-3)).eval()
+    with torch.no_grad():
+        wanted = torch.tensor(var)
+        model[0].weight.copy_(nn.functional.normalize(model[0].weight.flatten(1)).view_as(model[0].weight))
+        model[0].weight.mul_(wanted.sqrt().view(-1, 1, 1, 1))
+        if bias:
+            model[0].bias.fill_(mean)
+        model[1].running_mean.fill_(mean if bias else 0.0)
+        model[1].running_var.copy_(wanted)
+        model[1].weight.uniform_(0.5, 2)
+        model[1].bias.normal_()
+    return model
+
+
+@pytest.mark.parametrize("eps", [None, 1.0])
+def test_quiet_channels_enter_their_group_with_variance_one(eps):
+    model = _quiet_network([1e-5, 1e-4, 3e-4, 1e-2, 1.0, 30.0])
+    x = torch.randn(64, 3, 16, 16)
+    converted = normswap.convert(model, "gn", groups=1, eps=eps)
+    inputs = converted[0](x)
+    torch.testing.assert_close(inputs.var((0, 2, 3)), torch.ones(6), rtol=0.05, atol=0)
+    # With the statistics of all samples in the place of each sample's own, the norm is BN.
+    scale = converted[1].weight / (1 + (eps or 0.0)) ** 0.5
+    bare = inputs * scale.view(1, -1, 1, 1) + converted[1].bias.view(1, -1, 1, 1)
+    torch.testing.assert_close(bare, model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_channel_that_was_dead_in_training_does_not_drown_its_group_when_it_wakes():
+    model = _quiet_network([1.0] * 7 + [1e-12], bias=False)
+    converted = normswap.convert(model, "gn", groups=1)
+    x = torch.randn(8, 3, 16, 16)
+    asleep = converted(x)
+    with torch.no_grad():  # the eighth channel now varies by what BN makes a standard deviation of gamma of
+        converted[0].weight[7] *= (model[1].eps / 1e-12) ** 0.5
+    awake = converted(x)
+    ratio = (awake[:, :7] - converted[1].bias[:7].view(1, -1, 1, 1)).std() / (
+        asleep[:, :7] - converted[1].bias[:7].view(1, -1, 1, 1)
+    ).std()
+    assert ratio > 0.85
+
+
+def test_gammas_of_channels_louder_than_eps_keep_their_bits():
+    model = _quiet_network([1.1, 2.0, 30.0])
+    converted = normswap.convert(model, "gn", groups=1)
+    assert torch.equal(converted[1].weight, model[1].weight)
+
+
+def test_quiet_channels_go_back_to_the_bit_through_a_file(tmp_path):
+    model = _quiet_network([1e-5, 1e-4, 3e-4, 1e-2, 1.0, 30.0])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    converted = normswap.convert(model, "gn", groups=2)
+    x = torch.randn(2, 3, 8, 8)
+    loaded = normswap.load(normswap.save(converted, tmp_path / "n.safetensors"), model=_quiet_network([1.0] * 6))
+    assert torch.equal(loaded(x), converted(x))
+    after = normswap.revert(loaded).state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_quiet_channels_of_a_tied_gamma_are_left_as_bn_leaves_them():
+    model = nn.Sequential(_quiet_network([1e-4] * 4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
+    model[2].weight = model[0][1].weight
+    converted = normswap.convert(model, "gn", groups=1)
+    assert torch.equal(converted[2].weight, model[2].weight)
+    assert converted[2].weight is converted[0][1].weight
+
+
+def test_plans_made_before_quiet_channels_were_known_still_read():
+    made = normswap.plan(_quiet_network([1e-4] * 4), "gn", groups=1).to_dict()
+    for step in made["steps"]:
+        del step["unit"]
+    assert not normswap.Plan.from_dict(made).steps[0].unit

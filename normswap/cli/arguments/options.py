@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ...arguments import MOST_SEED
-from ...choices import DEVICES, INDIVISIBLE, METHODS, NORMS
+from ...choices import DEVICES, INDIVISIBLE, METHODS, NORMS, STAND_INS
 from ...errors import did_you_mean
 from ...machine.limits import check_memory
 from .completion import converted_files, model_names
@@ -163,14 +163,20 @@ Device = Annotated[
     ),
 ]
 MaxBad = Annotated[int, typer.Option(min=0, metavar="N", help="Skip so many images that cannot be read.")]
+STAND_IN = "|".join(STAND_INS)
 Calibrate = Annotated[
     str | None,
     typer.Option(
-        metavar="FOLDER|none", help="Calibrate too, on the unlabelled images of a folder.", show_default=False
+        metavar=f"FOLDER|{STAND_IN}|none",
+        help="Calibrate too: on the unlabelled images of a folder, or on photographs or made inputs in their place.",
+        show_default="none",
     ),
 ]
 CalibrateImages = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Calibrate on at most so many images.", show_default="256")
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Calibrate on at most so many images.", show_default="256, or 64 synthetic ones"
+    ),
 ]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="OUT", help="The file to write.", show_default=False)
@@ -236,17 +242,20 @@ def groups(ctx: typer.Context, text: str | None) -> int | str | None:
     return value
 
 
-def calibration(ctx: typer.Context, text: str | None, missing: Path | None = None) -> Path | None:
-    """The folder that --calibrate names, None for `none`. A number was its meaning once, and is an error."""
-    if text is None:
-        return missing
-    if text.isdecimal() and not Path(text).exists():
+def calibration(ctx: typer.Context, text: str | None) -> str | None:
+    """What --calibrate names, None for `none`. A number was its meaning once, and is an error."""
+    if text is not None and text.isdecimal() and not Path(text).exists():
         raise typer.BadParameter(
             f"{text!r} is no folder; the number of images is --calibrate-images {text}",
             ctx=ctx,
             param_hint="--calibrate",
         )
-    return None if text == "none" else Path(text)
+    return None if text == "none" else text
+
+
+def stands_in(place: str) -> bool:
+    """Whether that is a word for normswap's own images: a folder of this name goes before."""
+    return place in STAND_INS and not Path(place).is_dir()
 
 
 def eps(ctx: typer.Context, text: str | None) -> float | str | None:

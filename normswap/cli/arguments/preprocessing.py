@@ -88,6 +88,23 @@ def prepare(model: nn.Module, origin: ResolvedSource, asked: PreprocessOverrides
     return Preparation(replace(base, **asked.given()), stack=True)
 
 
+def known_inputs(model: nn.Module, origin: ResolvedSource, asked: PreprocessOverrides) -> dict[str, Any]:
+    """What the library and the user say of the inputs, as a record remembers it; nothing where neither does."""
+    from ...data.preprocess import Preprocess
+
+    said = _of_library(model, origin)
+    known = Preprocess.of(said) if said is not None else None
+    if known is None and not asked.given():
+        return {}
+    prepared = replace(known or Preprocess(channels=_channels(model)), **asked.given())
+    found: dict[str, Any] = {}
+    if known is not None or asked.mean is not None or asked.std is not None:
+        found = {"mean": list(prepared.mean), "std": list(prepared.std)}
+    if not isinstance(prepared.size, str):
+        found["shape"] = [prepared.channels, *prepared.size]
+    return found
+
+
 def _channels(model: nn.Module) -> int:
     from torch import nn
 

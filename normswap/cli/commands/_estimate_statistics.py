@@ -21,6 +21,7 @@ def mend_statistics(
 ) -> ResolvedSource:
     """Statistics that were never updated say nothing: estimate them where there are images, else say what to do.
 
+    What stands in for images is made by them, and is no help.
     Returns where the network comes from now.
     """
     from ...conversion.preconditions import affine_moved, needs_statistics, never_updated
@@ -31,7 +32,7 @@ def mend_statistics(
     built = not any(p.is_meta for p in model.parameters())
     if not (built and (standardises or keeps) and (count := never_updated(model))):
         return origin
-    if wish is not None:
+    if wish is not None and not wish.stands_in:
         if not dry_run:
             out.step("estimating running statistics")
             report = estimate(model, origin, wish, out)
@@ -44,7 +45,7 @@ def mend_statistics(
         "over alone, if the network is meant to be used with its statistics as they are."
     )
     named = origin.file is None and origin.weights is not None and not origin.weights.random
-    if named and standardises:
+    if standardises and (named or wish is not None):
         raise NetworkError(text, hint=ways)
     if named or affine_moved(model):
         out.note(f"{text}. {ways if standardises else ways.partition('. ')[0] + '.'}")

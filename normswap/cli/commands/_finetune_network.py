@@ -11,6 +11,7 @@ import typer
 
 from ...errors import CheckpointError, OptionError, plural
 from ..arguments.networks import ResolvedSource, SourceRequest, open_network
+from ..arguments.options import stands_in
 from ..arguments.preprocessing import Preparation, PreprocessOverrides, prepare
 from ..terminal.output import Output
 from ..terminal.suggestions import building, with_commands
@@ -28,20 +29,38 @@ if TYPE_CHECKING:
 class ConversionRequest:
     """What --to and the options that go with it ask for.
 
-    calibrate: on at most so many `images`, of `folder` or else of those to train on.
+    calibrate: on at most so many images, as asked for or else `usual`, of `place`, a folder or a word for what stands
+    in for one, or else of those to train on.
     """
 
     to: str | None
     rules: list[tuple[str, str]]
     planning: dict[str, Any]
-    images: int
+    images: int | None
+    usual: int
     calibrate: bool = True
-    folder: Path | None = None
+    place: str | None = None
+
+    @property
+    def most(self) -> int:
+        """How many images to calibrate on at most."""
+        return self.images or self.usual
+
+    @property
+    def folder(self) -> Path | None:
+        """The images to calibrate on, where they are others than those to train on."""
+        return None if self.place is None or stands_in(self.place) else Path(self.place)
+
+    def calibration(self, asked: PreprocessOverrides, device: str) -> Calibration | None:
+        """What to calibrate on; None for the images to train on."""
+        if self.place is None:
+            return None
+        return Calibration(self.place, self.images if stands_in(self.place) else self.most, asked, device=device)
 
     def described(self, origin: ResolvedSource, asked: PreprocessOverrides) -> dict[str, Any]:
         """JSON values."""
         source = None if origin.source is None else origin.source.to_dict()
-        images = {"calibrate": self.images if self.calibrate else 0, "calibrate_on": self.folder and str(self.folder)}
+        images = {"calibrate": self.most if self.calibrate else 0, "calibrate_on": self.place and str(Path(self.place))}
         swap = {"to": self.to, "rules": self.rules, **self.planning, **images}
         return {"source": source, "file": None if origin.file is None else str(origin.file), **swap, **asked.given()}
 
@@ -114,16 +133,18 @@ def converted(
     from ...conversion.record import record_of
 
     calibrating = swap.wanted and swap.calibrate
-    wish = None if swap.folder is None else Calibration(swap.folder, swap.images, asked, device=device)
-    batches = list(inputs) if calibrating and wish is None else []
-    where = "training images" if wish is None else f"images of {wish.data}"
-    if calibrating and never_updated(model) and affine_moved(model):
-        if wish is None:
+    wish = swap.calibration(asked, device)
+    unknown = calibrating and never_updated(model) and affine_moved(model)
+    training = wish is None or (wish.stands_in and unknown)  # what stands in is made by the statistics
+    batches = list(inputs) if calibrating and training else []
+    own = "training images" if swap.folder is None else f"images of {swap.folder}"
+    if unknown:
+        if wish is None or wish.stands_in:
             report = estimate_statistics(model, batches, progress=False)
         else:
             report = estimate(model, origin, wish, out)
         origin = estimated(origin, model)
-        out.note(f"the running statistics were never updated: estimated on {report.images} {where}")
+        out.note(f"the running statistics were never updated: estimated on {report.images} {own}")
     out.step("converting" if swap.wanted else "preparing")
     rules = swap.rules if swap.wanted else [("*", "keep")]
     with with_commands(ctx):
@@ -141,7 +162,8 @@ def converted(
         else:
             report = run_calibration(model, None, origin, wish, out)
         if report.layers:
-            note, before, after = f"calibrated on {report.images} {where}", report.drift_before, report.drift_after
+            note = f"calibrated on {report.stand_ins or f'{report.images} {own}'}"
+            before, after = report.drift_before, report.drift_after
             if before is not None and after is not None:  # outputs of detectors differ in number, so there is none
                 note += f": relative error of the output {before:.3g}, after {after:.3g}"
             out.note(note)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from ...choices import STAND_INS
 from ...errors import plural
 from ..arguments import options
 from ..arguments.networks import (
@@ -21,7 +22,8 @@ from ..arguments.networks import (
     open_original,
     restored,
 )
-from ..arguments.preprocessing import PreprocessOverrides, prepare
+from ..arguments.options import stands_in
+from ..arguments.preprocessing import PreprocessOverrides, known_inputs, prepare
 from ..terminal import flags
 from ..terminal.errors import WRITTEN
 from ..terminal.output import Output, reporting
@@ -37,33 +39,51 @@ if TYPE_CHECKING:
 
 IMAGES = 256
 BUDGET = 0.01
+_AT_ONCE = 32  # stand-ins to choose groups on
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What to calibrate on, and how. max_bad: so many images that cannot be read are skipped.
+    """What to calibrate on, and how.
 
-    budget: how much of the output each layer may change when its number of groups is chosen; None to choose none.
+    data: a folder, or a word for what stands in for it. images: at most so many; None for as many as are usual.
+    max_bad: so many images that cannot be read are skipped. budget: how much of the output each layer may change when
+    its number of groups is chosen; None to choose none. seed: of stand-ins.
     """
 
-    data: Path
-    images: int
+    data: str
+    images: int | None
     asked: PreprocessOverrides
     method: str = "balance"
     batch_size: int = 32
     device: str = "auto"
     max_bad: int = 10
     budget: float | None = None
+    seed: int = 0
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether there are no images of the user's."""
+        return stands_in(self.data)
 
 
 def calibrate(
     ctx: typer.Context,
     file: options.Converted,
     data: Annotated[
-        Path,
-        typer.Option(metavar="FOLDER", help="Images, alone or in one subfolder for each class.", show_default=False),
+        str,
+        typer.Option(
+            metavar=f"FOLDER|{options.STAND_IN}",
+            help="Images, alone or in one subfolder for each class; or what stands in for them, see below.",
+            show_default=False,
+        ),
     ],
-    images: Annotated[int, typer.Option(min=1, metavar="N", help="Use at most so many of the images.")] = IMAGES,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Use at most so many of the images.", show_default="256, or 64 synthetic ones"
+        ),
+    ] = None,
     batch_size: options.BatchSize = 32,
     reference: Annotated[
         str | None,
@@ -95,8 +115,12 @@ def calibrate(
     The images need no labels; with one subfolder for each class the accuracies are reported too. The result goes to
     <FILE>-calibrated.safetensors, or to --output. --weights and --arg are those of --reference.
 
+    Without any images, --data photos takes crops of photographs that come with normswap, and --data synthetic inputs
+    made for the network; both say how near they come to what it was trained on. A folder of that name goes before.
+
     \b
     normswap calibrate resnet50-gn.safetensors --data photos/
+    normswap calibrate resnet50-gn.safetensors --data synthetic
     """
     asked = PreprocessOverrides.of(ctx, size, mean, std)
     if reference is None and (weights or arg):
@@ -119,7 +143,7 @@ def calibrate(
         model, origin = open_network(origin, wanted, out)
         teacher, named = open_original(ctx, other[1], origin, wanted, out) if other else (None, restored(origin))
         with naming_the_original(ctx, origin.source, origin.made_with):
-            wish = Calibration(data, images, asked, method, batch_size, device, max_bad)
+            wish = Calibration(data, images, asked, method, batch_size, device, max_bad, seed=seed)
             report = run(model, teacher, origin, wish, out)
         out.step(f"writing {target}")
         save(model, target, overwrite=force)
@@ -142,12 +166,18 @@ def run(
     wish: Calibration,
     out: Output,
 ) -> CalibrationReport:
-    """Calibrate `model` in place on a folder of images, prepared as its weights want them. It ends on the CPU."""
+    """Calibrate `model` in place, on images prepared as its weights want them or on stand-ins. It ends on the CPU."""
     from ...calibration import calibrate as calibration
+    from ...conversion.record import record_of
 
-    batches, method = _batches(model, origin, wish, out), cast(Any, wish.method)
+    data: Any = wish.data
+    if not wish.stands_in:
+        data = _batches(model, origin, wish, out)
+    elif (record := record_of(model)) is not None:
+        record.inputs = {**record.inputs, **known_inputs(model, origin, wish.asked)}
+    images, method = wish.images if wish.stands_in else None, cast(Any, wish.method)
     with on_device(wish.device, model, reference), out.bar("calibrating") as bar:
-        return calibration.calibrate(model, reference, batches, method=method, progress=bar)
+        return calibration.calibrate(model, reference, data, images=images, method=method, seed=wish.seed, progress=bar)
 
 
 def estimate(model: nn.Module, origin: ResolvedSource, wish: Calibration, out: Output) -> CalibrationReport:
@@ -163,10 +193,12 @@ def _batches(model: nn.Module, origin: ResolvedSource, wish: Calibration, out: O
     from ...data.batches import Batches
     from ...data.image_folder import open_images
 
-    folder = open_images(wish.data, limit=wish.images)
-    if len(folder.files) < wish.images:
-        there = plural(len(folder.files), "image")
-        out.note(f"{wish.data} has {there}, fewer than the {wish.images} asked for")
+    if wish.data in STAND_INS:
+        out.note(f"{wish.data} is taken for the folder of that name, not for normswap's own {wish.data}")
+    place, images = Path(wish.data), wish.images or IMAGES
+    folder = open_images(place, limit=images)
+    if len(folder.files) < images:
+        out.note(f"{place} has {plural(len(folder.files), 'image')}, fewer than the {images} asked for")
     preparation = prepare(model, origin, wish.asked)
     read = folder.batches(preparation.transform, wish.batch_size, stack=preparation.stack, max_bad=wish.max_bad)
     return Batches(read, folder.classes)
@@ -175,11 +207,16 @@ def _batches(model: nn.Module, origin: ResolvedSource, wish: Calibration, out: O
 def with_groups(model: nn.Module, made: Plan, origin: ResolvedSource, wish: Calibration, out: Output) -> Plan:
     """The plan with the numbers of groups that the layers bear on the first images."""
     from ...calibration.choosing import IMAGES, choose_groups
+    from ...calibration.stand_ins import stand_ins
 
-    count = min(IMAGES, wish.images)
-    batches = _batches(model, origin, replace(wish, images=count, batch_size=count), out)
     out.step("choosing groups")
     with on_device(wish.device, model):
+        if wish.stands_in:
+            known = known_inputs(model, origin, wish.asked)
+            batches: Any = stand_ins(wish.data, model, images=_AT_ONCE, remembered=known, seed=wish.seed).batches
+        else:
+            count = min(IMAGES, wish.images or IMAGES)
+            batches = _batches(model, origin, replace(wish, images=count, batch_size=count), out)
         return choose_groups(model, made, batches, budget=BUDGET if wish.budget is None else wish.budget)
 
 
@@ -194,6 +231,8 @@ def figures(report: CalibrationReport) -> list[tuple[str, str]]:
         ("moments", f"largest error {report.error_before:.3g}, after {report.error_after:.3g}"),
     ]
     on = f"on {plural(report.compared, 'image')} that it was calibrated on"
+    if report.fit:
+        found.append(("fit", report.fit))
     if report.drift_before is not None and report.drift_after is not None:
         found.append(("output", f"relative error {report.drift_before:.3g}, after {report.drift_after:.3g}, {on}"))
     if report.agreement_before is not None and report.agreement_after is not None:

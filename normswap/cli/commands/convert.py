@@ -26,7 +26,7 @@ from ..terminal.output import Output, reporting
 from ..terminal.suggestions import building, command, with_commands
 from . import _convert_report as changes
 from ._estimate_statistics import mend_statistics
-from .calibrate import BUDGET, IMAGES, Calibration, with_groups
+from .calibrate import BUDGET, Calibration, with_groups
 from .calibrate import run as run_calibration
 
 if TYPE_CHECKING:
@@ -142,6 +142,7 @@ def convert(
 
     \b
     normswap convert resnet50 --to gn --groups 32
+    normswap convert resnet50 --to gn --groups 32 --calibrate photos/
     normswap convert resnet50 --rule 'layer4.*=frozen' --rule '*=gn'
     normswap convert fasterrcnn_resnet50_fpn_v2 --rule 'role:backbone=frozen' --rule 'role:head=gn'
     normswap convert nets.py:build --arg width=64 --weights mine.pth --to ln
@@ -156,7 +157,7 @@ def convert(
         "eps": options.eps(ctx, eps),
         "sources": sources or None,
         "zero_init_residual": zero_init_residual,
-        "missing_statistics": "error" if place is None else "later",
+        "missing_statistics": "error" if place is None or options.stands_in(place) else "later",
     }
     asked = PreprocessOverrides.of(ctx, size, mean, std)
     if place is None and (calibrate_images is not None or method != "balance" or budget is not None or asked.given()):
@@ -168,12 +169,13 @@ def convert(
         choosing = groups == "auto" or budget is not None
         wish = Calibration(
             place,
-            calibrate_images or IMAGES,
+            calibrate_images,
             asked,
             method,
             device=device,
             max_bad=max_bad,
             budget=budget or BUDGET if choosing else None,
+            seed=seed,
         )
     job = Job(
         to,
@@ -207,11 +209,11 @@ def _check_combination(ctx: typer.Context, job: Job) -> None:
         if job.approximate:
             raise options.usage(ctx, "--approximate goes with --to original")
         return
-    usual = {"indivisible": "error", "transfer": "fold", "missing_statistics": "error"}
+    usual = {"indivisible": "error", "transfer": "fold", "missing_statistics": job.planning["missing_statistics"]}
     given = [name for name, value in job.planning.items() if value not in (None, False, usual.get(name))]
     flags = ["--" + {"sources": "from"}.get(name, name.replace("_", "-")) for name in given]
     flags += ["--rule"] if job.rules else []
-    flags = ["--calibrate" if flag == "--missing-statistics" else flag for flag in flags]
+    flags += ["--calibrate"] if job.calibration else []
     if flags:
         raise options.usage(ctx, f"--to original undoes a conversion, which {' and '.join(flags)} cannot change")
 

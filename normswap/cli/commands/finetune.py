@@ -75,8 +75,9 @@ def finetune(
     calibrate: Annotated[
         str | None,
         typer.Option(
-            metavar="FOLDER|none",
-            help="After --to or --rule, calibrate on the unlabelled images of a folder, or not at all.",
+            metavar=f"FOLDER|{options.STAND_IN}|none",
+            help="After --to or --rule, calibrate on the unlabelled images of a folder, on photographs or made inputs "
+            "in their place, or not at all.",
             show_default="the images of --data",
         ),
     ] = None,
@@ -86,7 +87,7 @@ def finetune(
             min=1,
             metavar="N",
             help="Calibrate on at most so many images.",
-            show_default="256, or 32 with boxes or masks",
+            show_default="256, or 32 with boxes or masks, or 64 synthetic ones",
         ),
     ] = None,
     lr: Annotated[
@@ -189,9 +190,10 @@ def finetune(
         to,
         options.rules(ctx, rule),
         planning,
-        calibrate_images or (256 if task == "classification" else 32),
+        calibrate_images,
+        256 if task == "classification" else 32,
         calibrate=calibrate != "none",
-        folder=options.calibration(ctx, calibrate),
+        place=options.calibration(ctx, calibrate),
     )
     place = DataPlace(task, data, eval_data, annotations, eval_annotations, data_root, download)
     place.check(ctx)
@@ -236,7 +238,7 @@ def finetune(
         if sets.note:
             out.note(sets.note)
         if origin.file is None:
-            inputs = doing.inputs(sets, transform_of(doing, preparation), swap.images)
+            inputs = doing.inputs(sets, transform_of(doing, preparation), swap.most)
             model = converted(ctx, model, origin, swap, inputs, asked, out, device)
         _warn(model, batch_size, freeze_stats, out)
         processes = int(os.environ.get("WORLD_SIZE", "1"))

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from ...choices import STAND_INS
 from ...errors import UNSET, Fix, Text
 
 _NAMES = {"args": "--arg", "example_inputs": "--input", "overwrite": "--force", "rules": "--rule", "sources": "--from"}
@@ -32,6 +33,8 @@ def words(fix: Fix) -> list[str]:
 
 def written(fix: Fix, known: Collection[str] | None = None) -> str | None:
     """The option for a sentence; None for one that is none of the flags `known` to the command."""
+    if fix.option == "data" and fix.value in STAND_INS and known is not None and "--calibrate" in known:
+        fix = Fix("calibrate", fix.value)  # where --data are images to train on, or there is none
     found = words(fix)
     if known is not None and found[0] not in known:
         return None

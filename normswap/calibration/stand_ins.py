@@ -1,0 +1,204 @@
+"""Inputs to calibrate on where the user gives none: crops of bundled photographs, or inputs optimised from them.
+
+"photos" are random crops of the photographs in the package. "synthetic" goes on from them: the pixels are moved until
+the network's norms see the mean and variance that they remember from training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import seed_value
+from ..choices import STAND_INS
+from ..data.photographs import crops
+from ..data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from ..errors import DataError, Fix, OptionError, Text
+from ..inspection.example_inputs import guess_inputs
+from ..inspection.inventory import as_inputs
+from ..modules.tree import device_and_dtype
+from .fit import MADE, ODD, Fit, fit, remembering, statistics_loss
+
+COUNTS = {"photos": 256, "synthetic": 64}
+_AT_ONCE = 32  # images, so that memory stays bounded
+_TRIED = 26  # crops that decide on the range of values
+_STEPS, _RATE = 150, 0.1  # of Adam at most; its rate in standard deviations of the start
+_LARGE, _LARGE_STEPS = 128 * 128, 20
+_ENOUGH = 0.01  # a loss below which more steps gained nothing
+_WIDE_COUNT = 128  # photographs, where inputs are large
+_CLEARLY = 0.95
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How pixels in [0, 1] become inputs: `(x - mean) / std` per channel, after the channels are reversed (bgr)."""
+
+    name: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    bgr: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: `(N, C, H, W)` with one or three channels."""
+        mean, std = (torch.tensor(values, dtype=x.dtype) for values in (self.mean, self.std))
+        if x.shape[1] == 1:
+            mean, std = mean.mean().view(1), std.mean().view(1)
+        x = x.flip(1) if self.bgr else x
+        return (x - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; `Scaling.from_dict` is the inverse."""
+        return {"name": self.name, "mean": list(self.mean), "std": list(self.std), "bgr": self.bgr}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Scaling:
+        """The inverse of `to_dict`; name and bgr may be missing."""
+        mean, std = tuple(values["mean"]), tuple(values["std"])
+        return cls(values.get("name", "as given"), mean, std, bool(values.get("bgr", False)))
+
+
+_RGB = (
+    Scaling("ImageNet's mean and deviation", IMAGENET_MEAN, IMAGENET_STD),
+    Scaling("0 to 1", (0.0,) * 3, (1.0,) * 3),
+    Scaling("-1 to 1", (0.5,) * 3, (0.5,) * 3),
+    Scaling("0 to 255", (0.0,) * 3, (1 / 255,) * 3),
+)
+_BGR = (
+    *(Scaling(f"{s.name}, blue first", s.mean[::-1], s.std[::-1], bgr=True) for s in _RGB),
+    Scaling("0 to 255 less the mean, blue first", (0.408, 0.458, 0.482), (1 / 255,) * 3, bgr=True),
+)
+
+
+@dataclass(frozen=True)
+class StandIns:
+    """batches: tensors for the forward. fit: how well they suit the network. scaling: None for no images."""
+
+    kind: str
+    batches: list[Tensor]
+    fit: Fit
+    shape: tuple[int, ...]
+    scaling: Scaling | None = None
+
+    def __str__(self) -> str:
+        count = sum(map(len, self.batches))
+        what = {"photos": "crops of photographs", "synthetic": "synthetic inputs"}[self.kind]
+        values = f", values {self.scaling.name}" if self.scaling else ""
+        return f"{count} {what} {'x'.join(map(str, self.shape))}{values}; {self.fit}"
+
+
+def stand_ins(
+    kind: str,
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    images: int | None = None,
+    scaling: Scaling | None = None,
+    remembered: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> StandIns:
+    """Inputs for `model`, the original network, which has running statistics to compare with.
+
+    kind: "photos" or "synthetic". example_inputs: what its forward takes; only shape, mean and deviation matter.
+    remembered: the record's `inputs`, used where nothing is given. Without either, shapes are tried. scaling: of pixel
+    values; None takes the one among the usual whose inputs come closest to the running statistics. images: how many;
+    by default 256 photographs (128 large ones) or 64 synthetic inputs.
+
+    Raises OptionError for an unknown kind, DataError where no input is known, inputs are neither images nor (for
+    "synthetic") a tensor of numbers, or nothing fits.
+    """
+    if kind not in STAND_INS:
+        raise OptionError(Text(Fix("data"), f" must be images, a folder, 'photos' or 'synthetic', got {kind!r}"))
+    seed_value("seed", seed)
+    if not remembering(model):
+        raise DataError("the network has no running statistics that stand-ins could be measured by")
+    said = remembered or {}
+    example = _example(model, example_inputs, said.get("shape"))
+    if scaling is None and said.get("mean"):
+        scaling = Scaling.from_dict(said)
+    shape = tuple(example.shape[1:])
+    if len(shape) == 3 and shape[0] in (1, 3):
+        scaling = scaling or choose(model, shape, seed)
+    elif kind == "photos":
+        raise DataError(
+            f"the network takes inputs of shape {shape}, which are no images",
+            hint=Text(Fix("data", "synthetic"), " makes such inputs."),
+        )
+    large = shape[-1] * shape[-2] >= _LARGE if scaling else False
+    count = images or (_WIDE_COUNT if large and kind == "photos" else COUNTS[kind])
+    start = scaling(crops(count, shape[1:], shape[0], seed)) if scaling else _noise(count, example, seed)
+    made = list(start.split(_AT_ONCE))
+    if kind == "synthetic":
+        made = optimised(model, made, _LARGE_STEPS if large else _STEPS)
+    found = fit(model, [(made[0],)])  # the others are of the same kind
+    if found is None or found.distance > (ODD if kind == "photos" else MADE):
+        raise DataError(f"no {kind} fit this network: {found}", hint=_hint(kind))
+    return StandIns(kind, made, found, shape, scaling)
+
+
+def _hint(kind: str) -> str:
+    own = "Give images of your own."
+    return Text(own, "\n", Fix("data", "synthetic"), " makes inputs for the network.") if kind == "photos" else own
+
+
+def _example(model: nn.Module, given: Any, shape: Sequence[int] | None) -> Tensor:
+    """One input, `(N, *)`: given, of the shape that the conversion remembers, or guessed."""
+    if given is None and shape is not None:
+        given = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    inputs = as_inputs(given) if given is not None else guess_inputs(model)
+    if inputs is None:
+        raise DataError(
+            "which inputs the network takes is not known",
+            hint=Text("Give an input of the size that it takes: ", Fix("example_inputs"), "."),
+        )
+    x = inputs[0]
+    if len(inputs) != 1 or not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
+        raise DataError(
+            "stand-ins are made for networks that take one tensor of numbers, and this one takes something else",
+            hint="Give data of your own.",
+        )
+    return x.detach().float().cpu()
+
+
+def choose(model: nn.Module, shape: tuple[int, ...], seed: int = 0) -> Scaling:
+    """The range of pixel values, among the usual ones, whose inputs come closest to the running statistics.
+
+    shape: `(C, H, W)`, C 1 or 3. Reversed colours have to win clearly, as they hardly show in the statistics.
+    """
+    pixels = crops(_TRIED, (shape[1], shape[2]), shape[0], seed)
+    known = _RGB + (_BGR if shape[0] == 3 else ())
+    found = [(fit(model, [(scaling(pixels),)]), scaling) for scaling in known]
+    return min((result.distance / (_CLEARLY if s.bgr else 1), i, s) for i, (result, s) in enumerate(found) if result)[2]
+
+
+def _noise(count: int, like: Tensor, seed: int) -> Tensor:
+    """Noise of spectrum 1/f along all but batch and channels, with mean and deviation of `like`, `(count, ...)`."""
+    x = torch.randn(count, *like.shape[1:], generator=torch.Generator().manual_seed(seed))
+    axes = tuple(range(2, x.dim()))
+    if axes:
+        spectrum = torch.fft.fftn(x, dim=axes)
+        grids = torch.meshgrid(*(torch.fft.fftfreq(x.shape[a]) * x.shape[a] for a in axes), indexing="ij")
+        x = torch.fft.ifftn(spectrum / torch.stack(grids).norm(dim=0).clamp_min(1), dim=axes).real
+    x = (x - x.mean()) / x.std()
+    return x * (like.std() if like.numel() > 1 else 1) + like.mean()
+
+
+def optimised(model: nn.Module, batches: Sequence[Tensor], steps: int) -> list[Tensor]:
+    """Each batch moved, by Adam on its values, towards the statistics that the network's norms remember."""
+    device, dtype = device_and_dtype(model)
+    found = []
+    with statistics_loss(model) as loss, torch.enable_grad():
+        for batch in batches:
+            x = batch.to(device, dtype).detach().clone().requires_grad_()
+            optimizer = torch.optim.Adam([x], lr=_RATE * float(x.detach().std()), betas=(0.9, 0.99))
+            for _ in range(steps):
+                value = loss(x)
+                (x.grad,) = torch.autograd.grad(value, x)
+                optimizer.step()
+                if float(value.detach()) < _ENOUGH:
+                    break
+            found.append(x.detach())
+    return found
