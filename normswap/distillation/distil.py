@@ -121,19 +121,24 @@ def distil(
     data = list(data) if isinstance(data, Iterator) else data
     stream = stream_of(data, batch_size, seed, hold=eval_data is None)
     alone = nullcontext() if checkpoint is None else locked(Path(checkpoint))
-    with alone, side_by_side(reference, model), training_only(model, parameters):
-        work = DistillationRun(model, reference, settings, stream, parameters, _compared(stream, settings, eval_data))
-        if checkpoint is not None:
-            work.checkpoint, work.every = Path(checkpoint), checkpoint_every
-        if resume is not None:
-            work.resume(load_state(Path(resume), vars(settings), parameters))
-        try:
-            work.finish(progress)
-        except KeyboardInterrupt:
-            raise Interrupted(_report(work, interrupted=True)) from None
-        finally:
+    work: DistillationRun | None = None
+    try:
+        with alone, side_by_side(reference, model), training_only(model, parameters):
+            work = DistillationRun(
+                model, reference, settings, stream, parameters, _compared(stream, settings, eval_data)
+            )
+            if checkpoint is not None:
+                work.checkpoint, work.every = Path(checkpoint), checkpoint_every
+            if resume is not None:
+                work.resume(load_state(Path(resume), vars(settings), parameters))
+            try:
+                work.finish(progress)
+            except KeyboardInterrupt:
+                raise Interrupted(_report(work, interrupted=True)) from None
+            return _report(work)
+    finally:  # outside of what puts back all that running a network leaves on it, its record among it
+        if work is not None:
             _remember(model, work)
-        return _report(work)
 
 
 def suited_rate(steps: int) -> float:
