@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import Fix, Text, TrainingError
-from ..training.parameters import one_cycle, set_rate
+from ..training.optimizer import set_rate
+from ..training.schedule import Schedule
 
 SMALLER = Text("Try a smaller learning rate, ", Fix("lr"), ", or ", Fix("precision", "fp32"), ".")
 _SKIPS = 20
@@ -21,8 +22,8 @@ _SKIPS = 20
 class Loop:
     """Steps of an optimizer over some parameters, with a copy of their last values that gave a finite loss.
 
-    step: how many are done. losses: one for each. The learning rate, relative as in `adamw`, follows `one_cycle` over
-    `steps`. scaling: scale the loss for float16 gradients.
+    step: how many are done. losses: one for each. schedule: of the learning rate. scaling: scale the loss for float16
+    gradients.
     """
 
     def __init__(
@@ -31,12 +32,12 @@ class Loop:
         optimizer: Optimizer,
         *,
         steps: int,
-        lr: float,
+        schedule: Schedule,
         max_grad_norm: float | None,
         scaling: bool = False,
     ) -> None:
         self.parameters = dict(parameters)
-        self.optimizer, self.steps, self.lr, self.max_grad_norm = optimizer, steps, lr, max_grad_norm
+        self.optimizer, self.steps, self.schedule, self.max_grad_norm = optimizer, steps, schedule, max_grad_norm
         device = next(iter(parameters.values())).device.type
         self.scaler = torch.amp.GradScaler(device, enabled=scaling)
         self.step = 0
@@ -63,8 +64,7 @@ class Loop:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         self._clip()
-        rate = self.lr * one_cycle(self.step, self.steps)
-        set_rate(self.optimizer, rate)
+        set_rate(self.optimizer, self.schedule.at(self.step))
         self._updating = True
         self.scaler.step(self.optimizer)
         self.scaler.update()

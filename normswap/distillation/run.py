@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, TrainingError
 from ..modules.tree import device_and_dtype
 from ..training.losses import agreement_of, loss_of
-from ..training.parameters import adamw, one_cycle
+from ..training.optimizer import relative_adamw
 from ..training.run_state import save_state
 from ..training.seeding import seed_step
 from .augmentation import augmented
@@ -48,9 +48,9 @@ class DistillationRun:
         self._narrow = PRECISIONS[settings.precision] if self._kind == "cuda" else None
         self.loop = Loop(
             parameters,
-            adamw(model, parameters, settings.weight_decay),
+            relative_adamw(model, parameters, settings.weight_decay),
             steps=settings.steps,
-            lr=settings.lr,
+            schedule=settings.schedule,
             max_grad_norm=settings.max_grad_norm,
             scaling=self._narrow == torch.float16,
         )
@@ -86,7 +86,7 @@ class DistillationRun:
                 if loop.step % self.every == 0:
                     self._save()
                 if progress is not None:
-                    rate = loop.lr * one_cycle(loop.step - 1, loop.steps)
+                    rate = loop.schedule.at(loop.step - 1)
                     progress(Progress(loop.step, loop.steps, value, self._agreement, rate))
             loop.settle()
             if loop.step < loop.steps:

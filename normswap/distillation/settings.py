@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from ..arguments import number, one_of, seed_value, whole
+from ..training.schedule import Schedule
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+WARM_UP, FINAL = 0.1, 0.01
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,8 @@ class Settings:
         one_of("precision", self.precision, tuple(PRECISIONS))
         one_of("loss", self.loss, ("auto", "match"))
         one_of("train", self.train, ("all", "norm"))
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rate of each step: it rises over the first tenth of them."""
+        return Schedule(self.lr, max(1, round(WARM_UP * self.steps)) - 1, self.steps - 1, FINAL)

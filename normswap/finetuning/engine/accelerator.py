@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...errors import Fix, NormswapError, OptionError, Text
+from ...training.optimizer import set_rate
 from ..settings import PRECISIONS
 
 
@@ -99,8 +100,7 @@ class Optimization:
         return total
 
     def _update(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self._clip is not None:

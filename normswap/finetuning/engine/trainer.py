@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from ...errors import DataError
 from ...modules.restore import evaluating, undisturbed
+from ...training.optimizer import build_optimizer
 from ...training.seeding import seed_step
+from ...training.signals import Signals
 from ..datasets.loader import Loaded, Loader, Samples, Skipped, spread
 from ..datasets.sampler import ResumableBatchSampler, ValidationSampler
 from ..datasets.splits import Sets
@@ -26,9 +28,8 @@ from ..tasks.base import Task, on_device
 from .accelerator import Optimization
 from .checkpointer import Checkpointer, RunState
 from .failures import NonFinite, explain, is_memory
-from .optimizer import averaged, build_optimizer, rate_at
+from .optimizer import averaged
 from .reporter import RunReporter
-from .signals import Signals
 
 LOOKS = 20
 """After so many steps the loop looks at what it has summed up: on a GPU, looking means waiting for it."""
@@ -69,7 +70,7 @@ class Trainer:
         if self.channels_last:
             model.to(memory_format=torch.channels_last)
         self.average = averaged(model, settings.ema) if settings.ema else None
-        optimizer = build_optimizer(model, parameters, settings)
+        optimizer = build_optimizer(model, parameters, settings.optimizer, settings.weight_decay)
         self.optimization = Optimization(accelerator, model, optimizer, settings.clip_grad)
         self.forward = self.optimization.model
         self.checkpointer = Checkpointer(
@@ -179,7 +180,7 @@ class Trainer:
             sums.append(dict(outcome.sums))
             return outcome.loss
 
-        loss = self.optimization.step([partial(loss_of, batch) for batch in loaded], rate_at(self.step, settings))
+        loss = self.optimization.step([partial(loss_of, batch) for batch in loaded], settings.schedule.at(self.step))
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.state.step += 1
@@ -190,7 +191,7 @@ class Trainer:
 
     def _look(self) -> None:
         """Read what was summed up since the last look, over all processes."""
-        figures = self.reporter.look(self.step, rate_at(self.step - 1, self.settings), self._total)
+        figures = self.reporter.look(self.step, self.settings.schedule.at(self.step - 1), self._total)
         self.state.figures |= figures
         if figures:
             self.state.window = self.reporter.window
