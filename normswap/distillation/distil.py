@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import nn
 from ..arguments import whole
 from ..conversion.record import record_of
 from ..data.batches import as_batches
-from ..errors import Fix, Interrupted, OptionError, Text
+from ..errors import CheckpointError, Fix, Interrupted, OptionError, Text
 from ..files.locking import locked
 from ..files.writing import check_writable
 from ..modules.wrappers import unwrapped
@@ -129,10 +129,11 @@ def distil(
             )
             if checkpoint is not None:
                 work.checkpoint, work.every = Path(checkpoint), checkpoint_every
+            work.progress = progress
             if resume is not None:
-                work.resume(load_state(Path(resume), vars(settings), parameters))
+                work.resume(load_state(Path(resume), vars(settings), parameters, _check_age))
             try:
-                work.finish(progress)
+                work.finish()
             except KeyboardInterrupt:
                 raise Interrupted(_report(work, interrupted=True)) from None
             return _report(work)
@@ -150,6 +151,14 @@ def suited_rate(steps: int) -> float:
     return LR * min(1.0, steps / FULL) ** 2
 
 
+def _check_age(state: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a state without the nearest, of a run that held nothing back to measure it on."""
+    if "best" not in state:
+        raise CheckpointError(
+            "this training state was written by an older normswap", hint="Begin anew, from the last network saved."
+        )
+
+
 def _compared(stream: Stream, settings: Settings, eval_data: Any) -> Compared:
     """What is held back or given; without either, some batches, at a small part of the run's cost."""
     if eval_data is None:
@@ -165,11 +174,11 @@ def _report(work: DistillationRun, *, interrupted: bool = False) -> Distillation
     if first.tally.labelled:
         values["accuracy_original"] = first.tally.correct[0] / first.tally.labelled
     notes = (*work.notes, *first.tally.notes)
-    if best.step == 0 and work.loop.step:
+    if best.step == 0 and work.step:
         notes += (UNCHANGED,)
     begun, ended = work.losses
     return DistillationReport(
-        work.loop.step, work.settings.steps, work.stream.images, begun, ended, work.judge.images,
+        work.step, work.settings.steps, work.stream.images, begun, ended, work.judge.images,
         interrupted=interrupted, resumed_at=work.resumed_at, notes=notes, kept=best.step,
         compared_on=work.judge.compared.origin, **values,
     )  # fmt: skip
@@ -191,6 +200,6 @@ def _remember(model: nn.Module, work: DistillationRun) -> None:
     if record is None or kept == 0:
         return
     settings = work.settings
-    entry = {"action": "distil", "steps": work.loop.step, "planned": settings.steps, "kept": kept}
+    entry = {"action": "distil", "steps": work.step, "planned": settings.steps, "kept": kept}
     entry |= {"train": settings.train, "lr": settings.lr, "seed": settings.seed, "loss": list(work.losses)}
     record.history.append(entry)
