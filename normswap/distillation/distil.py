@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..choices import Augment, Loss, Parameters, Precision
 from ..comparison.before_after import before_after
 from ..conversion.record import record_of
 from ..data.batches import MAX_BAD, Batches, as_batches, opened
-from ..errors import Fix, Interrupted, OptionError, Text
+from ..errors import CheckpointError, Fix, Interrupted, OptionError, Text
 from ..files.locking import locked
 from ..files.writing import check_writable
 from ..modules.tree import check_module
@@ -131,20 +131,23 @@ def distil(
     stream = stream_of(opened(data, batch_size, **reading), batch_size, seed, hold=eval_data is None)
     given = None if eval_data is None else as_batches(eval_data, batch_size, **reading)
     alone = nullcontext() if checkpoint is None else locked(Path(checkpoint))
-    with alone, side_by_side(reference, model), training_only(model, parameters):
-        work = DistillationRun(model, reference, settings, stream, parameters, _compared(stream, settings, given))
-        if checkpoint is not None:
-            work.checkpoint, work.every = Path(checkpoint), checkpoint_every
-        if resume is not None:
-            work.resume(load_state(Path(resume), vars(settings), parameters))
-        try:
-            with told(progress) as tell:
-                work.finish(tell)
-        except KeyboardInterrupt:
-            raise Interrupted(_report(work, interrupted=True)) from None
-        finally:
+    work: DistillationRun | None = None
+    try:
+        with alone, side_by_side(reference, model), training_only(model, parameters), told(progress) as tell:
+            work = DistillationRun(model, reference, settings, stream, parameters, _compared(stream, settings, given))
+            if checkpoint is not None:
+                work.checkpoint, work.every = Path(checkpoint), checkpoint_every
+            work.progress = tell
+            if resume is not None:
+                work.resume(load_state(Path(resume), vars(settings), parameters, _check_age))
+            try:
+                work.finish()
+            except KeyboardInterrupt:
+                raise Interrupted(_report(work, interrupted=True)) from None
+            return _report(work)
+    finally:  # outside of what puts back all that running a network leaves on it
+        if work is not None:
             _remember(model, work)
-        return _report(work)
 
 
 def suited_rate(steps: int) -> float:
@@ -154,6 +157,14 @@ def suited_rate(steps: int) -> float:
     from more than that in a short run.
     """
     return LR * min(1.0, steps / FULL) ** 2
+
+
+def _check_age(state: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a state without the nearest, of a run that held nothing back to measure it on."""
+    if "best" not in state:
+        raise CheckpointError(
+            "this training state was written by an older normswap", hint="Begin anew, from the last network saved."
+        )
 
 
 def _compared(stream: Stream, settings: Settings, given: Batches | None) -> Compared:
@@ -166,11 +177,11 @@ def _compared(stream: Stream, settings: Settings, given: Batches | None) -> Comp
 def _report(work: DistillationRun, *, interrupted: bool = False) -> DistillationReport:
     first, best = work.judge.first, work.judge.final()
     notes = (*work.notes, *first.tally.notes)
-    if best.step == 0 and work.loop.step:
+    if best.step == 0 and work.step:
         notes += (UNCHANGED,)
     begun, ended = work.losses
     return DistillationReport(
-        work.loop.step, work.settings.steps, work.stream.images, begun, ended,
+        work.step, work.settings.steps, work.stream.images, begun, ended,
         interrupted=interrupted, resumed_at=work.resumed_at, notes=notes, kept=best.step,
         compared=work.judge.images, compared_on=work.judge.compared.origin, bad=tuple(work.stream.bad),
         eval_loss_before=first.loss, eval_loss_after=best.loss, **before_after(first.tally, best.tally),
@@ -183,6 +194,6 @@ def _remember(model: nn.Module, work: DistillationRun) -> None:
     if record is None or kept == 0:
         return
     settings = work.settings
-    entry = {"action": "distil", "steps": work.loop.step, "planned": settings.steps, "kept": kept}
+    entry = {"action": "distil", "steps": work.step, "planned": settings.steps, "kept": kept}
     entry |= {"train": settings.train, "lr": settings.lr, "seed": settings.seed, "loss": list(work.losses)}
     record.history.append(entry)

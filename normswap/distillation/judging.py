@@ -16,6 +16,7 @@ from ..errors import DataError
 from ..heads.dense import is_detector
 from ..training.losses import loss_of
 from ..training.seeding import seed_step
+from ..training.snapshot import Snapshot
 from .outputs import outputs_of, run
 from .settings import Settings
 from .stream import Args, Compared
@@ -60,20 +61,19 @@ class Judge:
         parameters: Mapping[str, nn.Parameter],
     ) -> None:
         self.model, self.reference, self.settings, self.compared = model, reference, settings, compared
-        self._parameters = dict(parameters)
+        self._nearest = Snapshot(lambda: parameters, "cpu")
         self._outputs = outputs_of(reference), outputs_of(model)
         self._boxes = is_detector(model)
-        self._kept: dict[str, Tensor] = {}
         self.images = 0
 
     def begin(self) -> None:
         """Measure the network as it was given; it counts as any later state does."""
         self.first = self.best = self._look(0, own=True)
-        self._keep()
+        self._nearest.take(0)
 
     def resume(self, step: int, kept: Mapping[str, Tensor]) -> None:
         """Take over the nearest state of another run, and measure it."""
-        self._kept = dict(kept)
+        self._nearest.kept = dict(kept)
         if step:
             self.restore()
             self.best = self._look(step)
@@ -83,24 +83,19 @@ class Judge:
         found = self._look(step)
         if found.nearer(self.best, self.first):
             self.best = found
-            self._keep()
+            self._nearest.take(step)
 
     def state(self) -> dict[str, Any]:
         """What `resume` takes."""
-        return {"step": self.best.step, "kept": self._kept}
+        return {"step": self.best.step, "kept": self._nearest.kept}
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Give the network its nearest parameters."""
-        for name, p in self._parameters.items():
-            p.copy_(self._kept[name])
+        self._nearest.put_back()
 
     def final(self) -> Look:
         """The nearest state, once it is in the network; a detector's boxes are compared only now."""
         return self._look(self.best.step, own=True) if self._boxes and self.best.step else self.best
-
-    def _keep(self) -> None:
-        self._kept = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
 
     @torch.no_grad()
     def _look(self, step: int, *, own: bool = False) -> Look:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, TrainingError
+from ..errors import Fix, Text, TrainingError
 from ..modules.tree import device_and_dtype
+from ..training.engine import Engine
 from ..training.losses import agreement_of, loss_of
-from ..training.parameters import adamw, one_cycle
+from ..training.optimizer import relative_adamw
 from ..training.run_state import save_state
 from ..training.seeding import seed_step
+from ..training.snapshot import Snapshot
+from ..training.updates import NonFinite, Updates
 from .augmentation import augmented
 from .feature_loss import Features
 from .judging import LOOKS, Judge, check_finite
-from .loop import SMALLER, Loop
 from .outputs import outputs_of, run
 from .report import Progress
 from .settings import PRECISIONS, Settings
-from .stream import Args, Compared, Stream
+from .stream import Compared, Stream
+
+SMALLER = Text("Try a smaller learning rate, ", Fix("lr"), ", or ", Fix("precision", "fp32"), ".")
 
 
 class DistillationRun:
@@ -46,57 +51,47 @@ class DistillationRun:
         self._teach, self._learn = outputs_of(reference), outputs_of(model)
         self._kind = device_and_dtype(model)[0].type
         self._narrow = PRECISIONS[settings.precision] if self._kind == "cuda" else None
-        self.loop = Loop(
-            parameters,
-            adamw(model, parameters, settings.weight_decay),
-            steps=settings.steps,
-            lr=settings.lr,
-            max_grad_norm=settings.max_grad_norm,
-            scaling=self._narrow == torch.float16,
-        )
+        scaler = torch.amp.GradScaler(self._kind, enabled=self._narrow == torch.float16)
+        self.updates = Updates(
+            relative_adamw(model, parameters, settings.weight_decay), settings.schedule, settings.max_grad_norm,
+            scaler=scaler, good=Snapshot(lambda: parameters),
+        )  # fmt: skip
+        self.engine = Engine(self, self.updates, settings.steps)
         self.checkpoint: Path | None = None
         self.every = 1
         self.resumed_at = 0
+        self.progress: Callable[[Progress], None] | None = None
+        self._parameters, self._values = parameters, list[float]()
         self._agreement: float | None = None
         self._features = Features(reference, model) if settings.features else None
         self.judge = Judge(model, reference, settings, compared, parameters)
         self.judge.begin()
-        self._looked = 0
         self._stopped = False
 
+    @torch.no_grad()
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from what another run has reached. Raises CheckpointError for a state without the nearest."""
-        if "best" not in state:
-            raise CheckpointError(
-                "this training state was written by an older normswap", hint="Begin anew, from the last network saved."
-            )
+        """Go on from what another run has reached."""
         self.judge.resume(**state["best"])
-        self._looked = state["looked"]
-        self.loop.restore(state)
-        self.resumed_at = self.loop.step
+        for name, p in self._parameters.items():
+            p.copy_(state["parameters"][name])
+        self.updates.restore(state)
+        self.engine.measured, self._values = state["looked"], list(state["losses"])
+        self.resumed_at = self.step
 
-    def finish(self, progress: Callable[[Progress], None] | None) -> None:
+    def finish(self) -> None:
         """Do the steps that are left. Whatever it raises, the model then has the nearest state that was measured."""
-        loop, batches = self.loop, self.stream.start(self.loop.step)
+        self._batches = self.stream.start(self.step)
         try:
-            self._look()  # if the run that this one goes on with was stopped just before
-            while loop.step < loop.steps:
-                value = loop.advance(lambda step: self._loss(step, batches))
-                self._look()
-                if loop.step % self.every == 0:
-                    self._save()
-                if progress is not None:
-                    rate = loop.lr * one_cycle(loop.step - 1, loop.steps)
-                    progress(Progress(loop.step, loop.steps, value, self._agreement, rate))
-            loop.settle()
-            if loop.step < loop.steps:
+            self.engine.run()
+            self.updates.settle()
+            if self.step < self.settings.steps:
                 raise TrainingError("the last step gave weights that are not finite; it was undone", hint=SMALLER)
         except KeyboardInterrupt:
             self._stop()
-            self.judge.look(loop.step)  # not in the state: a run without interruption does not look here
+            self.judge.look(self.step)  # not in the state: a run without interruption does not look here
             raise
         finally:
-            batches.close()
+            self._batches.close()
             self._stop()
             self.judge.restore()
 
@@ -105,21 +100,60 @@ class DistillationRun:
         if self._stopped:
             return
         self._stopped = True
-        self.loop.settle()
-        if self.loop.whole:
-            self._save()
+        self.updates.settle()
+        if self.updates.whole:
+            self.keep()
 
-    def _look(self) -> None:
-        """Measure the network now and then: at steps that depend on the number of all steps alone."""
-        step, steps = self.loop.step, self.loop.steps
-        if step != self._looked and (step % -(-steps // LOOKS) == 0 or step == steps):
-            self.judge.look(step)
-            self._looked = step
+    @property
+    def step(self) -> int:
+        """How many steps are done."""
+        return self.updates.step
+
+    # --- what a `Lesson` has to have -----------------------------------------------------------------------------
+
+    def passes(self, step: int) -> list[Callable[[], Tensor]]:
+        return [partial(self._loss, step)]
+
+    def stepped(self, loss: Tensor) -> None:
+        self._values.append(float(loss))
+
+    def due(self, step: int) -> bool:
+        """Measured is now and then: at steps that depend on the number of all steps alone."""
+        steps = self.settings.steps
+        return step > 0 and (step % -(-steps // LOOKS) == 0 or step == steps)
+
+    def measure(self, step: int) -> bool:
+        self.judge.look(step)
+        return True
+
+    def keeps(self, step: int) -> bool:
+        return step % self.every == 0
+
+    def keep(self) -> None:
+        if self.checkpoint is not None:
+            state = {**self.updates.state(), "losses": self._values[: self.step], "looked": self.engine.measured}
+            state["parameters"] = {name: p.detach().cpu() for name, p in self._parameters.items()}
+            save_state(self.checkpoint, vars(self.settings), {**state, "best": self.judge.state()})
+
+    def tell(self) -> None:
+        if self.progress is not None:
+            loss, rate = self._values[-1], self.updates.rate
+            self.progress(Progress(self.step, self.settings.steps, loss, self._agreement, rate))
+
+    def stopping(self) -> bool:
+        """An interrupt breaks a step: one of a large teacher may take long."""
+        return False
+
+    def failed(self, error: Exception, where: str) -> None:
+        """A loss that is not finite tells of weights that the last update ruined."""
+        if isinstance(error, NonFinite):
+            self.updates.back()
+            raise TrainingError(f"{error}; the network is as it was before", hint=SMALLER) from error
 
     @property
     def losses(self) -> tuple[float | None, float | None]:
         """Means over the first and the last tenth of the steps done."""
-        done = self.loop.losses
+        done = self._values[: self.step]
         some = max(1, len(done) // 10)
         return (sum(done[:some]) / some, sum(done[-some:]) / some) if done else (None, None)
 
@@ -130,10 +164,10 @@ class DistillationRun:
             return (f"{self.settings.precision} is for CUDA; computed in float32 on {self._kind}",)
         return ()
 
-    def _loss(self, step: int, batches: Iterator[Args]) -> Tensor:
+    def _loss(self, step: int) -> Tensor:
         settings = self.settings
         seed_step(settings.seed, step)
-        args = next(batches)
+        args = next(self._batches)
         seed_step(settings.seed, step)
         args = augmented(args, settings.augment)
         watching = nullcontext() if self._features is None else self._features.watching()
@@ -147,8 +181,3 @@ class DistillationRun:
         inner = None if self._features is None else self._features.loss()
         # Less and less: what the last norms of small groups cannot match would hold back the output.
         return loss if inner is None else loss + settings.features * (1 - step / settings.steps) * inner
-
-    def _save(self) -> None:
-        if self.checkpoint is not None:
-            state = {**self.loop.state(), "best": self.judge.state(), "looked": self._looked}
-            save_state(self.checkpoint, vars(self.settings), state)

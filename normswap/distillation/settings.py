@@ -8,8 +8,10 @@ import torch
 
 from ..arguments import number, one_of, seed_value, whole
 from ..choices import AUGMENTS, LOSSES, PARAMETERS
+from ..training.schedule import Schedule
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+WARM_UP, FINAL = 0.1, 0.01
 
 
 @dataclass(frozen=True)
@@ -45,3 +47,8 @@ class Settings:
         one_of("augment", self.augment, AUGMENTS)
         one_of("loss", self.loss, LOSSES)
         one_of("train", self.train, PARAMETERS)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rate of each step: it rises over the first tenth of them."""
+        return Schedule(self.lr, max(1, round(WARM_UP * self.steps)) - 1, self.steps - 1, FINAL)

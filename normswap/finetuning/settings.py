@@ -11,6 +11,7 @@ from ..arguments import number, one_of, seed_value, whole
 from ..choices import DEVICES, OPTIMIZERS
 from ..errors import Fix, OptionError, Text
 from ..machine.limits import check_workers
+from ..training.schedule import Schedule
 from .output.layout import LAST
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -69,6 +70,11 @@ class Settings:
                 raise OptionError(f"{name} must be a share of 1, got {getattr(self, name)!r}")
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("precision", self.precision, tuple(PRECISIONS))
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rate of each step: it falls to zero after the last one."""
+        return Schedule(self.lr, round(self.warmup * self.steps), self.steps)
 
     @property
     def global_batch(self) -> int:

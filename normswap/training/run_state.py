@@ -46,7 +46,7 @@ def load_state(
 ) -> dict[str, Any]:
     """What `save_state` wrote, for a run with the same settings and parameters; tensors on the CPU.
 
-    explain: told of the settings that were found, to raise an error of its own for those it has better words for.
+    explain: given what was found, to raise an error of its own where it has better words.
     Read without running any code in it. Raises CheckpointError for a file that is missing, damaged, or no training
     state, and OptionError for one of a run with other settings, which could not go on as it began.
     """
@@ -64,7 +64,7 @@ def load_state(
             hint=Text("Resume from the file that ", Fix("checkpoint"), " named."),
         )
     if explain is not None:
-        explain(found["settings"])
+        explain(found)
     _check(path, found, settings, parameters)
     return found
 

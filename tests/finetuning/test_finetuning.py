@@ -19,7 +19,7 @@ from normswap.demo.digits import split
 from normswap.demo.network import pretrained
 from normswap.errors import CheckpointError, DataError, Interrupted, OptionError, OutputError, TrainingError
 from normswap.finetuning.engine.checkpointer import RunState
-from normswap.finetuning.engine.optimizer import averaged, default_rate, rate_at
+from normswap.finetuning.engine.optimizer import averaged, default_rate
 from normswap.finetuning.settings import Settings
 
 SMALL = {"batch_size": 2, "steps": 10, "device": "cpu"}
@@ -73,7 +73,8 @@ def settings(**more: Any) -> Settings:
 
 @pytest.mark.parametrize(("steps", "warm"), [(100, 10), (100, 0), (40, 5)])
 def test_the_rate_rises_in_equal_parts_from_one_part_and_falls_along_a_cosine(steps: int, warm: int) -> None:
-    rates = [rate_at(step, settings(steps=steps, lr=0.4, warmup=warm / steps)) for step in range(steps)]
+    schedule = settings(steps=steps, lr=0.4, warmup=warm / steps).schedule
+    rates = [schedule.at(step) for step in range(steps)]
     assert rates[:warm] == pytest.approx([0.4 * part / (warm + 1) for part in range(1, warm + 1)])
     left = steps - warm
     assert rates[warm:] == pytest.approx([0.2 * (1 + math.cos(math.pi * k / left)) for k in range(left)])

@@ -1,15 +1,14 @@
-"""Hugging Face accelerate, and as much of it as the loop needs: devices, processes, precision, gradients."""
+"""Hugging Face accelerate, and as much of it as the loop needs: devices, processes, precision."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ...errors import Fix, NormswapError, OptionError, Text
 from ..settings import PRECISIONS
@@ -61,64 +60,38 @@ def _on_cpu(device: str) -> bool:
     return device == "cpu" or (device == "auto" and not there)
 
 
-class Optimization:
-    """Gradients and updates of some parameters, the same for one process and for many.
+@contextmanager
+def compiled(forward: Any, model: nn.Module, part: str | None) -> Iterator[Any]:
+    """Compile a part of the model for the time of a run, or all where there is no such part. Yields what to call."""
+    found = None if part is None else getattr(model, part, None)
+    if not isinstance(found, nn.Module):
+        yield torch.compile(forward)
+        return
+    before = found._compiled_call_impl
+    found.compile()
+    try:
+        yield forward
+    finally:
+        found._compiled_call_impl = before
 
-    model: what to call in training: the network itself, or the wrapper that sums gradients over the processes.
-    """
 
-    def __init__(
-        self,
-        accelerator: Any,
-        network: nn.Module,
-        optimizer: Optimizer,
-        clip: float | None,
-    ) -> None:
-        self.accelerator, self.optimizer, self._clip = accelerator, optimizer, clip
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.scaler = accelerator.scaler
-        self.updating = False
-        """Whether an update was cut short, so that the parameters no longer belong together."""
-        self.model: Any = accelerator.prepare_model(network) if accelerator.num_processes > 1 else network
+class Processes:
+    """What the processes of a run tell each other."""
 
-    def step(self, losses: Sequence[Callable[[], Tensor]], rate: float) -> Tensor:
-        """One update with the mean gradient of several losses, computed one after the other. Returns their mean."""
-        total: Tensor | None = None
-        last = len(losses) - 1
-        for i, loss_of in enumerate(losses):
-            with self._unsynced(i < last):
-                with self.accelerator.autocast():
-                    loss = loss_of()
-                if last:
-                    loss = loss / (last + 1)
-                self.accelerator.backward(loss)
-            total = loss.detach() if total is None else total + loss.detach()
-        self._update(rate)
-        if total is None:
-            raise ValueError("a step needs a loss")
-        return total
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+        self.together: bool = accelerator.num_processes > 1
 
-    def _update(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        if self._clip is not None:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
-        self.updating = True
-        if self.scaler is not None:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            self.optimizer.step()
-        self.updating = False
-        self.optimizer.zero_grad(set_to_none=True)
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over all of them."""
+        if not self.together:
+            return value
+        device = self._accelerator.device
+        value = value.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        found: Tensor = self._accelerator.reduce(value, "sum")
+        return found.cpu()
 
-    @contextmanager
-    def _unsynced(self, wanted: bool) -> Iterator[None]:
-        """Keep gradients to this process; the last pass of a step sums them."""
-        if wanted and hasattr(self.model, "no_sync"):
-            with self.model.no_sync():
-                yield
-        else:
-            yield
+    def largest(self, number: int) -> int:
+        """The largest of the numbers that they have."""
+        own = torch.tensor([number], device=self._accelerator.device)
+        return int(self._accelerator.gather(own).max())

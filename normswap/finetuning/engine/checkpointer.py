@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ...checkpoint.saving import save
 from ...conversion.record import record_of
 from ...conversion.stabilize import factors_in, rescale
 from ...training.run_state import load_state, save_state
+from ...training.snapshot import Snapshot
+from ...training.updates import Updates
 from ..output.layout import BEST, LAST, STATE
 from ..settings import Settings, refuse
-from .accelerator import Optimization
 
 
 @dataclass
@@ -26,11 +27,10 @@ class RunState:
 
     best, best_at: the best validation figure, and its step; what training began with counts. best_loss: the validation
     loss then, which decides between equals. before: the figures of step 0. figures: the last ones; window: first and
-    last of the steps that those of training are over; validated_at: the step of those of validation. pending: whether
-    a validation is due. entry: what the network's history says of the run so far.
+    last of the steps that those of training are over; validated_at: the step of those of validation. entry: what the
+    network's history says of the run so far.
     """
 
-    step: int = 0
     best: float | None = None
     best_at: int | None = None
     best_loss: float | None = None
@@ -38,7 +38,6 @@ class RunState:
     figures: dict[str, float] = field(default_factory=dict)
     window: tuple[int, int] | None = None
     validated_at: int | None = None
-    pending: bool = False
     entry: dict[str, Any] | None = None
 
     def better(self, value: float, loss: float | None) -> bool:
@@ -61,15 +60,15 @@ class Checkpointer:
         settings: Settings,
         model: nn.Module,
         average: AveragedModel | None,
-        optimization: Optimization,
+        updates: Updates,
         flags: Mapping[str, bool],
         *,
         main: bool,
     ) -> None:
         self.folder, self.settings, self.model, self.average = folder, settings, model, average
-        self.optimization, self.main, self._flags = optimization, main, flags
+        self.updates, self.main, self._flags = updates, main, flags
         self.saved: int | None = None
-        self._copy: dict[str, Tensor] = {}
+        self._memory = Snapshot(lambda: {**dict(model.named_parameters()), **dict(model.named_buffers())})
 
     @property
     def network(self) -> nn.Module:
@@ -77,15 +76,15 @@ class Checkpointer:
         found: nn.Module = self.model if self.average is None else self.average.module
         return found
 
-    def keep(self, standing: RunState) -> None:
-        """Write the state of the run, and the network as it is. Raises OutputError."""
+    def keep(self, standing: RunState, measured: int | None) -> None:
+        """Write the state of the run, and the network as it is. measured: see `Engine`. Raises OutputError."""
         self._remember(standing)
         if self.folder is None:
-            self._copy = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+            self._memory.take(self.updates.step)
         elif self.main:
-            save_state(self.folder / STATE, asdict(self.settings), self._state(standing))
+            save_state(self.folder / STATE, asdict(self.settings), self._state(standing, measured))
             self._save(self.folder / LAST)
-        self.saved = standing.step
+        self.saved = self.updates.step
 
     def keep_best(self, standing: RunState) -> None:
         """Write the network as the best so far. Raises OutputError."""
@@ -93,27 +92,29 @@ class Checkpointer:
             self._remember(standing)
             self._save(self.folder / BEST)
 
-    def restore(self) -> RunState | None:
-        """Put everything where the last state has it; None where a run without a folder has only the network.
+    def restore(self) -> tuple[RunState, int | None] | None:
+        """Put everything where the last state has it, and give what `keep` got; without a folder only the network.
 
         Raises CheckpointError for a file that is damaged or of another network, and OptionError for other settings.
         """
         if self.folder is None:
-            self.model.load_state_dict(self._copy)
+            self._memory.put_back()
             return None
         path, settings = self.folder / STATE, self.settings
-        state = load_state(path, asdict(settings), self.model.state_dict(), lambda was: refuse(path, was, settings))
+        state = load_state(
+            path, asdict(settings), self.model.state_dict(), lambda was: refuse(path, was["settings"], settings)
+        )
         self.model.load_state_dict(state["parameters"])
-        self.optimization.optimizer.load_state_dict(state["optimizer"])
+        self.updates.restore(state)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        if self.optimization.scaler is not None:
-            self.optimization.scaler.load_state_dict(state["scaler"])
         for network in (self.model, *([] if self.average is None else [self.average.module])):
             rescale(network, dict(factors_in(network)), back=True, values=False)
             rescale(network, state["factors"], values=False)
         self.saved = state["step"]
-        return RunState(state["step"], **state["standing"])
+        standing = dict(state["standing"])
+        due = standing.pop("pending", False)  # as files of before have it
+        return RunState(**standing), state.get("looked", None if due else self.saved)
 
     def told(self) -> str:
         """What is left after a failure."""
@@ -123,16 +124,14 @@ class Checkpointer:
             return f"the last good checkpoint is {self.folder / STATE}, of step {self.saved}"
         return "the network is as it was before" if self.saved == 0 else f"the network is that of step {self.saved}"
 
-    def _state(self, standing: RunState) -> dict[str, Any]:
-        scaler = self.optimization.scaler
+    def _state(self, standing: RunState, measured: int | None) -> dict[str, Any]:
         return {
-            "step": standing.step,
+            **self.updates.state(),
             "parameters": _cpu(self.model.state_dict()),
-            "optimizer": self.optimization.optimizer.state_dict(),
             "average": None if self.average is None else _cpu(self.average.state_dict()),
-            "scaler": None if scaler is None else scaler.state_dict(),
+            "looked": measured,
             "factors": dict(factors_in(self.model)),
-            "standing": {f.name: getattr(standing, f.name) for f in fields(standing) if f.name != "step"},
+            "standing": {f.name: getattr(standing, f.name) for f in fields(standing)},
         }
 
     def _save(self, path: Path) -> None:
@@ -147,9 +146,9 @@ class Checkpointer:
     def _remember(self, standing: RunState) -> None:
         """Note in the networks' history what was done so far, in place of what an earlier checkpoint noted."""
         settings = self.settings
-        if standing.step == 0:
+        if self.updates.step == 0:
             return
-        entry = {"action": "finetune", "steps": standing.step, "planned": settings.steps, "train": settings.train}
+        entry = {"action": "finetune", "steps": self.updates.step, "planned": settings.steps, "train": settings.train}
         entry |= {"lr": settings.lr, "optimizer": settings.optimizer, "global_batch": settings.global_batch}
         entry |= {"seed": settings.seed, "figures": dict(standing.figures)}
         for network in dict.fromkeys((self.model, self.network)):

@@ -5,14 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...errors import DataError, Fix, NormswapError, Text, TrainingError, first_line
-
-
-class NonFinite(Exception):
-    """A loss that is NaN or infinite, and the step it came from."""
-
-    def __init__(self, step: int, value: float) -> None:
-        super().__init__(step, value)
-        self.step, self.value = step, value
+from ...training.updates import NonFinite
 
 
 def explain(error: BaseException, where: str, device: torch.device, left: str) -> NormswapError | None:
@@ -22,7 +15,7 @@ def explain(error: BaseException, where: str, device: torch.device, left: str) -
     """
     if isinstance(error, NonFinite):
         return TrainingError(
-            f"the loss is {error.value} at step {error.step}; {left}",
+            f"{error}; {left}",
             hint=Text("Try a smaller ", Fix("lr"), ", ", Fix("clip_grad", 1.0), ", or ", Fix("precision", "fp32"), "."),
         )
     if isinstance(error, DataError):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-from .failures import NonFinite
 
 BETWEEN = 0.1
 """Seconds between two reports of progress."""
@@ -29,11 +26,6 @@ class RunningMeans:
             for name, value in each.items():
                 self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.steps, self.samples, self.last = self.steps + 1, self.samples + samples, step
-
-    def check(self) -> None:
-        for i, value in enumerate(torch.stack(self.losses).tolist()):
-            if not math.isfinite(value):
-                raise NonFinite(self.last - len(self.losses) + 1 + i, value)
 
     def figures(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The mean loss of the steps, and the mean over the samples of everything that was summed up."""

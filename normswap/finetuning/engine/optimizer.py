@@ -1,21 +1,18 @@
-"""Which parameters train, with which optimizer, at which rate; and an average of the weights."""
+"""Which parameters train, at which rate by default; and an average of the weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from ...errors import Fix, OptionError, Text
 from ...modules.path_ranges import matches
 from ...training.parameters import norm_parameters
-from ..settings import Settings
 
-MOMENTUM = 0.9
 RATES = {"adamw": 2e-4, "sgd": 1e-3}
 """The largest learning rate at a global batch of `RATED_AT`."""
 RATED_AT = 2
@@ -25,14 +22,6 @@ def default_rate(optimizer: str, global_batch: int) -> float:
     """AdamW's grows with the square root of the batch (Malladi et al. 2022), SGD's linearly (Goyal et al. 2017)."""
     ratio = global_batch / RATED_AT
     return RATES[optimizer] * (math.sqrt(ratio) if optimizer == "adamw" else ratio)
-
-
-def rate_at(step: int, settings: Settings) -> float:
-    """The learning rate of a step, 0 <= step < settings.steps: a linear rise, then a cosine to zero."""
-    warm = round(settings.warmup * settings.steps)
-    if step < warm:
-        return settings.lr * (step + 1) / (warm + 1)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, settings.steps - warm)))
 
 
 def trained(
@@ -67,23 +56,6 @@ def trained(
     if not found:
         raise OptionError(f"all that {train!r} stands for is frozen, so nothing trains")
     return found
-
-
-def build_optimizer(model: nn.Module, parameters: Mapping[str, nn.Parameter], settings: Settings) -> Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) or SGD with Nesterov momentum; vectors (gamma, beta, biases) do not decay."""
-    norms = norm_parameters(model)
-    plain = [p for p in parameters.values() if p in norms or p.dim() <= 1]
-    decayed = [p for p in parameters.values() if not (p in norms or p.dim() <= 1)]
-    groups = [
-        {"params": group, "weight_decay": decay}
-        for group, decay in ((decayed, settings.weight_decay), (plain, 0.0))
-        if group
-    ]
-    kinds = {p.device.type for p in parameters.values()}
-    fused = len(kinds) == 1 and kinds <= {"cpu", "cuda"} and all(p.is_floating_point() for p in parameters.values())
-    if settings.optimizer == "adamw":
-        return AdamW(groups, lr=settings.lr, fused=fused)
-    return SGD(groups, lr=settings.lr, momentum=MOMENTUM, nesterov=True, fused=fused)
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:

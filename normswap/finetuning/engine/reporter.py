@@ -59,17 +59,11 @@ class RunReporter:
         """One step is done; on a GPU its figures stay there until `look`."""
         self._window.add(step, loss, sums, samples)
 
-    def check(self) -> None:
-        """Raise NonFinite if a loss since the last look was not finite."""
-        if self._window.steps:
-            self._window.check()
-
     def look(self, step: int, rate: float, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means over the steps since the last look and over all processes, written down. Raises NonFinite."""
+        """Means over the steps since the last look and over all processes, written down."""
         window = self._window
         if not window.steps:
             return {}
-        window.check()
         figures = window.figures(total)
         speed = self.clock.lap(window.samples * self.settings.processes)
         self._write(step, {**figures, "lr": rate, "samples_per_second": round(speed, 2)})

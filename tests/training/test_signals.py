@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from normswap.cli.terminal.streams import Lasting
-from normswap.finetuning.engine.signals import Signals
+from normswap.training.signals import Signals
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 NUMBERS = ("SIGINT", "SIGTERM", "SIGHUP")
