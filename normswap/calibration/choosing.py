@@ -21,7 +21,8 @@ from ..modules.precision import at_least_float32
 from ..modules.restore import evaluating, undisturbed
 from ..modules.tree import module_at
 from ..norms._wrappers import per_channel
-from ..norms.group import GroupOptions, divisors
+from ..norms.group import divisors
+from ..norms.registry import norm_named
 from ..planning.plan import SOFT, Plan, Step
 from .balance import Spread, signs, sizes
 from .matching import forward
@@ -67,17 +68,17 @@ def choose_groups(
         stack.enter_context(evaluating(model))
         trial = _Trial(model, args, steps)
         chosen = {path: _most(trial, step, budget) for path, step in steps.items()}
-    new = tuple(
-        dataclasses.replace(step, options=GroupOptions(eps=step.options.eps, num_groups=chosen[step.path]))
-        if step.path in chosen
-        else step
-        for step in plan.steps
-    )
+    new = tuple(_with_groups(step, chosen[step.path]) if step.path in chosen else step for step in plan.steps)
     return dataclasses.replace(plan, steps=new)
 
 
+def _with_groups(step: Step, number: int) -> Step:
+    options: Any = step.options
+    return dataclasses.replace(step, options=dataclasses.replace(options, num_groups=number))
+
+
 def _is_open(model: nn.Module, step: Step) -> bool:
-    folded = step.target == "gn" and step.transfer in ("fold", "prescale")
+    folded = norm_named(step.target).takes_groups and step.transfer in ("fold", "prescale")
     return folded and state_of(module_at(model, step.path)).has_statistics
 
 

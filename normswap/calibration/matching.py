@@ -82,7 +82,7 @@ class Original:
         with ExitStack() as stack:
             for target, original in self.targets:
                 state = state_of(original)
-                if state.has_statistics or (state.tail and state.num_groups):
+                if state.has_statistics or state.tail:
                     hook = self._input_hook(target, state.has_statistics)
                     handle = original.register_forward_pre_hook(hook, with_kwargs=True)
                 else:
@@ -115,7 +115,7 @@ class Original:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             x = first_input(args, kwargs)
             if not has_statistics:
-                self._note(target, moments_of(bare_output(module, x)))
+                self._note(target, moments_of(bare_output(module, x), state_of(module).channel_dim))
                 return
             rows = rows_of(x)
             inputs = rows.moments()

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from ..conversion.apply import inner_norm
@@ -131,9 +130,14 @@ def fixed_map(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def bare_output(original: nn.Module, x: Tensor) -> Tensor:
-    """What a group norm gives, without the activation that may be fused into it."""
-    state = state_of(original)
-    return F.group_norm(x, state.num_groups or 1, state.weight, state.bias, state.eps)
+    """What a norm gives without the activation that is fused into it."""
+    tail = {name: original._modules[name] for name in state_of(original).tail}
+    original._modules.update({name: nn.Identity() for name in tail})
+    try:
+        out: Tensor = original.forward(x)
+    finally:
+        original._modules.update(tail)
+    return out
 
 
 def alive(moments: Moments) -> Tensor:

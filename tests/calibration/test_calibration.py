@@ -13,6 +13,7 @@ import torch
 from helpers import Residual, bits, broadcast, contents, conv_bn, fingerprint, randomized, relative, run
 from memory import Held, Wasteful, peak
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models import resnet18
 
 import normswap
@@ -934,3 +935,16 @@ def test_layers_on_regions_that_a_detector_proposes_are_not_fitted_anew() -> Non
     anew = [layer.path for layer in record_of(model).undo.layers if layer.given is not None]
     assert any(path.startswith("backbone.fpn") for path in anew)
     assert not any(path.startswith("roi_heads") for path in anew)
+
+
+def test_of_any_norm_fused_with_an_activation_the_norm_alone_is_matched() -> None:
+    timm = pytest.importorskip("timm.layers")
+    original = randomized(nn.Sequential(nn.Conv2d(3, 4, 1), timm.LayerNormAct2d(4)))
+    converted = normswap.convert(original, to="gn", groups=2, sources=["ln-channel"])
+    x = torch.randn(32, 3, 6, 6)
+    calibrate(converted, original, x, method="moments")
+    norm = original[1]
+    wanted = F.layer_norm(original[0](x).movedim(1, -1), (4,), norm.weight, norm.bias, norm.eps).movedim(-1, 1)
+    given = converted[1].norm(converted[0](x))
+    torch.testing.assert_close(given.mean((0, 2, 3)), wanted.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(given.var((0, 2, 3)), wanted.var((0, 2, 3)), rtol=1e-3, atol=1e-4)

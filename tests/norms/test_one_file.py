@@ -24,7 +24,7 @@ PACKAGE = ROOT / "normswap"
 
 # Where else a norm may be named, and why.
 NAMED = {
-    ("cli/commands/_convert_report.py", "fused"): "how the statistics were carried over, not the norm",
+    ("display/overview.py", "fused"): "how the statistics were carried over, not the norm",
     ("cli/commands/demo.py", "bn"): "the demo's story is of these two",
     ("cli/commands/demo.py", "gn"): "the demo's story is of these two",
     ("demo/picture.py", "bn"): "the demo's story is of these two",
