@@ -23,7 +23,11 @@ def network_digest(model: nn.Module) -> str:
     """Tells whether the state of a run belongs to this network: a hash of its plan and of its tensors' shapes."""
     record = record_of(model)
     shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
-    what = [None if record is None else record.plan.to_dict(), shapes]
+    plan = None if record is None else record.plan.to_dict()
+    for step in plan["steps"] if plan else ():
+        if not step["unit"]:
+            del step["unit"]  # which plans did not have when the first states were written
+    what = [plan, shapes]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
 
