@@ -17,6 +17,8 @@ from ..errors import CheckpointError, Fix, OptionError, OutputError, Text, first
 from ..files.writing import atomic, check_writable
 
 FORMAT = 1
+_RENAMED = {"distill": "distil"}
+"""Settings that were called otherwise when the first states were written."""
 
 
 def network_digest(model: nn.Module) -> str:
@@ -74,7 +76,7 @@ def load_state(
 
 
 def _check(path: Path, found: dict[str, Any], settings: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
-    theirs = found["settings"]
+    theirs = {_RENAMED.get(name, name): value for name, value in found["settings"].items()}
     differing = [k for k in settings if theirs.get(k) != settings[k]]
     if "network" in differing:
         raise OptionError(f"{path} is the state of another network, or of another conversion of this one")
