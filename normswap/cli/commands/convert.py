@@ -127,7 +127,7 @@ def convert(
         bool, typer.Option("--approximate", help="Undo a conversion although the network was trained since.")
     ] = False,
     output: options.Output = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+    force: options.Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and write nothing.")] = False,
     built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,
