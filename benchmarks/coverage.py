@@ -30,8 +30,8 @@ from normswap.conversion.self_check import observe, watched_paths
 from normswap.inspection.example_inputs import guess_inputs
 from normswap.inspection.inventory import Layer
 from normswap.modules.tree import aliases
-from normswap.sources import resolve as sources
-from normswap.sources import torchvision as torchvision_models
+from normswap.sources.resolve import build, build_empty, parse
+from normswap.sources.torchvision import names
 from normswap.tracing.feeds import Feed, analyse, watched_modules
 from normswap.tracing.recorded import record
 
@@ -105,11 +105,11 @@ def recorded_feeds(model: nn.Module, layers: dict[str, Layer], inputs: tuple[obj
 def examine(name: str) -> Row | None:
     """All checks of one network; None if it has no BN."""
     start, row = time.perf_counter(), Row(name)
-    source = sources.parse(name)
-    if not batch_norms(normswap.inspect(sources.build_empty(source), feeds=False)):
+    source = parse(name)
+    if not batch_norms(normswap.inspect(build_empty(source), feeds=False)):
         return None
     torch.manual_seed(0)
-    model = sources.build(source, "none")[0].eval()
+    model = build(source, "none")[0].eval()
     randomise_statistics(model)
     if hasattr(getattr(model, "transform", None), "min_size"):  # a detector would enlarge the small test image
         model.transform.min_size = (160,)
@@ -169,8 +169,8 @@ def output_error(model: nn.Module, converted: nn.Module, plan: normswap.Plan, in
     return max((float((a - b).norm() / a.norm().clamp_min(1e-12)) for a, b in pairs if a.numel()), default=0.0)
 
 
-def names(only: str | None) -> list[str]:
-    everything = [*torchvision_models.names(), *(f"timm:{n}" for n in TIMM)]
+def chosen(only: str | None) -> list[str]:
+    everything = [*names(), *(f"timm:{n}" for n in TIMM)]
     return [n for n in everything if only is None or fnmatch.fnmatch(n, only)]
 
 
@@ -206,7 +206,7 @@ def main() -> None:
     rows = []
     kept = options.keep.read_text().splitlines() if options.keep and options.keep.exists() else []
     done = {row.name: row for row in (Row(**json.loads(line)) for line in kept)}
-    for name in names(options.only):
+    for name in chosen(options.only):
         if name in done:
             rows.append(done[name])
             continue

@@ -25,11 +25,11 @@ from ..heads.classifier import Head, resize_head
 from ..modules.tree import check_module, module_at, replace_module
 from ..modules.wrappers import unwrapped
 from ..planning.plan import Plan
-from ..sources.resolve import Source, beside, build_empty, build_full, parse
+from ..sources.resolve import build_empty, build_full, parse
+from ..sources.spec import Source
+from ..sources.user_code import beside
 from ..sources.weights import check_finite, has_empty_parameters, load_state
 from .manifest import KEY, make_manifest, read_file
-from .manifest import is_ours as is_ours
-from .manifest import read_manifest as read_manifest
 from .undo_tensors import PREFIX, check_undo, fill_undo, undo_tensors
 
 

@@ -11,7 +11,8 @@ from ..conversion.apply import apply
 from ..conversion.undo_record import Undo
 from ..errors import NormswapError
 from ..planning.plan import Plan
-from ..sources.resolve import Source, build_empty
+from ..sources.resolve import build_empty
+from ..sources.spec import Source
 
 
 def source_of(model: nn.Module, plan: Plan, undo: Undo) -> dict[str, Any] | None:

@@ -73,7 +73,7 @@ def convert(
 
     The arguments up to `missing_statistics` are those of `plan`; `using` takes a ready plan instead of them.
     inplace=True converts `model` itself, which saves a copy of it (the returned root is a new module only when the
-    root itself is a norm). check=True proves the surgery: on `example_inputs`, or on a random input that the
+    root itself is a norm). check=True proves the result: on `example_inputs`, or on a random input that the
     network is found to take, the converted network with bare norms must equal the original to a relative 1e-4, else
     it is undone; where no such input is found, a warning says so. undo=False keeps nothing for `revert`.
 

@@ -16,27 +16,9 @@ from torch import nn
 
 from ..errors import Fix, NormswapError, OptionError, SourceError, Text, did_you_mean
 from ..modules.wrappers import unwrapped
-from . import (
-    timm as timm_models,
-)
-from . import (
-    torchvision as torchvision_models,
-)
-from . import (
-    transformers as transformers_models,
-)
-from . import (
-    user_code as factories,
-)
-from .provenance import NOT_READ, Weights, weights_of
-from .spec import KINDS, Source, build_error
-from .user_code import beside
+from . import timm, torchvision, transformers, user_code
+from .spec import Source, build_error
 from .weights import State, check_finite, empty_parameters, has_empty_parameters, load_state, read_state
-
-__all__ = [
-    "KINDS", "NOT_READ", "Source", "Weights", "beside", "build", "build_empty", "build_full", "missing_file",
-    "names_a_file", "outline", "parse", "parse_args", "weights_of",
-]  # fmt: skip
 
 
 def parse(text: str, args: Mapping[str, Any] | None = None) -> Source:
@@ -57,7 +39,7 @@ def parse(text: str, args: Mapping[str, Any] | None = None) -> Source:
         )
     if text.endswith(".py"):
         raise SourceError(f"{text} names a file but no factory in it", hint=f"For example {text}:build_model")
-    if text not in torchvision_models.names():
+    if text not in torchvision.names():
         _unknown_name(text)
     return Source("torchvision", text, args)
 
@@ -97,8 +79,8 @@ def build(
     if names_a_file(source, weights):
         state = read_state(weights, trust_pickle=trust_pickle, allow_nonfinite=allow_nonfinite)
         source = _resolved(source)
-        if source.kind == "torchvision" and (entry := torchvision_models.published_file(source.name, weights)):
-            return torchvision_models.with_state(source, entry, state)
+        if source.kind == "torchvision" and (entry := torchvision.published_file(source.name, weights)):
+            return torchvision.with_state(source, entry, state)
         model = build_empty(source)
         load_state(model, state, str(weights))
         return _completed(model, source, state, weights), source
@@ -116,7 +98,7 @@ def outline(source: Source, weights: str = "none") -> tuple[nn.Module, Source]:
     source = _resolved(source)
     if source.kind == "torchvision" and weights != "none":
         local = names_a_file(source, weights)
-        find = torchvision_models.published_file if local else torchvision_models.published
+        find = torchvision.published_file if local else torchvision.published
         if (entry := find(source.name, weights)) is not None:
             source = replace(source, variant=entry.name)
     return build_empty(source), source
@@ -145,11 +127,11 @@ def build_full(source: Source) -> nn.Module:
 
 def _built(source: Source) -> nn.Module:
     builder: Callable[[Source], Any] = {
-        "torchvision": torchvision_models.architecture,
-        "timm": timm_models.architecture,
-        "hf": transformers_models.architecture,
-        "factory": factories.architecture,
-        "file": factories.architecture,
+        "torchvision": torchvision.architecture,
+        "timm": timm.architecture,
+        "hf": transformers.architecture,
+        "factory": user_code.architecture,
+        "file": user_code.architecture,
     }[source.kind]
     model = builder(source)
     if not isinstance(model, nn.Module):
@@ -178,13 +160,13 @@ def names_a_file(source: Source, weights: str) -> bool:
 def _pretrained(source: Source, weights: str, progress: bool) -> tuple[nn.Module, Source]:
     if source.runs_code:
         return build_full(source), source
-    library = {"torchvision": torchvision_models, "timm": timm_models, "hf": transformers_models}[source.kind]
+    library = {"torchvision": torchvision, "timm": timm, "hf": transformers}[source.kind]
     return library.pretrained(source, weights, progress)
 
 
 def _resolved(source: Source) -> Source:
     """With what is needed to rebuild it without a hub."""
-    library = {"timm": timm_models, "hf": transformers_models}.get(source.kind)
+    library = {"timm": timm, "hf": transformers}.get(source.kind)
     return source if library is None else library.resolved(source)
 
 
@@ -202,7 +184,7 @@ def missing_file(text: str) -> SourceError | None:
 def _unknown_name(text: str) -> NoReturn:
     if (missing := missing_file(text)) is not None:
         raise missing
-    near = did_you_mean(text, torchvision_models.names())
+    near = did_you_mean(text, torchvision.names())
     ways = [near] if near else []
     if Path(text).suffix in (".pth", ".pt", ".th", ".ckpt", ".bin"):
         ways = [f"A checkpoint needs its architecture: normswap convert SOURCE --weights {text}"]

@@ -30,16 +30,16 @@ _HARMLESS = {"isinstance", "issubclass", "hasattr", "len", "type", "bool", "id",
 class Uses:
     """What the code of one class does with its children, by name (`*` for all of them).
 
-    called: run whole. loose: taken up without being run on the spot (iterated, assigned). read: attribute names read
-    from a child, or from what may be one. handed: passed to code that is not looked at. plain: whether there was
+    called: run whole. iterated: taken up without being run on the spot (iterated, assigned). read: attribute names read
+    from a child, or from what may be one. escaped: passed to code that is not looked at. has_source: whether there was
     source code to read.
     """
 
     called: set[str] = field(default_factory=set)
-    loose: set[str] = field(default_factory=set)
+    iterated: set[str] = field(default_factory=set)
     read: set[tuple[str, str]] = field(default_factory=set)
-    handed: set[str] = field(default_factory=set)
-    plain: bool = True
+    escaped: set[str] = field(default_factory=set)
+    has_source: bool = True
 
 
 def uses_of(module: nn.Module) -> Uses:
@@ -58,7 +58,7 @@ def doubtful_below(module: nn.Module, uses: Uses, name: str, relevant: Callable[
     child = module._modules[name]
     if child is None:
         return []
-    if not uses.plain or name in uses.handed or ALL in uses.handed:
+    if not uses.has_source or name in uses.escaped or ALL in uses.escaped:
         return [name]
     read = {attribute for owner, attribute in uses.read if owner in (name, ALL)}
     return [path for path, part in _members(name, child) if any(_opens(part, a, relevant) for a in read)]
@@ -93,7 +93,7 @@ def _method_opens(module: nn.Module, method: str, relevant: Callable[[nn.Module]
     for name, child in module._modules.items():
         if child is None or not any(relevant(m) for m in child.modules()):
             continue
-        if not uses.plain or (uses.called | uses.loose | uses.handed) & {name, ALL}:
+        if not uses.has_source or (uses.called | uses.iterated | uses.escaped) & {name, ALL}:
             return True
         if doubtful_below(module, uses, name, relevant):
             return True
@@ -109,11 +109,11 @@ def _uses_of_class(cls: type, entry: str = "forward") -> Uses:
             continue
         definitions = definitions_of(base)
         if not definitions:
-            return Uses(plain=False)
+            return Uses(has_source=False)
         for node in (n for definition in definitions for n in definition.body):
             if isinstance(node, ast.FunctionDef):
                 methods.setdefault(node.name, []).append(node)
-    uses = Uses(plain=_is_one_of(getattr(cls, entry, None), methods.get(entry, [])))
+    uses = Uses(has_source=_is_one_of(getattr(cls, entry, None), methods.get(entry, [])))
     waiting, seen = [entry], {entry}
     while waiting:
         for method in methods.get(waiting.pop(), ()):
@@ -268,10 +268,10 @@ class _Reader:
                 if isinstance(attribute, ast.Constant):
                     uses.read |= {(child, str(attribute.value)) for child in children}
                 else:
-                    uses.handed |= children
+                    uses.escaped |= children
             elif name not in _HARMLESS:
-                uses.handed |= children
+                uses.escaped |= children
         elif isinstance(parent, (ast.Assign, ast.AnnAssign, ast.For, ast.comprehension)):
-            uses.loose |= children
+            uses.iterated |= children
         elif not isinstance(parent, (ast.Compare, ast.If, ast.IfExp, ast.While, ast.UnaryOp, ast.Assert, ast.Expr)):
-            uses.handed |= children
+            uses.escaped |= children

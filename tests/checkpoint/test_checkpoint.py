@@ -349,7 +349,7 @@ def build(): return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(
 
 
 def test_code_that_a_manifest_names_is_run_only_for_those_who_trust_it(tmp_path: Path) -> None:
-    from normswap.sources.resolve import Source
+    from normswap.sources.spec import Source
 
     marker, script = tmp_path / "ran", tmp_path / "nets.py"
     script.write_text(NETS.format(marker=str(marker)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ran import Cli
 
-from normswap.cli import recipe_catalog as recipes
+from normswap.cli import recipe_catalog
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.py"))
@@ -96,7 +96,7 @@ def test_a_wheel_brings_them_within_the_package(cli: Cli, folder: Path, monkeypa
     (folder / "_recipes").mkdir()
     text = '"""Do it.\n\nGoal:      all\n           done\nCommand:   python x.py\nTime:      1 s\nExpected:  0.5\n"""\n'
     (folder / "_recipes" / "x.py").write_text(text)
-    monkeypatch.setattr(recipes, "FOLDERS", (folder / "_recipes", FOLDER))
+    monkeypatch.setattr(recipe_catalog, "FOLDERS", (folder / "_recipes", FOLDER))
     (found,) = cli("recipes", "--json").json["recipes"]
     assert (found["name"], found["title"], found["goal"], found["expected"]) == ("x", "Do it.", "all done", "0.5")
 
@@ -104,7 +104,7 @@ def test_a_wheel_brings_them_within_the_package(cli: Cli, folder: Path, monkeypa
 def test_without_any_folder_the_error_says_where_they_should_be(
     cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recipes, "FOLDERS", (folder / "_recipes",))
+    monkeypatch.setattr(recipe_catalog, "FOLDERS", (folder / "_recipes",))
     ran = cli("recipes")
     assert (ran.code, ran.out) == (1, "")
     assert "there are no recipes in" in ran.err

@@ -18,8 +18,8 @@ from resnet20 import resnet20
 from torch import Tensor, nn
 
 import normswap
-from normswap.comparison.layers import comparable_paths
-from normswap.comparison.verification import Difference, first_jump, verify
+from normswap.comparison.layers import Difference, comparable_paths
+from normswap.comparison.verification import first_jump, verify
 from normswap.data import Preprocess, open_images
 from normswap.errors import DataError, OptionError
 

@@ -12,7 +12,7 @@ from PIL import Image
 from normswap.data.image_folder import open_images
 from normswap.errors import DataError
 from normswap.finetuning.datasets.labelled import open_sets
-from normswap.finetuning.datasets.masks import open_scenes
+from normswap.finetuning.datasets.masks import open_mask_sets
 from normswap.finetuning.datasets.splits import split
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
@@ -110,4 +110,4 @@ def test_masks_of_training_images_do_not_validate_either(tmp_path: Path) -> None
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
         Image.new("L", (8, 8), 1).save(tmp_path / f"{name}_mask.png")
     with pytest.raises(DataError, match="2 of the 2 validation images"):
-        open_scenes(tmp_path, tmp_path)
+        open_mask_sets(tmp_path, tmp_path)

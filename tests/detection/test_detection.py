@@ -22,8 +22,8 @@ from normswap import detection
 from normswap.detection import convert, detector, freeze_stages
 from normswap.detection.backbones import levels_of
 from normswap.errors import OptionError, PlanError
-from normswap.sources import torchvision as torchvision_models
 from normswap.sources.spec import Source
+from normswap.sources.torchvision import architecture, published
 
 QUICK = ["fasterrcnn_mobilenet_v3_large_320_fpn", "lraspp_mobilenet_v3_large"]
 WITH_NORMS = [name for name in (*DETECTORS, *SEGMENTERS) if name != "ssd300_vgg16"]
@@ -112,9 +112,9 @@ def test_the_eps_0_of_coco_weights_goes_into_the_fold() -> None:
 
 @pytest.mark.slow
 def test_the_eps_0_of_coco_weights_survives_a_file(tmp_path: Path) -> None:
-    entry = torchvision_models.published("fasterrcnn_resnet50_fpn", "COCO_V1")
+    entry = published("fasterrcnn_resnet50_fpn", "COCO_V1")
     source = Source("torchvision", "fasterrcnn_resnet50_fpn", SMALL | FEW, variant="COCO_V1")
-    network = worn(torchvision_models.architecture(source))
+    network = worn(architecture(source))
     assert entry.name == "COCO_V1"
     assert kinds(network) == {"frozen": 53}
     assert {layer.state.eps for layer in normswap.inspect(network, feeds=False).layers} == {0.0}

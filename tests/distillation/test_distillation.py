@@ -422,7 +422,7 @@ def test_an_interrupt_in_the_middle_of_an_update_undoes_that_update(
 def test_history_survives_saving(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
     normswap.distil(model, data=images, **SHORT)
     normswap.save(model, tmp_path / "a.safetensors")
-    assert normswap.checkpoint.saving.read_manifest(tmp_path / "a.safetensors")["history"][-1]["action"] == "distil"
+    assert normswap.checkpoint.manifest.read_manifest(tmp_path / "a.safetensors")["history"][-1]["action"] == "distil"
     with pytest.raises(RevertError):
         normswap.revert(model)
 

@@ -76,10 +76,10 @@ def test_an_epoch_goes_on_from_any_step() -> None:
 
 @pytest.mark.parametrize(("samples", "processes"), [(7, 1), (7, 2), (2, 3), (12, 5)])
 def test_validation_counts_every_sample_once(samples: int, processes: int) -> None:
-    turns = [ValidationSampler(samples, 2, processes, rank) for rank in range(processes)]
-    keys = [index for turn in turns for batch in turn for _, index in batch]
+    samplers = [ValidationSampler(samples, 2, processes, rank) for rank in range(processes)]
+    keys = [index for sampler in samplers for batch in sampler for _, index in batch]
     assert sorted(keys) == list(range(samples))
-    assert [len(turn) for turn in turns] == [len(list(turn)) for turn in turns]
+    assert [len(sampler) for sampler in samplers] == [len(list(sampler)) for sampler in samplers]
 
 
 def test_a_split_takes_a_tenth_of_every_class_and_is_always_the_same() -> None:

@@ -145,11 +145,11 @@ def test_image_and_mask_change_together(tmp_path: Path) -> None:
     Image.fromarray(np.stack([mask * 60] * 3, -1)).save(tmp_path / "a.png")
     Image.fromarray(mask).save(tmp_path / "a_mask.png")
     prepare = Preprocess(size="native", mean=(0.0,), std=(1.0,))
-    scenes = SegmentationImages(open_masks(tmp_path), prepare, changes="auto", crop=(48, 40), training=True)
+    data = SegmentationImages(open_masks(tmp_path), prepare, changes="auto", crop=(48, 40), training=True)
     sizes = set()
     for seed in range(20):
         torch.manual_seed(seed)
-        image, found = scenes[0]
+        image, found = data[0]
         assert image.shape == (3, 48, 40)
         assert found.shape == (48, 40)
         known = found != 255

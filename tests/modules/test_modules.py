@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from normswap.errors import NormswapError
 from normswap.modules.hooks import adopt
+from normswap.modules.path_ranges import matches
 from normswap.modules.restore import evaluating, undisturbed
-from normswap.modules.tree import aliases, copied, hidden_references, matches, module_at, replace_module
+from normswap.modules.tree import aliases, copied, hidden_references, module_at, replace_module
 
 
 class Shared(nn.Module):

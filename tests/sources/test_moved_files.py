@@ -26,7 +26,7 @@ def build(width=4):
 @pytest.fixture
 def moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file in a folder of its own, next to the code; the current folder is empty."""
-    from normswap.sources.resolve import Source
+    from normswap.sources.spec import Source
 
     made, elsewhere = tmp_path / "made", tmp_path / "elsewhere"
     made.mkdir()

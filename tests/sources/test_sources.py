@@ -21,10 +21,10 @@ from torchvision.models import get_model, get_model_weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from normswap.errors import NormswapError, OptionError, SourceError, WeightsError
-from normswap.sources import _offline as hub_module
-from normswap.sources import resolve as sources
-from normswap.sources import torchvision as torchvision_models
-from normswap.sources.resolve import Source, build, build_empty, outline, parse, parse_args
+from normswap.sources import _offline
+from normswap.sources.resolve import build, build_empty, outline, parse, parse_args
+from normswap.sources.spec import KINDS, Source
+from normswap.sources.torchvision import MIRROR
 
 IMAGE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -96,7 +96,7 @@ def test_an_argument_without_a_name_is_refused(pair: str) -> None:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty TORCH_HOME; no mirror."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.delenv(torchvision_models.MIRROR, raising=False)
+    monkeypatch.delenv(MIRROR, raising=False)
     return tmp_path / "torch" / "hub" / "checkpoints"
 
 
@@ -152,7 +152,7 @@ def test_named_weights_come_from_a_mirror_once_and_their_hash_is_checked(
 ) -> None:
     reference = randomized(get_model("resnet18", weights=None))
     entry, file = publish(tmp_path / "mirror", monkeypatch, "resnet18", reference.state_dict())
-    monkeypatch.setenv(torchvision_models.MIRROR, (tmp_path / "mirror").as_uri() + "/")
+    monkeypatch.setenv(MIRROR, (tmp_path / "mirror").as_uri() + "/")
     model, source = build(parse("resnet18"), weights, progress=False)
     assert contents(model) == contents(reference)
     assert source.variant == entry.name == "IMAGENET1K_V1"
@@ -167,7 +167,7 @@ def test_a_file_that_does_not_have_the_hash_of_its_name_is_refused(
 ) -> None:
     _, file = publish(tmp_path, monkeypatch, "resnet18", get_model("resnet18", weights=None).state_dict())
     file.write_bytes(file.read_bytes() + b"\0")
-    monkeypatch.setenv(torchvision_models.MIRROR, tmp_path.as_uri())
+    monkeypatch.setenv(MIRROR, tmp_path.as_uri())
     error = refused(build, parse("resnet18"), progress=False)
     assert "cannot be downloaded" in error.message
     assert "invalid hash value" in error.message
@@ -195,7 +195,7 @@ def server(tmp_path: Path) -> Iterator[str]:
 def test_a_mirror_may_be_a_web_server(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: str) -> None:
     reference = get_model("mobilenet_v3_small", weights=None)
     _, file = publish(tmp_path / "www", monkeypatch, "mobilenet_v3_small", reference.state_dict())
-    monkeypatch.setenv(torchvision_models.MIRROR, server)
+    monkeypatch.setenv(MIRROR, server)
     model, _ = build(parse("mobilenet_v3_small"), progress=False)
     assert contents(model) == contents(reference)
     (home / file.name).unlink()
@@ -209,7 +209,7 @@ def test_a_mirror_may_be_a_web_server(home: Path, tmp_path: Path, monkeypatch: p
 def test_without_a_network_the_message_names_what_was_tried_and_the_ways_out(
     home: Path, monkeypatch: pytest.MonkeyPatch, mirror: str
 ) -> None:
-    monkeypatch.setenv(torchvision_models.MIRROR, mirror)
+    monkeypatch.setenv(MIRROR, mirror)
     error = refused(build, parse("resnet18"), "IMAGENET1K_V1", progress=False)
     name = "resnet18-f37072fd.pth"
     url = mirror if "://" in mirror else f"file://{mirror}"
@@ -235,7 +235,7 @@ def test_published_weights_with_arguments_that_do_not_go_with_them_are_refused(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(tmp_path, monkeypatch, "resnet18", get_model("resnet18", weights=None).state_dict())
-    monkeypatch.setenv(torchvision_models.MIRROR, tmp_path.as_uri())
+    monkeypatch.setenv(MIRROR, tmp_path.as_uri())
     error = refused(build, parse("resnet18", {"num_classes": 3}), progress=False)
     assert "num_classes" in error.message
     assert "args=" in error.hint
@@ -247,7 +247,7 @@ def test_published_weights_with_nan_are_refused_unless_allowed(
     state = get_model("resnet18", weights=None).state_dict()
     state["fc.bias"][3] = torch.nan
     publish(tmp_path, monkeypatch, "resnet18", state)
-    monkeypatch.setenv(torchvision_models.MIRROR, tmp_path.as_uri())
+    monkeypatch.setenv(MIRROR, tmp_path.as_uri())
     assert "fc.bias" in refused(build, parse("resnet18"), progress=False).message
     model, _ = build(parse("resnet18"), progress=False, allow_nonfinite=True)
     assert model.fc.bias.isnan().sum() == 1
@@ -285,7 +285,7 @@ def test_a_detectors_named_weights_give_it_frozen_norms_of_eps_0_and_its_values(
 ) -> None:
     state = stand_ins(outline(parse(DETECTOR))[0])
     entry, _ = publish(tmp_path, monkeypatch, DETECTOR, state)
-    monkeypatch.setenv(torchvision_models.MIRROR, str(tmp_path))
+    monkeypatch.setenv(MIRROR, str(tmp_path))
     model, source = build(parse(DETECTOR), progress=False)
     assert source.variant == entry.name == "COCO_V1"
     frozen = [m for m in model.modules() if isinstance(m, FrozenBatchNorm2d)]
@@ -512,7 +512,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(hub_module, "socket", SimpleNamespace(getaddrinfo=unresolved))
+    monkeypatch.setattr(_offline, "socket", SimpleNamespace(getaddrinfo=unresolved))
 
 
 @pytest.mark.filterwarnings("ignore")  # the hub's own
@@ -628,4 +628,4 @@ def test_the_kinds_of_sources_are_those_a_manifest_may_name() -> None:
         Source.from_dict({"kind": "zip", "name": "a"})
     with pytest.raises(NormswapError, match="source cannot be read"):
         Source.from_dict({"kind": "timm"})
-    assert sources.KINDS == ("torchvision", "timm", "hf", "factory", "file")
+    assert KINDS == ("torchvision", "timm", "hf", "factory", "file")

@@ -18,7 +18,8 @@ from . import options
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ...sources.resolve import Source, Weights
+    from ...sources.provenance import Weights
+    from ...sources.spec import Source
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class ResolvedSource:
     @property
     def made_with(self) -> Weights | None:
         """The weights of the original network, if they are known."""
-        from ...sources.resolve import Weights
+        from ...sources.provenance import Weights
 
         return Weights.of(self.source.to_dict()) if self.source is not None else None
 
@@ -112,27 +113,30 @@ def locate(ctx: typer.Context, wanted: SourceRequest, *, default_weights: str = 
 
     Raises NormswapError, or a usage error for options that do not go with a converted file.
     """
-    from ...checkpoint import saving as checkpoint
-    from ...sources import resolve as sources
+    from ...checkpoint.manifest import read_manifest
+    from ...checkpoint.saving import source_told
+    from ...sources.provenance import Weights
+    from ...sources.resolve import parse, parse_args
+    from ...sources.spec import Source
 
     file = converted_file(wanted.text)
-    args = sources.parse_args(list(wanted.args))
+    args = parse_args(list(wanted.args))
     if file is None:
         if wanted.source is not None:
             raise options.usage(ctx, f"--source goes with a file that normswap wrote; {wanted.text} is none")
-        return ResolvedSource(sources.parse(wanted.text, args), asked=wanted.weights or default_weights)
+        return ResolvedSource(parse(wanted.text, args), asked=wanted.weights or default_weights)
     for flag, given in (("--weights", wanted.weights), ("--arg", wanted.args)):
         if given and (flag == "--weights" or wanted.source is None):
             raise options.usage(ctx, f"{flag} goes with a network to build; {file} brings its own weights")
-    manifest = checkpoint.read_manifest(file)
+    manifest = read_manifest(file)
     values = manifest["source"]
     trained = any(entry.get("action") == "finetune" for entry in manifest["history"])
-    made_with = sources.Weights.of(values)
-    held = sources.Weights(str(file), random=made_with is not None and made_with.random and not trained)
+    made_with = Weights.of(values)
+    held = Weights(str(file), random=made_with is not None and made_with.random and not trained)
     if wanted.source is not None:
-        source = checkpoint.source_told(wanted.source, manifest)
+        source = source_told(wanted.source, manifest)
         return ResolvedSource(replace(source, args=args) if args else source, file, weights=held)
-    return ResolvedSource(None if values is None else sources.Source.from_dict(values), file, weights=held)
+    return ResolvedSource(None if values is None else Source.from_dict(values), file, weights=held)
 
 
 def files_read(*asked: tuple[ResolvedSource, SourceRequest] | None) -> list[Path]:
@@ -155,12 +159,10 @@ def open_network(
     """
     if origin.file is not None:
         out.step(f"loading {origin}")
-        from ...checkpoint import saving as checkpoint
+        from ...checkpoint.saving import load
 
         told = None if wanted.source is None else origin.source
-        model = checkpoint.load(
-            origin.file, source=told, trust_code=wanted.trust_code, allow_nonfinite=wanted.allow_nonfinite
-        )
+        model = load(origin.file, source=told, trust_code=wanted.trust_code, allow_nonfinite=wanted.allow_nonfinite)
     else:
         out.step(f"building {origin}")
         model, origin = _built(origin, wanted, out, values)
@@ -174,25 +176,26 @@ def _built(
 ) -> tuple[nn.Module, ResolvedSource]:
     import torch
 
-    from ...sources import resolve as sources
+    from ...sources.provenance import NOT_READ, weights_of
+    from ...sources.resolve import build, names_a_file, outline
 
     if origin.source is None:
         raise ValueError("an origin has a file or a source")
     torch.manual_seed(wanted.seed)
     asked = origin.asked or "none"
-    local = asked != "none" and (origin.source.runs_code or sources.names_a_file(origin.source, asked))
+    local = asked != "none" and (origin.source.runs_code or names_a_file(origin.source, asked))
     if not (values or local):
-        model, source = sources.outline(origin.source, asked)
-        return model, replace(origin, source=source, weights=sources.NOT_READ)
-    model, source = sources.build(
+        model, source = outline(origin.source, asked)
+        return model, replace(origin, source=source, weights=NOT_READ)
+    model, source = build(
         origin.source,
         asked,
         trust_pickle=wanted.trust_pickle,
         allow_nonfinite=wanted.allow_nonfinite,
         progress=out.live,
     )
-    file = asked not in ("none", "DEFAULT") and sources.names_a_file(origin.source, asked)
-    weights = sources.weights_of(model, source, asked, file=file, seed=wanted.seed)
+    file = asked not in ("none", "DEFAULT") and names_a_file(origin.source, asked)
+    weights = weights_of(model, source, asked, file=file, seed=wanted.seed)
     return model, replace(origin, source=replace(source, weights=weights.to_dict()), weights=weights)
 
 
@@ -236,7 +239,7 @@ def open_original(
 
 def restored(made: ResolvedSource) -> ResolvedSource:
     """The original of a file that normswap wrote, as the file's record restores it."""
-    from ...sources.resolve import Weights
+    from ...sources.provenance import Weights
 
     theirs = made.made_with
     name = f"{'' if theirs is None else f'{theirs}; '}as it was before the conversion of {made}"

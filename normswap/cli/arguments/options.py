@@ -181,6 +181,13 @@ CalibrateImages = Annotated[
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="OUT", help="The file to write.", show_default=False)
 ]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE", help="The original network; by default it is rebuilt from FILE.", show_default=False
+    ),
+]
 
 
 def shapes(ctx: typer.Context, texts: list[str] | None) -> list[tuple[int, ...]]:

@@ -11,18 +11,9 @@ import typer
 from ...choices import STAND_INS
 from ...errors import plural
 from ..arguments import options
-from ..arguments.networks import (
-    ResolvedSource,
-    SourceRequest,
-    check_converted,
-    files_read,
-    locate,
-    on_device,
-    open_network,
-    open_original,
-    restored,
-)
+from ..arguments.networks import ResolvedSource, check_converted, on_device
 from ..arguments.options import stands_in
+from ..arguments.pair import Pair
 from ..arguments.preprocessing import PreprocessOverrides, known_inputs, prepare
 from ..terminal import flags
 from ..terminal.errors import WRITTEN
@@ -85,12 +76,7 @@ def calibrate(
         ),
     ] = None,
     batch_size: options.BatchSize = 32,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE", help="The original network; by default it is rebuilt from FILE.", show_default=False
-        ),
-    ] = None,
+    reference: options.Reference = None,
     method: options.Method = "balance",
     size: options.Size = None,
     mean: options.Mean = None,
@@ -100,7 +86,7 @@ def calibrate(
     arg: options.Arg = None,
     device: options.Device = "auto",
     output: options.Output = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+    force: options.Force = False,
     built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
@@ -123,25 +109,18 @@ def calibrate(
     normswap calibrate resnet50-gn.safetensors --data synthetic
     """
     asked = PreprocessOverrides.of(ctx, size, mean, std)
-    if reference is None and (weights or arg):
-        raise options.usage(ctx, "--weights and --arg go with --reference")
-    wanted = SourceRequest(file, None, (), False, trust_code, allow_nonfinite, seed, built_by)
-    original = reference and SourceRequest(
-        reference, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed
-    )
+    pair = Pair.of(
+        ctx, file, reference, weights, arg, trust_pickle=trust_pickle, trust_code=trust_code,
+        allow_nonfinite=allow_nonfinite, seed=seed, built_by=built_by,
+    )  # fmt: skip
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
         out.step("loading PyTorch")
         way = f"Convert and calibrate in one go: normswap convert {file} --to gn --calibrate {data}"
         check_converted(file, "", way)
-        origin = locate(ctx, wanted)
-        other = (locate(ctx, original), original) if original else None
         target = output or Path(file).with_name(f"{Path(file).stem}-calibrated.safetensors")
         from ...checkpoint.saving import save
-        from ...files.writing import reserved
 
-        ctx.with_resource(reserved(target, overwrite=force, inputs=files_read((origin, wanted), other)))
-        model, origin = open_network(origin, wanted, out)
-        teacher, named = open_original(ctx, other[1], origin, wanted, out) if other else (None, restored(origin))
+        model, origin, teacher, named = pair.opened(ctx, out, target, overwrite=force)
         with naming_the_original(ctx, origin.source, origin.made_with):
             wish = Calibration(data, images, asked, method, batch_size, device, max_bad, seed=seed)
             report = run(model, teacher, origin, wish, out)
@@ -167,7 +146,7 @@ def run(
     out: Output,
 ) -> CalibrationReport:
     """Calibrate `model` in place, on images prepared as its weights want them or on stand-ins. It ends on the CPU."""
-    from ...calibration import calibrate as calibration
+    from ...calibration.calibrate import calibrate as calibrate_model
     from ...conversion.record import record_of
 
     data: Any = wish.data
@@ -177,16 +156,16 @@ def run(
         record.inputs = {**record.inputs, **known_inputs(model, origin, wish.asked)}
     images, method = wish.images if wish.stands_in else None, cast(Any, wish.method)
     with on_device(wish.device, model, reference), out.bar("calibrating") as bar:
-        return calibration.calibrate(model, reference, data, images=images, method=method, seed=wish.seed, progress=bar)
+        return calibrate_model(model, reference, data, images=images, method=method, seed=wish.seed, progress=bar)
 
 
 def estimate(model: nn.Module, origin: ResolvedSource, wish: Calibration, out: Output) -> CalibrationReport:
     """Estimate the running statistics of `model` in place, on a folder of images prepared as its weights want them."""
-    from ...calibration import calibrate as calibration
+    from ...calibration.calibrate import estimate_statistics
 
     batches = _batches(model, origin, wish, out)
     with on_device(wish.device, model), out.bar("estimating running statistics") as bar:
-        return calibration.estimate_statistics(model, batches, progress=bar)
+        return estimate_statistics(model, batches, progress=bar)
 
 
 def _batches(model: nn.Module, origin: ResolvedSource, wish: Calibration, out: Output) -> Batches:

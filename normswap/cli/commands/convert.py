@@ -24,7 +24,7 @@ from ..arguments.preprocessing import PreprocessOverrides
 from ..terminal.errors import WRITTEN
 from ..terminal.output import Output, reporting
 from ..terminal.suggestions import building, command, with_commands
-from . import _convert_report as changes
+from ._convert_report import Result, show
 from ._estimate_statistics import mend_statistics
 from .calibrate import BUDGET, Calibration, with_groups
 from .calibrate import run as run_calibration
@@ -127,7 +127,7 @@ def convert(
         bool, typer.Option("--approximate", help="Undo a conversion although the network was trained since.")
     ] = False,
     output: options.Output = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+    force: options.Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and write nothing.")] = False,
     built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,
@@ -195,7 +195,7 @@ def convert(
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
         out.step("loading PyTorch")
         result = (_revert if to == ORIGINAL else _convert)(ctx, wanted, job, out)
-        out.show(result.to_dict, lambda page: changes.show(page, result))
+        out.show(result.to_dict, lambda page: show(page, result))
 
 
 def _check_combination(ctx: typer.Context, job: Job) -> None:
@@ -218,7 +218,7 @@ def _check_combination(ctx: typer.Context, job: Job) -> None:
         raise options.usage(ctx, f"--to original undoes a conversion, which {' and '.join(flags)} cannot change")
 
 
-def _convert(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output) -> changes.Result:
+def _convert(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output) -> Result:
     _check_names(job)
     origin = locate(ctx, wanted)
     target = _target(ctx, job, origin, wanted, job.to or "mixed")
@@ -235,7 +235,7 @@ def _convert(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output) -
         made = plan(model, job.to, rules=job.rules, example_inputs=inputs, **job.planning)
     origin = mend_statistics(model, made, origin, job.calibration, out, dry_run=job.dry_run)
     if job.dry_run:
-        return changes.Result(origin, made, target, written=False)
+        return Result(origin, made, target, written=False)
     if (wish := job.calibration) is not None and wish.budget is not None:
         made = with_groups(model, made, origin, wish, out)
     out.step("converting and checking" if job.check else "converting")
@@ -251,12 +251,10 @@ def _convert(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output) -
     out.step(f"writing {target}")
     save(model, target, overwrite=job.force)
     ctx.meta[WRITTEN] = target
-    return changes.Result(
-        origin, made, target, written=True, check=record.check, calibration=report, undo=record.undo.complete
-    )
+    return Result(origin, made, target, written=True, check=record.check, calibration=report, undo=record.undo.complete)
 
 
-def _revert(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output) -> changes.Result:
+def _revert(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output) -> Result:
     hint = "Give the converted file: normswap convert FILE --to original"
     check_converted(wanted.text, "--to original undoes a conversion, and ", hint)
     origin = locate(ctx, wanted)
@@ -273,7 +271,7 @@ def _revert(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output) ->
         save_state(model, target, overwrite=job.force)
         ctx.meta[WRITTEN] = target
     written = not job.dry_run
-    return changes.Result(origin, plan, target, written, undone=True, approximate=job.approximate)
+    return Result(origin, plan, target, written, undone=True, approximate=job.approximate)
 
 
 def _record(model: nn.Module) -> Record:

@@ -10,17 +10,8 @@ import typer
 from ...choices import AUGMENTS, PARAMETERS, PRECISIONS
 from ...errors import CheckpointError, DataError, Fix, Interrupted, Text, plural
 from ..arguments import options
-from ..arguments.networks import (
-    ResolvedSource,
-    SourceRequest,
-    check_converted,
-    files_read,
-    locate,
-    on_device,
-    open_network,
-    open_original,
-    restored,
-)
+from ..arguments.networks import ResolvedSource, check_converted, on_device
+from ..arguments.pair import Pair
 from ..arguments.preprocessing import PreprocessOverrides, prepare
 from ..terminal import flags
 from ..terminal.errors import WRITTEN
@@ -60,12 +51,7 @@ def distil(
     precision: Annotated[str, options.word(PRECISIONS, "What is computed in on CUDA; a CPU takes fp32.")] = "fp32",
     augment: Annotated[str, options.word(AUGMENTS, "Random changes: mirror and shift, mirror only, or none.")] = "none",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from where an interrupted run stopped.")] = False,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE", help="The original network; by default it is rebuilt from FILE.", show_default=False
-        ),
-    ] = None,
+    reference: options.Reference = None,
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -74,7 +60,7 @@ def distil(
     arg: options.Arg = None,
     device: options.Device = "auto",
     output: options.Output = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+    force: options.Force = False,
     built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
@@ -95,12 +81,10 @@ def distil(
     """
     asked = PreprocessOverrides.of(ctx, size, mean, std)
     words: Any = {"train": train, "precision": precision, "augment": augment}
-    if reference is None and (weights or arg):
-        raise options.usage(ctx, "--weights and --arg go with --reference")
-    wanted = SourceRequest(file, None, (), False, trust_code, allow_nonfinite, seed, built_by)
-    original = reference and SourceRequest(
-        reference, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed
-    )
+    pair = Pair.of(
+        ctx, file, reference, weights, arg, trust_pickle=trust_pickle, trust_code=trust_code,
+        allow_nonfinite=allow_nonfinite, seed=seed, built_by=built_by,
+    )  # fmt: skip
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
         out.step("loading PyTorch")
         check_converted(file, "", f"Convert the network first: normswap convert {file} --to gn")
@@ -113,13 +97,8 @@ def distil(
         from ...checkpoint.saving import save
         from ...data.image_folder import open_images
         from ...distillation.distil import distil as train_model
-        from ...files.writing import reserved
 
-        origin = locate(ctx, wanted)
-        other = (locate(ctx, original), original) if original else None
-        ctx.with_resource(reserved(target, overwrite=force or resume, inputs=files_read((origin, wanted), other)))
-        model, origin = open_network(origin, wanted, out)
-        teacher, named = open_original(ctx, other[1], origin, wanted, out) if other else (None, restored(origin))
+        model, origin, teacher, named = pair.opened(ctx, out, target, overwrite=force or resume)
         folder = open_images(data, limit=images)
         preparation = prepare(model, origin, asked)
         _check_batch(batch_size, len(folder.files), data)

@@ -18,7 +18,7 @@ from ..arguments.preprocessing import PreprocessOverrides
 from ..terminal import flags
 from ..terminal.errors import WRITTEN
 from ..terminal.output import Output, reporting
-from . import _finetune_report as training
+from . import _finetune_report
 from ._finetune_network import ConversionRequest, converted, network_of, stem_of, transform_of
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def finetune(
         doing = task_of(task, label_smoothing=label_smoothing, distil=distil)
         command = swap.described(origin, asked)
         if resume:
-            training.keep_command(folder, command, resume=True)
+            _finetune_report.keep_command(folder, command, resume=True)
         model, origin, preparation = network_of(wanted, origin, swap, asked, out, folder if resume else None)
         sets = place.open(doing, model, seed)
         if sets.note:
@@ -242,7 +242,7 @@ def finetune(
             model = converted(ctx, model, origin, swap, inputs, asked, out, device)
         _warn(model, batch_size, freeze_stats, out)
         processes = int(os.environ.get("WORLD_SIZE", "1"))
-        used = training.options_of(
+        used = _finetune_report.options_of(
             ctx,
             epochs=None if steps is not None else epochs or EPOCHS,
             lr=lr if lr is not None else default_rate(optimizer, batch_size * accumulate * processes),
@@ -259,7 +259,7 @@ def finetune(
                     num_classes=num_classes, preprocess=transform_of(doing, preparation),
                     channels_last=channels_last, compile=compile,
                     workers=workers, seed=seed, max_bad=max_bad, tensorboard=tensorboard, resume=resume, overwrite=True,
-                    progress=training.Teller(bar, folder, None if resume else {**command, "options": used}),
+                    progress=_finetune_report.Teller(bar, folder, None if resume else {**command, "options": used}),
                 )  # fmt: skip
             except Interrupted as stop:
                 report = stop.report
@@ -272,7 +272,7 @@ def finetune(
                 raise
         out.show(
             lambda: {"network": origin.to_dict(), "output": str(folder), **report.to_dict()},
-            lambda page: training.show(page, report, folder, origin),
+            lambda page: _finetune_report.show(page, report, folder, origin),
         )
         if report.interrupted:
             ctx.meta[WRITTEN] = folder / STATE

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 def _names(incomplete: str) -> list[str]:
     """Completion of a recipe's name."""
-    from ..recipe_catalog import recipes as every
+    from .. import recipe_catalog
 
-    return [recipe.name for recipe in every() if recipe.name.startswith(incomplete)]
+    return [recipe.name for recipe in recipe_catalog.recipes() if recipe.name.startswith(incomplete)]
 
 
 def recipes(
@@ -49,11 +49,11 @@ def recipes(
     if name is None and (output is not None or force):
         raise options.usage(ctx, "--output and --force go with the name of a recipe")
     with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
+        from .. import recipe_catalog
         from ..recipe_catalog import recipe
-        from ..recipe_catalog import recipes as every
 
         if name is None:
-            found = every()
+            found = recipe_catalog.recipes()
             out.show(lambda: {"recipes": [r.to_dict() for r in found]}, lambda page: _list(page, found))
             return
         chosen = recipe(name)

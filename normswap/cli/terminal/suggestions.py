@@ -14,7 +14,8 @@ from .errors import ARGS
 from .flags import words
 
 if TYPE_CHECKING:
-    from ...sources.resolve import Source, Weights
+    from ...sources.provenance import Weights
+    from ...sources.spec import Source
 
 _GROUPING = {
     "indivisible": ("--indivisible",),

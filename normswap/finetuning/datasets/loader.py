@@ -138,23 +138,23 @@ class Loader:
     def __init__(
         self,
         samples: Samples,
-        turns: ResumableBatchSampler | ValidationSampler,
+        sampler: ResumableBatchSampler | ValidationSampler,
         workers: int,
         skipped: Skipped,
         *,
         pin: bool,
     ) -> None:
-        self._samples, self._turns, self._skipped = samples, turns, skipped
+        self._samples, self._sampler, self._skipped = samples, sampler, skipped
         self._loader: Iterable[Loaded] | None = None
         if workers:
             self._loader = DataLoader(
-                samples, batch_sampler=turns, num_workers=workers, collate_fn=_same, persistent_workers=True,
+                samples, batch_sampler=sampler, num_workers=workers, collate_fn=_same, persistent_workers=True,
                 pin_memory=pin, generator=torch.Generator(),
             )  # fmt: skip
 
     def __iter__(self) -> Iterator[Loaded]:
         try:
-            for batch in self._loader or map(self._samples.__getitems__, self._turns):
+            for batch in self._loader or map(self._samples.__getitems__, self._sampler):
                 self._skipped.add(batch.bad)
                 yield batch
         except RuntimeError as error:

@@ -82,7 +82,7 @@ class SegmentationImages:
         return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def open_scenes(data: Any, eval_data: Any = None, *, seed: int = 0) -> Sets:
+def open_mask_sets(data: Any, eval_data: Any = None, *, seed: int = 0) -> Sets:
     """Training data, and validation data if there is any.
 
     data: a folder that `open_masks` reads, or with `train` and `val` folders of such; a `MaskData`; or a map-style
@@ -115,7 +115,7 @@ def open_scenes(data: Any, eval_data: Any = None, *, seed: int = 0) -> Sets:
     return Sets(sets[0], sets[1], names, note)
 
 
-def prepared_scenes(sets: Sets, preprocess: Callable[[Any], Tensor] | None, augment: str) -> Sets:
+def prepared_masks(sets: Sets, preprocess: Callable[[Any], Tensor] | None, augment: str) -> Sets:
     """With changes of the training images, where they are files; crops have the size of `preprocess`, or up to 480."""
     one_of("augment", augment, AUGMENTS)
     prepare = _checked(preprocess)

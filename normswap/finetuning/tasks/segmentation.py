@@ -16,7 +16,7 @@ from ...data.segmentation_masks import IGNORED
 from ...errors import DataError, Fix, Text
 from ...heads.classifier import Head, scores_of
 from ..datasets.loader import spread
-from ..datasets.masks import open_scenes, plain, prepared_scenes
+from ..datasets.masks import open_mask_sets, plain, prepared_masks
 from ..datasets.splits import Sets
 from ..output.panel import Panel
 from ..output.plots import masks_page
@@ -52,12 +52,12 @@ class Segmentation:
     )
 
     def open(self, model: nn.Module, data: Any, eval_data: Any, *, seed: int) -> Sets:
-        """See `open_scenes`."""
-        return open_scenes(data, eval_data, seed=seed)
+        """See `open_mask_sets`."""
+        return open_mask_sets(data, eval_data, seed=seed)
 
     def prepared(self, sets: Sets, preprocess: Callable[[Any], Tensor] | None, augment: str) -> Sets:
         """Normalised, and in training scaled, cropped and mirrored with their masks, as `augment` says."""
-        return prepared_scenes(sets, preprocess, augment)
+        return prepared_masks(sets, preprocess, augment)
 
     def inputs(self, sets: Sets, preprocess: Callable[[Any], Tensor] | None, count: int) -> Iterator[Tensor]:
         """Single images `(1, 3, H, W)`, which may differ in size."""

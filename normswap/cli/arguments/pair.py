@@ -1,0 +1,70 @@
+"""A converted network and its original, as `calibrate` and `distil` open them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import typer
+
+from ..terminal.output import Output
+from . import options
+from .networks import ResolvedSource, SourceRequest, files_read, locate, open_network, open_original, restored
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class OpenedPair(NamedTuple):
+    """The converted network and what it is; the original, None where it is to be rebuilt, and what that is."""
+
+    model: nn.Module
+    origin: ResolvedSource
+    teacher: nn.Module | None
+    teacher_origin: ResolvedSource
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What was asked for. original: None where it is to be rebuilt from the converted file."""
+
+    converted: SourceRequest
+    original: SourceRequest | None
+
+    @classmethod
+    def of(
+        cls,
+        ctx: typer.Context,
+        file: str,
+        reference: str | None,
+        weights: str | None,
+        arg: list[str] | None,
+        *,
+        trust_pickle: bool,
+        trust_code: bool,
+        allow_nonfinite: bool,
+        seed: int,
+        built_by: str | None,
+    ) -> Pair:
+        """weights, arg: of the reference. Raises the error of a wrong call where there is none."""
+        if reference is None and (weights or arg):
+            raise options.usage(ctx, "--weights and --arg go with --reference")
+        converted = SourceRequest(file, None, (), False, trust_code, allow_nonfinite, seed, built_by)
+        if reference is None:
+            return cls(converted, None)
+        given = tuple(arg or ())
+        return cls(converted, SourceRequest(reference, weights, given, trust_pickle, trust_code, allow_nonfinite, seed))
+
+    def opened(self, ctx: typer.Context, out: Output, target: Path, *, overwrite: bool) -> OpenedPair:
+        """Both networks; before anything is loaded, `target` is reserved for the result."""
+        from ...files.writing import reserved
+
+        origin = locate(ctx, self.converted)
+        other = None if self.original is None else (locate(ctx, self.original), self.original)
+        inputs = files_read((origin, self.converted), other)
+        ctx.with_resource(reserved(target, overwrite=overwrite, inputs=inputs))
+        model, origin = open_network(origin, self.converted, out)
+        if self.original is None:
+            return OpenedPair(model, origin, None, restored(origin))
+        return OpenedPair(model, origin, *open_original(ctx, self.original, origin, self.converted, out))
