@@ -382,7 +382,7 @@ def test_calibration_holds_a_plain_run_and_what_lies_between_two_layers(
         with context(), held:
             yield
 
-    monkeypatch.setattr("normswap.calibration.calibrate.matching.thread_context", lambda model: watched)
+    monkeypatch.setattr("normswap.calibration.matching.thread_context", lambda model: watched)
     with held:
         calibrate(model, net, x, batch_size=2, method=method)
     between = 12 * 8 * 24 * 24 * 4  # what a layer gives for all images

@@ -47,7 +47,7 @@ def tiny(width=8, seed=0):
 
 def real():
     """Its statistics are those of pictures with values from 0 to 1."""
-    from normswap.photographs import crops
+    from normswap.data.photographs import crops
     model = tiny()
     for norm in (model[1], model[4]):
         norm.momentum = None
