@@ -66,7 +66,6 @@ class DistillationRun:
         self._features = Features(reference, model) if settings.features else None
         self.judge = Judge(model, reference, settings, compared, parameters)
         self.judge.begin()
-        self._stopped = False
 
     @torch.no_grad()
     def resume(self, state: dict[str, Any]) -> None:
@@ -82,27 +81,20 @@ class DistillationRun:
         """Do the steps that are left. Whatever it raises, the model then has the nearest state that was measured."""
         self._batches = self.stream.start(self.step)
         try:
-            self.engine.run()
-            self.updates.settle()
+            try:
+                self.engine.run()
+            finally:  # in its last good state, and saved if all of it belongs together
+                self._batches.close()
+                self.updates.settle()
+                if self.updates.whole:
+                    self.keep()
             if self.step < self.settings.steps:
                 raise TrainingError("the last step gave weights that are not finite; it was undone", hint=SMALLER)
         except KeyboardInterrupt:
-            self._stop()
             self.judge.look(self.step)  # not in the state: a run without interruption does not look here
             raise
         finally:
-            self._batches.close()
-            self._stop()
             self.judge.restore()
-
-    def _stop(self) -> None:
-        """Leave the network in its last good state, and save it if all of it belongs together. Once."""
-        if self._stopped:
-            return
-        self._stopped = True
-        self.updates.settle()
-        if self.updates.whole:
-            self.keep()
 
     @property
     def step(self) -> int:

@@ -63,9 +63,20 @@ def load_state(
             f"{path} is no training state of this version",
             hint=Text("Resume from the file that ", Fix("checkpoint"), " named."),
         )
+    found["settings"] = _in_words_of_today(found["settings"], settings)
     if explain is not None:
         explain(found)
     _check(path, found, settings, parameters)
+    return found
+
+
+def _in_words_of_today(theirs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that another version named or wrote otherwise, but that are the same."""
+    found = dict(theirs)
+    if "distil" in settings and "distill" in found:
+        found["distil"] = found.pop("distill")
+    if isinstance(settings.get("augment"), str) and isinstance(found.get("augment"), bool):
+        found["augment"] = "auto" if found["augment"] else "none"
     return found
 
 
