@@ -129,11 +129,10 @@ def distil(
             )
             if checkpoint is not None:
                 work.checkpoint, work.every = Path(checkpoint), checkpoint_every
-            work.progress = progress
             if resume is not None:
                 work.resume(load_state(Path(resume), vars(settings), parameters, _check_age))
             try:
-                work.finish()
+                work.finish(progress)
             except KeyboardInterrupt:
                 raise Interrupted(_report(work, interrupted=True)) from None
             return _report(work)

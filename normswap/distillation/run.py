@@ -60,7 +60,6 @@ class DistillationRun:
         self.checkpoint: Path | None = None
         self.every = 1
         self.resumed_at = 0
-        self.progress: Callable[[Progress], None] | None = None
         self._parameters, self._values = parameters, list[float]()
         self._agreement: float | None = None
         self._features = Features(reference, model) if settings.features else None
@@ -77,9 +76,9 @@ class DistillationRun:
         self.engine.measured, self._values = state["looked"], list(state["losses"])
         self.resumed_at = self.step
 
-    def finish(self) -> None:
+    def finish(self, progress: Callable[[Progress], None] | None) -> None:
         """Do the steps that are left. Whatever it raises, the model then has the nearest state that was measured."""
-        self._batches = self.stream.start(self.step)
+        self._progress, self._batches = progress, self.stream.start(self.step)
         try:
             try:
                 self.engine.run()
@@ -128,9 +127,9 @@ class DistillationRun:
             save_state(self.checkpoint, vars(self.settings), {**state, "best": self.judge.state()})
 
     def tell(self) -> None:
-        if self.progress is not None:
+        if self._progress is not None:
             loss, rate = self._values[-1], self.updates.rate
-            self.progress(Progress(self.step, self.settings.steps, loss, self._agreement, rate))
+            self._progress(Progress(self.step, self.settings.steps, loss, self._agreement, rate))
 
     def stopping(self) -> bool:
         """An interrupt breaks a step: one of a large teacher may take long."""
