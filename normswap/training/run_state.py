@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,39 @@ from torch import Tensor, nn
 from ..conversion.record import record_of
 from ..errors import CheckpointError, Fix, OptionError, OutputError, Text, first_line
 from ..files.writing import atomic, check_writable
+from ..planning.plan import Step
 
 FORMAT = 1
 
 
+_OF_OLD = {
+    "path",
+    "aliases",
+    "source",
+    "source_class",
+    "channels",
+    "target",
+    "options",
+    "transfer",
+    "producers",
+    "dims",
+}
+_OF_OLD |= {"zero_init", "note"}
+
+
 def network_digest(model: nn.Module) -> str:
-    """Tells whether the state of a run belongs to this network: a hash of its plan and of its tensors' shapes."""
+    """Tells whether the state of a run belongs to this network: a hash of its plan and of its tensors' shapes.
+
+    A field that the plan's steps got later counts where it has another value than its default, so that states of
+    before go on.
+    """
     record = record_of(model)
+    plan = None if record is None else record.plan.to_dict()
+    if plan is not None:
+        later = {f.name: f.default for f in fields(Step) if f.name not in _OF_OLD}
+        plan["steps"] = [{k: v for k, v in s.items() if k not in later or v != later[k]} for s in plan["steps"]]
     shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
-    what = [None if record is None else record.plan.to_dict(), shapes]
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([plan, shapes], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def save_state(path: Path, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
