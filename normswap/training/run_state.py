@@ -21,19 +21,8 @@ from ..planning.plan import Step
 FORMAT = 1
 
 
-_OF_OLD = {
-    "path",
-    "aliases",
-    "source",
-    "source_class",
-    "channels",
-    "target",
-    "options",
-    "transfer",
-    "producers",
-    "dims",
-}
-_OF_OLD |= {"zero_init", "note"}
+_OF_OLD = {"path", "aliases", "source", "source_class", "channels", "target", "options", "transfer", "producers"}
+_OF_OLD |= {"dims", "zero_init", "note"}
 
 
 def network_digest(model: nn.Module) -> str:

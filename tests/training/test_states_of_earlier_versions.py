@@ -37,7 +37,7 @@ def test_a_fine_tuning_that_was_cut_goes_on_to_what_it_would_have_been(
     original: nn.Module, x: Tensor, tmp_path: Path
 ) -> None:
     shutil.copytree(FOLDER / "cut", tmp_path / "cut")
-    model, data = normswap.convert(original, "gn", groups=2, example_inputs=x[:2]), (x, torch.arange(24) % 3)
+    model, data = normswap.load(FOLDER / "folded.safetensors", model=original), (x, torch.arange(24) % 3)
     report = normswap.finetune(model, data, data, output=tmp_path / "cut", batch_size=4, epochs=2, lr=0.01, resume=True)
     assert (report.resumed_at, report.steps) == (7, 12)
     wanted = torch.load(FOLDER / "outputs.pt", weights_only=True)["run/last"]
