@@ -137,11 +137,10 @@ def distil(
             work = DistillationRun(model, reference, settings, stream, parameters, _compared(stream, settings, given))
             if checkpoint is not None:
                 work.checkpoint, work.every = Path(checkpoint), checkpoint_every
-            work.progress = tell
             if resume is not None:
                 work.resume(load_state(Path(resume), vars(settings), parameters, _check_age))
             try:
-                work.finish()
+                work.finish(tell)
             except KeyboardInterrupt:
                 raise Interrupted(_report(work, interrupted=True)) from None
             return _report(work)

@@ -60,13 +60,11 @@ class DistillationRun:
         self.checkpoint: Path | None = None
         self.every = 1
         self.resumed_at = 0
-        self.progress: Callable[[Progress], None] | None = None
         self._parameters, self._values = parameters, list[float]()
         self._agreement: float | None = None
         self._features = Features(reference, model) if settings.features else None
         self.judge = Judge(model, reference, settings, compared, parameters)
         self.judge.begin()
-        self._stopped = False
 
     @torch.no_grad()
     def resume(self, state: dict[str, Any]) -> None:
@@ -78,31 +76,24 @@ class DistillationRun:
         self.engine.measured, self._values = state["looked"], list(state["losses"])
         self.resumed_at = self.step
 
-    def finish(self) -> None:
+    def finish(self, progress: Callable[[Progress], None] | None) -> None:
         """Do the steps that are left. Whatever it raises, the model then has the nearest state that was measured."""
-        self._batches = self.stream.start(self.step)
+        self._progress, self._batches = progress, self.stream.start(self.step)
         try:
-            self.engine.run()
-            self.updates.settle()
+            try:
+                self.engine.run()
+            finally:  # in its last good state, and saved if all of it belongs together
+                self._batches.close()
+                self.updates.settle()
+                if self.updates.whole:
+                    self.keep()
             if self.step < self.settings.steps:
                 raise TrainingError("the last step gave weights that are not finite; it was undone", hint=SMALLER)
         except KeyboardInterrupt:
-            self._stop()
             self.judge.look(self.step)  # not in the state: a run without interruption does not look here
             raise
         finally:
-            self._batches.close()
-            self._stop()
             self.judge.restore()
-
-    def _stop(self) -> None:
-        """Leave the network in its last good state, and save it if all of it belongs together. Once."""
-        if self._stopped:
-            return
-        self._stopped = True
-        self.updates.settle()
-        if self.updates.whole:
-            self.keep()
 
     @property
     def step(self) -> int:
@@ -136,9 +127,9 @@ class DistillationRun:
             save_state(self.checkpoint, vars(self.settings), {**state, "best": self.judge.state()})
 
     def tell(self) -> None:
-        if self.progress is not None:
+        if self._progress is not None:
             loss, rate = self._values[-1], self.updates.rate
-            self.progress(Progress(self.step, self.settings.steps, loss, self._agreement, rate))
+            self._progress(Progress(self.step, self.settings.steps, loss, self._agreement, rate))
 
     def stopping(self) -> bool:
         """An interrupt breaks a step: one of a large teacher may take long."""

@@ -27,7 +27,7 @@ class Lesson(Protocol):
         """Whether the network is to be measured after so many steps."""
 
     def measure(self, step: int) -> bool:
-        """Measure it, and keep it if it is the best so far. False where that was cut short, to be done again."""
+        """Measure it, and keep it if it is the best so far. False where the end of the run cut that short."""
 
     def keeps(self, step: int) -> bool:
         """Whether the state is to be kept after so many steps, so that a run can go on from it."""
@@ -68,28 +68,24 @@ class Engine:
         lesson = self._lesson
         try:
             if self.pending:  # the start, or what this run goes on from was stopped between a step and its measurement
-                self._measure()
-                if lesson.keeps(self.step):
-                    lesson.keep()
+                self._stand()
             while self.step < self.steps and not lesson.stopping():
-                self._advance()
-            if self.step < self.steps:
+                self._where = f"step {self.step + 1}"
+                lesson.stepped(self.updates.advance(lesson.passes(self.step)))
+                self._stand()
+                lesson.tell()
+            if self.step < self.steps or self.pending:
                 lesson.keep()
         except Exception as error:
             lesson.failed(error, self._where)
             raise
 
-    def _advance(self) -> None:
-        lesson = self._lesson
-        self._where = f"step {self.step + 1}"
-        lesson.stepped(self.updates.advance(lesson.passes(self.step)))
+    def _stand(self) -> None:
+        """Measure and keep, each if it is due; a measurement that is cut short ends the run, which keeps it then."""
         if self.pending:
-            self._measure()
-        if lesson.keeps(self.step):
-            lesson.keep()
-        lesson.tell()
-
-    def _measure(self) -> None:
-        self._where = "validation"
-        if self._lesson.measure(self.step):
+            self._where = "validation"
+            if not self._lesson.measure(self.step):
+                return
             self.measured = self.step
+        if self._lesson.keeps(self.step):
+            self._lesson.keep()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,28 @@ from torch import Tensor, nn
 from ..conversion.record import record_of
 from ..errors import CheckpointError, Fix, OptionError, OutputError, Text, first_line
 from ..files.writing import atomic, check_writable
+from ..planning.plan import Step
 
 FORMAT = 1
-_RENAMED = {"distill": "distil"}
-"""Settings that were called otherwise when the first states were written."""
+
+
+_OF_OLD = {"path", "aliases", "source", "source_class", "channels", "target", "options", "transfer", "producers"}
+_OF_OLD |= {"dims", "zero_init", "note"}
 
 
 def network_digest(model: nn.Module) -> str:
-    """Tells whether the state of a run belongs to this network: a hash of its plan and of its tensors' shapes."""
+    """Tells whether the state of a run belongs to this network: a hash of its plan and of its tensors' shapes.
+
+    A field that the plan's steps got later counts where it has another value than its default, so that states of
+    before go on.
+    """
     record = record_of(model)
-    shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
     plan = None if record is None else record.plan.to_dict()
-    for step in plan["steps"] if plan else ():
-        if not step["unit"]:
-            del step["unit"]  # which plans did not have when the first states were written
-    what = [plan, shapes]
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+    if plan is not None:
+        later = {f.name: f.default for f in fields(Step) if f.name not in _OF_OLD}
+        plan["steps"] = [{k: v for k, v in s.items() if k not in later or v != later[k]} for s in plan["steps"]]
+    shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
+    return hashlib.sha256(json.dumps([plan, shapes], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def save_state(path: Path, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -69,14 +76,25 @@ def load_state(
             f"{path} is no training state of this version",
             hint=Text("Resume from the file that ", Fix("checkpoint"), " named."),
         )
+    found["settings"] = _in_words_of_today(found["settings"], settings)
     if explain is not None:
         explain(found)
     _check(path, found, settings, parameters)
     return found
 
 
+def _in_words_of_today(theirs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that another version named or wrote otherwise, but that are the same."""
+    found = dict(theirs)
+    if "distil" in settings and "distill" in found:
+        found["distil"] = found.pop("distill")
+    if isinstance(settings.get("augment"), str) and isinstance(found.get("augment"), bool):
+        found["augment"] = "auto" if found["augment"] else "none"
+    return found
+
+
 def _check(path: Path, found: dict[str, Any], settings: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
-    theirs = {_RENAMED.get(name, name): value for name, value in found["settings"].items()}
+    theirs = found["settings"]
     differing = [k for k in settings if theirs.get(k) != settings[k]]
     if "network" in differing:
         raise OptionError(f"{path} is the state of another network, or of another conversion of this one")

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.errors import CheckpointError
-from normswap.planning.plan import Plan
+from normswap.training.run_state import load_state, save_state
 
 FOLDER = Path(__file__).parents[1] / "checkpoint" / "written_by_0_1"
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the files of earlier versions are not there")
+needs_files = pytest.mark.skipif(not FOLDER.is_dir(), reason="the files of earlier versions are not there")
 
 
 @pytest.fixture
@@ -32,12 +32,12 @@ def original(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     return residual()
 
 
+@needs_files
 def test_a_fine_tuning_that_was_cut_goes_on_to_what_it_would_have_been(
     original: nn.Module, x: Tensor, tmp_path: Path
 ) -> None:
     shutil.copytree(FOLDER / "cut", tmp_path / "cut")
-    plan = Plan.from_json((FOLDER / "plan.json").read_text("utf-8"))  # a plan of today folds quiet channels otherwise
-    model, data = normswap.convert(original, using=plan, example_inputs=x[:2]), (x, torch.arange(24) % 3)
+    model, data = normswap.load(FOLDER / "folded.safetensors", model=original), (x, torch.arange(24) % 3)
     report = normswap.finetune(model, data, data, output=tmp_path / "cut", batch_size=4, epochs=2, lr=0.01, resume=True)
     assert (report.resumed_at, report.steps) == (7, 12)
     wanted = torch.load(FOLDER / "outputs.pt", weights_only=True)["run/last"]
@@ -45,8 +45,24 @@ def test_a_fine_tuning_that_was_cut_goes_on_to_what_it_would_have_been(
         torch.testing.assert_close(model.eval()(x[:4]), wanted, rtol=1e-5, atol=1e-6)
 
 
+@needs_files
 def test_a_distillation_of_before_anything_was_held_back_cannot_go_on(original: nn.Module, x: Tensor) -> None:
     model = normswap.convert(original, "gn", groups=2, example_inputs=x[:2])
     normswap.calibrate(model, original, x)
     with pytest.raises(CheckpointError, match="written by an older normswap"):
         normswap.distil(model, original, x, steps=6, batch_size=8, resume=FOLDER / "distil.state")
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ({"distill": 0.5}, {"distil": 0.5}),
+        ({"augment": True}, {"augment": "auto"}),
+        ({"augment": False}, {"augment": "none"}),
+    ],
+)
+def test_settings_that_were_named_otherwise_are_the_same(
+    then: dict[str, object], now: dict[str, object], tmp_path: Path
+) -> None:
+    save_state(tmp_path / "state.pt", then, {"parameters": {}})
+    assert load_state(tmp_path / "state.pt", now, {})["settings"] == now
