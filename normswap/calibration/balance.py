@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..conversion.exact_scaling import by_output_channel, fold_exactly, folded_bias, scaled
-from ..conversion.undo_record import LayerUndo, Undo, undo_layer
+from ..conversion.exact_scaling import by_output_channel, fold_exactly, folded_bias, scaled, undo_layer
+from ..conversion.undo_record import LayerUndo, Undo
 from ..modules.tree import module_at
 from ..planning.plan import Step
 from .moments import Rows

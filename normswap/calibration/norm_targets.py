@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from ..conversion.apply import inner_norm
+from ..conversion.bound import inner_norm
 from ..conversion.exact_scaling import wide
 from ..conversion.record import record_of
 from ..errors import Fix, NormswapError, OptionError, Text

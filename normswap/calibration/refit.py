@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..conversion.undo_record import LayerUndo, layer_digest, undo_layer
+from ..conversion.exact_scaling import layer_digest, undo_layer
+from ..conversion.undo_record import LayerUndo
 from ..modules.tree import module_at
 from ..planning.plan import Step
 from .norm_targets import Target, first_input

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion.apply import apply, inner_norm
+from ..conversion.apply import apply
+from ..conversion.bound import bind, bound_after
 from ..conversion.composite import combined_record
-from ..conversion.preconditions import check_fit
-from ..conversion.record import Record, put_record, record_of
-from ..conversion.self_check import Check
+from ..conversion.record import Check, Record, put_record, record_of
 from ..conversion.stabilize import at_own_size
 from ..conversion.undo_record import Undo
 from ..errors import CheckpointError, Fix, NormswapError, OptionError, PlanError, Text, WeightsError
@@ -244,20 +243,15 @@ def _swapped(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path: 
         norms = [replace_fields(norm, tensors={}) for norm in record.undo.norms]
         return model, Undo(norms, complete=record.undo.complete)
     try:
-        check_fit(model, plan)
+        bound = bind(model, plan)
     except PlanError as error:
         raise WeightsError(
             f"{path} does not fit {type(model).__name__}:\n" + "\n".join(f"  {line}" for line in error.problems[:10]),
             hint=Text(Fix("model"), " takes the original network, as it was before the conversion."),
         ) from error
     model = _of_dtype(model, tensors)
-    added = [
-        layer
-        for step in plan.steps
-        for p in step.producers
-        if (layer := module_at(model, p))._parameters["bias"] is None
-    ]
-    root, undo = apply(model, plan, keep_undo=True, structure_only=True)
+    added = [layer for each in bound for layer in each.producers if layer._parameters["bias"] is None]
+    root, undo = apply(model, bound, keep_undo=True, structure_only=True)
     _add_affine(root, plan, tensors)
     try:
         load_state(root, tensors, str(path), cast=False)
@@ -277,10 +271,9 @@ def _swaps(plan: Plan) -> list[tuple[Any, ...]]:
 
 def _add_affine(root: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     """A norm without gamma and beta has got them since, if the file holds them: from `calibrate`."""
-    for step in plan.steps:
-        outer = module_at(root, step.path)
-        norm = inner_norm(outer)
-        prefix = ".".join(part for part in (step.path, "" if norm is outer else "norm") if part)
+    for each in bound_after(root, plan):
+        norm = each.norm
+        prefix = ".".join(part for part in (each.step.path, "" if norm is each.module else "norm") if part)
         for name in ("weight", "bias"):
             tensor = tensors.get(f"{prefix}.{name}" if prefix else name)
             if tensor is not None and name in norm._parameters and norm._parameters[name] is None:

@@ -10,8 +10,7 @@ from itertools import chain
 from torch import nn
 
 from ..planning.plan import Plan
-from .record import Record, put_record, record_of
-from .self_check import Check
+from .record import Check, Record, put_record, record_of
 from .undo_record import Undo
 
 Rename = Callable[[str], str | None]

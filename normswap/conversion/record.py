@@ -11,10 +11,10 @@ from ..errors import OptionError
 from ..heads.classifier import Head
 from ..norms.registry import identify
 from ..planning.plan import Plan
-from .self_check import Check
 from .undo_record import Undo
 
 ATTRIBUTE = "_normswap"
+TOLERANCE = 1e-4  # of the self-check: the largest relative error
 _PRESERVED = "_user_preserved_attributes"  # what torch.fx hands on to the copy of a traced network
 
 
@@ -28,6 +28,26 @@ def put_record(root: nn.Module, record: Any) -> None:
             table.pop(ATTRIBUTE, None)
         else:
             table[ATTRIBUTE] = record
+
+
+@dataclass(frozen=True)
+class Check:
+    """The self-check's result.
+
+    error: largest relative error `|a - b| / |a|` over the observed layers and the output, None when it was not run;
+    where: the layer of that error; layers: steps the run has exercised, of `total`; reason: why it was not run.
+    """
+
+    error: float | None
+    where: str = ""
+    layers: int = 0
+    total: int = 0
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it ran and stayed within 1e-4."""
+        return self.error is not None and self.error <= TOLERANCE
 
 
 @dataclass

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -11,9 +9,9 @@ from ..errors import Fix, RevertError, Text
 from ..modules.hooks import hand_over_hooks
 from ..modules.tree import aliases, replace_module
 from ..modules.wrappers import check_wrapper, rewrapped, unwrapped
-from .exact_scaling import by_output_channel, unscaled, wide
-from .record import ATTRIBUTE, put_record
-from .undo_record import LayerUndo, NormUndo, Undo, undo_layer
+from .exact_scaling import restore_layer, undo_layer
+from .record import Record, put_record, record_of
+from .undo_record import NormUndo, Undo
 
 
 def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
@@ -27,29 +25,19 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
     Raises RevertError, before anything is changed, when the model was not converted, or exactness is lost.
     """
     check_wrapper(model)
-    wrapper, model = model, unwrapped(model)
-    record = model.__dict__.get(ATTRIBUTE)
+    return rewrapped(model, reverted(unwrapped(model), strict=strict), inplace=True)
+
+
+def reverted(model: nn.Module, *, strict: bool = True) -> nn.Module:
+    """`revert`, for a network that nothing wraps."""
+    record = record_of(model)
     if record is None:
         raise RevertError("this model was not made by normswap.convert or normswap.load; there is nothing to revert")
     undo: Undo = record.undo
-    if record.factors:
-        raise RevertError("the network is stabilized for training", hint="Revert it after `with stabilized(...)`.")
-    if not undo.complete:
-        raise RevertError(
-            Text("the conversion kept nothing to undo it with (", Fix("undo", False), ")"),
-            hint="Build the original network again from its source.",
-        )
-    modules = {name: module for module, names in aliases(model).items() for name in names}
-    gone = [path for path in _paths_of(undo) if path not in modules]
-    if gone:
-        raise RevertError(
-            f"the network no longer has all layers that were changed; the first of {len(gone)} is {gone[0]}",
-            hint="Build the original network again from its source.",
-        )
+    modules = _changed_modules(model, record)
+    moved = [] if record.calibrated else [n.paths[0] for n in undo.norms if _norm_changed(modules[n.paths[0]], n)]
     originals = {layer.path: undo_layer(modules[layer.path], layer) for layer in undo.layers}
-    changed = [path for path, original in originals.items() if original is None]
-    if not record.calibrated:
-        changed += [n.paths[0] for n in undo.norms if _norm_changed(modules[n.paths[0]], n)]
+    changed = [*(path for path, original in originals.items() if original is None), *moved]
     if changed and strict:
         raise RevertError(
             f"{len(changed)} layer{'s' * (len(changed) != 1)} changed since the conversion (trained?), the first is "
@@ -61,7 +49,7 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
             ),
         )
     for layer in undo.layers:
-        _restore_layer(modules[layer.path], layer, originals[layer.path])
+        restore_layer(modules[layer.path], layer, originals[layer.path])
     for norm in undo.norms:
         now = modules[norm.paths[0]]
         _restore_tensors(norm, now)
@@ -69,7 +57,26 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
         hand_over_hooks(norm.module, now)
         model = replace_module(model, norm.paths, norm.module)
     put_record(model, record.previous)
-    return rewrapped(wrapper, model, inplace=True)
+    return model
+
+
+def _changed_modules(model: nn.Module, record: Record) -> dict[str, nn.Module]:
+    """The modules of a network by all their names. Raises RevertError where its record does not suffice for them."""
+    if record.factors:
+        raise RevertError("the network is stabilized for training", hint="Revert it after `with stabilized(...)`.")
+    if not record.undo.complete:
+        raise RevertError(
+            Text("the conversion kept nothing to undo it with (", Fix("undo", False), ")"),
+            hint="Build the original network again from its source.",
+        )
+    modules = {name: module for module, names in aliases(model).items() for name in names}
+    gone = [path for path in _paths_of(record.undo) if path not in modules]
+    if gone:
+        raise RevertError(
+            f"the network no longer has all layers that were changed; the first of {len(gone)} is {gone[0]}",
+            hint="Build the original network again from its source.",
+        )
+    return modules
 
 
 def _paths_of(undo: Undo) -> list[str]:
@@ -84,20 +91,6 @@ def _norm_changed(module: nn.Module, undo: NormUndo) -> bool:
         and (now.shape != then.shape or now.dtype != then.dtype or not torch.equal(now.detach(), then.to(now.device)))
         for name, then in undo.given.items()
     )
-
-
-@torch.no_grad()
-def _restore_layer(layer: Any, record: LayerUndo, original: tuple[Tensor, Tensor | None] | None) -> None:
-    if original is None:
-        scale, shift = record.scale.to(layer.weight.device), record.shift.to(layer.weight.device)
-        bias = None if record.bias is None else ((wide(layer.bias) - shift) / scale).to(layer.bias.dtype)
-        original = unscaled(layer.weight, by_output_channel(layer, scale)), bias
-    weight, old_bias = original
-    layer.weight.data.copy_(weight)
-    if old_bias is None:
-        layer._parameters["bias"] = None
-    else:
-        layer.bias.data.copy_(old_bias)
 
 
 @torch.no_grad()

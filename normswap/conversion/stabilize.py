@@ -15,14 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..modules.tree import module_at
-from ..planning.plan import Step
-from .apply import inner_norm
+from .bound import BoundStep, bound_after
 from .exact_scaling import by_output_channel
 from .record import record_of
 
@@ -42,19 +39,18 @@ def factors_of(model: nn.Module) -> dict[str, float]:
         return {}
     scales = {layer.path: layer.scale for layer in record.undo.layers}
     found = {}
-    for step in record.plan.steps:
-        if not _applies(model, step) or not all(path in scales for path in step.producers):
+    for each in bound_after(model, record.plan):
+        if not _applies(each) or not all(path in scales for path in each.step.producers):
             continue
         now = before = 0.0
-        for path in step.producers:
-            layer: Any = module_at(model, path)
+        for path, layer in each.layers:
             weight = _whole(layer.weight.detach()).double()
             scale = by_output_channel(layer, scales[path].to(weight)).abs().clamp_min(_TINY)
             now += float(weight.square().sum())
             before += float((weight / scale).square().sum())
         if now > 0 and 0 < before < math.inf:
             factor = 2.0 ** round(math.log2(math.sqrt(before / now)))
-            found[step.path] = min(max(factor, 1 / _LIMIT), _LIMIT)
+            found[each.step.path] = min(max(factor, 1 / _LIMIT), _LIMIT)
     return {path: factor for path, factor in found.items() if factor != 1}
 
 
@@ -67,20 +63,19 @@ def rescale(model: nn.Module, factors: Mapping[str, float], *, back: bool = Fals
     record = record_of(model)
     if record is None:
         return
-    for step in record.plan.steps:
-        factor = factors.get(step.path, 1.0)
+    for each in bound_after(model, record.plan):
+        path = each.step.path
+        factor = factors.get(path, 1.0)
         if factor == 1:
             continue
         factor = 1 / factor if back else factor
-        for path in step.producers if values else ():
-            layer: Any = module_at(model, path)
+        for layer in each.producers if values else ():
             layer.weight.mul_(factor)
             layer.bias.mul_(factor)
-        norm: Any = inner_norm(module_at(model, step.path))
-        norm.eps = norm.eps * factor**2
-        total = record.factors.pop(step.path, 1.0) * factor
+        each.norm.eps = each.norm.eps * factor**2
+        total = record.factors.pop(path, 1.0) * factor
         if total != 1:
-            record.factors[step.path] = total
+            record.factors[path] = total
 
 
 @contextmanager
@@ -142,8 +137,8 @@ def factors_in(model: nn.Module) -> Mapping[str, float]:
 def folded_weights(model: nn.Module) -> list[nn.Parameter]:
     """Weights of the layers that feed norms which follow their sample, those that `centralize` is for."""
     record = record_of(model)
-    steps = [] if record is None else [step for step in record.plan.steps if _applies(model, step)]
-    layers: list[Any] = [module_at(model, path) for step in steps for path in step.producers]
+    bound = () if record is None else bound_after(model, record.plan)
+    layers = [layer for each in bound if _applies(each) for layer in each.producers]
     return [layer.weight for layer in layers if layer.weight.dim() > 1 and layer.weight[0].numel() > 1]
 
 
@@ -158,7 +153,7 @@ def _whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
-def _applies(model: nn.Module, step: Step) -> bool:
-    norm: Any = inner_norm(module_at(model, step.path))
+def _applies(bound: BoundStep) -> bool:
+    norm, step = bound.norm, bound.step
     follows = norm._buffers.get("running_mean") is None and isinstance(getattr(norm, "eps", None), float)
     return step.transfer == "fold" and bool(step.producers) and follows

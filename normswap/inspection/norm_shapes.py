@@ -7,12 +7,11 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..modules.restore import evaluating, undisturbed
-from .example_inputs import guess_inputs, shrink_images
+from ..modules.restore import trial_run
+from .example_inputs import as_inputs, guess_inputs
 
 Shapes = dict[str, list[tuple[int, ...]]]
 
@@ -30,10 +29,7 @@ def shapes_of(model: nn.Module, inputs: tuple[Any, ...], layers: Mapping[nn.Modu
 
     try:
         with ExitStack() as stack:
-            stack.enter_context(evaluating(model))
-            stack.enter_context(undisturbed(model))
-            stack.enter_context(torch.no_grad())
-            shrink_images(model)
+            stack.enter_context(trial_run(model))
             for module in layers:
                 stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
             model(*inputs)
@@ -58,12 +54,14 @@ def positions_by_guess(model: nn.Module, layers: Mapping[nn.Module, str]) -> dic
     return positions
 
 
-def vectors_only(model: nn.Module, inputs: tuple[Any, ...] | None, layers: Mapping[nn.Module, str]) -> Collection[str]:
+def vectors_only(model: nn.Module, example_inputs: Any, layers: Mapping[nn.Module, str]) -> Collection[str]:
     """Those of the layers that get `(N, C)`, and nothing else, however many dimensions the network's input has.
 
     A linear layer computes along the last dimension, whichever that is, while a norm's channels are the second: with
-    an input of one more dimension the same network may normalize along another one.
+    an input of one more dimension the same network may normalize along another one. Without example inputs, a guess
+    serves; where there is none, no layer is sure.
     """
+    inputs = guess_inputs(model) if example_inputs is None else as_inputs(example_inputs)
     if inputs is None:
         return ()
     runs = [shapes_of(model, inputs, layers)]

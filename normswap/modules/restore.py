@@ -47,6 +47,31 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def trial_run(model: nn.Module) -> Iterator[None]:
+    """For a forward pass to look at: in eval mode, without gradients, detectors on small images; leaves no trace."""
+    with evaluating(model), undisturbed(model), torch.no_grad():
+        if is_detector(model):
+            _shrink_images(model)
+        yield
+
+
+def is_detector(model: nn.Module) -> bool:
+    """Whether a network is a detector of torchvision, which takes a list of images and resizes them itself."""
+    return type(getattr(model, "transform", None)).__name__ == "GeneralizedRCNNTransform"
+
+
+_SIDE = 160
+
+
+def _shrink_images(detector: Any) -> None:
+    """Let it work on small images, where it would enlarge them to 800 pixels and more."""
+    transform = detector.transform
+    if not transform.fixed_size:
+        transform.min_size = tuple(min(side, _SIDE) for side in transform.min_size)
+        transform.max_size = min(transform.max_size, 2 * _SIDE)
+
+
+@contextmanager
 def _other_random_states() -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     before = random.getstate(), numpy.random.get_state() if numpy else None

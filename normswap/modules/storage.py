@@ -48,3 +48,40 @@ def sharers(tensors: Iterable[Tensor]) -> dict[int, int]:
         for one in ids if len(ids) > 1 else ():
             counts[one] += sum(own[other] for other in ids if other != one and overlap(spans[one], spans[other]))
     return counts
+
+
+class Origins:
+    """Which step of a run made a tensor, told by the tensor itself, else by the memory that it lies in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._made_by: dict[int, int] = {}
+        self._filled_by: dict[int, int] = {}  # by memory, for views that no operation announces (`x.data`)
+        self._alive: list[Tensor] = []  # ids and memory are unique only while their tensors live
+        self._parameters: dict[int, list[tuple[Span, str]]] = defaultdict(list)
+        for name, parameter in model.named_parameters():
+            if (span := span_of(parameter)) is not None:
+                self._parameters[span[0]].append((span, name))
+
+    def note(self, tensors: Iterable[Tensor], step: int, *, fills: bool = True) -> None:
+        """fills: the memory of the tensors is the step's too."""
+        for tensor in tensors:
+            self._made_by[id(tensor)] = step
+            if fills and (memory := storage_of(tensor)):
+                self._filled_by[memory] = step
+            self._alive.append(tensor)
+
+    def of(self, tensor: Tensor) -> int | None:
+        return self._made_by.get(id(tensor))
+
+    def of_memory(self, tensor: Tensor) -> int | None:
+        return self._filled_by.get(storage_of(tensor))
+
+    def known(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Those that a step made, or whose memory one filled."""
+        return [t for t in tensors if self.of(t) is not None or self.of_memory(t) is not None]
+
+    def parameters_in(self, tensor: Tensor) -> list[str]:
+        """The names of the parameters that have bytes of the tensor's memory."""
+        span = span_of(tensor)
+        known = self._parameters.get(span[0], ()) if span is not None else ()
+        return [name for own, name in known if overlap(span, own)]

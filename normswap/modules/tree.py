@@ -11,15 +11,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import Fix, NormswapError, OptionError, Text
+from ..errors import Fix, NormswapError, Text
 from .attributes import leaves_of, own_attributes
 from .hooks import _HOOK_ATTRIBUTES
-
-
-def check_module(model: Any) -> None:
-    """Raise OptionError for what is no network, such as its name."""
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def aliases(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -85,6 +79,14 @@ def hidden_references(paths: Mapping[nn.Module, list[str]]) -> list[tuple[str, s
             held = (module for leaf in leaves_of(value) for module in _held(leaf))
             found += [(names[0], attribute, module) for module in held if module is not holder and module in paths]
     return list(dict.fromkeys(found))
+
+
+def held_elsewhere(paths: Mapping[nn.Module, list[str]]) -> dict[nn.Module, list[str]]:
+    """The modules that `hidden_references` finds, each with the attributes that hold it, as `PATH.ATTRIBUTE`."""
+    found: dict[nn.Module, list[str]] = {}
+    for holder, attribute, module in hidden_references(paths):
+        found.setdefault(module, []).append(f"{holder}.{attribute}" if holder else attribute)
+    return found
 
 
 def _held(leaf: Any) -> list[nn.Module]:

@@ -21,8 +21,15 @@ _CHILD = {
 _HOLD_PARAMETERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 
+def check_module(model: Any) -> None:
+    """Raise OptionError for what is no network, such as its name."""
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"expected a torch.nn.Module, got {type(model).__name__}")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network within all wrappers; itself where there is none."""
+    """The network within all wrappers; itself where there is none. Raises OptionError for what is no network."""
+    check_module(model)
     while (inner := _inner(model)) is not None:
         model = inner
     return model
@@ -35,7 +42,8 @@ def _inner(model: nn.Module) -> nn.Module | None:
 
 
 def check_wrapper(model: nn.Module) -> None:
-    """Raise OptionError for a wrapper that was set up for the very parameters its network had then."""
+    """Raise OptionError for what is no network, and for a wrapper set up for the very parameters that it had then."""
+    check_module(model)
     wrapper: nn.Module | None = model
     while wrapper is not None:
         name = type(wrapper).__name__

@@ -89,6 +89,11 @@ def identify(module: nn.Module) -> NormSpec | None:
     return None
 
 
+def states_in(model: nn.Module) -> list[NormState]:
+    """The states of all norms of a network."""
+    return [spec.read(module) for module in model.modules() if (spec := identify(module)) is not None]
+
+
 @functools.lru_cache(maxsize=4096)
 def _of_class(cls: type[nn.Module], forward: object) -> NormSpec | None:
     """The norm type of a class whose `forward` that is (a class may get another one while a program runs)."""

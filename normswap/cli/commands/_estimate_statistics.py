@@ -33,11 +33,12 @@ def mend_statistics(
 ) -> None:
     """Statistics that were never updated say nothing: estimate them where there are images, else say what to do."""
     from ...conversion.preconditions import affine_moved, needs_statistics, never_updated
+    from ...norms.registry import states_in
 
     standardises = needs_statistics(made)
     keeps = any(step.target == "frozen" or step.transfer in ("fuse", "affine") for step in made.steps)
     built = not any(p.is_meta for p in model.parameters())
-    if not (built and (standardises or keeps) and (count := never_updated(model))):
+    if not (built and (standardises or keeps) and (count := never_updated(states_in(model)))):
         return
     if wish is not None:
         if not dry_run:
@@ -54,7 +55,7 @@ def mend_statistics(
     named = named and origin.file is None
     if named and standardises:
         raise OptionError(text, hint=ways)
-    if named or affine_moved(model):
+    if named or affine_moved(states_in(model)):
         out.note(f"{text}. {ways if standardises else ways.partition('. ')[0] + '.'}")
 
 

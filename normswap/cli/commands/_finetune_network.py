@@ -102,9 +102,11 @@ def converted(
     from ...conversion.convert import convert
     from ...conversion.preconditions import affine_moved, never_updated
     from ...conversion.record import record_of
+    from ...norms.registry import states_in
 
     batches = list(inputs) if swap.wanted and swap.images else []
-    if batches and never_updated(model) and affine_moved(model):
+    states = states_in(model) if batches else []
+    if never_updated(states) and affine_moved(states):
         report = estimate_statistics(model, batches)
         out.note(f"the running statistics were never updated: estimated on {report.images} training images")
     out.step("converting" if swap.wanted else "preparing")
