@@ -21,6 +21,7 @@ from ..modules.restore import evaluating, undisturbed
 from ..modules.tree import copied
 from ..modules.wrappers import unwrapped
 from ..norms.registry import identify
+from ..planning.plan import Transfer
 from .matching import Args, Matching, Original, forward, free_memory
 from .norm_targets import Result, Target, restoring, targets_of
 from .prepare import Preparation
@@ -231,7 +232,9 @@ def _reference(model: nn.Module, reference: nn.Module | None) -> nn.Module | Non
         rebuilt = copied(model)
         return revert(rebuilt)
     except RevertError as error:
-        needed = any(s.target not in ("frozen", "fused") and s.transfer != "exact" for s in record.plan.steps)
+        needed = any(
+            s.target not in ("frozen", "fused") and s.transfer is not Transfer.EXACT for s in record.plan.steps
+        )
         if needed:
             raise RevertError(
                 error.message, hint=Text("Pass the original network as ", Fix("reference"), ".")

@@ -46,7 +46,7 @@ class Preparation:
         self.eps = eps or (SOFT if balancing and eps is None else None)
         for target in self.targets:
             step = self.steps.get(target.path)
-            if step is None or step.transfer not in ("fold", "prescale") or not norm_type(step.target).per_sample:
+            if step is None or not step.transfer.standardizes or not norm_type(step.target).per_sample:
                 continue
             if balancing and not balanced_before and self._is_original(target) and can_balance(target, step):
                 self.balanced[target.path] = step

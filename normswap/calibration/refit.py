@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..conversion.exact_scaling import layer_digest, undo_layer
 from ..conversion.undo_record import LayerUndo
 from ..modules.tree import module_at
-from ..planning.plan import Step
+from ..planning.plan import Step, Transfer
 from .norm_targets import Target, first_input
 
 RIDGE = 0.1
@@ -107,7 +107,7 @@ def refits_of(
         if not _ON_REGIONS.isdisjoint(target.path.split(".")):
             continue
         step = steps.get(target.path)
-        if step is None or step.transfer != "fold" or len(step.producers) != 1 or target.original is None:
+        if step is None or step.transfer is not Transfer.FOLD or len(step.producers) != 1 or target.original is None:
             continue
         layer, record = module_at(model, step.producers[0]), records.get(step.producers[0])
         original = undo_layer(layer, record) if record is not None and can_fit(layer) else None

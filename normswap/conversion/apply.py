@@ -14,11 +14,11 @@ from ..modules.frozen_class import ATTRIBUTE, WANTED, hand_over
 from ..modules.hooks import adopt
 from ..modules.tree import replace_module
 from ..norms._building import TAIL
-from ..norms._wrappers import ChannelAffine, NormSequence
+from ..norms._wrappers import wrapped
 from ..norms.fused import scale_and_shift
 from ..norms.registry import build, norm_named
 from ..norms.spec import NormState
-from ..planning.plan import Step
+from ..planning.plan import Step, Transfer
 from .bound import BoundPlan, BoundStep, inner_norm
 from .exact_scaling import scale_layer, wide
 from .undo_record import TENSORS, LayerUndo, NormUndo, Undo
@@ -40,7 +40,7 @@ def standardization(state: NormState) -> tuple[Tensor, Tensor]:
 
 def folded_in(bound: BoundStep) -> tuple[Tensor, Tensor]:
     """What a fold or a fuse multiplies the outputs of the layers before a norm by, and adds to them, each `(C,)`."""
-    return standardization(bound.state) if bound.step.transfer == "fold" else scale_and_shift(bound.state)
+    return standardization(bound.state) if bound.step.transfer is Transfer.FOLD else scale_and_shift(bound.state)
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def apply(
             _give_values(old)
             _add_biases(each)
             each = dataclasses.replace(each)  # to be read anew
-        elif step.transfer in ("fold", "fuse"):
+        elif step.transfer.edits_producer:
             undo.layers += _fold(each, keep_undo=keep_undo)
         new = _replacement(each, bound.device, bound.dtype)
         _change_gamma(inner_norm(new), step, each.state, changed)
@@ -123,37 +123,27 @@ def _replacement(bound: BoundStep, device: torch.device, dtype: torch.dtype) -> 
     """
     step, old = bound.step, bound.module
     state = dataclasses.replace(bound.state, dims=bound.state.dims or step.dims)
-    if step.transfer == "reset":
+    if step.transfer is Transfer.RESET:
         state = _reset(state)
     if step.target in ("bn", "sync", "renorm") and not state.has_statistics:
         state = _with_fresh_statistics(state, device, dtype)
-    if step.transfer == "fuse":
-        norm: Any = nn.Identity()
+    # Where no layer can take the running statistics in, a fixed map before the norm does.
+    standardize = standardization(state) if step.transfer is Transfer.PRESCALE else None
+    if step.transfer is Transfer.FUSE:
+        norm: nn.Module = nn.Identity()
         norm.training = state.training
     else:
         norm = build(norm_named(step.target), state, step.options)
-        _keep_parametrizations(old, norm)
-    standardize = _standardizing(state) if step.transfer == "prescale" else None
-    new = norm
-    if standardize is not None or state.tail:
-        new = NormSequence(norm, standardize=standardize, tail=state.tail)
+    new = wrapped(norm, state, standardize)
+    _keep_parametrizations(old, norm)
     adopt(new, old, known=_OWN_ATTRIBUTES)
     _adopt_registered(new, old)
     return new
 
 
-def _standardizing(state: NormState) -> nn.Module:
-    """The running statistics as a fixed map per channel, where no layer can take them in."""
-    scale, shift = standardization(state)
-    dtype = state.statistics[1].dtype
-    module = ChannelAffine(scale.to(dtype), shift.to(dtype))
-    module.training = state.training
-    return module
-
-
 def scales_gamma(step: Step) -> bool:
     """Whether gamma is scaled by sqrt(1 + eps), so that a channel of unit variance passes unchanged."""
-    return step.transfer in ("fold", "prescale") and step.options.eps is not None
+    return step.transfer.standardizes and step.options.eps is not None
 
 
 def _change_gamma(norm: Any, step: Step, state: NormState, changed: set[int]) -> None:

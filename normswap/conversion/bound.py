@@ -16,7 +16,7 @@ from ..modules.tree import aliases, device_and_dtype, module_at
 from ..norms._wrappers import NormSequence
 from ..norms.registry import identify, norm_named
 from ..norms.spec import NormSpec, NormState
-from ..planning.plan import Plan, Step
+from ..planning.plan import Plan, Step, Transfer
 from ..tracing.calls import out_channels, producer_kind
 
 
@@ -121,8 +121,8 @@ def _misfits(bound: BoundStep) -> Iterator[str]:
     if step.channels % getattr(step.options, "num_groups", 1):
         groups = plural(getattr(step.options, "num_groups", 1), "group")
         yield f"{plural(step.channels, 'channel')} do not divide into {groups}"
-    needed = step.transfer in ("fold", "prescale", "fuse", "affine")
-    if (needed or (step.transfer == "exact" and target.needs_statistics)) and not state.has_statistics:
+    needed = step.transfer.needs_statistics or (step.transfer is Transfer.EXACT and target.needs_statistics)
+    if needed and not state.has_statistics:
         yield "it has no running statistics"
     if target.needs_dims and state.dims is None and step.dims is None:
         yield f"whether {target.title} must be 1d, 2d or 3d is not known"

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ..errors import OptionError
+from ..inspection.example_inputs import inputs_for
 from ..modules.tree import copied
 from ..modules.wrappers import check_wrapper, rewrapped, unwrapped
 from ..norms.registry import states_in
+from ..planning.options import PlanOptions
 from ..planning.plan import Plan
-from ..planning.planner import plan
+from ..planning.planner import planned
 from ..planning.rules import Rules
 from .apply import apply
 from .bound import bind
-from .preconditions import affine_moved, check_values, needs_statistics, never_updated
+from .preconditions import affine_moved, check_values, never_updated
 from .record import Check, Record, put_record, record_of
-from .self_check import NO_INPUT, prove, reference_of
+from .self_check import prove, reference_of
 from .undo_record import Undo
 
 _NEGLECTED = (
@@ -62,48 +65,78 @@ def convert(
     OptionError (for one in DistributedDataParallel too: wrap the result), PlanError or SelfCheckError, and then
     nothing changed.
     """
+    options = ConvertOptions(
+        to,
+        groups,
+        channels_per_group,
+        indivisible,
+        transfer,
+        eps,
+        rules,
+        sources,
+        example_inputs,
+        zero_init_residual,
+        missing_statistics,
+        inplace,
+        check,
+        undo,
+        using,
+    )
+    return converted(model, options)
+
+
+@dataclass(frozen=True, eq=False)
+class ConvertOptions(PlanOptions):
+    """The arguments of `convert`, which explains them. Raises OptionError for a plan beside what is to be planned."""
+
+    inplace: bool = False
+    prove: bool = True
+    undo: bool = True
+    using: Plan | None = None
+
+    def __post_init__(self) -> None:
+        if self.using is not None and self.say_what:
+            raise OptionError("give either a plan (using=) or what to plan (to=, rules=, ...), not both")
+
+
+def converted(model: nn.Module, options: ConvertOptions) -> nn.Module:
+    """`convert`, with its arguments as one value."""
     check_wrapper(model)
     wrapper, model = model, unwrapped(model)
     before = record_of(model)
     if before is not None and before.factors:
         raise OptionError("the network is stabilized for training", hint="Convert it after `with stabilized(...)`.")
-    if using is None:
-        using = plan(
-            model,
-            to,
-            groups=groups,
-            channels_per_group=channels_per_group,
-            indivisible=indivisible,
-            transfer=transfer,
-            eps=eps,
-            rules=rules,
-            sources=sources,
-            example_inputs=example_inputs,
-            zero_init_residual=zero_init_residual,
-            missing_statistics=missing_statistics,
-        )
-    else:
-        wanted = (to, groups, channels_per_group, eps, rules, sources)
-        if any(value is not None for value in wanted) or (transfer, zero_init_residual) != ("fold", False):
-            raise OptionError("give either a plan (using=) or what to plan (to=, rules=, ...), not both")
-    bound = bind(model, using)
+    plan = planned(model, options) if options.using is None else options.using
+    bound = bind(model, plan)
     check_values(model, bound)
-    states = states_in(model) if needs_statistics(using) else []
+    states = states_in(model) if plan.standardizes else []
     if (count := never_updated(states)) and affine_moved(states):
-        warnings.warn(_NEGLECTED.format(type(model).__name__, count), stacklevel=2)
-    reference = reference_of(model, using, example_inputs, wanted=check)
-    if reference.reason == NO_INPUT:
-        warnings.warn(f"the self-check was not run: {NO_INPUT} (or check=False)", stacklevel=2)
-    work = model if inplace else copied(model)
+        warnings.warn(_NEGLECTED.format(type(model).__name__, count), stacklevel=3)
+    unproved = _why_unproved(model, plan, options)
+    inputs = None if unproved else inputs_for(model, options.example_inputs)
+    if not unproved and inputs is None:
+        unproved = "no input is known that the network runs on; give example_inputs"
+        warnings.warn(f"the self-check was not run: {unproved} (or check=False)", stacklevel=3)
+    reference = None if inputs is None else reference_of(model, plan, inputs)
+    work = model if options.inplace else copied(model)
     if work is not model:
-        bound = bind(work, using)
+        bound = bind(work, plan)
     previous = record_of(work)
-    root, undo_record = apply(work, bound, keep_undo=undo or reference.inputs is not None)
-    check_result = Check(None, reason=reference.reason, total=len(using.steps))
-    record = Record(using, undo_record, check_result, previous=previous, head=previous.head if previous else None)
+    root, undo = apply(work, bound, keep_undo=options.undo or reference is not None)
+    check = Check(None, reason=unproved, total=len(plan.steps))
+    record = Record(plan, undo, check, previous=previous, head=previous.head if previous else None)
     put_record(root, record)
-    if reference.inputs is not None:
-        record.check = prove(root, bound, reference, None if inplace else model)
-    if not undo:
+    if reference is not None:
+        record.check = prove(root, bound, reference, None if options.inplace else model)
+    if not options.undo:
         record.undo = Undo(complete=False)
-    return rewrapped(wrapper, root, inplace=inplace)
+    return rewrapped(wrapper, root, inplace=options.inplace)
+
+
+def _why_unproved(model: nn.Module, plan: Plan, options: ConvertOptions) -> str:
+    """Why there is to be no self-check; empty where there is."""
+    if not options.prove:
+        return "not asked for"
+    if not plan.provable:
+        return "gamma and beta alone were carried over, which does not keep the outputs"
+    return "the model is on the meta device and cannot run" if any(p.is_meta for p in model.parameters()) else ""

@@ -12,7 +12,6 @@ from torch.nn.utils import parametrize
 
 from ..errors import Fix, PlanError, Text
 from ..norms.spec import NormState
-from ..planning.plan import Plan
 from .apply import folded_in, scales_gamma
 from .bound import BoundPlan
 from .exact_scaling import by_output_channel, folded_bias, scaled, wide
@@ -28,7 +27,7 @@ def check_values(model: nn.Module, bound: BoundPlan) -> None:
 
 def check_statistics(bound: BoundPlan) -> None:
     """Raise PlanError, naming every layer, where running statistics are negative or not finite."""
-    states = [(b.step, b.state) for b in bound if b.step.transfer in ("fold", "prescale", "fuse", "affine", "exact")]
+    states = [(b.step, b.state) for b in bound if b.step.transfer.keeps_outputs]
     known = [(s, *x.statistics, x.eps) for s, x in states if x.has_statistics and not x.statistics[0].is_meta]
     if not known or _all_sound([mean for _, mean, _, _ in known], [var for _, _, var, _ in known]):
         return
@@ -74,11 +73,6 @@ def affine_moved(states: list[NormState]) -> bool:
     gammas = [s.weight.detach() for s in states if s.weight is not None and s.weight.numel() and not s.weight.is_meta]
     betas = [s.bias.detach() for s in states if s.bias is not None and not s.bias.is_meta]
     return any(bool((g != g[0]).any()) for g in gammas) or any(bool(b.any()) for b in betas)
-
-
-def needs_statistics(plan: Plan) -> bool:
-    """Whether some step standardises a layer's channels by its running statistics."""
-    return any(step.transfer in ("fold", "prescale") for step in plan.steps)
 
 
 def _layers(problems: list[str]) -> str:

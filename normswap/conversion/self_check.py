@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import DataError, Fix, NormswapError, SelfCheckError, Text, first_line
-from ..inspection.example_inputs import as_inputs, guess_inputs
-from ..modules.restore import evaluating, seed_everything, trial_run
+from ..modules.restore import seed_everything, trial_run
 from ..modules.tree import copied, device_and_dtype, module_at
 from ..norms._wrappers import per_channel
 from ..planning.plan import Plan
@@ -28,13 +27,16 @@ from .bound import BoundPlan, BoundStep, bind, bound_after
 from .record import TOLERANCE, Check
 from .revert import reverted
 
-NO_INPUT = "no input is known that the network runs on; give example_inputs"
 _SAMPLES = 4096
 Observations = dict[str, list[Tensor]]
 
 
-def observe(model: nn.Module, inputs: tuple[Any, ...], watched: Iterable[str]) -> Observations:
+def observe(
+    model: nn.Module, inputs: tuple[Any, ...], watched: Iterable[str], beside: Iterable[nn.Module] = ()
+) -> Observations:
     """Run the model in eval mode and keep a sample of each watched module's output and of the network's own.
+
+    beside: modules outside of the model that run too.
 
     Random numbers are the same each time. The sample is taken inside the hook, because what follows often changes the
     tensor in place.
@@ -48,7 +50,7 @@ def observe(model: nn.Module, inputs: tuple[Any, ...], watched: Iterable[str]) -
         return hook
 
     with ExitStack() as stack:
-        stack.enter_context(trial_run(model))
+        stack.enter_context(trial_run(model, beside))
         seed_everything(model)
         for path in watched:
             stack.callback(module_at(model, path).register_forward_hook(hook_for(path)).remove)
@@ -90,31 +92,16 @@ def watched_paths(model: nn.Module, plan: Plan) -> list[str]:
     return [*sorted(norms - {""}), *others]
 
 
-def applicable(plan: Plan) -> bool:
-    """Whether the plan claims anything a run can prove; copying or resetting gamma and beta does not."""
-    return any(step.transfer not in ("copy", "reset") for step in plan.steps)
-
-
 @dataclass(frozen=True)
 class Reference:
-    """What the original network does on the inputs of the self-check. inputs: None, with the reason, for no check."""
+    """What the original network does on the inputs of the self-check."""
 
-    inputs: tuple[Any, ...] | None
-    seen: Observations = field(default_factory=dict)
-    reason: str = ""
+    inputs: tuple[Any, ...]
+    seen: Observations
 
 
-def reference_of(model: nn.Module, plan: Plan, example_inputs: Any, *, wanted: bool) -> Reference:
-    """Run the network that is to be converted. Raises DataError where it does not take the example inputs."""
-    if not wanted:
-        return Reference(None, reason="not asked for")
-    if not applicable(plan):
-        return Reference(None, reason="gamma and beta alone were carried over, which does not keep the outputs")
-    if any(p.is_meta for p in model.parameters()):
-        return Reference(None, reason="the model is on the meta device and cannot run")
-    inputs = guess_inputs(model) if example_inputs is None else as_inputs(example_inputs)
-    if inputs is None:
-        return Reference(None, reason=NO_INPUT)
+def reference_of(model: nn.Module, plan: Plan, inputs: tuple[Any, ...]) -> Reference:
+    """Run the network that is to be converted. Raises DataError where it does not take the inputs."""
     watched = watched_paths(model, plan)
     try:
         return Reference(inputs, observe(model, inputs, watched))
@@ -134,7 +121,7 @@ def prove(root: nn.Module, bound: BoundPlan, reference: Reference, original: nn.
     deep network of random weights, and through half precision. A failure is therefore repeated in float64, where
     rounding is out of the question and only a wrong edge can fail.
     """
-    plan, inputs = bound.plan, reference.inputs or ()
+    plan, inputs = bound.plan, reference.inputs
     try:
         result = compare(root, plan, inputs, reference.seen, _originals(bound))
         if not result.passed:
@@ -184,7 +171,7 @@ def compare(
     with ExitStack() as stack:
         for each in bound_after(model, plan):
             _bare(stack, each, originals.get(each.step.path))
-        seen = observe(model, inputs, [path for path in reference if path != "(output)"])
+        seen = observe(model, inputs, [path for path in reference if path != "(output)"], originals.values())
     errors = {path: _relative_error(before, seen.get(path, [])) for path, before in reference.items()}
     where = max(errors, key=lambda path: math.inf if math.isnan(errors[path]) else errors[path], default="")
     error = errors.get(where, 0.0)
@@ -213,7 +200,7 @@ def _relative_error(before: list[Tensor], after: list[Tensor]) -> float:
 def _bare(stack: ExitStack, bound: BoundStep, original: nn.Module | None) -> None:
     """Until the stack closes, let the module compute what the original norm did, from its standardised input."""
     step, norm = bound.step, bound.norm
-    if step.transfer in ("fold", "prescale"):
+    if step.transfer.standardizes:
         factor = 1.0 if step.options.eps is None else math.sqrt(1 + step.options.eps)
 
         def affine(x: Tensor) -> Tensor:
@@ -222,8 +209,7 @@ def _bare(stack: ExitStack, bound: BoundStep, original: nn.Module | None) -> Non
             return y if norm.bias is None else y + per_channel(norm.bias.to(x), x.dim())
 
         _override(stack, norm, affine)
-    elif step.transfer in ("copy", "reset") and original is not None:
-        stack.enter_context(evaluating(original))
+    elif not step.transfer.keeps_outputs and original is not None:
         _override(stack, bound.module, original.forward)
 
 

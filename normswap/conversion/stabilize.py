@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..planning.plan import Transfer
 from .bound import BoundStep, bound_after
 from .exact_scaling import by_output_channel
 from .record import record_of
@@ -156,4 +157,4 @@ def _whole(weight: Tensor) -> Tensor:
 def _applies(bound: BoundStep) -> bool:
     norm, step = bound.norm, bound.step
     follows = norm._buffers.get("running_mean") is None and isinstance(getattr(norm, "eps", None), float)
-    return step.transfer == "fold" and bool(step.producers) and follows
+    return step.transfer is Transfer.FOLD and bool(step.producers) and follows

@@ -39,6 +39,11 @@ def runs(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
     return True
 
 
+def inputs_for(model: nn.Module, example_inputs: Any) -> tuple[Any, ...] | None:
+    """The forward's positional arguments: those that the caller gave, else a guess; None where no guess does."""
+    return guess_inputs(model) if example_inputs is None else as_inputs(example_inputs)
+
+
 def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
     """The forward's positional arguments from what callers pass as `example_inputs`."""
     return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)

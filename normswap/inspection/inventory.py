@@ -21,7 +21,7 @@ from ..tracing.feeds import UNKNOWN, Feed, analyse
 from ..tracing.recorded import record
 from ..tracing.run import Region
 from ..tracing.symbolic import trace
-from .example_inputs import as_inputs
+from .example_inputs import as_inputs, inputs_for
 from .norm_shapes import positions_by_guess, vectors_only
 from .roles import roles_of
 from .suspects import IN_CODE, Suspect, functional_batch_norm, suspicion
@@ -170,7 +170,8 @@ def _without_vectors(
     linear = {known.modules[path]: path for path, feed in feeds.items() if feed.foldable and feed.kind == "linear"}
     if not linear:
         return {}
-    sure = vectors_only(model, example_inputs, linear)
+    inputs = inputs_for(model, example_inputs)
+    sure = vectors_only(model, inputs, linear, [known.norms[path] for path in linear.values()])
     reason = "its input may have more dimensions than two, and the linear layer's channels are the last"
     unsure = [path for path in linear.values() if path not in sure]
     return {path: replace(feeds[path], producers=(), foldable=False, reason=reason) for path in unsure}

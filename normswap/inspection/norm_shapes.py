@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..modules.restore import trial_run
-from .example_inputs import as_inputs, guess_inputs
+from .example_inputs import guess_inputs
 
 Shapes = dict[str, list[tuple[int, ...]]]
 
@@ -54,19 +54,19 @@ def positions_by_guess(model: nn.Module, layers: Mapping[nn.Module, str]) -> dic
     return positions
 
 
-def vectors_only(model: nn.Module, example_inputs: Any, layers: Mapping[nn.Module, str]) -> Collection[str]:
+def vectors_only(
+    model: nn.Module, inputs: tuple[Any, ...] | None, layers: Mapping[nn.Module, str], channels: Iterable[int]
+) -> Collection[str]:
     """Those of the layers that get `(N, C)`, and nothing else, however many dimensions the network's input has.
 
     A linear layer computes along the last dimension, whichever that is, while a norm's channels are the second: with
-    an input of one more dimension the same network may normalize along another one. Without example inputs, a guess
-    serves; where there is none, no layer is sure.
+    an input of one more dimension, as wide as the layers have channels, the same network may normalize along another
+    one. Without inputs, no layer is sure.
     """
-    inputs = guess_inputs(model) if example_inputs is None else as_inputs(example_inputs)
     if inputs is None:
         return ()
-    runs = [shapes_of(model, inputs, layers)]
-    widths = {shape[1] for shapes in (runs[0] or {}).values() for shape in shapes if len(shape) == 2}
-    runs += [shapes_of(model, _raised(inputs, width), layers) for width in sorted(widths)]
+    given = [inputs, *(_raised(inputs, width) for width in sorted(set(channels)))]
+    runs = [shapes_of(model, each, layers) for each in given]
     known = [run for run in runs if run is not None]
     return [p for p in layers.values() if runs[0] and runs[0].get(p) and all(_vectors(run.get(p, [])) for run in known)]
 

@@ -7,7 +7,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -47,9 +47,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def trial_run(model: nn.Module) -> Iterator[None]:
-    """For a forward pass to look at: in eval mode, without gradients, detectors on small images; leaves no trace."""
-    with evaluating(model), undisturbed(model), torch.no_grad():
+def trial_run(model: nn.Module, beside: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """For a forward pass to look at: in eval mode, without gradients, detectors on small images; leaves no trace.
+
+    beside: modules outside of the model that run too.
+    """
+    with ExitStack() as stack, evaluating(model), undisturbed(model), torch.no_grad():
+        for module in beside:
+            stack.enter_context(evaluating(module))
         if is_detector(model):
             _shrink_images(model)
         yield

@@ -32,11 +32,11 @@ def mend_statistics(
     model: nn.Module, made: Plan, origin: ResolvedSource, wish: Calibration | None, out: Output, *, dry_run: bool
 ) -> None:
     """Statistics that were never updated say nothing: estimate them where there are images, else say what to do."""
-    from ...conversion.preconditions import affine_moved, needs_statistics, never_updated
+    from ...conversion.preconditions import affine_moved, never_updated
     from ...norms.registry import states_in
 
-    standardises = needs_statistics(made)
-    keeps = any(step.target == "frozen" or step.transfer in ("fuse", "affine") for step in made.steps)
+    standardises = made.standardizes
+    keeps = any(step.target == "frozen" or step.transfer.fuses for step in made.steps)
     built = not any(p.is_meta for p in model.parameters())
     if not (built and (standardises or keeps) and (count := never_updated(states_in(model)))):
         return
