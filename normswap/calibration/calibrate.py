@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..arguments import whole
 from ..comparison.outputs import OutputTally
+from ..conversion.history import Calibrated
 from ..conversion.record import check_order, record_of
 from ..conversion.revert import revert
 from ..data.batches import as_batches, images_in
@@ -328,6 +329,6 @@ def _remember(model: nn.Module, report: CalibrationReport, preparation: Preparat
     record = record_of(model)
     if record is not None:
         preparation.note(record)
-        entry = {"action": "calibrate", "images": report.images, "layers": len(report.layers)}
-        entry |= {"method": preparation.method, "balanced": len(preparation.balanced), "eps": preparation.eps}
-        record.history.append({**entry, "drift": [report.drift_before, report.drift_after]})
+        drift = [report.drift_before, report.drift_after]
+        how = (preparation.method, len(preparation.balanced), preparation.eps)
+        record.history.append(Calibrated(report.images, len(report.layers), *how, drift))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..arguments import one_of
+from ..conversion.history import Calibrated
 from ..conversion.record import Record, record_of
 from ..conversion.undo_record import LayerUndo
 from ..errors import Fix, OptionError, Text
@@ -37,7 +38,9 @@ class Preparation:
         record = record_of(model)
         self.undo = None if record is None else record.undo
         self.steps: dict[str, Step] = {} if record is None else {s.path: s for s in record.plan.steps}
-        balanced_before = record is not None and any(entry.get("balanced") for entry in record.history)
+        balanced_before = record is not None and any(
+            isinstance(entry, Calibrated) and entry.balanced for entry in record.history
+        )
         self.balanced: dict[str, Step] = {}
         self.softened: dict[str, Step] = {}
         self.records: list[LayerUndo] = []

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..conversion.apply import apply
 from ..conversion.bound import bind, bound_after
 from ..conversion.composite import combined_record
-from ..conversion.record import Check, Record, put_record, record_of
-from ..conversion.stabilize import at_own_size
+from ..conversion.history import Entry
+from ..conversion.record import Check, Note, Record, attach, record_of
+from ..conversion.stabilize import Sizes, at_own_size
 from ..conversion.undo_record import Undo
 from ..errors import CheckpointError, Fix, NormswapError, OptionError, PlanError, Text, WeightsError
 from ..files.writing import reserved, write_safetensors
@@ -117,8 +118,9 @@ def load(
     fill_undo(undo, stored, manifest["undo"])
     for name, parameter in root.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(parameter.is_floating_point() and name not in manifest["no_grad"])
-    head = Head(**manifest["head"]) if manifest.get("head") else None
-    put_record(root, Record(plan, undo, check, manifest["source"], list(manifest["history"]), head=head))
+    history = [Entry.from_dict(values) for values in manifest["history"]]
+    notes: dict[type, Note] = {Head: Head(**manifest["head"])} if manifest.get("head") else {}
+    attach(root, Record(plan, undo, check, manifest["source"], history, notes=notes))
     return root.eval()
 
 
@@ -237,7 +239,7 @@ def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _swapped(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Undo]:
     """The original architecture with the swap done and the values loaded. On an error, the model is as it was."""
     record = record_of(model)
-    if record is not None and not record.factors and _swaps(record.plan) == _swaps(plan):
+    if record is not None and not record.note(Sizes) and _swaps(record.plan) == _swaps(plan):
         _add_affine(model, plan, tensors)
         load_state(model, tensors, str(path), cast=False)
         norms = [replace_fields(norm, tensors={}) for norm in record.undo.norms]

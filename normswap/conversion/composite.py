@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -10,10 +10,8 @@ from itertools import chain
 from torch import nn
 
 from ..planning.plan import Plan
-from .record import Check, Record, put_record, record_of
+from .record import Check, Note, Record, Rename, attach, detach, record_of
 from .undo_record import Undo
-
-Rename = Callable[[str], str | None]
 
 
 def adopt_part_records(model: nn.Module) -> Record | None:
@@ -25,8 +23,8 @@ def adopt_part_records(model: nn.Module) -> Record | None:
     record = combined_record(model)
     if record is not None and record_of(model) is None:
         for part in _parts(model).values():
-            put_record(part, None)
-        put_record(model, record)
+            detach(part)
+        attach(model, record)
     return record
 
 
@@ -63,16 +61,14 @@ def renamed_record(record: Record, rename: Rename) -> Record:
     kept = [replace(each, path=path) for each in plan.kept if (path := rename(each.path)) is not None]
     norms = [replace(norm, paths=paths) for norm in undo.norms if (paths := _renamed(norm.paths, rename))]
     layers = [replace(layer, path=path) for layer in undo.layers if (path := rename(layer.path)) is not None]
-    factors = {path: factor for old, factor in record.factors.items() if (path := rename(old)) is not None}
-    head = None if record.head is None or (at := rename(record.head.path)) is None else replace(record.head, path=at)
+    notes = {kind: new for kind, note in record.notes.items() if (new := note.renamed(rename)) is not None}
     return Record(
         replace(plan, steps=tuple(steps), kept=tuple(kept)),
         Undo(norms, layers, undo.complete),
         record.check,
         history=list(record.history),
         previous=None if record.previous is None else renamed_record(record.previous, rename),
-        head=head,
-        factors=factors,
+        notes=notes,
     )
 
 
@@ -106,6 +102,7 @@ def _joined(records: list[Record]) -> Record:
     complete = all(u.complete for u in undos)
     undo = Undo([n for u in undos for n in u.norms], [x for u in undos for x in u.layers], complete)
     history = [entry for r in records for entry in r.history]
-    factors = {path: factor for r in records for path, factor in r.factors.items()}
-    head = next((r.head for r in records if r.head is not None), None)
-    return Record(Plan(steps, kept, plans[0].transfer), undo, check, history=history, head=head, factors=factors)
+    notes: dict[type, Note] = {}
+    for kind, note in (pair for record in records for pair in record.notes.items()):
+        notes[kind] = notes[kind].joined(note) if kind in notes else note
+    return Record(Plan(steps, kept, plans[0].transfer), undo, check, history=history, notes=notes)

@@ -21,8 +21,9 @@ from ..planning.rules import Rules
 from .apply import apply
 from .bound import bind
 from .preconditions import affine_moved, check_values, never_updated
-from .record import Check, Record, put_record, record_of
+from .record import Check, Record, attach, record_of
 from .self_check import prove, reference_of
+from .stabilize import Sizes
 from .undo_record import Undo
 
 _NEGLECTED = (
@@ -104,7 +105,7 @@ def converted(model: nn.Module, options: ConvertOptions) -> nn.Module:
     check_wrapper(model)
     wrapper, model = model, unwrapped(model)
     before = record_of(model)
-    if before is not None and before.factors:
+    if before is not None and before.note(Sizes):
         raise OptionError("the network is stabilized for training", hint="Convert it after `with stabilized(...)`.")
     plan = planned(model, options) if options.using is None else options.using
     bound = bind(model, plan)
@@ -124,8 +125,8 @@ def converted(model: nn.Module, options: ConvertOptions) -> nn.Module:
     previous = record_of(work)
     root, undo = apply(work, bound, keep_undo=options.undo or reference is not None)
     check = Check(None, reason=unproved, total=len(plan.steps))
-    record = Record(plan, undo, check, previous=previous, head=previous.head if previous else None)
-    put_record(root, record)
+    record = Record(plan, undo, check, previous=previous, notes=dict(previous.notes) if previous else {})
+    attach(root, record)
     if reference is not None:
         record.check = prove(root, bound, reference, None if options.inplace else model)
     if not options.undo:

@@ -10,7 +10,8 @@ from ..modules.hooks import hand_over_hooks
 from ..modules.tree import aliases, replace_module
 from ..modules.wrappers import check_wrapper, rewrapped, unwrapped
 from .exact_scaling import restore_layer, undo_layer
-from .record import Record, put_record, record_of
+from .record import Record, attach, detach, record_of
+from .stabilize import Sizes
 from .undo_record import NormUndo, Undo
 
 
@@ -56,13 +57,15 @@ def reverted(model: nn.Module, *, strict: bool = True) -> nn.Module:
         norm.module.training = now.training
         hand_over_hooks(norm.module, now)
         model = replace_module(model, norm.paths, norm.module)
-    put_record(model, record.previous)
+    detach(model)
+    if record.previous is not None:
+        attach(model, record.previous)
     return model
 
 
 def _changed_modules(model: nn.Module, record: Record) -> dict[str, nn.Module]:
     """The modules of a network by all their names. Raises RevertError where its record does not suffice for them."""
-    if record.factors:
+    if record.note(Sizes):
         raise RevertError("the network is stabilized for training", hint="Revert it after `with stabilized(...)`.")
     if not record.undo.complete:
         raise RevertError(

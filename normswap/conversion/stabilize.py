@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,26 @@ from torch import Tensor, nn
 from ..planning.plan import Transfer
 from .bound import BoundStep, bound_after
 from .exact_scaling import by_output_channel
-from .record import record_of
+from .record import Rename, record_of
 
 _LIMIT = 2.0**10
 _TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """By which factors layers are larger for the time of a training, by the path of their norm."""
+
+    factors: Mapping[str, float]
+
+    def renamed(self, rename: Rename) -> Sizes | None:
+        """The same under other paths."""
+        found = {path: factor for old, factor in self.factors.items() if (path := rename(old)) is not None}
+        return Sizes(found) if found else None
+
+    def joined(self, other: Sizes) -> Sizes:
+        """Of two parts of a network."""
+        return Sizes({**self.factors, **other.factors})
 
 
 @torch.no_grad()
@@ -36,7 +53,7 @@ def factors_of(model: nn.Module) -> dict[str, float]:
     one that is stabilized already.
     """
     record = record_of(model)
-    if record is None or not record.undo.complete or record.factors:
+    if record is None or not record.undo.complete or record.note(Sizes):
         return {}
     scales = {layer.path: layer.scale for layer in record.undo.layers}
     found = {}
@@ -64,6 +81,7 @@ def rescale(model: nn.Module, factors: Mapping[str, float], *, back: bool = Fals
     record = record_of(model)
     if record is None:
         return
+    now = dict(factors_in(model))
     for each in bound_after(model, record.plan):
         path = each.step.path
         factor = factors.get(path, 1.0)
@@ -74,9 +92,12 @@ def rescale(model: nn.Module, factors: Mapping[str, float], *, back: bool = Fals
             layer.weight.mul_(factor)
             layer.bias.mul_(factor)
         each.norm.eps = each.norm.eps * factor**2
-        total = record.factors.pop(path, 1.0) * factor
+        total = now.pop(path, 1.0) * factor
         if total != 1:
-            record.factors[path] = total
+            now[path] = total
+    record.notes.pop(Sizes, None)
+    if now:
+        record.notes[Sizes] = Sizes(now)
 
 
 @contextmanager
@@ -132,7 +153,8 @@ def at_own_size(model: nn.Module) -> Iterator[None]:
 def factors_in(model: nn.Module) -> Mapping[str, float]:
     """The factors that are in effect now."""
     record = record_of(model)
-    return {} if record is None else record.factors
+    sizes = None if record is None else record.note(Sizes)
+    return {} if sizes is None else sizes.factors
 
 
 def folded_weights(model: nn.Module) -> list[nn.Parameter]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..arguments import whole
+from ..conversion.history import Distilled
 from ..conversion.record import record_of
 from ..data.batches import as_batches
 from ..errors import Fix, Interrupted, OptionError, Text
@@ -186,6 +187,5 @@ def _remember(model: nn.Module, work: DistillationRun) -> None:
     if record is None or kept == 0:
         return
     settings = work.settings
-    entry = {"action": "distil", "steps": work.loop.step, "planned": settings.steps, "kept": kept}
-    entry |= {"train": settings.train, "lr": settings.lr, "seed": settings.seed, "loss": list(work.losses)}
-    record.history.append(entry)
+    done = (work.loop.step, settings.steps, kept)
+    record.history.append(Distilled(*done, settings.train, settings.lr, settings.seed, list(work.losses)))
