@@ -239,7 +239,7 @@ def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _swapped(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Undo]:
     """The original architecture with the swap done and the values loaded. On an error, the model is as it was."""
     record = record_of(model)
-    if record is not None and not record.note(Sizes) and _swaps(record.plan) == _swaps(plan):
+    if record is not None and record.note(Sizes) is None and _swaps(record.plan) == _swaps(plan):
         _add_affine(model, plan, tensors)
         load_state(model, tensors, str(path), cast=False)
         norms = [replace_fields(norm, tensors={}) for norm in record.undo.norms]

@@ -105,7 +105,7 @@ def converted(model: nn.Module, options: ConvertOptions) -> nn.Module:
     check_wrapper(model)
     wrapper, model = model, unwrapped(model)
     before = record_of(model)
-    if before is not None and before.note(Sizes):
+    if before is not None and before.note(Sizes) is not None:
         raise OptionError("the network is stabilized for training", hint="Convert it after `with stabilized(...)`.")
     plan = planned(model, options) if options.using is None else options.using
     bound = bind(model, plan)

@@ -48,7 +48,7 @@ class Calibrated(Entry):
 
 @dataclass(frozen=True)
 class Distilled(Entry):
-    """`distil`: steps made, of so many planned, and the step that was kept."""
+    """`distil`: steps made, of so many planned, and the step that was kept; the loss at first and at last."""
 
     action: ClassVar[str] = "distil"
 
@@ -58,7 +58,7 @@ class Distilled(Entry):
     train: str = "all"
     lr: float = 0.0
     seed: int = 0
-    loss: list[str] = field(default_factory=list)
+    loss: list[float | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def reverted(model: nn.Module, *, strict: bool = True) -> nn.Module:
 
 def _changed_modules(model: nn.Module, record: Record) -> dict[str, nn.Module]:
     """The modules of a network by all their names. Raises RevertError where its record does not suffice for them."""
-    if record.note(Sizes):
+    if record.note(Sizes) is not None:
         raise RevertError("the network is stabilized for training", hint="Revert it after `with stabilized(...)`.")
     if not record.undo.complete:
         raise RevertError(

@@ -1,13 +1,7 @@
 """Train a converted network at the learning rates of its original: weights at their old size, centralized gradients.
 
-Folding divides a layer's weights by the deviation of each channel. The network computes the same, but gradients grow
-by the factor by which weights shrink, so that a learning rate is worth its square: rates that suited the original
-wreck the converted network. A norm that follows its sample does not notice `(W, b)` times c if its `eps` is taken
-times c^2. With c a power of two, both are exact in floating point, back and forth.
-
-Inputs that are positive, as behind a ReLU, let every step shift the mean of whole channels. In training a BN takes
-this shift out again; a norm over groups of channels does not, nor does a frozen BN. A gradient without its mean over
-each output channel's weights hardly has it (Yong et al. 2020, "Gradient Centralization").
+Why it needs both stands in docs/finetuning.md. A norm that follows its sample does not notice `(W, b)` times c if its
+`eps` is taken times c^2; with c a power of two, both are exact in floating point, back and forth.
 """
 
 from __future__ import annotations
@@ -53,7 +47,7 @@ def factors_of(model: nn.Module) -> dict[str, float]:
     one that is stabilized already.
     """
     record = record_of(model)
-    if record is None or not record.undo.complete or record.note(Sizes):
+    if record is None or not record.undo.complete or record.note(Sizes) is not None:
         return {}
     scales = {layer.path: layer.scale for layer in record.undo.layers}
     found = {}
@@ -166,7 +160,7 @@ def folded_weights(model: nn.Module) -> list[nn.Parameter]:
 
 
 def centralize(weight: Tensor) -> None:
-    """Take the mean over each output channel's weights `(C, ...)` out of the gradient, in place."""
+    """Take the mean over each output channel's weights `(C, ...)` out of the gradient, in place (Yong et al. 2020)."""
     if weight.grad is not None:
         weight.grad.sub_(weight.grad.mean(dim=tuple(range(1, weight.dim())), keepdim=True))
 

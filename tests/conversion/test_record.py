@@ -24,7 +24,7 @@ WRITTEN: dict[type[Entry], dict[str, Any]] = {
     },
     Distilled: {
         "action": "distil", "steps": 6, "planned": 6, "kept": 4, "train": "norms", "lr": 0.1, "seed": 0,
-        "loss": ["kl"],
+        "loss": [1.5, None],
     },
     FineTuned: {
         "action": "finetune", "steps": 12, "planned": 12, "train": "all", "lr": 0.01, "optimizer": "sgd",
