@@ -77,7 +77,7 @@ def choose_groups(
 
 
 def _is_open(model: nn.Module, step: Step) -> bool:
-    folded = step.target == "gn" and step.transfer in ("fold", "prescale")
+    folded = step.target == "gn" and step.transfer.standardizes
     return folded and state_of(module_at(model, step.path)).has_statistics
 
 

@@ -69,7 +69,7 @@ def _trace_children(
         if leaf(child):
             traced.doubtful.add(child_path)  # a run of the owner that did trace need not be the only one
             continue
-        seen = (child_local in called or name in uses.called) and not uses.loose & {name, ALL}
+        seen = (child_local in called or name in uses.called) and not uses.iterated & {name, ALL}
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or (isinstance(child, nn.Sequential) and not seen):
             # Its owner may call the elements one by one and keep what lies between them.
             _trace_children(child, child_path, child_local, called, leaf, traced)
