@@ -32,7 +32,8 @@ from normswap.inspection.inventory import Layer
 from normswap.modules.tree import aliases
 from normswap.sources.resolve import build, build_empty, parse
 from normswap.sources.torchvision import names
-from normswap.tracing.feeds import Feed, analyse, watched_modules
+from normswap.tracing.calls import KnownModules
+from normswap.tracing.feeds import Feed, analyse
 from normswap.tracing.recorded import record
 
 warnings.filterwarnings("ignore")
@@ -97,9 +98,8 @@ def batch_norms(inventory: normswap.Inventory) -> dict[str, Layer]:
 
 def recorded_feeds(model: nn.Module, layers: dict[str, Layer], inputs: tuple[object, ...]) -> dict[str, Feed]:
     """What a recorded run alone shows to feed each of the norms."""
-    paths = aliases(model)
-    norms = {path: layer.state.channels for path, layer in layers.items()}
-    return analyse(paths, [record(model, inputs, watched_modules(paths, norms))], norms)
+    known = KnownModules(aliases(model), {path: layer.state.channels for path, layer in layers.items()})
+    return analyse(known, [record(model, inputs, known.watched)])
 
 
 def examine(name: str) -> Row | None:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..conversion.apply import standardization
-from ..conversion.exact_scaling import by_output_channel, fold_exactly, folded_bias, scaled
-from ..conversion.undo_record import LayerUndo, Undo, undo_layer
+from ..conversion.exact_scaling import by_output_channel, fold_exactly, folded_bias, scaled, undo_layer
+from ..conversion.undo_record import LayerUndo, Undo
 from ..modules.tree import module_at
-from ..planning.plan import Step
+from ..planning.plan import Step, Transfer
 from .moments import Rows
 from .norm_targets import Target, set_parameter, state_of, statistics_of
 
@@ -127,7 +127,7 @@ def sizes(means: Tensor, squares: Tensor, gamma: Tensor, groups: int, eps: float
 def can_balance(target: Target, step: Step) -> bool:
     """Whether channels can be scaled before the norm, and share groups in which that matters."""
     groups = target.state.num_groups
-    return step.transfer in ("fold", "prescale") and groups is not None and groups < target.state.channels
+    return step.transfer.standardizes and groups is not None and groups < target.state.channels
 
 
 @torch.no_grad()
@@ -138,7 +138,7 @@ def rescale(model: nn.Module, target: Target, step: Step, factor: Tensor, undo: 
     """
     records = {record.path: record for record in undo.layers} if undo is not None else {}
     changed = []
-    if step.transfer == "prescale":
+    if step.transfer is Transfer.PRESCALE:
         standardize = module_at(model, step.path).get_submodule("standardize")
         for name in ("scale", "shift"):
             buffer = standardize.get_buffer(name)

@@ -15,15 +15,17 @@ from ..arguments import whole
 from ..choices import STAND_INS, Method
 from ..comparison.before_after import before_after
 from ..comparison.outputs import OutputTally
+from ..conversion.history import Calibrated
 from ..conversion.record import check_order, record_of
 from ..conversion.revert import revert
 from ..data.batches import MAX_BAD, Batches, as_batches, images_in
 from ..errors import DataError, Fix, NetworkError, OptionError, RevertError, Text
 from ..modules.frozen_class import FrozenStatistics
 from ..modules.restore import evaluating, undisturbed
-from ..modules.tree import check_module, copied
-from ..modules.wrappers import unwrapped
+from ..modules.tree import copied
+from ..modules.wrappers import check_module, unwrapped
 from ..norms.registry import identify, norm_named
+from ..planning.plan import Transfer
 from .fit import measured
 from .footprint import Footprint, fitting, footprint_of_one, free_memory, ran_out
 from .matching import Matching, Original, forward
@@ -332,7 +334,7 @@ def _reference(model: nn.Module, reference: nn.Module | None) -> nn.Module | Non
         rebuilt = copied(model)
         return revert(rebuilt)
     except RevertError as error:
-        needed = any(not norm_named(s.target).fixed and s.transfer != "exact" for s in record.plan.steps)
+        needed = any(not norm_named(s.target).fixed and s.transfer is not Transfer.EXACT for s in record.plan.steps)
         if needed:
             raise RevertError(
                 error.message, hint=Text("Pass the original network as ", Fix("reference"), ".")
@@ -419,7 +421,6 @@ def _remember(model: nn.Module, report: CalibrationReport, preparation: Preparat
     record = record_of(model)
     if record is not None:
         preparation.note(record)
-        entry = {"action": "calibrate", "images": report.images, "layers": len(report.layers)}
-        entry |= {"stand_ins": report.stand_ins} if report.stand_ins else {}
-        entry |= {"method": preparation.method, "balanced": len(preparation.balanced), "eps": preparation.eps}
-        record.history.append({**entry, "drift": [report.drift_before, report.drift_after]})
+        drift = [report.drift_before, report.drift_after]
+        how = (preparation.method, len(preparation.balanced), preparation.eps)
+        record.history.append(Calibrated(report.images, len(report.layers), *how, drift, report.stand_ins))

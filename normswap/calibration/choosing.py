@@ -78,7 +78,7 @@ def _with_groups(step: Step, number: int) -> Step:
 
 
 def _is_open(model: nn.Module, step: Step) -> bool:
-    folded = norm_named(step.target).takes_groups and step.transfer in ("fold", "prescale")
+    folded = norm_named(step.target).takes_groups and step.transfer.standardizes
     return folded and state_of(module_at(model, step.path)).has_statistics
 
 

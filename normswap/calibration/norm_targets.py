@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..conversion.apply import inner_norm
+from ..conversion.bound import inner_norm
 from ..conversion.record import record_of
 from ..errors import Fix, NetworkError, NormswapError, Text
 from ..modules.precision import at_least_float32
@@ -20,6 +20,7 @@ from ..modules.tree import module_at
 from ..norms._wrappers import per_channel
 from ..norms.registry import identify
 from ..norms.spec import NormState
+from ..planning.plan import Transfer
 from .moments import Moments
 
 # A channel whose variance is below these shares of its squared mean and of the layer's mean variance is dead:
@@ -56,7 +57,7 @@ def targets_of(model: nn.Module, reference: nn.Module | None) -> list[Target]:
     """
     record = record_of(model)
     if record is None:
-        steps = [(path, "") for path in _counterparts(model, reference)]
+        steps: list[tuple[str, Transfer | None]] = [(path, None) for path in _counterparts(model, reference)]
     else:
         steps = [(s.path, s.transfer) for s in record.plan.steps if not s.zero_init]
     found = []
@@ -66,7 +67,7 @@ def targets_of(model: nn.Module, reference: nn.Module | None) -> list[Target]:
         if spec is None or spec.fixed:
             continue
         statistics = spec.read(norm).has_statistics
-        match = not (statistics and transfer == "exact")
+        match = not (statistics and transfer is Transfer.EXACT)
         original = _original(reference, path)
         found.append(Target(path, spec.name, norm, original, statistics, match))
     return found

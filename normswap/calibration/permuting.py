@@ -21,11 +21,9 @@ from ..conversion.undo_record import Order, reorder
 from ..modules.tree import aliases, module_at
 from ..norms._wrappers import NormSequence
 from ..planning.plan import Step
-from ..tracing.calls import CallGraph, producer_kind
+from ..tracing.calls import CallGraph, KnownModules, passes_on, producer_kind
 from ..tracing.code_paths import other_settings
-from ..tracing.feeds import watched_modules
 from ..tracing.recorded import record
-from ..tracing.residual import PASSTHROUGH_CLASSES
 from ..tracing.source_reading import doubtful_below, uses_of
 from .moments import Args
 from .norm_targets import Target
@@ -56,13 +54,12 @@ def chains_of(model: nn.Module, args: Args, targets: Mapping[str, Target], steps
     targets, steps: of the norms that may be in a chain.
     """
     paths = aliases(model)
-    modules = {names[0]: module for module, names in paths.items()}
-    canonical = {alias: names[0] for names in paths.values() for alias in names}
+    known = KnownModules(paths, {path: targets[path].state.channels for path in steps})
     try:
-        region = record(model, args, watched_modules(paths, list(steps)))
+        region = record(model, args, known.watched)
     except Exception:  # whatever a stranger's forward raises; what cannot be watched keeps its order
         return []
-    run = CallGraph(region, canonical, modules)
+    run = CallGraph(region, known)
     calls = Counter(run.names[i] for i, call in enumerate(run.calls) if call.kind == "module")
     read = {call.target.rpartition(".")[0] for call in run.calls if call.kind == "parameter"}
     owners = Counter(id(p) for module in paths for p in module._parameters.values() if p is not None)
@@ -71,7 +68,7 @@ def chains_of(model: nn.Module, args: Args, targets: Mapping[str, Target], steps
         if run.calls[i].kind != "module" or name not in steps or any(name in chain.norms for chain in found):
             continue
         chain = _followed(run, i, steps, targets)
-        if chain is not None and _sound(chain, modules, calls, read, owners):
+        if chain is not None and _sound(chain, known.modules, calls, read, owners):
             found.append(chain)
     return found
 
@@ -133,8 +130,7 @@ def _depthwise(layer: Any, channels: int) -> bool:
 
 def _passes(module: nn.Module | None) -> bool:
     pools = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-    dropout = isinstance(module, nn.modules.dropout._DropoutNd)
-    return isinstance(module, pools) or dropout or type(module).__name__ in PASSTHROUGH_CLASSES
+    return module is not None and (isinstance(module, pools) or passes_on(module))
 
 
 def _keeps_channels(run: CallGraph, i: int, channels: int) -> bool:

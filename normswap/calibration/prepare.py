@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from ..arguments import one_of
 from ..choices import METHODS
 from ..comparison.layers import parts
-from ..conversion.record import Record, record_of
-from ..conversion.self_check import TOLERANCE, bare, difference, observe, watched_paths
+from ..conversion.history import Calibrated
+from ..conversion.record import TOLERANCE, Record, record_of
+from ..conversion.self_check import bare, difference, observe, watched_paths
+from ..conversion.stabilize import Sizes
 from ..conversion.undo_record import LayerUndo, Order
 from ..data.batches import placed
 from ..errors import Fix, OptionError, Text
 from ..modules.tree import device_and_dtype, module_at
 from ..norms.registry import norm_named as norm_type
-from ..planning.plan import SOFT, Step
+from ..planning.plan import SOFT, Step, Transfer
 from .balance import can_balance, factors, rescale
 from .grouping import regrouped
 from .matching import Original
@@ -42,7 +44,9 @@ class Preparation:
         record = record_of(model)
         self.undo = None if record is None else record.undo
         self.steps: dict[str, Step] = {} if record is None else {s.path: s for s in record.plan.steps}
-        balanced_before = record is not None and any(entry.get("balanced") for entry in record.history)
+        balanced_before = record is not None and any(
+            isinstance(entry, Calibrated) and entry.balanced for entry in record.history
+        )
         self.balanced: dict[str, Step] = {}
         self.softened: dict[str, Step] = {}
         self.records: list[LayerUndo] = []
@@ -54,7 +58,7 @@ class Preparation:
         self.eps = eps or (SOFT if balancing and eps is None else None)
         for target in self.targets:
             step = self.steps.get(target.path)
-            if step is None or step.transfer not in ("fold", "prescale") or not norm_type(step.target).per_sample:
+            if step is None or not step.transfer.standardizes or not norm_type(step.target).per_sample:
                 continue
             if balancing and not balanced_before and self._is_original(target) and can_balance(target, step):
                 self.balanced[target.path] = step
@@ -68,9 +72,9 @@ class Preparation:
         """Find out, from a run on a few images, where channels may be put in another order."""
         record = record_of(self.model)
         several = {t.path: t for t in self.targets if t.path in self.balanced and (t.state.num_groups or 1) > 1}
-        if record is not None and not record.factors and several:
+        if record is not None and record.note(Sizes) is None and several:
             self.example = placed(next(parts(args, None, 2))[0], *device_and_dtype(self.model))
-            steps = {path: self.balanced[path] for path in several if self.balanced[path].transfer == "fold"}
+            steps = {path: self.balanced[path] for path in several if self.balanced[path].transfer is Transfer.FOLD}
             self.chains = chains_of(self.model, self.example, several, steps)
 
     def modules(self) -> list[nn.Module]:

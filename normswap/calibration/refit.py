@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..conversion.undo_record import LayerUndo, Order, in_first_order, layer_digest, undo_layer
+from ..conversion.exact_scaling import layer_digest, undo_layer
+from ..conversion.undo_record import LayerUndo, Order, in_first_order
 from ..modules.tree import module_at
-from ..planning.plan import Step
+from ..planning.plan import Step, Transfer
 from .norm_targets import Target, first_input
 
 RIDGE = 0.1
@@ -114,7 +115,7 @@ def refits_of(
         if not _ON_REGIONS.isdisjoint(target.path.split(".")):
             continue
         step = steps.get(target.path)
-        if step is None or step.transfer != "fold" or len(step.producers) != 1 or target.original is None:
+        if step is None or step.transfer is not Transfer.FOLD or len(step.producers) != 1 or target.original is None:
             continue
         layer, record = module_at(model, step.producers[0]), records.get(step.producers[0])
         order = orders.get(step.producers[0])

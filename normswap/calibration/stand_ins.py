@@ -18,8 +18,7 @@ from ..choices import STAND_INS
 from ..data.photographs import crops
 from ..data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from ..errors import DataError, Fix, OptionError, Text
-from ..inspection.example_inputs import guess_inputs
-from ..inspection.inventory import as_inputs
+from ..inspection.example_inputs import as_inputs, guess_inputs
 from ..modules.tree import device_and_dtype
 from .fit import MADE, ODD, Fit, fit, remembering, statistics_loss
 

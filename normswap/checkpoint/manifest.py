@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..conversion.record import Record
 from ..errors import CheckpointError
+from ..heads.classifier import Head
 from ..version import __version__
 from .source_recovery import source_of
 from .undo_tensors import undo_index
@@ -81,9 +82,9 @@ def make_manifest(
         "source": source,
         "plan": record.plan.to_dict(),
         "check": asdict(record.check),
-        "history": record.history,
+        "history": [entry.to_dict() for entry in record.history],
         "inputs": record.inputs,
-        "head": None if record.head is None else record.head.to_dict(),
+        "head": None if (head := record.note(Head)) is None else head.to_dict(),
         "ties": dict(ties),
         "no_grad": [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad],
         "channels_last": channels_last,

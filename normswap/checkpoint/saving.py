@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion.apply import apply, inner_norm
+from ..conversion.apply import apply
+from ..conversion.bound import bind, bound_after
 from ..conversion.composite import combined_record
-from ..conversion.preconditions import check_fit
-from ..conversion.record import Record, put_record, record_of
-from ..conversion.self_check import Check
-from ..conversion.stabilize import at_own_size
+from ..conversion.history import Entry
+from ..conversion.record import Check, Note, Record, attach, record_of
+from ..conversion.stabilize import Sizes, at_own_size
 from ..conversion.undo_record import Undo
 from ..errors import CheckpointError, Fix, NormswapError, OptionError, PlanError, Text, WeightsError
 from ..files.writing import reserved, write_safetensors
 from ..heads.classifier import Head, resize_head
-from ..modules.tree import check_module, module_at, replace_module
-from ..modules.wrappers import unwrapped
+from ..modules.tree import module_at, replace_module
+from ..modules.wrappers import check_module, unwrapped
 from ..planning.plan import Plan
 from ..sources.resolve import build_empty, build_full, parse
 from ..sources.spec import Source
@@ -119,10 +119,11 @@ def load(
     fill_undo(undo, stored, manifest["undo"])
     for name, parameter in root.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(parameter.is_floating_point() and name not in manifest["no_grad"])
-    head = Head(**manifest["head"]) if manifest.get("head") else None
-    record = Record(plan, undo, check, manifest["source"], list(manifest["history"]), head=head)
+    history = [Entry.from_dict(values) for values in manifest["history"]]
+    notes: dict[type, Note] = {Head: Head(**manifest["head"])} if manifest.get("head") else {}
+    record = Record(plan, undo, check, manifest["source"], history, notes=notes)
     record.inputs = dict(manifest.get("inputs") or {})
-    put_record(root, record)
+    attach(root, record)
     return root.eval()
 
 
@@ -241,26 +242,21 @@ def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _swapped(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Undo]:
     """The original architecture with the swap done and the values loaded. On an error, the model is as it was."""
     record = record_of(model)
-    if record is not None and not record.factors and _swaps(record.plan) == _swaps(plan):
+    if record is not None and record.note(Sizes) is None and _swaps(record.plan) == _swaps(plan):
         _add_affine(model, plan, tensors)
         load_state(model, tensors, str(path), cast=False)
         norms = [replace_fields(norm, tensors={}) for norm in record.undo.norms]
         return model, Undo(norms, complete=record.undo.complete)
     try:
-        check_fit(model, plan)
+        bound = bind(model, plan)
     except PlanError as error:
         raise WeightsError(
             f"{path} does not fit {type(model).__name__}:\n" + "\n".join(f"  {line}" for line in error.problems[:10]),
             hint=Text(Fix("model"), " takes the original network, as it was before the conversion."),
         ) from error
     model = _of_dtype(model, tensors)
-    added = [
-        layer
-        for step in plan.steps
-        for p in step.producers
-        if (layer := module_at(model, p))._parameters["bias"] is None
-    ]
-    root, undo = apply(model, plan, keep_undo=True, structure_only=True)
+    added = [layer for each in bound for layer in each.producers if layer._parameters["bias"] is None]
+    root, undo = apply(model, bound, keep_undo=True, structure_only=True)
     _add_affine(root, plan, tensors)
     try:
         load_state(root, tensors, str(path), cast=False)
@@ -280,10 +276,9 @@ def _swaps(plan: Plan) -> list[tuple[Any, ...]]:
 
 def _add_affine(root: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     """A norm without gamma and beta has got them since, if the file holds them: from `calibrate`."""
-    for step in plan.steps:
-        outer = module_at(root, step.path)
-        norm = inner_norm(outer)
-        prefix = ".".join(part for part in (step.path, "" if norm is outer else "norm") if part)
+    for each in bound_after(root, plan):
+        norm = each.norm
+        prefix = ".".join(part for part in (each.step.path, "" if norm is each.module else "norm") if part)
         for name in ("weight", "bias"):
             tensor = tensors.get(f"{prefix}.{name}" if prefix else name)
             if tensor is not None and name in norm._parameters and norm._parameters[name] is None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..conversion.apply import apply
+from ..conversion.bound import bind
 from ..conversion.undo_record import Undo
 from ..errors import NormswapError
 from ..planning.plan import Plan
@@ -74,7 +75,7 @@ def _is_source(source: Source, model: nn.Module, plan: Plan, undo: Undo) -> bool
         built = build_empty(source)
         if type(built) is not type(model):
             return False
-        root, undone = apply(built, plan, keep_undo=True, structure_only=True)
+        root, undone = apply(built, bind(built, plan), keep_undo=True, structure_only=True)
     except (NormswapError, KeyError):
         return False
     originals = [repr(n.module) for n in undone.norms] == [repr(n.module) for n in undo.norms] or not undo.norms

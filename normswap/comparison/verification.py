@@ -17,8 +17,8 @@ from ..errors import DataError, Fix, OptionError, Text, first_line
 from ..inspection.example_inputs import guess_inputs, random_tensor, runs
 from ..machine.devices import device_of
 from ..modules.restore import evaluating, undisturbed
-from ..modules.tree import check_module, device_and_dtype
-from ..modules.wrappers import unwrapped
+from ..modules.tree import device_and_dtype
+from ..modules.wrappers import check_module, unwrapped
 from .layers import Difference, LayerTally, comparable_paths, images_at_once, parts
 from .outputs import OutputTally
 

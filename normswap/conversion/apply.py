@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..errors import PlanError
 from ..modules.frozen_class import ATTRIBUTE, WANTED, hand_over
 from ..modules.hooks import adopt
 from ..modules.precision import at_least_float32
-from ..modules.tree import device_and_dtype, module_at, replace_module
+from ..modules.tree import replace_module
 from ..norms._building import TAIL
-from ..norms._wrappers import ChannelAffine, NormSequence
+from ..norms._wrappers import wrapped
 from ..norms.fused import scale_and_shift
 from ..norms.registry import build, identify, norm_named
 from ..norms.spec import NormState
-from ..planning.plan import Plan, Step
-from .exact_scaling import by_output_channel, fold_exactly, folded_bias, scaled
+from ..planning.plan import Step, Transfer
+from .bound import BoundPlan, BoundStep, inner_norm
+from .exact_scaling import scale_layer
 from .undo_record import TENSORS, LayerUndo, NormUndo, Undo
 
 # What a norm of any type may hold that belongs to it, beside what its type names; all else was put there by its user.
@@ -71,13 +71,11 @@ def gamma_factor(state: NormState | None, step: Step) -> Tensor | None:
     return own if factor is None else own * factor.to(own)
 
 
-def read(model: nn.Module, step: Step) -> NormState:
-    """The state of a step's norm as it is in `model` now."""
-    module = module_at(model, step.path)
-    spec = identify(module)
-    if spec is None:
-        raise PlanError("the plan does not fit this model:", [f"{step.path} is {type(module).__name__}, no norm"])
-    return spec.read(module)
+def folded_in(bound: BoundStep) -> tuple[Tensor, Tensor]:
+    """What a fold or a fuse multiplies the outputs of the layers before a norm by, and adds to them, each `(C,)`."""
+    if bound.step.transfer is Transfer.FOLD:
+        return standardization(bound.state, unit=bound.step.unit)
+    return scale_and_shift(bound.state)
 
 
 def state_before(norm: NormUndo) -> NormState:
@@ -90,37 +88,40 @@ def state_before(norm: NormUndo) -> NormState:
 
 
 @torch.no_grad()
-def apply(model: nn.Module, plan: Plan, *, keep_undo: bool, structure_only: bool = False) -> tuple[nn.Module, Undo]:
+def apply(
+    model: nn.Module, bound: BoundPlan, *, keep_undo: bool, structure_only: bool = False
+) -> tuple[nn.Module, Undo]:
     """Carry out a plan in place. Returns the root (new if the root itself is a norm) and what undoes it.
 
-    structure_only replaces the modules and adds the biases, without moving any values: for loading a state dict of
-    the converted network into it afterwards.
+    bound: the plan, bound to `model`. structure_only replaces the modules and adds the biases, without moving any
+    values: for loading a state dict of the converted network into it afterwards.
     """
     undo = Undo(complete=keep_undo or structure_only)
-    norms = [module_at(model, step.path) for step in plan.steps]
     # All copies are taken first: a gamma that two norms share is changed by the first one's step.
-    copies = [_snapshot(norm) for norm in norms] if keep_undo else [{} for _ in norms]
+    copies = [_snapshot(each.module) if keep_undo else {} for each in bound]
     changed: set[int] = set()
-    for step, old, before in zip(plan.steps, norms, copies, strict=True):
+    for each, before in zip(bound, copies, strict=True):
+        step, old = each.step, each.module
         if structure_only:
             _give_values(old)
-        state = read(model, step)
-        if structure_only:
-            _add_biases(model, step)
-        elif step.transfer in ("fold", "fuse"):
-            fold = step.transfer == "fold"
-            scale, shift = standardization(state, unit=step.unit) if fold else scale_and_shift(state)
-            for producer in step.producers:
-                record = scale_layer(module_at(model, producer), producer, scale, shift, keep_undo=keep_undo)
-                if record is not None:
-                    undo.layers.append(record)
-        new = _replacement(model, step, old, state)
-        _change_gamma(inner_norm(new), step, state, changed)
+            _add_biases(each)
+            each = dataclasses.replace(each)  # to be read anew
+        elif step.transfer.edits_producer:
+            undo.layers += _fold(each, keep_undo=keep_undo)
+        new = _replacement(each, bound.device, bound.dtype)
+        _change_gamma(inner_norm(new), step, each.state, changed)
         hand_over(inner_norm(new), old, statistics=norm_named(step.target).updates_statistics)
-        model = replace_module(model, (step.path, *step.aliases), new)
+        names = (step.path, *step.aliases)
         if keep_undo:
-            undo.norms.append(NormUndo((step.path, *step.aliases), old, before, _given(inner_norm(new), before)))
+            undo.norms.append(NormUndo(names, old, before, _given(inner_norm(new), before)))
+        model = replace_module(model, names, new)
     return model, undo
+
+
+def _fold(bound: BoundStep, *, keep_undo: bool) -> list[LayerUndo]:
+    scale, shift = folded_in(bound)
+    records = [scale_layer(layer, path, scale, shift, keep_undo=keep_undo) for path, layer in bound.layers]
+    return [record for record in records if record is not None]
 
 
 def _snapshot(module: nn.Module) -> dict[str, Tensor]:
@@ -145,29 +146,6 @@ def _equal(a: Tensor | None, b: Tensor) -> bool:
     return a is not None and not (a.is_meta or b.is_meta) and torch.equal(a, b)
 
 
-def scale_layer(layer: Any, path: str, scale: Tensor, shift: Tensor, *, keep_undo: bool) -> LayerUndo | None:
-    """Multiply the layer's output by `scale` and add `shift`, `(C,)` each, by changing its weight and bias in place."""
-    factor = by_output_channel(layer, scale)
-    weight, bias = layer.weight, layer.bias
-    record = None
-    if keep_undo and not weight.is_meta:
-        old_bias = None if bias is None else bias.detach().clone()
-        record = LayerUndo(path, scale, shift, old_bias, fold_exactly(weight.data, factor))
-        if record.correction is None:
-            record.weight = weight.detach().clone()
-            weight.data.copy_(scaled(weight, factor))
-    elif weight.dtype == scale.dtype:
-        weight.data.mul_(factor)
-    else:
-        weight.data.copy_(scaled(weight, factor))
-    new_bias = folded_bias(bias, scale, shift, weight.dtype)
-    if bias is None:  # a copy: `shift` stays in the undo record, and other layers may get it too
-        layer._parameters["bias"] = nn.Parameter(new_bias.clone(), requires_grad=weight.requires_grad)
-    else:
-        bias.data.copy_(new_bias)
-    return record
-
-
 def _give_values(norm: nn.Module) -> None:
     """Real zeros for a norm's parameters on the meta device; what is loaded later replaces them."""
     for name, parameter in norm._parameters.items():
@@ -175,51 +153,43 @@ def _give_values(norm: nn.Module) -> None:
             norm._parameters[name] = nn.Parameter(torch.zeros(parameter.shape), parameter.requires_grad)
 
 
-def _add_biases(model: nn.Module, step: Step) -> None:
-    for producer in step.producers:
-        layer: Any = module_at(model, producer)
+def _add_biases(bound: BoundStep) -> None:
+    for layer in bound.producers:
         if layer.bias is None:
-            empty = layer.weight.new_empty(step.channels)
+            empty = layer.weight.new_empty(bound.step.channels)
             layer._parameters["bias"] = nn.Parameter(empty, requires_grad=layer.weight.requires_grad)
 
 
-def _replacement(model: nn.Module, step: Step, old: nn.Module, state: NormState) -> nn.Module:
-    """The module that takes the norm's place, with its tail, hooks and attributes."""
-    state = dataclasses.replace(state, dims=state.dims or step.dims)
-    if step.transfer == "reset":
+def _replacement(bound: BoundStep, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The module that takes the norm's place, with its tail, hooks and attributes.
+
+    device, dtype: of statistics that a norm without any gets, where it has no gamma to tell.
+    """
+    step, old = bound.step, bound.module
+    state = dataclasses.replace(bound.state, dims=bound.state.dims or step.dims)
+    if step.transfer is Transfer.RESET:
         state = _reset(state)
     target = norm_named(step.target)
     if target.updates_statistics and not state.has_statistics:
-        state = _with_fresh_statistics(model, state)
-    standardize = None
-    if step.transfer == "prescale":
-        scale, shift = standardization(state, unit=step.unit)
-        dtype = state.statistics[1].dtype
-        standardize = ChannelAffine(scale.to(dtype), shift.to(dtype))
-        standardize.training = state.training
-    if step.transfer == "fuse":
-        norm: Any = nn.Identity()
+        state = _with_fresh_statistics(state, device, dtype)
+    # Where no layer can take the running statistics in, a fixed map before the norm does.
+    standardize = standardization(state, unit=step.unit) if step.transfer is Transfer.PRESCALE else None
+    if step.transfer is Transfer.FUSE:
+        norm: nn.Module = nn.Identity()
         norm.training = state.training
     else:
         norm = build(target, state, step.options)
         _keep_parametrizations(old, norm)
-    new = norm
-    if standardize is not None or state.tail:
-        new = NormSequence(norm, standardize=standardize, tail=state.tail)
-    was = identify(old)
-    adopt(new, old, known=_ATTRIBUTES.union(was.attributes if was else ()))
-    _adopt_registered(new, old, known=_REGISTERED.union(was.tensors if was else ()))
+    new = wrapped(norm, state, standardize)
+    was = bound.spec
+    adopt(new, old, known=_ATTRIBUTES.union(was.attributes))
+    _adopt_registered(new, old, known=_REGISTERED.union(was.tensors))
     return new
-
-
-def inner_norm(module: nn.Module) -> Any:
-    """The norm inside what `apply` put at a path."""
-    return module.norm if isinstance(module, NormSequence) else module
 
 
 def scales_gamma(step: Step) -> bool:
     """Whether gamma is scaled by sqrt(1 + eps), so that a channel of unit variance passes unchanged."""
-    return step.transfer in ("fold", "prescale") and step.options.eps is not None
+    return step.transfer.standardizes and step.options.eps is not None
 
 
 def _change_gamma(norm: Any, step: Step, state: NormState, changed: set[int]) -> None:
@@ -256,9 +226,9 @@ def _reset(state: NormState) -> NormState:
     )
 
 
-def _with_fresh_statistics(model: nn.Module, state: NormState) -> NormState:
-    weight = state.weight
-    device, dtype = device_and_dtype(model) if weight is None else (weight.device, weight.dtype)
+def _with_fresh_statistics(state: NormState, device: torch.device, dtype: torch.dtype) -> NormState:
+    if state.weight is not None:
+        device, dtype = state.weight.device, state.weight.dtype
     zeros = torch.zeros(state.channels, device=device, dtype=dtype)
     count = torch.zeros((), dtype=torch.long, device=device)
     return dataclasses.replace(state, running_mean=zeros, running_var=torch.ones_like(zeros), num_batches_tracked=count)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -10,11 +10,8 @@ from itertools import chain
 from torch import nn
 
 from ..planning.plan import Plan
-from .record import Record, put_record, record_of
-from .self_check import Check
+from .record import Check, Note, Record, Rename, attach, detach, record_of
 from .undo_record import Undo
-
-Rename = Callable[[str], str | None]
 
 
 def adopt_part_records(model: nn.Module) -> Record | None:
@@ -26,8 +23,8 @@ def adopt_part_records(model: nn.Module) -> Record | None:
     record = combined_record(model)
     if record is not None and record_of(model) is None:
         for part in _parts(model).values():
-            put_record(part, None)
-        put_record(model, record)
+            detach(part)
+        attach(model, record)
     return record
 
 
@@ -65,16 +62,14 @@ def renamed_record(record: Record, rename: Rename) -> Record:
     norms = [replace(norm, paths=paths) for norm in undo.norms if (paths := _renamed(norm.paths, rename))]
     layers = [replace(layer, path=path) for layer in undo.layers if (path := rename(layer.path)) is not None]
     orders = [replace(order, path=path) for order in undo.orders if (path := rename(order.path)) is not None]
-    factors = {path: factor for old, factor in record.factors.items() if (path := rename(old)) is not None}
-    head = None if record.head is None or (at := rename(record.head.path)) is None else replace(record.head, path=at)
+    notes = {kind: new for kind, note in record.notes.items() if (new := note.renamed(rename)) is not None}
     return Record(
         replace(plan, steps=tuple(steps), kept=tuple(kept)),
         Undo(norms, layers, undo.complete, orders),
         record.check,
         history=list(record.history),
         previous=None if record.previous is None else renamed_record(record.previous, rename),
-        head=head,
-        factors=factors,
+        notes=notes,
     )
 
 
@@ -109,6 +104,7 @@ def _joined(records: list[Record]) -> Record:
     folded = [x for u in undos for x in u.layers]
     undo = Undo([n for u in undos for n in u.norms], folded, complete, [o for u in undos for o in u.orders])
     history = [entry for r in records for entry in r.history]
-    factors = {path: factor for r in records for path, factor in r.factors.items()}
-    head = next((r.head for r in records if r.head is not None), None)
-    return Record(Plan(steps, kept, plans[0].transfer), undo, check, history=history, head=head, factors=factors)
+    notes: dict[type, Note] = {}
+    for kind, note in (pair for record in records for pair in record.notes.items()):
+        notes[kind] = notes[kind].joined(note) if kind in notes else note
+    return Record(Plan(steps, kept, plans[0].transfer), undo, check, history=history, notes=notes)

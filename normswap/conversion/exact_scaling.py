@@ -6,12 +6,14 @@ bits per weight say which way, so an exact undo costs a sixteenth of the folded 
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..modules.precision import at_least_float32
+from .undo_record import LayerUndo, Order, in_first_order
 
 _INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
@@ -96,3 +98,81 @@ def same_bits(a: Tensor, b: Tensor | None) -> bool:
 def folded_bias(bias: Tensor | None, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
     """`b' = b * scale + shift`, `(C,)`, in the layer's dtype."""
     return shift.to(dtype) if bias is None else (at_least_float32(bias) * scale + shift).to(dtype)
+
+
+# --- whole layers ---------------------------------------------------------------------------------------------------
+
+
+def scale_layer(layer: Any, path: str, scale: Tensor, shift: Tensor, *, keep_undo: bool) -> LayerUndo | None:
+    """Multiply the layer's output by `scale` and add `shift`, `(C,)` each, by changing its weight and bias in place."""
+    factor = by_output_channel(layer, scale)
+    weight, bias = layer.weight, layer.bias
+    record = None
+    if keep_undo and not weight.is_meta:
+        old_bias = None if bias is None else bias.detach().clone()
+        record = LayerUndo(path, scale, shift, old_bias, fold_exactly(weight.data, factor))
+        if record.correction is None:
+            record.weight = weight.detach().clone()
+            weight.data.copy_(scaled(weight, factor))
+    elif weight.dtype == scale.dtype:
+        weight.data.mul_(factor)
+    else:
+        weight.data.copy_(scaled(weight, factor))
+    new_bias = folded_bias(bias, scale, shift, weight.dtype)
+    if bias is None:  # a copy: `shift` stays in the undo record, and other layers may get it too
+        layer._parameters["bias"] = nn.Parameter(new_bias.clone(), requires_grad=weight.requires_grad)
+    else:
+        bias.data.copy_(new_bias)
+    return record
+
+
+@torch.no_grad()
+def undo_layer(layer: Any, record: LayerUndo, order: Order | None = None) -> tuple[Tensor, Tensor | None] | None:
+    """The layer's original weight and bias; None when it was changed since it was folded.
+
+    Folding the recovered weight again must give the layer's present weight to the bit, which tells a trained layer
+    from an untouched one without having kept a checksum. order: the one that the layer stands in now.
+    """
+    device = layer.weight.device
+    scale, shift = record.scale.to(device), record.shift.to(device)
+    bias = None if record.bias is None else record.bias.to(device)
+    factor = by_output_channel(layer, scale)
+    now, bias_now = in_first_order(layer, order)
+    if record.weight is not None:
+        weight = record.weight.to(device)
+    elif record.correction is not None and packed_size(now) == record.correction.numel():
+        weight = unfold(record.correction.to(device), now, factor)
+    else:
+        return None
+    if record.given is not None:
+        return (weight, bias) if torch.equal(layer_digest(now, bias_now), record.given.cpu()) else None
+    again = folded_bias(bias, scale, shift, now.dtype)
+    if not same_bits(scaled(weight, factor), now) or not same_bits(again, bias_now):
+        return None
+    return weight, bias
+
+
+def layer_digest(*tensors: Tensor | None) -> Tensor:
+    """The SHA-256 of a layer's weight and bias, `(32,)` uint8."""
+    made = hashlib.sha256()
+    for tensor in tensors:
+        if tensor is not None:
+            made.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return torch.tensor(list(made.digest()), dtype=torch.uint8)
+
+
+@torch.no_grad()
+def restore_layer(layer: Any, record: LayerUndo, original: tuple[Tensor, Tensor | None] | None) -> None:
+    """Give a folded layer its original weight and bias; where it has none, what it has, divided by what was folded."""
+    weight, old_bias = _divided(layer, record) if original is None else original
+    layer.weight.data.copy_(weight)
+    if old_bias is None:
+        layer._parameters["bias"] = None
+    else:
+        layer.bias.data.copy_(old_bias)
+
+
+def _divided(layer: Any, record: LayerUndo) -> tuple[Tensor, Tensor | None]:
+    scale, shift = record.scale.to(layer.weight.device), record.shift.to(layer.weight.device)
+    bias = None if record.bias is None else ((at_least_float32(layer.bias) - shift) / scale).to(layer.bias.dtype)
+    return unscaled(layer.weight, by_output_channel(layer, scale)), bias

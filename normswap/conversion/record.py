@@ -2,64 +2,111 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from torch import fx, nn
 
 from ..errors import NetworkError
-from ..heads.classifier import Head
 from ..modules.attributes import RECORD
 from ..norms.registry import identify
 from ..planning.plan import Plan
-from .self_check import Check
+from .history import Calibrated, Entry
 from .undo_record import Undo
 
 _PRESERVED = "_user_preserved_attributes"  # what torch.fx hands on to the copy of a traced network
+TOLERANCE = 1e-4  # of the self-check: the largest relative error
+Rename = Callable[[str], "str | None"]
 
 
-def put_record(root: nn.Module, record: Any) -> None:
-    """Keep `record` on the root of a network; None takes away what is there."""
-    tables = [root.__dict__]
-    if isinstance(root, fx.GraphModule):
-        tables.append(root.meta.setdefault(_PRESERVED, {}))
-    for table in tables:
-        if record is None:
-            table.pop(RECORD, None)
-        else:
-            table[RECORD] = record
+@dataclass(frozen=True)
+class Check:
+    """The self-check's result.
+
+    error: largest relative error `|a - b| / |a|` over the observed layers and the output, None when it was not run;
+    where: the layer of that error; layers: steps the run has exercised, of `total`; reason: why it was not run.
+    """
+
+    error: float | None
+    where: str = ""
+    layers: int = 0
+    total: int = 0
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it ran and stayed within 1e-4."""
+        return self.error is not None and self.error <= TOLERANCE
+
+
+class Note(Protocol):
+    """What another part of normswap keeps in a record: such as a new head, or the sizes that weights train at."""
+
+    def renamed(self, rename: Rename) -> Any:
+        """The same with other paths, None where nothing is left. rename: old path -> new path or None."""
+
+    def joined(self, other: Any) -> Any:
+        """One note of two parts of a network."""
+
+
+N = TypeVar("N")
 
 
 @dataclass
 class Record:
-    """What a converted network knows about its conversion; kept on the root as `_normswap`.
+    """What a converted network knows about its conversion.
 
     source: how to rebuild the original architecture (see `sources.Source.to_dict`), None when only its caller can.
-    previous: of the conversion before this one, when a converted network was converted again. head: the last layer,
-    where it was replaced since for another number of classes. factors: by which layers are larger for the time of a
-    training (see `stabilizing`). inputs: what is known of the inputs, JSON values: `shape` of one of them, and how
-    pixels in [0, 1] are prepared: `mean`, `std`, `bgr`.
+    previous: of the conversion before this one, when a converted network was converted again. inputs: what is known of
+    the inputs, JSON values: `shape` of one of them, and how pixels in [0, 1] are prepared: `mean`, `std`, `bgr`.
+    notes: of other parts of normswap, by their class.
     """
 
     plan: Plan
     undo: Undo
     check: Check
     source: dict[str, Any] | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[Entry] = field(default_factory=list)
     previous: Record | None = None
-    head: Head | None = None
-    factors: dict[str, float] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
+    notes: dict[type, Note] = field(default_factory=dict)
 
     @property
     def calibrated(self) -> bool:
         """Whether `calibrate` has re-fitted the norms since the conversion."""
-        return any(entry.get("action") == "calibrate" for entry in self.history)
+        return any(isinstance(entry, Calibrated) for entry in self.history)
+
+    def note(self, kind: type[N]) -> N | None:
+        """The note of that class, or None."""
+        found: Any = self.notes.get(kind)
+        return found
 
 
 def record_of(model: nn.Module) -> Record | None:
     """The record of a converted network, or None."""
     return model.__dict__.get(RECORD)
+
+
+def attach(root: nn.Module, record: Record) -> None:
+    """Keep `record` on the root of a network, in place of another one."""
+    for table in _tables(root):
+        table[RECORD] = record
+
+
+def detach(root: nn.Module) -> Record | None:
+    """Take a network's record away; returns it."""
+    record = record_of(root)
+    for table in _tables(root):
+        table.pop(RECORD, None)
+    return record
+
+
+def _tables(root: nn.Module) -> list[dict[str, Any]]:
+    tables = [root.__dict__]
+    if isinstance(root, fx.GraphModule):
+        tables.append(root.meta.setdefault(_PRESERVED, {}))
+    return tables
 
 
 def check_order(model: nn.Module, reference: nn.Module) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..errors import Fix, RevertError, Text
 from ..modules.hooks import hand_over_hooks
-from ..modules.precision import at_least_float32
-from ..modules.tree import aliases, check_module, replace_module
+from ..modules.tree import aliases, replace_module
 from ..modules.wrappers import check_wrapper, rewrapped, unwrapped
-from .exact_scaling import by_output_channel, unscaled
-from .record import put_record, record_of
-from .undo_record import LayerUndo, NormUndo, Undo, reorder, undo_layer
+from .exact_scaling import restore_layer, undo_layer
+from .record import Record, attach, detach, record_of
+from .stabilize import Sizes
+from .undo_record import NormUndo, Undo, reorder
 
 
 def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
@@ -27,32 +25,21 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
 
     Raises RevertError, before anything is changed, when the model was not converted, or exactness is lost.
     """
-    check_module(model)
     check_wrapper(model)
-    wrapper, model = model, unwrapped(model)
+    return rewrapped(model, reverted(unwrapped(model), strict=strict), inplace=True)
+
+
+def reverted(model: nn.Module, *, strict: bool = True) -> nn.Module:
+    """`revert`, for a network that nothing wraps."""
     record = record_of(model)
     if record is None:
         raise RevertError("this model was not made by normswap.convert or normswap.load; there is nothing to revert")
     undo: Undo = record.undo
-    if record.factors:
-        raise RevertError("the network is stabilized for training", hint="Revert it after `with stabilized(...)`.")
-    if not undo.complete:
-        raise RevertError(
-            Text("the conversion kept nothing to undo it with (", Fix("undo", False), ")"),
-            hint="Build the original network again from its source.",
-        )
-    modules = {name: module for module, names in aliases(model).items() for name in names}
-    gone = [path for path in _paths_of(undo) if path not in modules]
-    if gone:
-        raise RevertError(
-            f"the network no longer has all layers that were changed; the first of {len(gone)} is {gone[0]}",
-            hint="Build the original network again from its source.",
-        )
+    modules = _changed_modules(model, record)
+    moved = [] if record.calibrated else [n.paths[0] for n in undo.norms if _norm_changed(modules[n.paths[0]], n)]
     orders = {order.path: order for order in undo.orders}
     originals = {layer.path: undo_layer(modules[layer.path], layer, orders.get(layer.path)) for layer in undo.layers}
-    changed = [path for path, original in originals.items() if original is None]
-    if not record.calibrated:
-        changed += [n.paths[0] for n in undo.norms if _norm_changed(modules[n.paths[0]], n)]
+    changed = [*(path for path, original in originals.items() if original is None), *moved]
     if changed and strict:
         raise RevertError(
             f"{len(changed)} layer{'s' * (len(changed) != 1)} changed since the conversion (trained?), the first is "
@@ -66,15 +53,36 @@ def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
     for path, order in orders.items():
         reorder(modules[path], order, back=True)
     for layer in undo.layers:
-        _restore_layer(modules[layer.path], layer, originals[layer.path])
+        restore_layer(modules[layer.path], layer, originals[layer.path])
     for norm in undo.norms:
         now = modules[norm.paths[0]]
         _restore_tensors(norm, now)
         norm.module.training = now.training
         hand_over_hooks(norm.module, now)
         model = replace_module(model, norm.paths, norm.module)
-    put_record(model, record.previous)
-    return rewrapped(wrapper, model, inplace=True)
+    detach(model)
+    if record.previous is not None:
+        attach(model, record.previous)
+    return model
+
+
+def _changed_modules(model: nn.Module, record: Record) -> dict[str, nn.Module]:
+    """The modules of a network by all their names. Raises RevertError where its record does not suffice for them."""
+    if record.note(Sizes) is not None:
+        raise RevertError("the network is stabilized for training", hint="Revert it after `with stabilized(...)`.")
+    if not record.undo.complete:
+        raise RevertError(
+            Text("the conversion kept nothing to undo it with (", Fix("undo", False), ")"),
+            hint="Build the original network again from its source.",
+        )
+    modules = {name: module for module, names in aliases(model).items() for name in names}
+    gone = [path for path in _paths_of(record.undo) if path not in modules]
+    if gone:
+        raise RevertError(
+            f"the network no longer has all layers that were changed; the first of {len(gone)} is {gone[0]}",
+            hint="Build the original network again from its source.",
+        )
+    return modules
 
 
 def _paths_of(undo: Undo) -> list[str]:
@@ -90,20 +98,6 @@ def _norm_changed(module: nn.Module, undo: NormUndo) -> bool:
         and (now.shape != then.shape or now.dtype != then.dtype or not torch.equal(now.detach(), then.to(now.device)))
         for name, then in undo.given.items()
     )
-
-
-@torch.no_grad()
-def _restore_layer(layer: Any, record: LayerUndo, original: tuple[Tensor, Tensor | None] | None) -> None:
-    if original is None:
-        scale, shift = record.scale.to(layer.weight.device), record.shift.to(layer.weight.device)
-        bias = None if record.bias is None else ((at_least_float32(layer.bias) - shift) / scale).to(layer.bias.dtype)
-        original = unscaled(layer.weight, by_output_channel(layer, scale)), bias
-    weight, old_bias = original
-    layer.weight.data.copy_(weight)
-    if old_bias is None:
-        layer._parameters["bias"] = None
-    else:
-        layer.bias.data.copy_(old_bias)
 
 
 @torch.no_grad()

@@ -10,49 +10,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..inspection.example_inputs import shrink_images
-from ..modules.restore import evaluating, seed_everything, undisturbed
-from ..modules.tree import module_at
+from ..errors import DataError, Fix, NormswapError, SelfCheckError, Text, first_line
+from ..modules.restore import seed_everything, trial_run
+from ..modules.tree import copied, device_and_dtype, module_at
 from ..norms._wrappers import per_channel
-from ..planning.plan import Plan, Step
-from .apply import inner_norm
+from ..planning.plan import Plan
+from .apply import apply
+from .bound import BoundPlan, BoundStep, bind, bound_after
+from .record import TOLERANCE, Check
+from .revert import reverted
 
-TOLERANCE = 1e-4
 _SAMPLES = 4096
-
-
-@dataclass(frozen=True)
-class Check:
-    """The self-check's result.
-
-    error: largest relative error `|a - b| / |a|` over the observed layers and the output, None when it was not run;
-    where: the layer of that error; layers: steps the run has exercised, of `total`; reason: why it was not run.
-    """
-
-    error: float | None
-    where: str = ""
-    layers: int = 0
-    total: int = 0
-    reason: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """Whether it ran and stayed within 1e-4."""
-        return self.error is not None and self.error <= TOLERANCE
-
-
 Observations = dict[str, list[Tensor]]
 
 
-def observe(model: nn.Module, inputs: tuple[Any, ...], watched: Iterable[str]) -> Observations:
+def observe(
+    model: nn.Module, inputs: tuple[Any, ...], watched: Iterable[str], beside: Iterable[nn.Module] = ()
+) -> Observations:
     """Run the model in eval mode and keep a sample of each watched module's output and of the network's own.
+
+    beside: modules outside of the model that run too.
 
     Random numbers are the same each time. The sample is taken inside the hook, because what follows often changes the
     tensor in place.
@@ -66,11 +50,8 @@ def observe(model: nn.Module, inputs: tuple[Any, ...], watched: Iterable[str]) -
         return hook
 
     with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        stack.enter_context(undisturbed(model))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(trial_run(model, beside))
         seed_everything(model)
-        shrink_images(model)
         for path in watched:
             stack.callback(module_at(model, path).register_forward_hook(hook_for(path)).remove)
         out = model(*inputs)
@@ -114,9 +95,76 @@ def watched_paths(model: nn.Module, plan: Plan) -> list[str]:
     return [*sorted(norms - {""}), *others]
 
 
-def applicable(plan: Plan) -> bool:
-    """Whether the plan claims anything a run can prove; copying or resetting gamma and beta does not."""
-    return any(step.transfer not in ("copy", "reset") for step in plan.steps)
+@dataclass(frozen=True)
+class Reference:
+    """What the original network does on the inputs of the self-check."""
+
+    inputs: tuple[Any, ...]
+    seen: Observations
+
+
+def reference_of(model: nn.Module, plan: Plan, inputs: tuple[Any, ...]) -> Reference:
+    """Run the network that is to be converted. Raises DataError where it does not take the inputs."""
+    watched = watched_paths(model, plan)
+    try:
+        return Reference(inputs, observe(model, inputs, watched))
+    except Exception as error:  # whatever the model's forward raises on inputs it was not made for
+        raise DataError(
+            f"{type(model).__name__} cannot run on the example inputs ({type(error).__name__}: {first_line(error)})",
+            hint=Text(
+                "Give inputs of the shape its forward takes, or skip the self-check with ", Fix("check", False), "."
+            ),
+        ) from error
+
+
+def prove(root: nn.Module, bound: BoundPlan, reference: Reference, original: nn.Module | None) -> Check:
+    """Run the self-check on a converted network; raise SelfCheckError, with an in-place conversion undone, if it fails.
+
+    bound: the plan, bound to what was converted. original: None for a conversion in place. Rounding grows through a
+    deep network of random weights, and through half precision. A failure is therefore repeated in float64, where
+    rounding is out of the question and only a wrong edge can fail.
+    """
+    plan, inputs = bound.plan, reference.inputs
+    try:
+        result = compare(root, plan, inputs, reference.seen, _originals(bound))
+        if not result.passed:
+            result = _in_float64(root, plan, inputs, original) or result
+    except BaseException as error:  # a forward that needs the old norm, or Ctrl-C: nothing may stay half done
+        if original is None:
+            reverted(root)
+        if not isinstance(error, Exception):
+            raise
+        raise SelfCheckError(
+            f"the converted network does not run ({type(error).__name__}: {first_line(error)}); nothing was kept",
+            hint="Its code may use something of the norm that the new one does not have; a rule keeps such a layer.",
+        ) from error
+    if not result.passed:
+        before = reverted(root) if original is None else original
+        watched = watched_paths(before, plan)
+        raise _failure(result, before, repeats(before, inputs, watched))
+    return result
+
+
+def _originals(bound: BoundPlan) -> dict[str, nn.Module]:
+    return {each.step.path: each.module for each in bound}
+
+
+def _in_float64(root: nn.Module, plan: Plan, inputs: tuple[Any, ...], original: nn.Module | None) -> Check | None:
+    """The self-check on a copy in float64; None where that could say nothing new, or no copy can be made."""
+    if device_and_dtype(root)[1] == torch.float64 and not any(step.zero_init for step in plan.steps):
+        return None
+    try:
+        wide = copied(original) if original is not None else reverted(copied(root))
+    except NormswapError:
+        return None
+    wide = wide.double()
+    inputs = tuple(_double(value) for value in inputs)
+    plain = replace(plan, steps=tuple(replace(s, zero_init=False) for s in plan.steps))
+    watched = watched_paths(wide, plain)
+    reference = observe(wide, inputs, watched)
+    bound = bind(wide, plain)
+    converted, _ = apply(wide, bound, keep_undo=True)
+    return compare(converted, plain, inputs, reference, _originals(bound))
 
 
 def compare(
@@ -124,7 +172,7 @@ def compare(
 ) -> Check:
     """Run the converted model with bare norms and compare with what `observe` saw of the original."""
     with bare(model, plan, originals):
-        seen = observe(model, inputs, [path for path in reference if path != "(output)"])
+        seen = observe(model, inputs, [path for path in reference if path != "(output)"], originals.values())
     error, where = difference(reference, seen)
     exercised = sum(bool(reference.get(step.path)) or step.path == "" for step in plan.steps)
     return Check(error, where, exercised, len(plan.steps))
@@ -134,8 +182,8 @@ def compare(
 def bare(model: nn.Module, plan: Plan, originals: Mapping[str, nn.Module]) -> Iterator[None]:
     """Within it, the converted norms compute what the original ones did from their standardised inputs."""
     with ExitStack() as stack:
-        for step in plan.steps:
-            _bare(stack, module_at(model, step.path), step, originals.get(step.path))
+        for each in bound_after(model, plan):
+            _bare(stack, each, originals.get(each.step.path))
         yield
 
 
@@ -165,10 +213,10 @@ def _relative_error(before: list[Tensor], after: list[Tensor]) -> float:
     return float((a - b).norm()) / scale if scale > 0 else float((a - b).norm())
 
 
-def _bare(stack: ExitStack, module: nn.Module, step: Step, original: nn.Module | None) -> None:
+def _bare(stack: ExitStack, bound: BoundStep, original: nn.Module | None) -> None:
     """Until the stack closes, let the module compute what the original norm did, from its standardised input."""
-    if step.transfer in ("fold", "prescale"):
-        norm = inner_norm(module)
+    step, norm = bound.step, bound.norm
+    if step.transfer.standardizes:
         factor = 1.0 if step.options.eps is None else math.sqrt(1 + step.options.eps)
 
         def affine(x: Tensor) -> Tensor:
@@ -177,11 +225,50 @@ def _bare(stack: ExitStack, module: nn.Module, step: Step, original: nn.Module |
             return y if norm.bias is None else y.add_(per_channel(norm.bias.to(x), x.dim()))
 
         _override(stack, norm, affine)
-    elif step.transfer in ("copy", "reset") and original is not None:
-        stack.enter_context(evaluating(original))
-        _override(stack, module, original.forward)
+    elif not step.transfer.keeps_outputs and original is not None:
+        _override(stack, bound.module, original.forward)
 
 
 def _override(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
     module.__dict__["forward"] = forward
     stack.callback(module.__dict__.pop, "forward")
+
+
+def _failure(result: Check, model: nn.Module, same: bool) -> SelfCheckError:
+    """same: whether the original, `model`, gives the same each time."""
+    if not same:
+        return SelfCheckError(
+            f"the self-check cannot tell at {result.where}: {type(model).__name__} itself gives another output each "
+            "time it is run on the same input; nothing was kept",
+            hint=Text(
+                "It takes random numbers from a source of its own, or counts its runs. Let it give the same each time "
+                "while it is converted, or skip the self-check with ",
+                Fix("check", False),
+                ".",
+            ),
+        )
+    return SelfCheckError(
+        f"the self-check failed at {result.where}: {_difference(result)}; nothing was kept",
+        hint=Text(
+            "Give real inputs with ",
+            Fix("example_inputs"),
+            ", or keep the layer with a rule; please report the network.",
+        ),
+    )
+
+
+def _difference(result: Check) -> str:
+    error = math.nan if result.error is None else result.error
+    if math.isnan(error):
+        return "the original itself gives nothing but NaN and Inf there"
+    if math.isinf(error):
+        return "the converted network gives NaN, Inf or other shapes where the original does not"
+    return f"the converted network differs from the original by a relative {error:.2g} (allowed {TOLERANCE:g})"
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_double(v) for v in value)
+    return {k: _double(v) for k, v in value.items()} if isinstance(value, dict) else value

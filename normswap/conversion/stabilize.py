@@ -1,13 +1,7 @@
 """Train a converted network at the learning rates of its original: weights at their old size, centralized gradients.
 
-Folding divides a layer's weights by the deviation of each channel. The network computes the same, but gradients grow
-by the factor by which weights shrink, so that a learning rate is worth its square: rates that suited the original
-wreck the converted network. A norm that follows its sample does not notice `(W, b)` times c if its `eps` is taken
-times c^2. With c a power of two, both are exact in floating point, back and forth.
-
-Inputs that are positive, as behind a ReLU, let every step shift the mean of whole channels. In training a BN takes
-this shift out again; a norm over groups of channels does not, nor does a frozen BN. A gradient without its mean over
-each output channel's weights hardly has it (Yong et al. 2020, "Gradient Centralization").
+Why it needs both stands in docs/finetuning.md. A norm that follows its sample does not notice `(W, b)` times c if its
+`eps` is taken times c^2; with c a power of two, both are exact in floating point, back and forth.
 """
 
 from __future__ import annotations
@@ -15,19 +9,34 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..modules.tree import module_at
-from ..planning.plan import Step
-from .apply import inner_norm
+from ..planning.plan import Transfer
+from .bound import BoundStep, bound_after
 from .exact_scaling import by_output_channel
-from .record import record_of
+from .record import Rename, record_of
 
 _LIMIT = 2.0**10
 _TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """By which factors layers are larger for the time of a training, by the path of their norm."""
+
+    factors: Mapping[str, float]
+
+    def renamed(self, rename: Rename) -> Sizes | None:
+        """The same under other paths."""
+        found = {path: factor for old, factor in self.factors.items() if (path := rename(old)) is not None}
+        return Sizes(found) if found else None
+
+    def joined(self, other: Sizes) -> Sizes:
+        """Of two parts of a network."""
+        return Sizes({**self.factors, **other.factors})
 
 
 @torch.no_grad()
@@ -38,23 +47,22 @@ def factors_of(model: nn.Module) -> dict[str, float]:
     one that is stabilized already.
     """
     record = record_of(model)
-    if record is None or not record.undo.complete or record.factors:
+    if record is None or not record.undo.complete or record.note(Sizes) is not None:
         return {}
     scales = {layer.path: layer.scale for layer in record.undo.layers}
     found = {}
-    for step in record.plan.steps:
-        if not _applies(model, step) or not all(path in scales for path in step.producers):
+    for each in bound_after(model, record.plan):
+        if not _applies(each) or not all(path in scales for path in each.step.producers):
             continue
         now = before = 0.0
-        for path in step.producers:
-            layer: Any = module_at(model, path)
+        for path, layer in each.layers:
             weight = _whole(layer.weight.detach()).double()
             scale = by_output_channel(layer, scales[path].to(weight)).abs().clamp_min(_TINY)
             now += float(weight.square().sum())
             before += float((weight / scale).square().sum())
         if now > 0 and 0 < before < math.inf:
             factor = 2.0 ** round(math.log2(math.sqrt(before / now)))
-            found[step.path] = min(max(factor, 1 / _LIMIT), _LIMIT)
+            found[each.step.path] = min(max(factor, 1 / _LIMIT), _LIMIT)
     return {path: factor for path, factor in found.items() if factor != 1}
 
 
@@ -67,20 +75,23 @@ def rescale(model: nn.Module, factors: Mapping[str, float], *, back: bool = Fals
     record = record_of(model)
     if record is None:
         return
-    for step in record.plan.steps:
-        factor = factors.get(step.path, 1.0)
+    now = dict(factors_in(model))
+    for each in bound_after(model, record.plan):
+        path = each.step.path
+        factor = factors.get(path, 1.0)
         if factor == 1:
             continue
         factor = 1 / factor if back else factor
-        for path in step.producers if values else ():
-            layer: Any = module_at(model, path)
+        for layer in each.producers if values else ():
             layer.weight.mul_(factor)
             layer.bias.mul_(factor)
-        norm: Any = inner_norm(module_at(model, step.path))
-        norm.eps = norm.eps * factor**2
-        total = record.factors.pop(step.path, 1.0) * factor
+        each.norm.eps = each.norm.eps * factor**2
+        total = now.pop(path, 1.0) * factor
         if total != 1:
-            record.factors[step.path] = total
+            now[path] = total
+    record.notes.pop(Sizes, None)
+    if now:
+        record.notes[Sizes] = Sizes(now)
 
 
 @contextmanager
@@ -136,19 +147,20 @@ def at_own_size(model: nn.Module) -> Iterator[None]:
 def factors_in(model: nn.Module) -> Mapping[str, float]:
     """The factors that are in effect now."""
     record = record_of(model)
-    return {} if record is None else record.factors
+    sizes = None if record is None else record.note(Sizes)
+    return {} if sizes is None else sizes.factors
 
 
 def folded_weights(model: nn.Module) -> list[nn.Parameter]:
     """Weights of the layers that feed norms which follow their sample, those that `centralize` is for."""
     record = record_of(model)
-    steps = [] if record is None else [step for step in record.plan.steps if _applies(model, step)]
-    layers: list[Any] = [module_at(model, path) for step in steps for path in step.producers]
+    bound = () if record is None else bound_after(model, record.plan)
+    layers = [layer for each in bound if _applies(each) for layer in each.producers]
     return [layer.weight for layer in layers if layer.weight.dim() > 1 and layer.weight[0].numel() > 1]
 
 
 def centralize(weight: Tensor) -> None:
-    """Take the mean over each output channel's weights `(C, ...)` out of the gradient, in place."""
+    """Take the mean over each output channel's weights `(C, ...)` out of the gradient, in place (Yong et al. 2020)."""
     if weight.grad is not None:
         weight.grad.sub_(weight.grad.mean(dim=tuple(range(1, weight.dim())), keepdim=True))
 
@@ -158,7 +170,7 @@ def _whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
-def _applies(model: nn.Module, step: Step) -> bool:
-    norm: Any = inner_norm(module_at(model, step.path))
+def _applies(bound: BoundStep) -> bool:
+    norm, step = bound.norm, bound.step
     follows = norm._buffers.get("running_mean") is None and isinstance(getattr(norm, "eps", None), float)
-    return step.transfer == "fold" and bool(step.producers) and follows
+    return step.transfer is Transfer.FOLD and bool(step.producers) and follows

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from .exact_scaling import by_output_channel, folded_bias, packed_size, same_bits, scaled, unfold
 
 TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -46,51 +43,6 @@ class LayerUndo:
 
 
 @dataclass
-class Undo:
-    """Everything `revert` needs. `complete` is False when it was not asked for, or did not survive."""
-
-    norms: list[NormUndo] = field(default_factory=list)
-    layers: list[LayerUndo] = field(default_factory=list)
-    complete: bool = True
-    orders: list[Order] = field(default_factory=list)
-
-
-@torch.no_grad()
-def undo_layer(layer: Any, record: LayerUndo, order: Order | None = None) -> tuple[Tensor, Tensor | None] | None:
-    """The layer's original weight and bias; None when it was changed since it was folded.
-
-    Folding the recovered weight again must give the layer's present weight to the bit, which tells a trained layer
-    from an untouched one without having kept a checksum. order: the one that the layer stands in now.
-    """
-    device = layer.weight.device
-    scale, shift = record.scale.to(device), record.shift.to(device)
-    bias = None if record.bias is None else record.bias.to(device)
-    factor = by_output_channel(layer, scale)
-    now, bias_now = in_first_order(layer, order)
-    if record.weight is not None:
-        weight = record.weight.to(device)
-    elif record.correction is not None and packed_size(now) == record.correction.numel():
-        weight = unfold(record.correction.to(device), now, factor)
-    else:
-        return None
-    if record.given is not None:
-        return (weight, bias) if torch.equal(layer_digest(now, bias_now), record.given.cpu()) else None
-    again = folded_bias(bias, scale, shift, now.dtype)
-    if not same_bits(scaled(weight, factor), now) or not same_bits(again, bias_now):
-        return None
-    return weight, bias
-
-
-def layer_digest(*tensors: Tensor | None) -> Tensor:
-    """The SHA-256 of a layer's weight and bias, `(32,)` uint8."""
-    made = hashlib.sha256()
-    for tensor in tensors:
-        if tensor is not None:
-            made.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return torch.tensor(list(made.digest()), dtype=torch.uint8)
-
-
-@dataclass
 class Order:
     """How `calibrate` has put the channels of a layer or norm in another order than the original has.
 
@@ -101,6 +53,16 @@ class Order:
     path: str
     rows: Tensor | None = None
     columns: Tensor | None = None
+
+
+@dataclass
+class Undo:
+    """Everything `revert` needs. `complete` is False when it was not asked for, or did not survive."""
+
+    norms: list[NormUndo] = field(default_factory=list)
+    layers: list[LayerUndo] = field(default_factory=list)
+    complete: bool = True
+    orders: list[Order] = field(default_factory=list)
 
 
 def ordered(tensor: Tensor, order: Order, *, back: bool = False) -> Tensor:

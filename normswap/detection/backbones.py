@@ -15,7 +15,7 @@ from torchvision.ops import Conv2dNormActivation
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork
 
 from ..conversion.composite import extracted_record
-from ..conversion.record import put_record, record_of
+from ..conversion.record import attach, record_of
 from ..errors import NetworkError, first_line
 from ..modules.restore import evaluating, undisturbed
 from ..modules.tree import device_and_dtype
@@ -151,7 +151,7 @@ def _up_to(backbone: nn.Module, chosen: dict[str, str]) -> nn.Module:
     record = record_of(backbone)
     if record is not None:
         prefix = next(f"{name}." if name else "" for name, m in backbone.named_modules() if m is sequence)
-        put_record(body, extracted_record(record, prefix, {name for name, _ in body.named_modules()}))
+        attach(body, extracted_record(record, prefix, {name for name, _ in body.named_modules()}))
     return body
 
 

@@ -16,7 +16,7 @@ from ..conversion.composite import adopt_part_records
 from ..conversion.convert import convert as convert_whole
 from ..errors import OptionError, did_you_mean
 from ..freezing import freeze
-from ..modules.tree import check_module
+from ..modules.wrappers import check_module
 from ..norms.registry import identify
 from ..planning.rules import Rules
 from .backbones import stages_of

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from ..arguments import whole
 from ..choices import Augment, Loss, Parameters, Precision
 from ..comparison.before_after import before_after
+from ..conversion.history import Distilled
 from ..conversion.record import record_of
 from ..data.batches import MAX_BAD, Batches, as_batches, opened
 from ..errors import CheckpointError, Fix, Interrupted, OptionError, Text
 from ..files.locking import locked
 from ..files.writing import check_writable
-from ..modules.tree import check_module
-from ..modules.wrappers import unwrapped
+from ..modules.wrappers import check_module, unwrapped
 from ..training.parameters import trained_parameters, training_only
 from ..training.run_state import load_state, network_digest
 from ..training.teacher import original_of, side_by_side
@@ -193,6 +193,5 @@ def _remember(model: nn.Module, work: DistillationRun) -> None:
     if record is None or kept == 0:
         return
     settings = work.settings
-    entry = {"action": "distil", "steps": work.step, "planned": settings.steps, "kept": kept}
-    entry |= {"train": settings.train, "lr": settings.lr, "seed": settings.seed, "loss": list(work.losses)}
-    record.history.append(entry)
+    done = (work.step, settings.steps, kept)
+    record.history.append(Distilled(*done, settings.train, settings.lr, settings.seed, list(work.losses)))

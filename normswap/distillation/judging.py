@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..comparison.outputs import OutputTally, floating
 from ..data.batches import images_in
 from ..errors import DataError
-from ..heads.dense import is_detector
+from ..modules.restore import is_detector
 from ..training.losses import loss_of
 from ..training.seeding import seed_step
 from ..training.snapshot import Snapshot

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..data.batches import run_on
-from ..heads.dense import is_detector
+from ..modules.restore import is_detector
 
 Outputs = Callable[..., Any]
 

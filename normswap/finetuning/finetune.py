@@ -19,12 +19,11 @@ from ..choices import TASKS, Augment, Device, Optimizer, Precision
 from ..choices import Task as TaskName
 from ..conversion.composite import adopt_part_records
 from ..conversion.convert import convert
-from ..conversion.record import record_of
 from ..conversion.stabilize import stabilized
 from ..errors import DataError, Fix, Interrupted, OptionError, Text
 from ..modules.frozen_class import FrozenStatistics
 from ..modules.restore import restored_on_error
-from ..modules.tree import check_module
+from ..modules.wrappers import check_module
 from ..norms.registry import identify
 from ..training.parameters import training_only
 from ..training.run_state import network_digest
@@ -40,6 +39,7 @@ from .settings import RunOptions, Settings
 from .tasks.base import Task
 from .tasks.classification import Classification
 from .tasks.detection import Detection
+from .tasks.head import new_head
 from .tasks.segmentation import Segmentation
 
 EPOCHS = 10
@@ -158,7 +158,7 @@ def finetune(
         model.to(accelerator.device)
         if distil and isinstance(doing, Classification):
             doing.teacher = original_of(model, reference).to(accelerator.device).eval()
-        fitted_before = getattr(record_of(model), "head", None)
+        fitted_before = new_head(model)
         head = doing.fit(model, sets, num_classes, seed)
         parameters = trained(model, train, doing.head_parameters(model, head), affine=not freeze_affine)
         settings = replace(settings, network=network_digest(model))
@@ -174,7 +174,7 @@ def finetune(
         finally:
             if trainer is not None and trainer.checkpointer.saved is not None:
                 keep()
-    if head is not None and getattr(record_of(model), "head", None) != fitted_before:
+    if head is not None and new_head(model) != fitted_before:
         where = f", {head.path}" if head.path else ""
         notes.insert(0, f"the network got a new head for {head.classes} classes{where}")
     if report.best_at == 0 and report.steps == settings.steps:

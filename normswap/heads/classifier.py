@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,15 @@ class Head:
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `Head(**values)` is the inverse."""
         return {"path": self.path, "classes": self.classes}
+
+    def renamed(self, rename: Callable[[str], str | None]) -> Head | None:
+        """The same under another path; None where it is gone."""
+        path = rename(self.path)
+        return None if path is None else replace(self, path=path)
+
+    def joined(self, other: Head) -> Head:
+        """Of two parts with a new head, the first one's counts."""
+        return self
 
 
 def find_head(model: nn.Module, inputs: tuple[Any, ...]) -> Head:

@@ -14,11 +14,6 @@ from torch import nn
 _PRIOR = 0.01  # of an object at an anchor, before training (Lin et al. 2017, "Focal Loss", section 4.1)
 
 
-def is_detector(model: nn.Module) -> bool:
-    """Whether the model has torchvision's detection interface: it takes lists of images, which it resizes itself."""
-    return type(getattr(model, "transform", None)).__name__ == "GeneralizedRCNNTransform"
-
-
 def find_predictor(model: nn.Module) -> tuple[str, int] | None:
     """The path of the module that holds the class scores, and their number; None where there is none of the known.
 

@@ -10,11 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..heads.dense import is_detector
-from ..modules.restore import evaluating, undisturbed
+from ..modules.restore import is_detector, trial_run
 from ..modules.tree import device_and_dtype
-
-_SIDE = 160
 
 
 def guess_inputs(model: nn.Module) -> tuple[Any, ...] | None:
@@ -35,51 +32,53 @@ def guess_inputs(model: nn.Module) -> tuple[Any, ...] | None:
 def runs(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
     """Whether the model's forward takes these inputs. Leaves the model and the random state as they were."""
     try:
-        with evaluating(model), undisturbed(model), torch.no_grad():
-            shrink_images(model)
+        with trial_run(model):
             model(*inputs)
     except Exception:  # a stranger's forward raises whatever it likes on inputs it was not made for
         return False
     return True
 
 
-def shrink_images(model: nn.Module) -> None:
-    """Let a detector of torchvision work on small images, where it would enlarge them to 800 pixels and more.
+def inputs_for(model: nn.Module, example_inputs: Any) -> tuple[Any, ...] | None:
+    """The forward's positional arguments: those that the caller gave, else a guess; None where no guess does."""
+    return guess_inputs(model) if example_inputs is None else as_inputs(example_inputs)
 
-    For a caller within `undisturbed`, which puts the sizes back.
-    """
-    transform: Any = getattr(model, "transform", None)
-    if is_detector(model) and not transform.fixed_size:
-        transform.min_size = tuple(min(side, _SIDE) for side in transform.min_size)
-        transform.max_size = min(transform.max_size, 2 * _SIDE)
+
+def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
+    """The forward's positional arguments from what callers pass as `example_inputs`."""
+    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
 
 
 def random_tensor(shape: tuple[int, ...], model: nn.Module) -> torch.Tensor:
     """Standard normal values of `shape`, on the model's device and in its dtype, from a fixed seed."""
-    device, dtype = device_and_dtype(model)
+    return _normal(shape, *device_and_dtype(model))
+
+
+def _normal(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return values.to(device=device, dtype=dtype)
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[Any, ...]]:
+    device, dtype = device_and_dtype(model)
     firsts = _first_layers(model)
     if not firsts:
         for shape in _shapes_of_norm(model):
-            yield (random_tensor(shape, model),)
+            yield (_normal(shape, device, dtype),)
         return
     if is_detector(model):
-        yield ([random_tensor((firsts[0].in_channels, 128, 160), model).sigmoid()],)
+        yield ([_normal((firsts[0].in_channels, 128, 160), device, dtype).sigmoid()],)
     times = _required_arguments(model)
     for layer in firsts:
         if isinstance(layer, nn.Embedding):
             words = torch.randint(layer.num_embeddings, (2, 16), generator=torch.Generator().manual_seed(0))
-            yield (words.to(device_and_dtype(model)[0]),) * times
+            yield (words.to(device),) * times
         else:
             for shape in _shapes_for(layer, _named_size(model)):
-                yield (random_tensor(shape, model),) * times
+                yield (_normal(shape, device, dtype),) * times
     if any(getattr(layer, "in_channels", 0) == 1 for layer in firsts):  # sound, of which the network makes a map itself
         for shape in ((1, 16000), (1, 1, 16000), (1, 48000)):
-            yield (random_tensor(shape, model),) * times
+            yield (_normal(shape, device, dtype),) * times
 
 
 def _first_layers(model: nn.Module) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,16 +15,16 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ..display.overview import Table, counted, layers_table
 from ..errors import DataError, first_line
 from ..modules.path_ranges import ROOT
-from ..modules.tree import aliases, check_module, hidden_references, module_at
+from ..modules.tree import aliases, held_elsewhere, module_at
 from ..modules.wrappers import unwrapped
 from ..norms.registry import class_of, identify, why_suspicious
 from ..norms.spec import NormSpec, NormState
-from ..tracing.calls import producer_kind
-from ..tracing.feeds import UNKNOWN, Feed, analyse, watched_modules
+from ..tracing.calls import KnownModules, producer_kind
+from ..tracing.feeds import UNKNOWN, Feed, analyse
 from ..tracing.recorded import record
 from ..tracing.run import Region
 from ..tracing.symbolic import trace
-from .example_inputs import guess_inputs
+from .example_inputs import as_inputs, inputs_for
 from .norm_shapes import positions_by_guess, vectors_only
 from .roles import roles_of
 from .suspects import IN_CODE, Suspect, functional_batch_norm, suspicion
@@ -125,45 +125,32 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, feeds: bool = True)
     Of a network in DataParallel, torch.compile and the like, what is within, under its own names. Raises DataError
     when the network cannot be run on the example inputs.
     """
-    check_module(model)
-    model = unwrapped(model)
+    return inventory_of(unwrapped(model), example_inputs, feeds=feeds)
+
+
+def inventory_of(model: nn.Module, example_inputs: Any = None, *, feeds: bool = True) -> Inventory:
+    """`inspect`, for a network that nothing wraps."""
     paths = aliases(model)
+    held = held_elsewhere(paths)
     roles = roles_of(names[0] for names in paths.values())
-    found: list[tuple[nn.Module, NormSpec, NormState]] = []
+    owners = Counter(id(t) for m in paths for table in (m._parameters, m._buffers) for t in table.values())
+    layers: list[Layer] = []
     suspects: list[Suspect] = []
     for module, names in paths.items():
-        spec = identify(module)
+        path, spec = names[0], identify(module)
         if spec is not None:
-            found.append((module, spec, spec.read(module)))
+            state, elsewhere = spec.read(module), tuple(held.get(module, ()))
+            class_name = class_of(module).__name__
+            free = state.weight is not None and owners[id(state.weight)] == 1
+            known_as = (path, tuple(names[1:]), spec, class_name)
+            layers.append(Layer(*known_as, state, UNKNOWN, elsewhere, roles[path], free))
         elif reason := suspicion(module):
-            suspects.append(Suspect(names[0], class_of(module).__name__, reason, roles[names[0]]))
-    channels = {paths[module][0]: state.channels for module, _, state in found}
-    runs = feeds and channels and not any(isinstance(module, LazyModuleMixin) for module in paths)
-    held: dict[nn.Module, list[str]] = {}
-    for holder, attribute, module in hidden_references(paths):
-        held.setdefault(module, []).append(f"{holder}.{attribute}" if holder else attribute)
-    known = _feeds(model, paths, channels, example_inputs, suspects, held) if runs else {}
-    owners = Counter(id(t) for m in paths for table in (m._parameters, m._buffers) for t in table.values())
-    layers = tuple(
-        Layer(
-            paths[module][0],
-            tuple(paths[module][1:]),
-            spec,
-            class_of(module).__name__,
-            state,
-            known.get(paths[module][0], UNKNOWN),
-            tuple(held.get(module, ())),
-            roles[paths[module][0]],
-            state.weight is not None and owners[id(state.weight)] == 1,
-        )
-        for module, spec, state in found
-    )
-    return Inventory(layers, tuple(suspects), recorded=example_inputs is not None)
-
-
-def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
-    """The forward's positional arguments from what callers pass as `example_inputs`."""
-    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+            suspects.append(Suspect(path, class_of(module).__name__, reason, roles[path]))
+    if feeds and layers and not any(isinstance(module, LazyModuleMixin) for module in paths):
+        known = KnownModules(paths, {layer.path: layer.state.channels for layer in layers})
+        found = _feeds(model, known, example_inputs, suspects, [paths[module][0] for module in held])
+        layers = [replace(layer, feed=found[layer.path]) for layer in layers]
+    return Inventory(tuple(layers), tuple(suspects), recorded=example_inputs is not None)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -174,38 +161,33 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def _feeds(
-    model: nn.Module,
-    paths: Mapping[nn.Module, list[str]],
-    channels: Mapping[str, int],
-    example_inputs: Any,
-    suspects: list[Suspect],
-    held: Collection[nn.Module],
+    model: nn.Module, known: KnownModules, example_inputs: Any, suspects: list[Suspect], held: list[str]
 ) -> dict[str, Feed]:
-    if identify(model) is not None:
-        return {"": Feed("input", reason="the network is this norm alone")}
+    """held: paths of modules that attributes hold too; functional batch norms join the suspects."""
+    if "" in known.norms:
+        return {path: Feed("input", reason="the network is this norm alone") for path in known.norms}
     regions: list[Region] = []
     if example_inputs is not None:
-        regions.append(_recorded(model, paths, channels, example_inputs))
+        regions.append(_recorded(model, known, example_inputs))
     traced = trace(model, is_leaf)
     regions += traced.regions
     # A part traced alone does not see what reaches it through an attribute elsewhere.
-    doubts = {paths[module][0] for module in held} | traced.doubtful
-    feeds = analyse(paths, regions, channels, doubts)
-    feeds |= _without_vectors(model, {names[0]: module for module, names in paths.items()}, feeds, example_inputs)
+    feeds = analyse(known, regions, {*held, *traced.doubtful})
+    feeds |= _without_vectors(model, known, feeds, example_inputs)
     if not any(suspect.reason == IN_CODE for suspect in suspects):
         suspects += functional_batch_norm(regions)
     return feeds
 
 
 def _without_vectors(
-    model: nn.Module, modules: Mapping[str, nn.Module], feeds: Mapping[str, Feed], example_inputs: Any
+    model: nn.Module, known: KnownModules, feeds: Mapping[str, Feed], example_inputs: Any
 ) -> dict[str, Feed]:
     """The feeds by a linear layer that are not known to be `(N, C)` in every run, now not foldable."""
-    linear = {modules[path]: path for path, feed in feeds.items() if feed.foldable and feed.kind == "linear"}
+    linear = {known.modules[path]: path for path, feed in feeds.items() if feed.foldable and feed.kind == "linear"}
     if not linear:
         return {}
-    inputs = guess_inputs(model) if example_inputs is None else as_inputs(example_inputs)
-    sure = vectors_only(model, inputs, linear)
+    inputs = inputs_for(model, example_inputs)
+    sure = vectors_only(model, inputs, linear, [known.norms[path] for path in linear.values()])
     reason = "its input may have more dimensions than two, and the linear layer's channels are the last"
     unsure = [path for path in linear.values() if path not in sure]
     return {path: replace(feeds[path], producers=(), foldable=False, reason=reason) for path in unsure}
@@ -216,11 +198,9 @@ def positions(model: nn.Module, inventory: Inventory) -> dict[str, int]:
     return positions_by_guess(model, {module_at(model, layer.path): layer.path for layer in inventory.layers})
 
 
-def _recorded(
-    model: nn.Module, paths: Mapping[nn.Module, list[str]], channels: Mapping[str, int], example_inputs: Any
-) -> Region:
+def _recorded(model: nn.Module, known: KnownModules, example_inputs: Any) -> Region:
     try:
-        return record(model, as_inputs(example_inputs), watched_modules(paths, channels))
+        return record(model, as_inputs(example_inputs), known.watched)
     except Exception as error:  # whatever the model's forward raises on inputs it was not made for
         raise DataError(
             f"{type(model).__name__} cannot run on the example inputs ({type(error).__name__}: {first_line(error)})",

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..modules.restore import evaluating, undisturbed
-from .example_inputs import guess_inputs, shrink_images
+from ..modules.restore import trial_run
+from .example_inputs import guess_inputs
 
 Shapes = dict[str, list[tuple[int, ...]]]
 
@@ -30,10 +29,7 @@ def shapes_of(model: nn.Module, inputs: tuple[Any, ...], layers: Mapping[nn.Modu
 
     try:
         with ExitStack() as stack:
-            stack.enter_context(evaluating(model))
-            stack.enter_context(undisturbed(model))
-            stack.enter_context(torch.no_grad())
-            shrink_images(model)
+            stack.enter_context(trial_run(model))
             for module in layers:
                 stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
             model(*inputs)
@@ -58,17 +54,19 @@ def positions_by_guess(model: nn.Module, layers: Mapping[nn.Module, str]) -> dic
     return positions
 
 
-def vectors_only(model: nn.Module, inputs: tuple[Any, ...] | None, layers: Mapping[nn.Module, str]) -> Collection[str]:
+def vectors_only(
+    model: nn.Module, inputs: tuple[Any, ...] | None, layers: Mapping[nn.Module, str], channels: Iterable[int]
+) -> Collection[str]:
     """Those of the layers that get `(N, C)`, and nothing else, however many dimensions the network's input has.
 
     A linear layer computes along the last dimension, whichever that is, while a norm's channels are the second: with
-    an input of one more dimension the same network may normalize along another one.
+    an input of one more dimension, as wide as the layers have channels, the same network may normalize along another
+    one. Without inputs, no layer is sure.
     """
     if inputs is None:
         return ()
-    runs = [shapes_of(model, inputs, layers)]
-    widths = {shape[1] for shapes in (runs[0] or {}).values() for shape in shapes if len(shape) == 2}
-    runs += [shapes_of(model, _raised(inputs, width), layers) for width in sorted(widths)]
+    given = [inputs, *(_raised(inputs, width) for width in sorted(set(channels)))]
+    runs = [shapes_of(model, each, layers) for each in given]
     known = [run for run in runs if run is not None]
     return [p for p in layers.values() if runs[0] and runs[0].get(p) and all(_vectors(run.get(p, [])) for run in known)]
 

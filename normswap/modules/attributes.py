@@ -29,6 +29,12 @@ def kept_by(model: nn.Module) -> Iterator[Any]:
     return (v for v in nested(values, attributes_of) if v is not values)
 
 
+def tensors_kept_by(model: nn.Module) -> list[torch.Tensor]:
+    """Tensors that modules hold in attributes or as buffers, which are not parameters."""
+    held = (*kept_by(model), *model.buffers())
+    return [value for value in held if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)]
+
+
 def attributes_of(value: Any) -> Iterable[Any]:
     """What an object holds in attributes: its table, and its slots; nothing for what is no object of somebody's own."""
     cls: type = type(value)

@@ -7,7 +7,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +44,36 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for buffer, version, value in values:
                 if buffer._version != version:
                     buffer.data.copy_(value)
+
+
+@contextmanager
+def trial_run(model: nn.Module, beside: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """For a forward pass to look at: in eval mode, without gradients, detectors on small images; leaves no trace.
+
+    beside: modules outside of the model that run too.
+    """
+    with ExitStack() as stack, evaluating(model), undisturbed(model), torch.no_grad():
+        for module in beside:
+            stack.enter_context(evaluating(module))
+        if is_detector(model):
+            _shrink_images(model)
+        yield
+
+
+def is_detector(model: nn.Module) -> bool:
+    """Whether a network has torchvision's detection interface: it takes lists of images, which it resizes itself."""
+    return type(getattr(model, "transform", None)).__name__ == "GeneralizedRCNNTransform"
+
+
+_SIDE = 160
+
+
+def _shrink_images(detector: Any) -> None:
+    """Let it work on small images, where it would enlarge them to 800 pixels and more."""
+    transform = detector.transform
+    if not transform.fixed_size:
+        transform.min_size = tuple(min(side, _SIDE) for side in transform.min_size)
+        transform.max_size = min(transform.max_size, 2 * _SIDE)
 
 
 @contextmanager

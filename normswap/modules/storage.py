@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 Span = tuple[int, int, int]
 
@@ -48,3 +50,42 @@ def sharers(tensors: Iterable[Tensor]) -> dict[int, int]:
         for one in ids if len(ids) > 1 else ():
             counts[one] += sum(own[other] for other in ids if other != one and overlap(spans[one], spans[other]))
     return counts
+
+
+class Origins:
+    """Which step of a run made a tensor, told by the tensor itself, else by the memory that it lies in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # A run would take many times its memory if it kept its tensors, so ids and addresses are used again by others.
+        # Each goes with a weak reference to what it stood for, and means nothing once that is gone.
+        self._made_by: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._filled_by: dict[int, tuple[StorageWeakRef, int]] = {}  # for views no operation announces (`x.data`)
+        self._parameters: dict[int, list[tuple[Span, str]]] = defaultdict(list)
+        for name, parameter in model.named_parameters():
+            if (span := span_of(parameter)) is not None:
+                self._parameters[span[0]].append((span, name))
+
+    def note(self, tensors: Iterable[Tensor], step: int, *, fills: bool = True) -> None:
+        """fills: the memory of the tensors is the step's too."""
+        for tensor in tensors:
+            self._made_by[id(tensor)] = weakref.ref(tensor), step
+            if fills and (memory := storage_of(tensor)):
+                self._filled_by[memory] = StorageWeakRef(tensor.untyped_storage()), step
+
+    def of(self, tensor: Tensor) -> int | None:
+        made, step = self._made_by.get(id(tensor), (None, -1))
+        return step if made is not None and made() is tensor else None
+
+    def of_memory(self, tensor: Tensor) -> int | None:
+        filled, step = self._filled_by.get(storage_of(tensor), (None, -1))
+        return None if filled is None or filled.expired() else step
+
+    def known(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Those that a step made, or whose memory one filled."""
+        return [t for t in tensors if self.of(t) is not None or self.of_memory(t) is not None]
+
+    def parameters_in(self, tensor: Tensor) -> list[str]:
+        """The names of the parameters that have bytes of the tensor's memory."""
+        span = span_of(tensor)
+        known = self._parameters.get(span[0], ()) if span is not None else ()
+        return [name for own, name in known if overlap(span, own)]

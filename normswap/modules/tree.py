@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterable, Mapping
 from types import FunctionType, MethodType
 from typing import Any
@@ -11,16 +10,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import Fix, NormswapError, OptionError, Text
+from ..errors import Fix, NormswapError, Text
 from .attributes import leaves_of, own_attributes
 from .hooks import _HOOK_ATTRIBUTES
-
-
-def check_module(model: Any, name: str = "model") -> None:
-    """Raise OptionError for what is no network, such as its name."""
-    if not isinstance(model, nn.Module):
-        hint = "normswap.load(file) gives the network of a file." if isinstance(model, (str, os.PathLike)) else None
-        raise OptionError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}", hint=hint)
 
 
 def aliases(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -81,6 +73,14 @@ def hidden_references(paths: Mapping[nn.Module, list[str]]) -> list[tuple[str, s
             held = (module for leaf in leaves_of(value) for module in _held(leaf))
             found += [(names[0], attribute, module) for module in held if module is not holder and module in paths]
     return list(dict.fromkeys(found))
+
+
+def held_elsewhere(paths: Mapping[nn.Module, list[str]]) -> dict[nn.Module, list[str]]:
+    """The modules that `hidden_references` finds, each with the attributes that hold it, as `PATH.ATTRIBUTE`."""
+    found: dict[nn.Module, list[str]] = {}
+    for holder, attribute, module in hidden_references(paths):
+        found.setdefault(module, []).append(f"{holder}.{attribute}" if holder else attribute)
+    return found
 
 
 def _held(leaf: Any) -> list[nn.Module]:

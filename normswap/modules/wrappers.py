@@ -6,6 +6,7 @@ A wrapper hides the network's code from a trace and puts a prefix before every n
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 from torch import nn
@@ -21,8 +22,16 @@ _CHILD = {
 _HOLD_PARAMETERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 
+def check_module(model: Any, name: str = "model") -> None:
+    """Raise OptionError for what is no network, such as its name."""
+    if not isinstance(model, nn.Module):
+        hint = "normswap.load(file) gives the network of a file." if isinstance(model, (str, os.PathLike)) else None
+        raise OptionError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}", hint=hint)
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network within all wrappers; itself where there is none."""
+    """The network within all wrappers; itself where there is none. Raises OptionError for what is no network."""
+    check_module(model)
     while (inner := _inner(model)) is not None:
         model = inner
     return model
@@ -35,7 +44,8 @@ def _inner(model: nn.Module) -> nn.Module | None:
 
 
 def check_wrapper(model: nn.Module) -> None:
-    """Raise OptionError for a wrapper that was set up for the very parameters its network had then."""
+    """Raise OptionError for what is no network, and for a wrapper set up for the very parameters that it had then."""
+    check_module(model)
     wrapper: nn.Module | None = model
     while wrapper is not None:
         name = type(wrapper).__name__

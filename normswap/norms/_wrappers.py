@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .spec import NormState
+
 
 def per_channel(vector: Tensor, ndim: int) -> Tensor:
     """View a `(C,)` vector so that it broadcasts over `(N, C, *)` with `ndim` dimensions."""
@@ -63,3 +65,15 @@ class NormSequence(nn.Sequential):
     def bias(self) -> Tensor | None:
         """The norm's per-channel bias (beta), `(C,)`."""
         return getattr(self.norm, "bias", None)
+
+
+def wrapped(norm: nn.Module, state: NormState, standardize: tuple[Tensor, Tensor] | None) -> nn.Module:
+    """A norm with what a fused layer runs after it, and with a fixed scale and shift `(C,)` before it, if there are."""
+    if standardize is None and not state.tail:
+        return norm
+    first = None
+    if standardize is not None:
+        dtype = state.statistics[1].dtype
+        first = ChannelAffine(*(t.to(dtype) for t in standardize))
+        first.training = state.training
+    return NormSequence(norm, standardize=first, tail=state.tail)

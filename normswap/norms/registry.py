@@ -101,6 +101,11 @@ def derived_from(module: nn.Module) -> NormSpec | None:
     return next((_BY_CLASS[cls] for cls in class_of(module).__mro__ if cls in _BY_CLASS), None)
 
 
+def states_in(model: nn.Module) -> list[NormState]:
+    """The states of all norms of a network."""
+    return [spec.read(module) for module in model.modules() if (spec := identify(module)) is not None]
+
+
 @functools.lru_cache(maxsize=4096)
 def _of_class(cls: type[nn.Module], forward: object) -> NormSpec | None:
     """The norm type of a class whose `forward` that is (a class may get another one while a program runs)."""

@@ -15,7 +15,7 @@ from ..conversion.record import Record, record_of
 from ..conversion.undo_record import Order
 from ..errors import OptionError
 from ..modules.tree import module_at
-from ..planning.plan import Step
+from ..planning.plan import Step, Transfer
 
 Names = tuple[dict[nn.Parameter, list[str]], nn.Module]
 _REMAINDER = {"weight": "scale", "bias": "shift"}  # what is left of gamma and beta where a BN could not be fused
@@ -151,17 +151,17 @@ class Changes:
             if step is not None:
                 own = name[end:].removeprefix(".")
                 yield _join(step.path, f"norm.{own}")
-                if step.transfer == "affine" and own in _REMAINDER:
+                if step.transfer is Transfer.AFFINE and own in _REMAINDER:
                     yield from (_join(step.path, _REMAINDER[own]), _join(step.path, f"norm.{_REMAINDER[own]}"))
                 bias = _join(step.producers[0], "bias") if len(step.producers) == 1 else ""
-                if step.transfer == "fuse" and own == "bias" and bias not in self.known:
+                if step.transfer is Transfer.FUSE and own == "bias" and bias not in self.known:
                     yield bias  # it is beta and a constant, so its gradient is beta's
 
     def _scale_layers(self, record: Record) -> None:
         """Weights, and biases that were there before, of the layers that a conversion folded into."""
         scales = {layer.path: layer.scale for layer in record.undo.layers}
         held = {name for name in self.target.values() if name is not None}
-        for path in (p for s in record.plan.steps if s.transfer in ("fold", "fuse") for p in s.producers):
+        for path in (p for s in record.plan.steps if s.transfer.edits_producer for p in s.producers):
             layer: Any = module_at(self.model, path)
             for own in ("weight", "bias"):
                 name = _join(path, own)
@@ -183,7 +183,7 @@ class Changes:
                     continue
                 if own in _REMAINDER.values():
                     self.restart[name] = "it took over the statistics"
-                elif step.transfer == "reset":
+                elif step.transfer is Transfer.RESET:
                     self.restart[name] = "transfer='reset' set it anew"
                 elif own == "weight" and step.zero_init:
                     self.restart[name] = "zero_init_residual set it to 0"

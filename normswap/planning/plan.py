@@ -6,6 +6,7 @@ import html
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from typing import Any
 
 from ..display.overview import Table, counted, kept_table, steps_table
@@ -17,14 +18,59 @@ SOFT = 1.0
 """The eps at which a norm of standardised channels follows half of a sample's own variance; `auto` stands for it."""
 
 
+class Transfer(str, Enum):
+    """What a step does with what a norm has learned. Each is a text too, as in a plan's JSON."""
+
+    FOLD = "fold"
+    """Statistics go into the layers before the norm."""
+    PRESCALE = "prescale"
+    """Statistics become two fixed vectors before the norm."""
+    FUSE = "fuse"
+    """Statistics, gamma and beta go into the layers before the norm."""
+    AFFINE = "affine"
+    """What remains of a fused norm, as one map per channel."""
+    EXACT = "exact"
+    """The new norm computes the same in eval mode."""
+    COPY = "copy"
+    """Gamma and beta alone are carried over."""
+    RESET = "reset"
+    """Nothing is."""
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def edits_producer(self) -> bool:
+        """Whether the layers before the norm are changed."""
+        return self in (Transfer.FOLD, Transfer.FUSE)
+
+    @property
+    def standardizes(self) -> bool:
+        """Whether the running statistics standardise the new norm's input."""
+        return self in (Transfer.FOLD, Transfer.PRESCALE)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether no norm is left, only what it computed."""
+        return self in (Transfer.FUSE, Transfer.AFFINE)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the original must have running statistics, whatever it becomes."""
+        return self.standardizes or self.fuses
+
+    @property
+    def keeps_outputs(self) -> bool:
+        """Whether the network's outputs are to be the same, once every new norm is bare: what a run can prove."""
+        return self.needs_statistics or self is Transfer.EXACT
+
+
 @dataclass(frozen=True)
 class Step:
     """One layer's change.
 
-    transfer: `fold` (statistics into `producers`), `prescale` (statistics as two fixed vectors before the norm),
-    `fuse` (statistics, gamma and beta into `producers`), `affine` (what remains of a fused norm as one per-channel
-    map), `exact` (the new norm computes the same in eval), `copy` (gamma and beta only) or `reset`.
-    unit: whether channels quieter than the old `eps` are brought to variance 1 too, gamma making up for it.
+    transfer: what becomes of its statistics, gamma and beta; a plain text will do. unit: whether channels quieter than
+    the old `eps` are brought to variance 1 too, gamma making up for it.
     """
 
     path: str
@@ -34,12 +80,15 @@ class Step:
     channels: int
     target: str
     options: Options
-    transfer: str
+    transfer: Transfer
     producers: tuple[str, ...] = ()
     dims: int | None = None
     zero_init: bool = False
     note: str = ""
     unit: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "transfer", Transfer(self.transfer))
 
 
 @dataclass(frozen=True)
@@ -67,6 +116,16 @@ class Plan:
         changes = counted(self.steps, lambda step: f"{step.source} to {step.target}")
         return f"<Plan: {changes or 'no change'}; {len(self.kept)} kept>"
 
+    @property
+    def standardizes(self) -> bool:
+        """Whether some step standardises a layer's channels by its running statistics."""
+        return any(step.transfer.standardizes for step in self.steps)
+
+    @property
+    def provable(self) -> bool:
+        """Whether it claims anything that a run can prove; copying or resetting gamma and beta does not."""
+        return any(step.transfer.keeps_outputs for step in self.steps)
+
     def __str__(self) -> str:
         return "\n\n".join(map(str, self._tables())) or "no norm layer"
 
@@ -78,7 +137,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return asdict(self)
+        values = asdict(self)
+        return {**values, "steps": [{**step, "transfer": str(step["transfer"])} for step in values["steps"]]}
 
     def to_json(self) -> str:
         """The plan as a JSON text that `Plan.from_json` reads back to an equal plan."""
@@ -101,7 +161,7 @@ class Plan:
             )
             kept = tuple(Kept(**k) for k in values["kept"])
             return cls(steps, kept, values["transfer"], values["meta"])
-        except (KeyError, TypeError, AttributeError, OptionError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OptionError) as error:
             raise CheckpointError(f"this is not a normswap plan: {type(error).__name__}: {error}") from error
 
     @classmethod

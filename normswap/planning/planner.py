@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
-from ..arguments import one_of
-from ..choices import MISSING_STATISTICS, TRANSFERS, Indivisible, MissingStatistics, Transfer
-from ..errors import Fix, OptionError, PlanError, Text
-from ..inspection.inventory import Inventory, Layer, inspect, positions
-from ..norms.registry import norm_named, specs, suggestion, targets
-from ..norms.spec import DoesNotFit, NormRequest, NormSpec, Options
-from .plan import SOFT, Kept, Plan, Step
-from .rules import Rule, Rules, assigned, check_rules, rules_of, selected
+from ..choices import Indivisible, MissingStatistics
+from ..choices import Transfer as TransferWord
+from ..errors import Fix, PlanError, Text
+from ..inspection.inventory import Inventory, Layer, inventory_of, positions
+from ..modules.wrappers import unwrapped
+from ..norms.registry import norm_named
+from ..norms.spec import DoesNotFit, NormSpec, Options
+from .options import PlanOptions
+from .plan import SOFT, Kept, Plan, Step, Transfer
+from .rules import Rules, assigned, check_rules, selected
 
 
 def plan(
@@ -27,7 +29,7 @@ def plan(
     groups: int | str | None = None,
     channels_per_group: int | None = None,
     indivisible: Indivisible = "error",
-    transfer: Transfer = "fold",
+    transfer: TransferWord = "fold",
     eps: float | str | None = None,
     rules: Rules | None = None,
     sources: Collection[str] | None = None,
@@ -51,44 +53,30 @@ def plan(
 
     Raises OptionError for options that make no sense, PlanError listing every layer that cannot be converted.
     """
-    soft = eps == "auto"
-    request = NormRequest(groups, channels_per_group, indivisible, None if soft else cast(Any, eps))
-    ordered = rules_of(to, rules)
-    wanted = [norm_named(name) for name in sorted({rule.target for rule in ordered} - {"keep"})]
-    _check_options(request, wanted, transfer, missing_statistics, sources)
-    needs_feeds = zero_init_residual or any(spec.needs_dims or spec.fuses for spec in wanted)
-    needs_feeds |= transfer == "fold" and any(spec.per_sample for spec in wanted)
-    needs_feeds |= example_inputs is not None
-    inventory = inspect(model, example_inputs, feeds=needs_feeds)
+    options = PlanOptions(
+        to,
+        groups,
+        channels_per_group,
+        indivisible,
+        transfer,
+        eps,
+        rules,
+        sources,
+        example_inputs,
+        zero_init_residual,
+        missing_statistics,
+    )
+    return planned(unwrapped(model), options)
+
+
+def planned(model: nn.Module, options: PlanOptions) -> Plan:
+    """`plan`, for a network that nothing wraps."""
+    options.check()
+    inventory = inventory_of(model, options.example_inputs, feeds=options.needs_feeds)
     if not inventory.layers and not inventory.suspects:
         raise PlanError(f"{type(model).__name__} has no norm layer", [])
-    guess = partial(positions, model, inventory)
-    planner = _Planner(inventory, ordered, request, transfer, zero_init_residual, missing_statistics, soft, guess)
-    return planner.run(selected(inventory, sources))
-
-
-def _check_options(
-    request: NormRequest, wanted: Sequence[NormSpec], transfer: str, missing: str, sources: Collection[str] | None
-) -> None:
-    one_of("transfer", transfer, TRANSFERS)
-    one_of("missing_statistics", missing, MISSING_STATISTICS)
-    grouped = request.groups is not None or request.channels_per_group is not None
-    if grouped and not any(spec.takes_groups for spec in wanted):
-        takers = " and ".join(spec.name for spec in specs() if spec.takes_groups)
-        raise OptionError(f"groups apply to {takers} only, not to {', '.join(s.name for s in wanted) or 'keep'}")
-    for spec in wanted:
-        if transfer != "fold" and spec.fuses:
-            given = Fix("transfer", transfer)
-            raise OptionError(Text(f"{spec.name} carries everything over; ", given, " does not go with it"))
-        if transfer == "reset" and spec.fixed:
-            what = f"{spec.name} is made of the running statistics; "
-            raise OptionError(Text(what, Fix("transfer", "reset"), " leaves nothing of it"))
-    for name in sources or ():
-        if name not in targets():
-            raise OptionError(
-                Text(f"unknown norm {name!r} in ", Fix("sources"), f"; known: {', '.join(targets())}"),
-                hint=suggestion(name),
-            )
+    planner = _Planner(inventory, options, partial(positions, model, inventory))
+    return planner.run(selected(inventory, options.sources))
 
 
 _PLACES = {1: "second", -1: "last"}
@@ -97,12 +85,7 @@ _PLACES = {1: "second", -1: "last"}
 @dataclass
 class _Planner:
     inventory: Inventory
-    rules: list[Rule]
-    request: NormRequest
-    transfer: str
-    zero_init: bool
-    missing_statistics: str
-    soft: bool
+    options: PlanOptions
     guess_positions: Callable[[], Mapping[str, int]]
     problems: list[str] = field(default_factory=list)
     indivisible: bool = False
@@ -116,7 +99,7 @@ class _Planner:
         """among: paths of the layers that rules apply to."""
         steps: list[Step] = []
         kept: list[Kept] = []
-        chosen = assigned(self.inventory, self.rules, among)
+        chosen = assigned(self.inventory, self.options.ordered, among)
         for layer in self.inventory.layers:
             rule = chosen.get(layer.path)
             if rule is None or rule.target == "keep":
@@ -134,24 +117,24 @@ class _Planner:
                 kept.append(Kept(suspect.path, suspect.class_name, "rule"))
             else:
                 self.problems.append(f"{_name(suspect.path)} ({suspect.class_name}): {suspect.reason}")
-        check_rules(self.inventory, self.rules, among)
+        check_rules(self.inventory, self.options.ordered, among)
         if self.problems:
             raise _problem_error(self, among)
         if not among:
             raise PlanError("no layer to convert", [f"{_name(x.path)}: {x.spec.name}" for x in self.inventory.layers])
         used = Counter(chosen.values())
-        matched = [{"pattern": r.pattern, "target": r.target, "layers": used[r]} for r in self.rules]
-        return Plan(tuple(steps), tuple(kept), self.transfer, {"rules": matched})
+        matched = [{"pattern": r.pattern, "target": r.target, "layers": used[r]} for r in self.options.ordered]
+        return Plan(tuple(steps), tuple(kept), self.options.transfer, {"rules": matched})
 
     def _step(self, layer: Layer, target: NormSpec) -> Step:
         state, feed = layer.state, layer.feed
         self._check_shape(layer, target)
-        options = target.fit(state, self.request)
+        options = target.fit(state, self.options.request)
         if target.per_sample and options.eps is None and not state.has_statistics and layer.spec.per_sample:
             options = replace(options, eps=state.eps)  # so that gn(1) = ln stays exact
         self._check_elements(layer, target, options)
         transfer, producers, note = self._transfer(layer, target, options)
-        if self.soft and target.per_sample and transfer in ("fold", "prescale"):
+        if self.options.soft and target.per_sample and transfer.standardizes:
             options = replace(options, eps=SOFT)
         return Step(
             layer.path,
@@ -164,9 +147,9 @@ class _Planner:
             transfer,
             producers,
             state.dims or feed.dims,
-            self.zero_init and feed.last_of_branch,
+            self.options.zero_init_residual and feed.last_of_branch,
             note,
-            unit=transfer in ("fold", "prescale") and layer.free_gamma,
+            unit=transfer.standardizes and layer.free_gamma,
         )
 
     def _check_elements(self, layer: Layer, target: NormSpec, options: Options) -> None:
@@ -203,27 +186,27 @@ class _Planner:
         if target.needs_dims and state.dims is None and feed.dims is None:
             raise DoesNotFit(f"whether {target.title} must be 1d, 2d or 3d is not known; give example inputs")
 
-    def _transfer(self, layer: Layer, target: NormSpec, options: Options) -> tuple[str, tuple[str, ...], str]:
+    def _transfer(self, layer: Layer, target: NormSpec, options: Options) -> tuple[Transfer, tuple[str, ...], str]:
         state, feed = layer.state, layer.feed
-        if self.transfer == "reset":
-            return "reset", (), ""
+        if self.options.transfer == Transfer.RESET:
+            return Transfer.RESET, (), ""
         if target.needs_statistics:
             if not state.has_statistics:
-                if self.missing_statistics == "later" and target.updates_statistics:
-                    return "copy", (), "statistics to be estimated by calibrate"
+                if self.options.missing_statistics == "later" and target.updates_statistics:
+                    return Transfer.COPY, (), "statistics to be estimated by calibrate"
                 self.no_statistics = True
                 raise DoesNotFit(f"{target.name} needs running statistics, which {layer.spec.name} does not have")
             if target.fuses:
-                return ("fuse", feed.producers, "") if feed.foldable else ("affine", (), feed.reason)
-            return "exact", (), ""
+                return (Transfer.FUSE, feed.producers, "") if feed.foldable else (Transfer.AFFINE, (), feed.reason)
+            return Transfer.EXACT, (), ""
         if not state.has_statistics:
             if not (layer.spec.per_sample and _same_groups(layer, target, options)):
-                return "copy", (), "no running statistics to carry over"
+                return Transfer.COPY, (), "no running statistics to carry over"
             same = options.eps == state.eps
-            return ("exact" if same else "copy"), (), "" if same else "another eps than it had"
-        if self.transfer == "copy":
-            return "copy", (), ""
-        return ("fold", feed.producers, "") if feed.foldable else ("prescale", (), feed.reason)
+            return (Transfer.EXACT, (), "") if same else (Transfer.COPY, (), "another eps than it had")
+        if self.options.transfer == Transfer.COPY:
+            return Transfer.COPY, (), ""
+        return (Transfer.FOLD, feed.producers, "") if feed.foldable else (Transfer.PRESCALE, (), feed.reason)
 
 
 def _same_groups(layer: Layer, target: NormSpec, options: Options) -> bool:

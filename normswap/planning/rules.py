@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import Fix, OptionError, Text
 from ..inspection.inventory import Inventory
@@ -24,19 +24,20 @@ class Rule:
 
     pattern: str
     target: str
+    role: str | None = field(init=False, default=None, repr=False, compare=False)  # that the pattern names
 
     def __post_init__(self) -> None:
         if not self.pattern:
             raise OptionError("a rule needs a pattern, such as 'layer4.*=frozen'")
         if self.target != "keep":
             norm_named(self.target)
-        if role_in(self.pattern) is None:
+        object.__setattr__(self, "role", role_in(self.pattern))
+        if self.role is None:
             matches(self.pattern, "")  # its check of ranges
 
     def covers(self, names: Iterable[str], role: str) -> bool:
         """Whether a layer of these paths, in that part of the network, is meant."""
-        wanted = role_in(self.pattern)
-        return any(matches(self.pattern, name) for name in names) if wanted is None else wanted == role
+        return any(matches(self.pattern, name) for name in names) if self.role is None else self.role == role
 
 
 def rules_of(to: str | None, rules: Rules | None) -> list[Rule]:
@@ -84,7 +85,7 @@ def check_rules(inventory: Inventory, rules: Sequence[Rule], among: Collection[s
     if not idle:
         return
     hint = Text("`normswap inspect` lists the paths; ", Fix("sources"), " selects norms other than batch norms.")
-    if any(role_in(r.pattern) for r in idle):
+    if any(r.role for r in idle):
         there = counted(x.role for x in inventory.layers if x.path in among)
         hint = Text(f"The layers to convert are in: {there or 'none of them'}.\n", hint)
     raise OptionError(f"rule matches no layer to convert: {', '.join(repr(r.pattern) for r in idle)}", hint=hint)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from ..modules.storage import sharers
 from ..norms.registry import looks_batch
 from .run import Region
 
@@ -51,14 +53,63 @@ def out_channels(module: Any) -> int:
     return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
 
 
-class CallGraph:
-    """One region with the lookups an analysis needs."""
+@dataclass(frozen=True)
+class LayerFacts:
+    """What counts of one module: see `producer_kind`, `out_channels` (0 where none) and `dims_of`."""
 
-    def __init__(self, region: Region, canonical: Mapping[str, str], modules: Mapping[str, nn.Module]) -> None:
+    kind: str | None
+    channels: int
+    dims: int | None
+
+
+class KnownModules:
+    """The modules of a network as an analysis of its calls needs them, by their first names.
+
+    paths: what `aliases` returned. norms: path -> channels. owners: by a parameter's id, how many modules hold it, or
+    what overlaps with it. watched: what a recorded run takes whole: norms, layers that can be folded, and dropouts.
+    """
+
+    def __init__(self, paths: Mapping[nn.Module, list[str]], norms: Mapping[str, int]) -> None:
+        self.norms = norms
+        self.first_name = {alias: names[0] for names in paths.values() for alias in names}
+        self.modules = {names[0]: module for module, names in paths.items()}
+        self.facts = {name: _facts_of(module) for name, module in self.modules.items()}
+        self.owners = sharers(p for module in paths for p in module._parameters.values() if p is not None)
+        self.watched = {
+            module: name
+            for name, module in self.modules.items()
+            if name in norms or self.facts[name].kind is not None or passes_on(module)
+        }
+
+
+def _facts_of(module: nn.Module) -> LayerFacts:
+    kind = producer_kind(module)
+    return LayerFacts(kind, 0 if kind is None else out_channels(module), dims_of(module))
+
+
+PASSTHROUGH_CLASSES = {"Identity", "DropPath", "StochasticDepth", "DropBlock2d", "DropBlock2D", "DropBlock3d"}
+
+
+def passes_on(module: nn.Module) -> bool:
+    """Whether a module gives back what it is given, but for what is dropped in training."""
+    return isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in PASSTHROUGH_CLASSES
+
+
+class CallGraph:
+    """One region with the lookups an analysis needs.
+
+    kinds: what each call is, seen by the norm that it feeds. norms: the path of the norm that it is a call of; None
+    for any other.
+    """
+
+    def __init__(self, region: Region, known: KnownModules) -> None:
         self.calls = region.calls
         self.part = region.path != ""
-        self.modules = modules
-        self.names = [canonical.get(c.target, c.target) if c.kind == "module" else c.target for c in self.calls]
+        self.modules, self.facts = known.modules, known.facts
+        self.names = [known.first_name.get(c.target, c.target) if c.kind == "module" else c.target for c in self.calls]
+        named = list(zip(self.calls, self.names, strict=True))
+        self.norms = [name if call.kind == "module" and name in known.norms else None for call, name in named]
+        self.kinds = [self._kind(index) for index in range(len(self.calls))]
         self.users: list[list[int]] = [[] for _ in self.calls]
         for index, call in enumerate(self.calls):
             for source in call.inputs:
@@ -68,7 +119,7 @@ class CallGraph:
         """The call whose output a call reads first."""
         return self.calls[index].inputs[0] if self.calls[index].inputs else None
 
-    def open(self, index: int) -> bool:
+    def outside(self, index: int) -> bool:
         """Whether what a call reads comes from outside of the part of the network that this run is of."""
         source = self.source(index)
         return self.part and source is not None and self.calls[source].kind == "input"
@@ -76,19 +127,15 @@ class CallGraph:
     def module(self, index: int) -> nn.Module | None:
         return self.modules.get(self.names[index]) if self.calls[index].kind == "module" else None
 
-    def norm(self, index: int, norms: Mapping[str, int]) -> str | None:
-        """The path of the norm that a call is a call of; None for any other."""
-        name = self.names[index]
-        return name if self.calls[index].kind == "module" and name in norms else None
+    def layer_kind(self, index: int) -> str | None:
+        """`producer_kind` of the module that a call is a call of."""
+        facts = self.facts.get(self.names[index]) if self.calls[index].kind == "module" else None
+        return None if facts is None else facts.kind
 
-    def kind(self, index: int, norms: Mapping[str, int]) -> str:
-        """What a call is, seen by the norm that it feeds."""
+    def _kind(self, index: int) -> str:
         call, name = self.calls[index], self.names[index]
         if call.kind == "module":
-            if name in norms:
-                return "norm"
-            module = self.module(index)
-            return (producer_kind(module) if module is not None else None) or "other"
+            return "norm" if self.norms[index] is not None else self.layer_kind(index) or "other"
         if call.kind == "input":
             return "input"
         return "sum" if name in SUMS else "concat" if name in _CONCATS else "other"
@@ -96,13 +143,13 @@ class CallGraph:
     def dims(self, index: int) -> int | None:
         """Spatial dimensions of a call's output, looking back to the next layer that fixes them."""
         for _ in range(64):
-            call, module = self.calls[index], self.module(index)
+            call, name, module = self.calls[index], self.names[index], self.module(index)
             if call.shape is not None:
                 return max(1, len(call.shape) - 2)
-            if module is not None and (fixed := dims_of(module)) is not None:
+            if module is not None and (fixed := self.facts[name].dims) is not None:
                 return fixed
-            keeps = module is not None or (call.kind == "function" and self.names[index] in _ELEMENTWISE)
-            if self.names[index] == "flatten" or isinstance(module, nn.Flatten):
+            keeps = module is not None or (call.kind == "function" and name in _ELEMENTWISE)
+            if name == "flatten" or isinstance(module, nn.Flatten):
                 return 1
             if not keeps or not call.inputs:
                 return None

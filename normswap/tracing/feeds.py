@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ..modules.storage import sharers
-from .calls import CallGraph, dims_of, out_channels, producer_kind
-from .residual import PASSTHROUGH_CLASSES, ends_branch
+from .calls import CallGraph, KnownModules
+from .residual import ends_branch
 from .run import Region, is_below
 
 
@@ -36,68 +35,54 @@ class Feed:
 UNKNOWN = Feed("unknown", reason="no run of the network showed what feeds it")
 
 
-def analyse(
-    paths: Mapping[nn.Module, list[str]],
-    regions: Iterable[Region],
-    norms: Mapping[str, int],
-    doubtful: Iterable[str] = (),
-) -> dict[str, Feed]:
-    """What feeds each norm. `paths`: every module with its aliases; `norms`: path -> channels.
+def analyse(known: KnownModules, regions: Iterable[Region], doubtful: Iterable[str] = ()) -> dict[str, Feed]:
+    """What feeds each norm of a network, by its path.
 
     Every call of a norm and of the layer before it counts, in every region: one use elsewhere, and it is not
-    foldable.
+    foldable. doubtful: paths of what may be used in ways that no region shows.
     """
-    canonical = {alias: names[0] for names in paths.values() for alias in names}
-    modules = {names[0]: module for module, names in paths.items()}
-    owners = sharers(p for module in paths for p in module._parameters.values() if p is not None)
-    runs = [CallGraph(region, canonical, modules) for region in regions]
+    runs = [CallGraph(region, known) for region in regions]
     norm_calls: dict[str, list[tuple[CallGraph, int]]] = defaultdict(list)
     layer_users: dict[str, Users] = defaultdict(dict)
     for run in runs:
         for index, name in enumerate(run.names):
             kind = run.calls[index].kind
-            if run.norm(index, norms) is not None:
+            if run.norms[index] is not None:
                 norm_calls[name].append((run, index))
             elif kind == "module":
-                users = [(run.norm(u, norms), run.calls[u].way) for u in run.users[index]]
+                users = [(run.norms[u], run.calls[u].way) for u in run.users[index]]
                 for user, way in users or [(None, run.calls[index].way)]:
                     _add(layer_users[name], user, way)
             elif kind == "parameter":
-                _add(layer_users[canonical.get(name.rpartition(".")[0], "")], None, run.calls[index].way)
-    doubts = tuple(canonical.get(d, d) for d in doubtful)
-    found = {
-        path: _feed_of(path, norms, norm_calls[path], layer_users, modules, owners, doubts)
-        for path in norms
-        if norm_calls[path]
-    }
+                _add(layer_users[known.first_name.get(name.rpartition(".")[0], "")], None, run.calls[index].way)
+    doubts = tuple(known.first_name.get(d, d) for d in doubtful)
+    norms = known.norms
+    found = {path: _feed_of(path, known, norm_calls[path], layer_users, doubts) for path in norms if norm_calls[path]}
     called = {name for run in runs for name, call in zip(run.names, run.calls, strict=True) if call.kind == "module"}
-    unreached = {p: n for p, n in norms.items() if p not in found and not _has_own(p, n, called, modules)}
-    return {path: _sure(path, found[path], unreached, called, modules) if path in found else UNKNOWN for path in norms}
+    unreached = {p: n for p, n in norms.items() if p not in found and not _has_own(p, n, called, known)}
+    return {path: _sure(path, found[path], unreached, called, known) if path in found else UNKNOWN for path in norms}
 
 
-def _sure(
-    path: str, feed: Feed, unreached: Mapping[str, int], called: set[str], modules: Mapping[str, nn.Module]
-) -> Feed:
+def _sure(path: str, feed: Feed, unreached: Mapping[str, int], called: set[str], known: KnownModules) -> Feed:
     """The feed, not foldable if the producers may feed something else that no run has reached."""
     for producer in feed.producers:
-        layer = modules[producer]
+        layer = known.facts[producer]
         for other, channels in unreached.items():
-            same = channels == out_channels(layer) and len({dims_of(layer), dims_of(modules[other])} - {None}) < 2
-            if same:
+            if channels == layer.channels and len({layer.dims, known.facts[other].dims} - {None}) < 2:
                 reason = f"no run of the network showed what feeds {other}, which may be {producer}"
                 return replace(feed, producers=(), foldable=False, reason=reason)
-        if other := _instead(path, producer, called, modules):
+        if other := _instead(path, producer, called, known.modules):
             reason = f"no run of the network called {other}, which may stand in its place"
             return replace(feed, producers=(), foldable=False, reason=reason)
     return feed
 
 
-def _has_own(path: str, channels: int, called: set[str], modules: Mapping[str, nn.Module]) -> bool:
+def _has_own(path: str, channels: int, called: set[str], known: KnownModules) -> bool:
     """Whether beside a norm that nobody calls there is a layer that nobody calls either, and that fits it."""
     parent = path.rpartition(".")[0]
-    beside = (f"{parent}.{name}" if parent else name for name in modules[parent]._modules)
-    layers = (modules[p] for p in beside if p in modules and p not in called)
-    return any(producer_kind(layer) is not None and out_channels(layer) == channels for layer in layers)
+    beside = (f"{parent}.{name}" if parent else name for name in known.modules[parent]._modules)
+    layers = (known.facts[p] for p in beside if p in known.facts and p not in called)
+    return any(layer.kind is not None and layer.channels == channels for layer in layers)
 
 
 def _instead(path: str, producer: str, called: set[str], modules: Mapping[str, nn.Module]) -> str:
@@ -123,44 +108,42 @@ def _add(users: Users, user: str | None, way: str) -> None:
 
 def _feed_of(
     path: str,
-    norms: Mapping[str, int],
+    known: KnownModules,
     calls: list[tuple[CallGraph, int]],
     layer_users: Mapping[str, Users],
-    modules: Mapping[str, nn.Module],
-    owners: Mapping[int, int],
     doubts: tuple[str, ...],
 ) -> Feed:
     first = [(run, i) for run, i in calls if not run.calls[i].way] or calls
-    kind = _kind(first, norms)
+    kind = _kind(first)
     positions, dims = _extent(first)
     last = all(ends_branch(run, i) for run, i in first)
-    sources = [(run, run.source(i)) for run, i in calls if not run.open(i)]
+    sources = [(run, run.source(i)) for run, i in calls if not run.outside(i)]
     producers = tuple(dict.fromkeys(run.names[s] for run, s in sources if s is not None))
     reason = ""
-    if _kind(calls, norms) != kind:
-        way = min(run.calls[i].way for run, i in calls if _kind([(run, i)], norms) != kind)
+    if _kind(calls) != kind:
+        way = min(run.calls[i].way for run, i in calls if _kind([(run, i)]) != kind)
         reason = f"{way}, its input is another"
     elif kind not in ("conv", "conv_transpose", "linear"):
         reason = f"its input is {_WORDS.get(kind, 'not the output of one layer')}"
-    elif modules[path]._forward_pre_hooks:
+    elif known.modules[path]._forward_pre_hooks:
         reason = "a forward pre-hook stands before it"
     else:
         for producer in producers:
-            reason = reason or _why_not(producer, path, norms[path], layer_users, modules, owners)
-            reason = reason or _hooked_between(producer, path, modules)
+            reason = reason or _why_not(producer, path, known, layer_users)
+            reason = reason or _hooked_between(producer, path, known.modules)
         if any(is_below(p, d) for p in (path, *producers) for d in doubts):
             reason = reason or "its owner's forward does not trace, and may use the layer elsewhere"
-    vectors = dims_of(modules[path]) in (None, 1)
+    vectors = known.facts[path].dims in (None, 1)
     if kind == "linear" and (not vectors or any((run.calls[i].input_shape or (0, 0))[2:] for run, i in calls)):
         reason = reason or "a linear layer's channels are its last dimension, the norm's its second"
     foldable = not reason
     return Feed(kind, producers if foldable else (), foldable, reason, last, dims, positions)
 
 
-def _kind(calls: list[tuple[CallGraph, int]], norms: Mapping[str, int]) -> str:
+def _kind(calls: list[tuple[CallGraph, int]]) -> str:
     """What the norm is fed by in all of these calls; those that do not show it count only where none does."""
-    shown = [(run, run.source(i)) for run, i in calls if not run.open(i)]
-    kinds = {"other" if s is None else run.kind(s, norms) for run, s in shown} or {"input"}
+    shown = [(run, run.source(i)) for run, i in calls if not run.outside(i)]
+    kinds = {"other" if s is None else run.kinds[s] for run, s in shown} or {"input"}
     return kinds.pop() if len(kinds) == 1 else "other"
 
 
@@ -172,32 +155,25 @@ _WORDS = {
 }
 
 
-def _why_not(
-    producer: str,
-    path: str,
-    channels: int,
-    layer_users: Mapping[str, Users],
-    modules: Mapping[str, nn.Module],
-    owners: Mapping[int, int],
-) -> str:
-    layer = modules[producer]
+def _why_not(producer: str, path: str, known: KnownModules, layer_users: Mapping[str, Users]) -> str:
+    layer, facts = known.modules[producer], known.facts[producer]
     weight = layer._parameters.get("weight")
-    sizes = {dims_of(layer), dims_of(modules[path])} - {None}
+    sizes = {facts.dims, known.facts[path].dims} - {None}
     if len(sizes) > 1:
         return f"the norm reads the output of {producer} in other dimensions than it was made"
     if weight is None:
         return f"the weight of {producer} is computed, not a parameter"
-    if owners[id(weight)] > 1:
+    if known.owners[id(weight)] > 1:
         return f"the weight of {producer} is shared with another layer"
     others = [way for user, way in layer_users[producer].items() if user != path]
     if others:
         return ", ".join([*filter(None, [min(others)]), f"the output of {producer} is used elsewhere too"])
     if layer._forward_hooks or layer._forward_pre_hooks:
         return f"a hook on {producer} sees its output or input"
-    if out_channels(layer) != channels:
-        return f"{producer} has {out_channels(layer)} output channels, the norm {channels}"
+    if facts.channels != known.norms[path]:
+        return f"{producer} has {facts.channels} output channels, the norm {known.norms[path]}"
     bias = layer._parameters.get("bias")
-    if (bias is None and layer.bias is not None) or (bias is not None and owners[id(bias)] > 1):
+    if (bias is None and layer.bias is not None) or (bias is not None and known.owners[id(bias)] > 1):
         return f"the bias of {producer} is computed or shared"
     return ""
 
@@ -228,16 +204,3 @@ def _product(sizes: Iterable[int]) -> int:
     for size in sizes:
         result *= size
     return result
-
-
-def watched_modules(paths: Mapping[nn.Module, list[str]], norms: Iterable[str]) -> dict[nn.Module, str]:
-    """The modules a recorded run takes whole: the norms, the layers that can be folded, and dropouts."""
-    names = set(norms)
-    return {
-        module: aliases_[0]
-        for module, aliases_ in paths.items()
-        if aliases_[0] in names
-        or producer_kind(module) is not None
-        or isinstance(module, nn.modules.dropout._DropoutNd)
-        or type(module).__name__ in PASSTHROUGH_CLASSES
-    }

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+from .calls import SUMS, CallGraph, passes_on
 
-from .calls import SUMS, CallGraph, producer_kind
-
-PASSTHROUGH_CLASSES = {"Identity", "DropPath", "StochasticDepth", "DropBlock2d", "DropBlock2D", "DropBlock3d"}
 _PASSTHROUGH_FUNCTIONS = {"dropout", "stochastic_depth", "mul", "mul_", "detach", "clone", "alias"}
 
 
@@ -24,8 +21,7 @@ def ends_branch(run: CallGraph, index: int) -> bool:
         if run.calls[user].kind == "function" and run.names[user] in SUMS:
             break
         module = run.module(user)
-        dropout = isinstance(module, nn.modules.dropout._DropoutNd)
-        by_class = module is not None and (dropout or type(module).__name__ in PASSTHROUGH_CLASSES)
+        by_class = module is not None and passes_on(module)
         if not (by_class or (run.calls[user].kind == "function" and run.names[user] in _PASSTHROUGH_FUNCTIONS)):
             return False
         index = user
@@ -39,10 +35,10 @@ def _is_shortcut(run: CallGraph, other: int, branch: int) -> bool:
         return depth > 0
     start, layers = other, 0
     for _ in range(8):
-        module, sources = run.module(start), set(run.calls[start].inputs)
+        sources = set(run.calls[start].inputs)
         if len(sources) != 1:
             break
-        layers += module is not None and producer_kind(module) is not None
+        layers += run.layer_kind(start) is not None
         start = sources.pop()
         depth = _layers_between(run, start, branch)
         if depth is not None:
@@ -57,7 +53,6 @@ def _layers_between(run: CallGraph, start: int, end: int) -> int | None:
     for index in range(start + 1, end + 1):
         ways = [best.get(source) for source in run.calls[index].inputs]
         known = [w for w in ways if w is not None]
-        module = run.module(index)
-        step = int(module is not None and producer_kind(module) is not None)
+        step = int(run.layer_kind(index) is not None)
         best[index] = max(known) + step if known else None
     return best.get(end)

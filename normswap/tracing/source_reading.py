@@ -30,9 +30,9 @@ _HARMLESS = {"isinstance", "issubclass", "hasattr", "len", "type", "bool", "id",
 class Uses:
     """What the code of one class does with its children, by name (`*` for all of them).
 
-    called: run whole. iterated: taken up without being run on the spot (iterated, assigned). read: attribute names read
-    from a child, or from what may be one. escaped: passed to code that is not looked at. has_source: whether there was
-    source code to read.
+    called: run whole. iterated: taken up without being run on the spot (iterated over, assigned). read: attribute
+    names read from a child, or from what may be one. escaped: passed to code that is not looked at. has_source:
+    whether there was source code to read.
     """
 
     called: set[str] = field(default_factory=set)
@@ -164,19 +164,27 @@ def _classes_in(path: str) -> dict[str, list[ast.ClassDef]]:
 
 
 class _Reader:
-    """Reads one method, following children through local variables."""
+    """Reads one method, following children through local variables.
+
+    First it learns which variables may hold which children, then it goes through the method once more and notes what
+    becomes of every expression that may be a child. It knows no order and no branches: a variable that is a child
+    anywhere is one everywhere. So it can only see too much, and what it sees only makes fewer layers foldable.
+    """
 
     def __init__(self, method: ast.FunctionDef, uses: Uses) -> None:
         self.method, self.uses = method, uses
         arguments = [*method.args.posonlyargs, *method.args.args]
         self.me = arguments[0].arg if arguments else ""
         self.held: dict[str, set[str]] = {}  # local variable -> children it may be
+        # The tree tells what is inside a node; what a node is inside of says what becomes of its value.
         self.parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
         attributes = (node for node in ast.walk(method) if isinstance(node, ast.Attribute))
         self.own_names = {node.attr for node in attributes if self._is_me(node.value) or self._is_super(node.value)}
 
     def run(self) -> None:
-        for _ in range(8):  # variables are assigned from variables; each pass follows one step further
+        # Variables are assigned from variables, in a loop also from later ones: each pass follows one step further,
+        # until nothing is new. Eight are more than any code that was seen needs.
+        for _ in range(8):
             before = {name: set(children) for name, children in self.held.items()}
             for node in ast.walk(self.method):
                 self._bind(node)
@@ -185,6 +193,7 @@ class _Reader:
         for node in ast.walk(self.method):
             children = self._children(node)
             parent = self.parents.get(node)
+            # In `self.blocks[0](x)` three nodes may be the child: only the outermost, `self.blocks[0]`, is used.
             if children and parent is not None and not self._children(parent):
                 self._note(node, parent, children)
 
@@ -196,6 +205,7 @@ class _Reader:
         return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
 
     def _bind(self, node: ast.AST) -> None:
+        """Let every variable that an assignment or a loop fills hold the children of its right-hand side."""
         targets: list[ast.AST] = []
         value: ast.AST | None = getattr(node, "value", None)
         if isinstance(node, ast.Assign):
@@ -205,18 +215,22 @@ class _Reader:
         elif isinstance(node, (ast.For, ast.AsyncFor, ast.comprehension)):
             targets, value = [node.target], node.iter
         if value is not None and targets and (children := self._children(value)):
+            # `for i, (a, b) in ...`: which member goes to which name is not told apart, so each may be any of them.
             names = [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
             for name in names:
                 self.held.setdefault(name, set()).update(children)
 
     def _children(self, node: ast.AST) -> set[str]:
         """The children that an expression may evaluate to (or hold); empty for anything else."""
+        # self.block; an attribute that is no child does no harm, since nothing is asked about it.
         if isinstance(node, ast.Attribute) and self._is_me(node.value):
             return {ALL} if node.attr == "_modules" else {node.attr}
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             return {ALL} if self._is_iterated_self(node) else self.held.get(node.id, set())
+        # What takes one out of several, or leaves it as it is.
         if isinstance(node, (ast.Subscript, ast.Starred, ast.NamedExpr)):
             return self._children(node.value)
+        # What may be any of its parts.
         if isinstance(node, (ast.Tuple, ast.List)):
             return self._of_any(node.elts)
         if isinstance(node, ast.IfExp):
@@ -231,6 +245,7 @@ class _Reader:
         return set().union(*(self._children(node) for node in nodes))
 
     def _of_call(self, node: ast.Call) -> set[str]:
+        """`getattr(self, name)`, `zip(self.a, self.b)`, `self.blocks.values()`; a call of a child gives no child."""
         if isinstance(node.func, ast.Name):
             if node.func.id == "getattr" and len(node.args) > 1 and self._is_me(node.args[0]):
                 name = node.args[1]
@@ -253,15 +268,15 @@ class _Reader:
     def _note(self, node: ast.AST, parent: ast.AST, children: set[str]) -> None:
         """What becomes of an expression that may be a child."""
         uses = self.uses
-        if isinstance(parent, ast.Attribute):
+        if isinstance(parent, ast.Attribute):  # self.block.conv: reached into; self.block.forward(x): run whole
             uses.read |= {(child, parent.attr) for child in children}
             if parent.attr in ("forward", "__call__"):
                 uses.called |= children
-        elif isinstance(parent, ast.Call) and parent.func is node:
+        elif isinstance(parent, ast.Call) and parent.func is node:  # self.block(x)
             uses.called |= children
-        elif isinstance(parent, ast.Call):
+        elif isinstance(parent, ast.Call):  # an argument of some other call
             name = parent.func.attr if isinstance(parent.func, ast.Attribute) else getattr(parent.func, "id", "")
-            if "checkpoint" in name:
+            if "checkpoint" in name:  # torch.utils.checkpoint.checkpoint(self.block, x) runs it
                 uses.called |= children
             elif name == "getattr":
                 attribute = parent.args[1] if len(parent.args) > 1 else None
@@ -273,5 +288,6 @@ class _Reader:
                 uses.escaped |= children
         elif isinstance(parent, (ast.Assign, ast.AnnAssign, ast.For, ast.comprehension)):
             uses.iterated |= children
+        # Questions such as `if self.down is not None` are harmless. Everything else, a return among it, lets it out.
         elif not isinstance(parent, (ast.Compare, ast.If, ast.IfExp, ast.While, ast.UnaryOp, ast.Assert, ast.Expr)):
             uses.escaped |= children

@@ -38,7 +38,7 @@ def original_of(model: nn.Module, reference: nn.Module | None) -> nn.Module:
     try:
         return revert(copied(model))
     except RevertError as error:
-        trained = any(entry.get("action") not in ("calibrate", None) for entry in record.history)
+        trained = any(entry.trains for entry in record.history)
         reason = "the network was trained since its conversion" if trained else error.message
         raise RevertError(
             f"the original network cannot be rebuilt: {reason}",

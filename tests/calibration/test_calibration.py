@@ -343,7 +343,7 @@ def test_one_image_or_constant_images_never_give_nan(net: nn.Module, data: Tenso
 def test_fewer_images_than_asked_for_are_used_and_counted(net: nn.Module) -> None:
     model = normswap.convert(net, to="gn")
     assert calibrate(model, net, images(5), images=64).images == 5
-    assert record_of(model).history[-1]["images"] == 5
+    assert record_of(model).history[-1].images == 5
 
 
 def test_too_few_images_for_running_statistics_are_an_error(net: nn.Module) -> None:
@@ -678,7 +678,7 @@ def test_calibrating_again_changes_nothing_more(net: nn.Module) -> None:
     assert report.error_before < 1e-5
     for name, value in tensors(model).items():
         torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-5)
-    assert [entry["action"] for entry in record_of(model).history] == ["calibrate", "calibrate"]
+    assert [entry.action for entry in record_of(model).history] == ["calibrate", "calibrate"]
 
 
 def test_balancing_leaves_what_a_norm_with_fixed_statistics_would_compute(net: nn.Module) -> None:

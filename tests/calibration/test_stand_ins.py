@@ -112,7 +112,7 @@ def test_a_network_is_calibrated_without_any_image() -> None:
         report = normswap.calibrate(converted, model, kind, images=26)
         assert report.drift_after < report.drift_before
         assert "3x24x24" in str(report)
-        assert converted._normswap.history[-1]["stand_ins"] == report.stand_ins
+        assert converted._normswap.history[-1].stand_ins == report.stand_ins
 
 
 def test_synthetic_inputs_come_closer_to_the_statistics_than_what_they_start_from() -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import normswap
 from normswap.conversion.preconditions import affine_moved, never_updated
 from normswap.errors import OptionError
+from normswap.norms.registry import states_in
 
 X = torch.randn(12, 4, 8, 8, generator=torch.Generator().manual_seed(3)) * 3 + 1
 
@@ -28,16 +29,16 @@ def neglected(net: nn.Module) -> nn.Module:
 
 def test_statistics_of_a_trained_network_that_are_those_of_a_new_one_are_seen() -> None:
     net = neglected(Residual())
-    assert never_updated(net) == 2
-    assert affine_moved(net)
+    assert never_updated(states_in(net)) == 2
+    assert affine_moved(states_in(net))
     net.bn1.running_mean[0] = 0.1
-    assert never_updated(net) == 0
-    assert never_updated(randomized(Residual())) == 0
-    assert never_updated(nn.Sequential(nn.GroupNorm(2, 4))) == 0
+    assert never_updated(states_in(net)) == 0
+    assert never_updated(states_in(randomized(Residual()))) == 0
+    assert never_updated(states_in(nn.Sequential(nn.GroupNorm(2, 4)))) == 0
     new = Residual()
-    assert (never_updated(new), affine_moved(new)) == (2, False)
+    assert (never_updated(states_in(new)), affine_moved(states_in(new))) == (2, False)
     nn.init.zeros_(new.bn2.weight)  # as zero_init_residual does
-    assert not affine_moved(new)
+    assert not affine_moved(states_in(new))
 
 
 def test_one_batch_in_training_mode_updates_them() -> None:
@@ -45,7 +46,7 @@ def test_one_batch_in_training_mode_updates_them() -> None:
     for norm in (net.bn1, net.bn2):
         norm.momentum = 0.0
     net(X)
-    assert never_updated(net) == 0
+    assert never_updated(states_in(net)) == 0
 
 
 def test_converting_such_a_network_warns_and_names_what_estimates_them() -> None:

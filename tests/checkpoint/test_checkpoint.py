@@ -21,6 +21,7 @@ from torchvision.models import DenseNet, get_model
 import normswap
 from normswap.checkpoint.manifest import digest, is_ours, read_manifest
 from normswap.checkpoint.saving import load, save, save_state
+from normswap.conversion.history import Calibrated
 from normswap.conversion.record import record_of
 from normswap.conversion.revert import revert
 from normswap.errors import CheckpointError, NormswapError, OutputError, RevertError, WeightsError
@@ -259,10 +260,10 @@ def test_a_calibrated_network_is_restored_and_a_trained_one_is_not(tmp_path: Pat
     trained = load(save(converted, tmp_path / "trained.safetensors"), model=small())
     with pytest.raises(RevertError, match="the first is 1"):
         revert(trained)
-    record_of(converted).history.append({"action": "calibrate", "images": 8})
+    record_of(converted).history.append(Calibrated(8))
     loaded = load(save(converted, tmp_path / "calibrated.safetensors"), model=small())
     assert contents(loaded) == contents(converted)
-    assert record_of(loaded).history == [{"action": "calibrate", "images": 8}]
+    assert record_of(loaded).history == [Calibrated(8)]
     assert contents(revert(loaded)) == contents(original)
 
 

@@ -28,7 +28,7 @@ def test_the_distilled_file_is_nearer_to_the_original(cli: Cli, converted: str) 
     assert ran.json["output"] == "tiny-gn-distilled.safetensors"
     assert not Path("tiny-gn-distilled.safetensors.training").exists()
     record = normswap.load("tiny-gn-distilled.safetensors", trust_code=True)._normswap
-    assert [entry["action"] for entry in record.history] == ["calibrate", "distil"]
+    assert [entry.action for entry in record.history] == ["calibrate", "distil"]
 
 
 def test_the_same_seed_gives_the_same_file(cli: Cli, converted: str) -> None:

@@ -42,7 +42,7 @@ def test_one_command_converts_calibrates_and_trains(cli: Cli) -> None:
     files = {"best.safetensors", "last.safetensors", "state.pt", "metrics.jsonl", "curves.png", "run.json"}
     assert names == files
     history = normswap.load("runs/tiny-gn/last.safetensors", trust_code=True)._normswap.history
-    assert [entry["action"] for entry in history] == ["calibrate", "finetune"]
+    assert [entry.action for entry in history] == ["calibrate", "finetune"]
 
 
 @pytest.mark.usefixtures("images")

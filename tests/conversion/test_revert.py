@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.conversion.exact_scaling import fold_exactly, unfold
+from normswap.conversion.history import Calibrated
 from normswap.errors import RevertError
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -230,7 +231,7 @@ def test_after_calibration_the_norms_may_differ_and_the_original_comes_back() ->
     net = conv_bn(8)
     before = contents(net)
     converted = trained(normswap.convert(net, to="ln"), "1.weight", "1.bias")
-    converted._normswap.history.append({"action": "calibrate"})
+    converted._normswap.history.append(Calibrated())
     assert contents(normswap.revert(converted)) == before
 
 

@@ -372,7 +372,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_state(
         normswap.distil(model, original, images, progress=poison, **SHORT)
     assert isinstance(caught.value, normswap.NormswapError)
     assert contents(model) == contents(good)
-    assert model._normswap.history[-1]["steps"] == 2
+    assert model._normswap.history[-1].steps == 2
 
 
 def test_a_learning_rate_far_too_large_leaves_a_finite_network(model: nn.Module, images: Tensor) -> None:
@@ -395,7 +395,7 @@ def test_an_interrupt_keeps_what_was_reached(original: nn.Module, model: nn.Modu
     assert (caught.value.report.steps, caught.value.report.planned) == (4, 6)
     assert contents(model) != before
     entry = model._normswap.history[-1]
-    assert (entry["action"], entry["steps"], entry["planned"]) == ("distil", 4, 6)
+    assert (entry.action, entry.steps, entry.planned) == ("distil", 4, 6)
     assert model(images).isfinite().all()
 
 

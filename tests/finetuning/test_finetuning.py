@@ -339,8 +339,8 @@ def test_a_run_leaves_its_files(gn: nn.Module, data: Any, tmp_path: Path) -> Non
     assert not changed(last, tensors(gn))
     assert all(p.requires_grad for p in last.parameters())
     history = last._normswap.history
-    assert [entry["action"] for entry in history] == ["finetune"]
-    assert history[0]["steps"] == 20
+    assert [entry.action for entry in history] == ["finetune"]
+    assert history[0].steps == 20
     found = lines(folder)
     assert [line["step"] for line in found if "val_accuracy" in line] == [0, 10, 20]
     assert found[-1]["val_accuracy"] == pytest.approx(report.figures["val_accuracy"], rel=1e-5)

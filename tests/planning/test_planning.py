@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import normswap
 from normswap.errors import CheckpointError, OptionError, PlanError
 from normswap.norms.spec import Options
-from normswap.planning.plan import Plan, Step, describe
+from normswap.planning.plan import Plan, Step, Transfer, describe
 from normswap.planning.planner import plan
 from normswap.planning.rules import Rule
 
@@ -559,3 +559,37 @@ def test_rules_and_steps_are_values() -> None:
     step = Step("a", (), "bn", "BatchNorm2d", 4, "ln", Options(), "copy")
     with pytest.raises(AttributeError):
         step.path = "b"
+
+
+def test_a_transfer_is_its_text_in_json_and_in_comparisons() -> None:
+    made = plan(conv_bn(4), "gn", groups=2)
+    (step,) = made.to_dict()["steps"]
+    assert (type(step["transfer"]), step["transfer"]) == (str, "fold")
+    assert (str(made.steps[0].transfer), f"{made.steps[0].transfer}") == ("fold", "fold")
+    assert Plan.from_json(made.to_json()).steps[0].transfer is Transfer.FOLD
+    assert {Transfer.FOLD: 1}["fold"] == 1
+
+
+@pytest.mark.parametrize(
+    ("transfer", "edits", "standardizes", "keeps_outputs"),
+    [
+        ("fold", True, True, True),
+        ("prescale", False, True, True),
+        ("fuse", True, False, True),
+        ("affine", False, False, True),
+        ("exact", False, False, True),
+        ("copy", False, False, False),
+        ("reset", False, False, False),
+    ],
+)
+def test_a_transfer_says_what_it_does(transfer: str, edits: bool, standardizes: bool, keeps_outputs: bool) -> None:
+    found = Transfer(transfer)
+    assert (found.edits_producer, found.standardizes, found.keeps_outputs) == (edits, standardizes, keeps_outputs)
+    assert found.needs_statistics == (keeps_outputs and transfer != "exact")
+
+
+def test_a_plan_with_an_unknown_transfer_is_none() -> None:
+    values = plan(conv_bn(4), "gn", groups=2).to_dict()
+    values["steps"][0]["transfer"] = "move"
+    with pytest.raises(CheckpointError, match="not a normswap plan"):
+        Plan.from_dict(values)

@@ -128,9 +128,11 @@ def locate(ctx: typer.Context, wanted: SourceRequest, *, default_weights: str = 
     for flag, given in (("--weights", wanted.weights), ("--arg", wanted.args)):
         if given and (flag == "--weights" or wanted.source is None):
             raise options.usage(ctx, f"{flag} goes with a network to build; {file} brings its own weights")
+    from ...conversion.history import Entry, FineTuned
+
     manifest = read_manifest(file)
     values = manifest["source"]
-    trained = any(entry.get("action") == "finetune" for entry in manifest["history"])
+    trained = any(isinstance(Entry.from_dict(entry), FineTuned) for entry in manifest["history"])
     made_with = Weights.of(values)
     held = Weights(str(file), random=made_with is not None and made_with.random and not trained)
     if wanted.source is not None:

@@ -73,7 +73,7 @@ class Preparation:
 def prepare(model: nn.Module, origin: ResolvedSource, asked: PreprocessOverrides) -> Preparation:
     """What the library says of the network's weights, with what the user says in its place."""
     from ...data.preprocess import Preprocess
-    from ...heads.dense import is_detector
+    from ...modules.restore import is_detector
 
     channels = _channels(model)
     if is_detector(model):

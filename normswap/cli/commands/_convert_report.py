@@ -16,7 +16,7 @@ from .calibrate import figures
 
 if TYPE_CHECKING:
     from ...calibration.report import CalibrationReport
-    from ...conversion.self_check import Check
+    from ...conversion.record import Check
     from ...planning.plan import Plan
     from ..terminal.render import Page
 

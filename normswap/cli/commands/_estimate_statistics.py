@@ -24,13 +24,13 @@ def mend_statistics(
     What stands in for images is made by them, and is no help.
     Returns where the network comes from now.
     """
-    from ...conversion.preconditions import affine_moved, needs_statistics, never_updated
-    from ...norms.registry import norm_named
+    from ...conversion.preconditions import affine_moved, never_updated
+    from ...norms.registry import norm_named, states_in
 
-    standardises = needs_statistics(made)
+    standardises = made.standardizes
     keeps = any(norm_named(step.target).fixed for step in made.steps)
     built = not any(p.is_meta for p in model.parameters())
-    if not (built and (standardises or keeps) and (count := never_updated(model))):
+    if not (built and (standardises or keeps) and (count := never_updated(states_in(model)))):
         return origin
     if wish is not None and not wish.stands_in:
         if not dry_run:
@@ -47,7 +47,7 @@ def mend_statistics(
     named = origin.file is None and origin.weights is not None and not origin.weights.random
     if standardises and (named or wish is not None):
         raise NetworkError(text, hint=ways)
-    if named or affine_moved(model):
+    if named or affine_moved(states_in(model)):
         out.note(f"{text}. {ways if standardises else ways.partition('. ')[0] + '.'}")
     return origin
 

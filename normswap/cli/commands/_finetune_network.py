@@ -131,10 +131,12 @@ def converted(
     from ...conversion.convert import convert
     from ...conversion.preconditions import affine_moved, never_updated
     from ...conversion.record import record_of
+    from ...norms.registry import states_in
 
     calibrating = swap.wanted and swap.calibrate
     wish = swap.calibration(asked, device)
-    unknown = calibrating and never_updated(model) and affine_moved(model)
+    states = states_in(model) if calibrating else []
+    unknown = never_updated(states) and affine_moved(states)
     training = wish is None or (wish.stands_in and unknown)  # what stands in is made by the statistics
     batches = list(inputs) if calibrating and training else []
     own = "training images" if swap.folder is None else f"images of {swap.folder}"

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ...checkpoint.saving import save
+from ...conversion.history import FineTuned
 from ...conversion.record import record_of
 from ...conversion.stabilize import factors_in, rescale
 from ...training.run_state import load_state, save_state
@@ -148,16 +149,23 @@ class Checkpointer:
         settings = self.settings
         if self.updates.step == 0:
             return
-        entry = {"action": "finetune", "steps": self.updates.step, "planned": settings.steps, "train": settings.train}
-        entry |= {"lr": settings.lr, "optimizer": settings.optimizer, "global_batch": settings.global_batch}
-        entry |= {"seed": settings.seed, "figures": dict(standing.figures)}
+        entry = FineTuned(
+            self.updates.step,
+            settings.steps,
+            settings.train,
+            settings.lr,
+            settings.optimizer,
+            settings.global_batch,
+            settings.seed,
+            dict(standing.figures),
+        )
         for network in dict.fromkeys((self.model, self.network)):
             record = record_of(network)
             if record is not None:
-                if standing.entry is not None and record.history[-1:] == [standing.entry]:
+                if [last.to_dict() for last in record.history[-1:]] == [standing.entry]:
                     record.history.pop()
                 record.history.append(entry)
-        standing.entry = entry
+        standing.entry = entry.to_dict()
 
 
 def _cpu(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...arguments import whole
-from ...conversion.record import put_record, record_of
+from ...conversion.record import attach, record_of
 from ...errors import Fix, NetworkError, OptionError, Text
 from ...heads.classifier import Head, resize_head
 from ...heads.dense import find_predictor
@@ -53,8 +53,14 @@ def fitted(model: nn.Module, found: Head, in_data: int | None, asked: int | None
     resize_head(model, head)
     record = record_of(model)
     if record is not None:  # a new one, so that the caller can put the network back as it was
-        put_record(model, replace(record, head=head))
+        attach(model, replace(record, notes={**record.notes, Head: head}))
     return head
+
+
+def new_head(model: nn.Module) -> Head | None:
+    """The head that fine-tuning has given a converted network; None for its own."""
+    record = record_of(model)
+    return None if record is None else record.note(Head)
 
 
 def _check_memory(model: nn.Module, found: Head, wanted: int) -> None:
