@@ -216,7 +216,8 @@ def kept_by(model: nn.Module) -> Iterator[Any]:
 
 def _attributes_of(value: Any) -> Iterable[Any]:
     """What an object holds in attributes: its table, and its slots; nothing for what is no object of somebody's own."""
-    if not _is_own(type(value)):
+    cls: type = type(value)
+    if not _is_own(cls):
         return ()
     table = getattr(value, "__dict__", None)
     return [*([table] if isinstance(table, dict) else []), *_slots_of(value).values()]
