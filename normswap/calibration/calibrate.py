@@ -119,7 +119,7 @@ def calibrate(
     batches, labels, source = _collected(made.batches if made else data, images, batch_size, preprocess, max_bad)
     count = sum(map(images_in, batches))
     targets = targets_of(model, reference)
-    _check_enough(targets, count, images)
+    _check_enough(targets, count + len(source.bad), images)
     if not targets:
         return CalibrationReport(count, (), passes=0, notes=("frozen and fused norms need no calibration",))
     given = batches, labels, source.classes
@@ -164,7 +164,7 @@ def estimate_statistics(
     if not targets:
         raise NetworkError(f"{type(model).__name__} has no running statistics to estimate")
     batches, labels, source = _collected(data, images, batch_size, preprocess, max_bad)
-    _check_enough(targets, sum(map(images_in, batches)), images)
+    _check_enough(targets, sum(map(images_in, batches)) + len(source.bad), images)
     given = batches, labels, source.classes
     with told(progress, len(targets), "estimating running statistics") as step:
         _, report = _calibrated(model, None, targets, given, ("moments", None), step)

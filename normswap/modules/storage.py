@@ -25,8 +25,8 @@ def span_of(tensor: Tensor) -> Span | None:
     if not storage or not tensor.numel():
         return None
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start, size = tensor.storage_offset(), tensor.element_size()
-    return storage, int(start * size), int((start + last + 1) * size)
+    start, size = int(tensor.storage_offset()), tensor.element_size()
+    return storage, start * size, (start + int(last) + 1) * size
 
 
 def overlap(a: Span | None, b: Span | None) -> bool:

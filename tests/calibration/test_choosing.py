@@ -8,7 +8,8 @@ from helpers import contents, randomized, relative, run
 from torch import Tensor, nn
 
 import normswap
-from normswap.calibration.choosing import choose_groups
+from normswap.calibration.choosing import _Trial, choose_groups
+from normswap.data.photographs import crops
 from normswap.errors import DataError, OptionError
 
 
@@ -99,3 +100,28 @@ def test_outputs_that_do_not_compare_are_an_error(net: nn.Module) -> None:
 def test_a_single_image_is_an_error(net: nn.Module) -> None:
     with pytest.raises(DataError, match="single image"):
         choose_groups(net, normswap.plan(net, "gn"), images(1))
+
+
+def test_quiet_channels_count_as_the_fold_makes_them() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, eps=1e-2, momentum=None), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    with torch.no_grad():
+        net[0].weight.mul_(torch.logspace(-2, 0, 8)[:, None, None, None])
+    net.train()(images(200))
+    net.eval()
+    x, plan = images(16), normswap.plan(net, "gn", groups=1)
+    assert plan.steps[0].unit
+    gn = normswap.convert(net, using=plan)
+    normswap.calibrate(gn, net, x)
+    drift = relative(run(net, x), run(gn, x))
+    trial = _Trial(net, (x,), {step.path: step for step in plan.steps})
+    assert trial.drift(plan.steps[0], 1) == pytest.approx(drift, rel=1e-3)
+
+
+def test_groups_are_chosen_without_images_too() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=None)).eval()
+    net.train()(crops(64, (24, 24), seed=5))
+    net.eval()
+    plan = choose_groups(net, normswap.plan(net, "gn"), "photos", budget=1e9)
+    assert plan.steps[0].options.num_groups == 4

@@ -117,3 +117,6 @@ def test_frozen_statistics_and_networks_without_any_are_left() -> None:
         normswap.estimate_statistics(nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)), torch.randn(6, 3, 8, 8))
     with pytest.raises(OptionError, match="images are needed"):
         normswap.estimate_statistics(net)
+    for words in ("photos", "synthetic"):
+        with pytest.raises(OptionError, match=f'data="{words}" is made by the running statistics'):
+            normswap.estimate_statistics(net, words)

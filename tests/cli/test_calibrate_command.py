@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from PIL import Image
 from ran import COLOURS, Cli
 from torch import Tensor, nn
 
@@ -196,3 +197,46 @@ def test_a_folder_goes_before_the_word_for_stand_ins(cli: Cli, images: Path) -> 
     ran = cli("convert", "nets.py:tiny", "--to", "gn", "--groups", "4", "--calibrate", "photos", "--json")
     assert ran.json["calibration"]["images"] == 12
     assert "taken for the folder" in ran.err
+
+
+def test_a_folder_that_is_written_as_one_is_no_word(cli: Cli, images: Path) -> None:
+    fixed = ("convert", "nets.py:tiny", "--to", "gn", "--groups", "4", "--calibrate", "photos/", "--json")
+    ran = cli(*fixed)
+    assert ran.json["calibration"]["images"] == 12
+    assert "taken for the folder" not in ran.err
+    shutil.rmtree(images)
+    ran = cli(*fixed, "--force")
+    assert ran.code == 1
+    assert "photos" in ran.err
+    assert "crops" not in ran.err
+
+
+def test_groups_are_chosen_on_stand_ins_too(cli: Cli) -> None:
+    said = ("--size", "16", "--mean", "0", "--std", "1")
+    fixed = ("convert", "nets.py:real", "--to", "gn", "--groups", "auto", "--calibrate", "photos", *said)
+    ran = cli(*fixed, "--budget", "1e9", "--calibrate-images", "13", "--json")
+    assert ran.code == 0, ran.err
+    assert [step["options"]["num_groups"] for step in ran.json["plan"]["steps"]] == [4, 8]
+    assert ran.json["calibration"]["images"] == 13
+
+
+def test_what_stands_in_is_refused_in_the_words_of_the_command(cli: Cli) -> None:
+    ran = cli("convert", "nets.py:tiny", "--to", "gn", "--groups", "4", "--calibrate", "photos", "--size", "16")
+    assert ran.code == 1
+    said = " ".join(ran.err.split())
+    assert "no photos fit this network" in said
+    assert "--calibrate synthetic" in said
+    assert "data=" not in said
+    undone = cli("convert", "x.safetensors", "--to", "original", "--calibrate", "photos")
+    assert undone.code == 2
+    assert "--calibrate cannot change" in " ".join(undone.err.split())
+
+
+def test_more_than_256_images_are_used_where_so_many_are_asked_for(cli: Cli, folder: Path) -> None:
+    converted(cli)
+    (folder / "many").mkdir()
+    for i in range(260):
+        Image.new("RGB", (8, 8), (i % 256, 9 * i % 256, 99)).save(folder / "many" / f"{i}.png")
+    fixed = ("calibrate", "tiny-gn.safetensors", "--trust-code", "--data", "many", "--size", "8", "--json")
+    assert cli(*fixed, "--images", "260").json["images"] == 260
+    assert cli(*fixed, "--force").json["images"] == 256

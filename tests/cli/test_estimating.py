@@ -63,3 +63,10 @@ def test_copying_alone_random_weights_and_other_norms_go_on(cli: Cli, neglected:
     ran = cli("convert", "nets.py:fresh", "--to", "gn", "--groups", "2")
     assert ran.code == 0
     assert "were never updated" not in " ".join(ran.err.split())
+
+
+def test_what_stands_in_for_images_does_not_estimate_what_it_is_made_by(cli: Cli, neglected: Path) -> None:
+    for words in ("photos", "synthetic"):
+        ran = cli(*CONVERT, neglected, "--calibrate", words)
+        assert ran.code == 1
+        assert "--calibrate FOLDER estimates them first" in " ".join(ran.err.split())

@@ -340,3 +340,12 @@ def test_what_was_asked_is_written_down_with_what_was_left_to_the_defaults(cli: 
 def test_a_failed_start_leaves_no_folder(cli: Cli) -> None:
     assert finetune(cli, "--to", "gn", "--groups", "3", "--output", "run").code == 1
     assert not Path("run").exists()
+
+
+def test_stand_ins_calibrate_before_training(cli: Cli, images: Path) -> None:
+    images.rename("train")
+    real = ("finetune", "nets.py:real", "--weights", "none", "--trust-code", "--data", "train", "--device", "cpu")
+    said = ("--size", "16", "--mean", "0", "--std", "1", "--to", "gn", "--groups", "4", "--steps", "1")
+    ran = cli(*real, *said, "--calibrate", "photos", "--calibrate-images", "13")
+    assert ran.code == 0, ran.err
+    assert "calibrated on 13 crops of photographs 3x16x16" in " ".join(ran.err.split())

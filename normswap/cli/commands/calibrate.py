@@ -150,11 +150,13 @@ def run(
     from ...conversion.record import record_of
 
     data: Any = wish.data
+    images, method = wish.images, cast(Any, wish.method)
     if not wish.stands_in:
-        data = _batches(model, origin, wish, out)
+        if data in STAND_INS:
+            out.note(f"{data} is taken for the folder of that name, not for normswap's own {data}")
+        data, images = _batches(model, origin, wish, out)
     elif (record := record_of(model)) is not None:
         record.inputs = {**record.inputs, **known_inputs(model, origin, wish.asked)}
-    images, method = wish.images if wish.stands_in else None, cast(Any, wish.method)
     with on_device(wish.device, model, reference), out.bar("calibrating") as bar:
         return calibrate_model(model, reference, data, images=images, method=method, seed=wish.seed, progress=bar)
 
@@ -163,24 +165,23 @@ def estimate(model: nn.Module, origin: ResolvedSource, wish: Calibration, out: O
     """Estimate the running statistics of `model` in place, on a folder of images prepared as its weights want them."""
     from ...calibration.calibrate import estimate_statistics
 
-    batches = _batches(model, origin, wish, out)
+    batches, images = _batches(model, origin, wish, out)
     with on_device(wish.device, model), out.bar("estimating running statistics") as bar:
-        return estimate_statistics(model, batches, progress=bar)
+        return estimate_statistics(model, batches, images=images, progress=bar)
 
 
-def _batches(model: nn.Module, origin: ResolvedSource, wish: Calibration, out: Output) -> Batches:
+def _batches(model: nn.Module, origin: ResolvedSource, wish: Calibration, out: Output) -> tuple[Batches, int]:
+    """The images of a folder, and how many they are."""
     from ...data.batches import Batches
     from ...data.image_folder import open_images
 
-    if wish.data in STAND_INS:
-        out.note(f"{wish.data} is taken for the folder of that name, not for normswap's own {wish.data}")
     place, images = Path(wish.data), wish.images or IMAGES
     folder = open_images(place, limit=images)
     if len(folder.files) < images:
         out.note(f"{place} has {plural(len(folder.files), 'image')}, fewer than the {images} asked for")
     preparation = prepare(model, origin, wish.asked)
     read = folder.batches(preparation.transform, wish.batch_size, stack=preparation.stack, max_bad=wish.max_bad)
-    return Batches(read, folder.classes)
+    return Batches(read, folder.classes), len(folder.files)
 
 
 def with_groups(model: nn.Module, made: Plan, origin: ResolvedSource, wish: Calibration, out: Output) -> Plan:
@@ -195,7 +196,7 @@ def with_groups(model: nn.Module, made: Plan, origin: ResolvedSource, wish: Cali
             batches: Any = stand_ins(wish.data, model, images=_AT_ONCE, remembered=known, seed=wish.seed).batches
         else:
             count = min(IMAGES, wish.images or IMAGES)
-            batches = _batches(model, origin, replace(wish, images=count, batch_size=count), out)
+            batches, _ = _batches(model, origin, replace(wish, images=count, batch_size=count), out)
         return choose_groups(model, made, batches, budget=BUDGET if wish.budget is None else wish.budget)
 
 
