@@ -17,7 +17,7 @@ from ..modules.tree import replace_module
 from ..norms._building import TAIL
 from ..norms._wrappers import wrapped
 from ..norms.fused import scale_and_shift
-from ..norms.registry import build, identify, norm_named
+from ..norms.registry import build, identify
 from ..norms.spec import NormState
 from ..planning.plan import Step, Transfer
 from .bound import BoundPlan, BoundStep, inner_norm
@@ -110,7 +110,7 @@ def apply(
             undo.layers += _fold(each, keep_undo=keep_undo)
         new = _replacement(each, bound.device, bound.dtype)
         _change_gamma(inner_norm(new), step, each.state, changed)
-        hand_over(inner_norm(new), old, statistics=norm_named(step.target).updates_statistics)
+        hand_over(inner_norm(new), old, statistics=each.target.updates_statistics)
         names = (step.path, *step.aliases)
         if keep_undo:
             undo.norms.append(NormUndo(names, old, before, _given(inner_norm(new), before)))
@@ -169,7 +169,7 @@ def _replacement(bound: BoundStep, device: torch.device, dtype: torch.dtype) -> 
     state = dataclasses.replace(bound.state, dims=bound.state.dims or step.dims)
     if step.transfer is Transfer.RESET:
         state = _reset(state)
-    target = norm_named(step.target)
+    target = bound.target
     if target.updates_statistics and not state.has_statistics:
         state = _with_fresh_statistics(state, device, dtype)
     # Where no layer can take the running statistics in, a fixed map before the norm does.

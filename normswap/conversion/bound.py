@@ -42,6 +42,11 @@ class BoundStep:
         return found
 
     @cached_property
+    def target(self) -> NormSpec:
+        """The type of the norm that takes its place."""
+        return norm_named(self.step.target)
+
+    @cached_property
     def state(self) -> NormState:
         """What the norm held when it was first asked for; its tensors are the norm's own."""
         return self.spec.read(self.norm)
@@ -111,7 +116,7 @@ def bound_after(model: nn.Module, plan: Plan) -> BoundPlan:
 
 def _misfits(bound: BoundStep) -> Iterator[str]:
     step, module = bound.step, bound.module
-    found, target = identify(module), norm_named(step.target)
+    found, target = identify(module), bound.target
     if found is None or found.name != step.source:
         yield f"it is {type(module).__name__}, the plan says {step.source}"
         return
