@@ -1,31 +1,27 @@
-"""Files that normswap writes: round trips, what they refuse, and that a failed write leaves nothing behind."""
+"""Files that normswap writes: round trips and how they are loaded."""
 
 from __future__ import annotations
 
-import copy
-import errno
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checked import Small, flags, small, written
 from helpers import bits, classes, contents, randomized, relative, run
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import DenseNet, get_model
 
 import normswap
-from normswap.checkpoint.manifest import digest, is_ours, read_manifest
+from normswap.checkpoint.manifest import is_ours, read_manifest
 from normswap.checkpoint.saving import load, save, save_state
 from normswap.conversion.history import Calibrated
 from normswap.conversion.record import record_of
 from normswap.conversion.revert import revert
-from normswap.errors import CheckpointError, NormswapError, OutputError, RevertError, WeightsError
-from normswap.files import writing
+from normswap.errors import RevertError
 
 IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 TARGETS = ["gn", "frozen", "fused", "ln", "renorm", "sync"]
@@ -44,23 +40,6 @@ def densenet() -> nn.Module:
     return randomized(DenseNet(growth_rate=4, block_config=(2, 2), num_init_features=8, bn_size=2, num_classes=4))
 
 
-class Small(nn.Sequential):
-    """Two convolutions, each with its BN, of several eps and momenta; `(N, 3, H, W)`."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__(
-            nn.Conv2d(3, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width, eps=1e-3, momentum=0.01),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3),
-            nn.BatchNorm2d(width, momentum=None),
-        )
-
-
-def small(**kwargs: Any) -> nn.Module:
-    return randomized(Small(**kwargs))
-
-
 def norm_facts(model: nn.Module) -> list[Any]:
     """Class, eps, momentum and flags of each batch norm."""
     return [
@@ -68,32 +47,6 @@ def norm_facts(model: nn.Module) -> list[Any]:
         for path, m in model.named_modules()
         if isinstance(m, nn.modules.batchnorm._BatchNorm)
     ]
-
-
-def flags(model: nn.Module) -> dict[str, bool]:
-    return {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-
-
-def written(folder: Path, to: str = "gn", model: nn.Module | None = None, **kwargs: Any) -> Path:
-    return save(normswap.convert(model or small(), to, **kwargs), folder / "a.safetensors", overwrite=True)
-
-
-def rewrite(file: Path, change: Callable[[dict[str, Any]], Any], *, seal: bool = False) -> Path:
-    """Change the manifest of a file; seal=True gives it the checksum of what it then says."""
-    with safe_open(file, framework="pt") as opened:
-        manifest = json.loads(opened.metadata()["normswap"])
-    changed = change(manifest)
-    manifest = manifest if changed is None else changed
-    if seal:
-        manifest["sha256"] = digest(manifest)
-    save_file(load_file(file), file, metadata={"normswap": json.dumps(manifest)})
-    return file
-
-
-def failure(file: Path, kind: type[NormswapError] = CheckpointError, **kwargs: Any) -> NormswapError:
-    with pytest.raises(kind) as caught:
-        load(file, **kwargs)
-    return caught.value
 
 
 # --- round trips ----------------------------------------------------------------------------------------------------
@@ -330,338 +283,6 @@ def test_a_detectors_frozen_norms_and_eps_survive_a_round_trip_of_its_source(tmp
     loaded = load(file)
     assert repr(loaded) == repr(converted)
     assert not any("BatchNorm" in type(m).__name__ for m in loaded.modules())
-
-
-# --- whose file it is ---------------------------------------------------------------------------------------------
-
-
-def test_a_file_of_an_own_architecture_needs_it_and_says_so(tmp_path: Path) -> None:
-    error = failure(written(tmp_path))
-    assert error.message == f"{tmp_path / 'a.safetensors'} does not know how to build its architecture"
-    assert f'normswap.load("{tmp_path / "a.safetensors"}", model=my_model)' in error.hint
-
-
-NETS = """
-import pathlib
-from torch import nn
-pathlib.Path({marker!r}).touch()
-def build(): return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
-"""
-
-
-def test_code_that_a_manifest_names_is_run_only_for_those_who_trust_it(tmp_path: Path) -> None:
-    from normswap.sources.spec import Source
-
-    marker, script = tmp_path / "ran", tmp_path / "nets.py"
-    script.write_text(NETS.format(marker=str(marker)))
-    model = randomized(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)))
-    converted = normswap.convert(model, "gn", groups=2)
-    record_of(converted).source = Source("file", f"{script}:build").to_dict()
-    file = save(converted, tmp_path / "a.safetensors")
-    error = failure(file)
-    assert f"{script}:build" in error.message
-    assert "trust_code=True" in error.hint
-    assert not marker.exists()
-    assert contents(load(file, model=copy.deepcopy(model))) == contents(converted)
-    assert not marker.exists()
-    assert contents(load(file, trust_code=True)) == contents(converted)
-    assert marker.exists()
-
-
-@pytest.mark.parametrize(
-    ("other", "said"),
-    [
-        (lambda: small(width=16), "channels"),
-        (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), "4"),
-        (lambda: nn.Sequential(*list(small())[:4], nn.GroupNorm(2, 8)), "GroupNorm"),
-        (lambda: normswap.convert(small(), "ln"), "GroupNorm"),
-        (lambda: nn.Linear(2, 2), "does not fit Linear"),
-        (lambda: nn.Sequential(*small(), nn.Linear(2, 2)), "5.weight"),
-        (lambda: nn.Sequential(nn.Conv2d(3, 8, 5, bias=False), *list(small())[1:]), "(8, 3, 5, 5) in the model"),
-    ],
-)
-def test_another_architecture_is_refused_and_left_as_it_was(
-    tmp_path: Path, other: Callable[[], nn.Module], said: str
-) -> None:
-    file = written(tmp_path)
-    model = other()
-    before = contents(model), repr(model), [id(m) for m in model.modules()], flags(model)
-    error = failure(file, WeightsError, model=model)
-    assert f"{file} does not fit {type(model).__name__}" in error.message
-    assert said in error.message
-    assert (contents(model), repr(model), [id(m) for m in model.modules()], flags(model)) == before
-
-
-def test_a_network_that_was_not_converted_cannot_be_saved(tmp_path: Path) -> None:
-    with pytest.raises(NormswapError, match="only a network from"):
-        save(small(), tmp_path / "a.safetensors")
-    with pytest.raises(NormswapError, match=r"0\.weight is on the meta device"):
-        save(normswap.convert(small().to("meta"), "gn"), tmp_path / "a.safetensors")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
-    class Stateful(Small):
-        def get_extra_state(self) -> Any:
-            return {"step": 1}
-
-        def set_extra_state(self, state: Any) -> None:
-            pass
-
-    with pytest.raises(NormswapError, match="_extra_state is a dict, and safetensors holds tensors only"):
-        save(normswap.convert(randomized(Stateful()), "gn"), tmp_path / "a.safetensors")
-
-
-# --- what is not ours, or not sound -------------------------------------------------------------------------------
-
-
-def test_a_plain_safetensors_file_is_not_ours_and_the_way_to_use_it_is_named(tmp_path: Path) -> None:
-    save_file(small().state_dict(), tmp_path / "a.safetensors")
-    error = failure(tmp_path / "a.safetensors")
-    assert "was not written by normswap" in error.message
-    assert f"--weights {tmp_path / 'a.safetensors'}" in error.hint
-    assert not is_ours(tmp_path / "a.safetensors")
-    assert is_ours(written(tmp_path))
-    assert not is_ours(tmp_path)
-    assert not is_ours(tmp_path / "no")
-
-
-def test_nothing_a_folder_and_damaged_files_are_told_apart(tmp_path: Path) -> None:
-    assert failure(tmp_path / "no.safetensors").message.endswith("no.safetensors does not exist")
-    assert failure(tmp_path).message == f"{tmp_path} is a folder, not a file"
-    data = written(tmp_path).read_bytes()
-    for length in (0, 4, 100, len(data) // 2, len(data) - 1):
-        (tmp_path / "cut.safetensors").write_bytes(data[:length])
-        assert "cut.safetensors is not a complete safetensors file" in failure(tmp_path / "cut.safetensors").message
-    torch.save(small().state_dict(), tmp_path / "a.pth")
-    assert "a.pth is not a complete safetensors file" in failure(tmp_path / "a.pth").message
-
-
-def test_a_file_of_a_newer_format_names_the_upgrade(tmp_path: Path) -> None:
-    error = failure(rewrite(written(tmp_path), lambda m: m.update(format=2, something="new")))
-    assert "has format 2, this normswap" in error.message
-    assert error.hint == "pip install --upgrade normswap"
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda m: m["plan"]["steps"][0].update(channels=4),
-        lambda m: m.update(source={"kind": "file", "name": "/tmp/evil.py:run", "args": {}}),
-        lambda m: m.update(extra=1),
-        lambda m: m["ties"].update(a="b"),
-    ],
-)
-def test_an_edited_manifest_is_not_used(tmp_path: Path, change: Any) -> None:
-    error = failure(rewrite(written(tmp_path), change), model=small())
-    assert "was edited after normswap wrote it" in error.message
-
-
-@pytest.mark.parametrize("manifest", [[], 3, None, "text", {}, {"format": 1}, {"format": "one", "sha256": "x"}])
-def test_a_manifest_that_is_none_is_one_clear_error(tmp_path: Path, manifest: Any) -> None:
-    file = tmp_path / "a.safetensors"
-    save_file(small().state_dict(), file, metadata={"normswap": json.dumps(manifest)})
-    assert f"the manifest of {file} " in failure(file, model=small()).message
-
-
-def test_a_manifest_that_is_no_json_is_one_clear_error(tmp_path: Path) -> None:
-    save_file(small().state_dict(), tmp_path / "a.safetensors", metadata={"normswap": '{"format": 1,'})
-    assert "is damaged: JSONDecodeError" in failure(tmp_path / "a.safetensors").message
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda m: m.update(plan={"steps": 3}), "not a normswap plan"),
-        (lambda m: m.update(plan=None), "not a normswap plan"),
-        (lambda m: m.update(plan=[]), "not a normswap plan"),
-        (lambda m: m["plan"]["steps"][0].update(target="nonesuch"), "not a normswap plan"),
-        (lambda m: m["plan"]["steps"][0].update(path="7"), "7: there is no such layer"),
-        (lambda m: m["plan"]["steps"][0].pop("channels"), "not a normswap plan"),
-        (lambda m: m.pop("plan"), "is damaged"),
-        (lambda m: m.pop("undo"), "is damaged"),
-        (lambda m: m.update(check={"nothing": 1}), "is damaged"),
-        (lambda m: m.update(ties={"0.weight": "nothing"}), "is damaged"),
-        (lambda m: m["undo"]["layers"].append("9"), "is damaged"),
-    ],
-)
-def test_a_sealed_manifest_of_the_wrong_form_is_one_clear_error(tmp_path: Path, change: Any, said: str) -> None:
-    file = rewrite(written(tmp_path), lambda m: (change(m), None)[1], seal=True)
-    assert said in failure(file, NormswapError, model=small()).message
-
-
-def test_a_source_of_the_wrong_form_is_one_clear_error(tmp_path: Path) -> None:
-    file = rewrite(written(tmp_path), lambda m: m.update(source={"kind": "zip", "name": "a"}), seal=True)
-    assert "unknown kind, 'zip'" in failure(file).message
-    file = rewrite(file, lambda m: m.update(source=[1]), seal=True)
-    assert "source cannot be read" in failure(file).message
-
-
-def test_tensors_that_were_taken_out_or_put_in_are_named(tmp_path: Path) -> None:
-    file = written(tmp_path)
-    with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata()
-    tensors = load_file(file)
-    save_file({k: v for k, v in tensors.items() if k != "3.weight"}, file, metadata=metadata)
-    assert "1 missing:\n    3.weight" in failure(file, WeightsError, model=small()).message
-    save_file({**tensors, "new": torch.zeros(1)}, file, metadata=metadata)
-    assert "1 unexpected:\n    new" in failure(file, WeightsError, model=small()).message
-    save_file({k: v for k, v in tensors.items() if "layer.0.scale" not in k}, file, metadata=metadata)
-    assert "is damaged" in failure(file, model=small()).message
-
-
-def test_nan_is_named_and_can_be_allowed(tmp_path: Path) -> None:
-    converted = normswap.convert(small(), "gn")
-    converted[1].weight.data[2] = torch.nan
-    file = save(converted, tmp_path / "a.safetensors")
-    assert failure(file, WeightsError, model=small()).message.endswith("1 not finite:\n    1.weight")
-    assert contents(load(file, model=small(), allow_nonfinite=True)) == contents(converted)
-
-
-# --- writing --------------------------------------------------------------------------------------------------------
-
-
-def refused(path: Path, **kwargs: Any) -> OutputError:
-    with pytest.raises(OutputError) as caught:
-        save(normswap.convert(small(), "gn", check=False), path, **kwargs)
-    return caught.value
-
-
-def test_an_output_that_cannot_be_written_is_refused_before_anything_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file.safetensors").write_text("mine")
-    os.mkfifo(tmp_path / "pipe.safetensors")
-    names = sorted(p.name for p in tmp_path.iterdir())
-    file, pipe = tmp_path / "file.safetensors", tmp_path / "pipe.safetensors"
-    assert refused(tmp_path).message == f"{tmp_path} is a folder"
-    assert refused(tmp_path / "no" / "a.safetensors").message == f"the folder {tmp_path / 'no'} does not exist"
-    assert refused(file / "a.safetensors").message == f"{file} is not a folder"
-    assert refused(pipe).message == f"{pipe} is not a regular file"
-    error = refused(file)
-    assert error.message == f"{file} exists already"
-    assert "overwrite=True" in error.hint
-    monkeypatch.setattr(os, "access", lambda *args, **kwargs: False)
-    assert refused(tmp_path / "a.safetensors").message == f"the folder {tmp_path} is not writable"
-    assert sorted(p.name for p in tmp_path.iterdir()) == names
-    assert file.read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("name", "better"),
-    [
-        ("x.pt", "x.safetensors"),
-        ("nets.py", "nets.safetensors"),
-        ("v1", "v1.safetensors"),
-        ("v1.2", "v1.2.safetensors"),
-    ],
-)
-def test_only_names_of_safetensors_files_are_written(tmp_path: Path, name: str, better: str) -> None:
-    (tmp_path / "nets.py").write_text("mine")
-    for overwrite in (False, True):
-        assert refused(tmp_path / name, overwrite=overwrite).hint == f"Name it {tmp_path / better}."
-        with pytest.raises(OutputError, match="not a name for what normswap writes"):
-            save_state(small(), tmp_path / name, overwrite=overwrite)
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("nets.py", "mine")]
-
-
-def test_a_name_too_long_for_the_disk_is_one_clear_error(tmp_path: Path) -> None:
-    assert "File name too long" in refused(tmp_path / ("x" * 300 + ".safetensors")).message
-    assert list(tmp_path.iterdir()) == []
-    longest = tmp_path / ("x" * 243 + ".safetensors")
-    save(normswap.convert(small(), "gn", check=False), longest)
-    assert is_ours(longest)
-
-
-@pytest.mark.parametrize("name", ["a [bold]b[-] ü 漢.safetensors", "big.SAFETENSORS", ".hidden.safetensors"])
-def test_names_with_spaces_markup_and_other_letters_are_written_and_read(tmp_path: Path, name: str) -> None:
-    save(normswap.convert(small(), "gn", check=False), tmp_path / name)
-    assert [p.name for p in tmp_path.iterdir()] == [name]
-    load(tmp_path / name, model=small())
-
-
-def no_space(*args: Any, **kwargs: Any) -> Any:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def interrupted(*args: Any, **kwargs: Any) -> Any:
-    raise KeyboardInterrupt
-
-
-def not_serialized(tensors: Any, path: Path, **kwargs: Any) -> Any:
-    Path(path).write_bytes(b"half")
-    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-
-@pytest.mark.parametrize(
-    ("place", "failing", "kind", "said"),
-    [
-        ("os.replace", no_space, OutputError, "the disk is full"),
-        ("os.fsync", no_space, OutputError, "the disk is full"),
-        ("tempfile.mkdtemp", no_space, OutputError, "the disk is full"),
-        ("safetensors.torch.save_file", no_space, OutputError, "the disk is full"),
-        (
-            "safetensors.torch.save_file",
-            not_serialized,
-            OutputError,
-            r"a\.safetensors cannot be written: the disk is full$",
-        ),
-        ("os.replace", interrupted, KeyboardInterrupt, None),
-        ("safetensors.torch.save_file", interrupted, KeyboardInterrupt, None),
-    ],
-)
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    place: str,
-    failing: Any,
-    kind: type[BaseException],
-    said: str | None,
-) -> None:
-    converted = normswap.convert(small(), "gn", check=False)
-    file = tmp_path / "a.safetensors"
-    for old in (None, b"the old file"):
-        if old is not None:
-            file.write_bytes(old)
-        with monkeypatch.context() as patched:
-            patched.setattr(place, failing)
-            with pytest.raises(kind, match=said):
-                save(converted, file, overwrite=True)
-        assert [p.name for p in tmp_path.iterdir()] == ([] if old is None else ["a.safetensors"])
-        assert old is None or file.read_bytes() == old
-    assert is_ours(save(converted, file, overwrite=True))
-
-
-def test_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
-    """A real one: a limit on the size of files makes the kernel refuse."""
-    import resource
-    import signal
-
-    converted = normswap.convert(small(width=64), "gn", check=False)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    try:
-        with pytest.raises(OutputError, match="cannot be written"):
-            save(converted, tmp_path / "a.safetensors")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_written_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
-    (tmp_path / "other").touch()
-    assert written(tmp_path).stat().st_mode == (tmp_path / "other").stat().st_mode
-
-
-def test_atomic_puts_a_whole_file_in_place_of_the_old_one(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("old")
-    with writing.atomic(tmp_path / "a") as temporary:
-        temporary.write_text("new")
-        assert (tmp_path / "a").read_text() == "old"
-        assert temporary.name == "a"
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "new")]
 
 
 # --- a plain state dict -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_locking import held_elsewhere
+from locks import held_elsewhere
 
 import normswap
 from normswap.errors import OutputError

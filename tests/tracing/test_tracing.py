@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import MODES, Net, X, edges, fingerprint, randomized
+from holders import Stored, StoredInDict, StoredInList
 from memory import Wasteful, peak
-from test_feeds import Stored, StoredInDict, StoredInList
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from locks import held_elsewhere
 from ran import Cli
-from test_locking import held_elsewhere
 
 WORK = {
     "calibrate": ("--data", "photos", "--trust-code"),
