@@ -23,6 +23,7 @@ from .modules.frozen_class import (
 )
 from .modules.path_ranges import matches
 from .modules.tree import aliases, module_at
+from .modules.wrappers import check_module
 from .norms.registry import class_of, derived_from, identify, looks_batch
 
 Patterns = str | Iterable[str]
@@ -147,6 +148,7 @@ def frozen_drift(model: nn.Module) -> FrozenDrift:
     Compared are the values now with copies from the moment of freezing, in the dtype of now; 0 means equal. Values
     that a state dict brought in since count as moved. Raises OptionError when nothing is frozen.
     """
+    check_module(model)
     layers = []
     for module, names in aliases(model).items():
         memory = freeze_of(module)

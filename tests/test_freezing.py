@@ -295,3 +295,9 @@ def test_a_nan_that_was_there_before_did_not_move() -> None:
 
 def test_a_change_of_dtype_is_no_drift() -> None:
     assert not normswap.frozen_drift(normswap.freeze(detector()).half())
+
+
+@pytest.mark.parametrize("model", ["resnet50", None, [1]])
+def test_the_drift_of_what_is_no_network_is_an_option_error(model: object) -> None:
+    with pytest.raises(OptionError, match=r"expected a torch\.nn\.Module"):
+        normswap.frozen_drift(model)

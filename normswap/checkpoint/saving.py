@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace as replace_fields
@@ -96,6 +97,8 @@ def load(
     """
     if model is not None and source is not None:
         raise OptionError("model and source exclude each other: one is built already, the other says how to")
+    if not isinstance(path, (str, os.PathLike)):
+        raise OptionError(f"the path of a file is needed, got {type(path).__name__}")
     manifest, tensors = read_file(Path(path))
     if source is not None:
         manifest["source"] = source_told(source, manifest).to_dict()

@@ -20,7 +20,7 @@ from ..modules.restore import evaluating, undisturbed
 from ..modules.tree import device_and_dtype
 from ..modules.wrappers import check_module, unwrapped
 from .layers import Difference, LayerTally, comparable_paths, images_at_once, parts
-from .outputs import OutputTally
+from .outputs import OutputTally, floating
 
 JUMP = 10.0
 """A layer jumps when its error is so many times the largest error before it."""
@@ -137,6 +137,8 @@ def verify(
             stack.enter_context(undisturbed(model))
         most = 0
         for args, labels in batches:
+            if not all(bool(t.isfinite().all()) for t in floating(args).values()):
+                raise DataError("a batch of the data holds NaN or Inf")
             most = most or images_at_once(a, args, layers.paths)
             for part, part_labels in parts(args, labels, most):
                 tally.add(*layers.run(a, b, part), part_labels)

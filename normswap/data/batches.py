@@ -56,6 +56,8 @@ class Batches:
                 empty = False
                 yield args, labels
         if empty:
+            if self.bad:
+                raise DataError(f"none of the images could be read; the first: {self.bad[0]}")
             raise DataError("data holds no image", hint="A generator can be read only once; give list(...) of it.")
 
 

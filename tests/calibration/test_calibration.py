@@ -288,6 +288,11 @@ def test_moments_pool_exactly_and_keep_precision_far_from_zero() -> None:
     assert pooled.count == 140
 
 
+def test_a_mean_far_from_zero_is_closer_than_float32_holds_it() -> None:
+    x = torch.randn(4, 3, 9) * 0.01 + 1000.3
+    torch.testing.assert_close(moments_of(x).mean, x.double().mean((0, 2)), rtol=0, atol=1e-8)
+
+
 def test_lockstep_waits_for_all_that_will_come_and_for_no_other() -> None:
     log: list[Any] = []
     places = [["a", "b"], ["a"], ["b", "a"]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normswap
+from normswap.calibration.balance import Spread, factors
 from normswap.calibration.calibrate import calibrate
 from normswap.calibration.grouping import regrouped
+from normswap.calibration.matching import Original
+from normswap.calibration.moments import Moments
 from normswap.calibration.norm_targets import targets_of
 from normswap.calibration.permuting import chains_of, orders_of, permute
 from normswap.conversion.record import record_of
 from normswap.conversion.self_check import bare
+from normswap.conversion.undo_record import Order
 from normswap.distillation.feature_loss import Features
 from normswap.errors import RevertError
 
@@ -161,6 +166,38 @@ def test_hooks_and_shared_weights_keep_the_order() -> None:
     shared.more = nn.Conv2d(8, 12, 1)
     shared.more.weight = shared.last.weight
     assert set(chains(shared)) == {("norm1", "norm2")}
+
+
+def test_a_consumer_that_shares_its_weight_keeps_the_order() -> None:
+    shared = network()
+    shared.more = nn.Linear(12, 5)
+    shared.more.weight = shared.head.weight
+    assert set(chains(shared)) == {("norm1", "norm2")}
+
+
+def test_norms_of_other_numbers_of_groups_keep_the_order() -> None:
+    gn = normswap.convert(network(), "gn", groups=4, example_inputs=images(2))
+    gn.norm2.num_groups = 2
+    steps = {step.path: step for step in record_of(gn).plan.steps if step.transfer == "fold"}
+    targets = {target.path: target for target in targets_of(gn, network()) if target.path in steps}
+    assert [chain.norms for chain in chains_of(gn, (images(2),), targets, steps)] == [("norm4",)]
+
+
+def test_moments_move_with_their_channels() -> None:
+    original = Original([])
+    original.moments["norm"] = Moments(2, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0]))
+    original.reorder("norm", Order("norm", torch.tensor([2, 0, 1])))
+    moved = original.moments["norm"]
+    assert (moved.mean.tolist(), moved.deviation.tolist()) == ([3.0, 1.0, 2.0], [6.0, 4.0, 5.0])
+
+
+def test_factors_for_another_order_are_told_in_the_present_one() -> None:
+    target = SimpleNamespace(state=SimpleNamespace(num_groups=2))
+    means, gamma, order = torch.randn(20, 8).double(), torch.rand(8) + 0.5, torch.tensor([3, 5, 0, 7, 1, 2, 6, 4])
+    squares = means.square() + torch.rand(20, 8).double()
+    found = factors(Spread(means=[means], squares=[squares]), target, gamma, 1e-5, order)
+    moved = Spread(means=[means[:, order]], squares=[squares[:, order]])
+    torch.testing.assert_close(found[order], factors(moved, target, gamma[order], 1e-5))
 
 
 def test_another_order_computes_the_same_with_bare_norms_and_back_is_exact() -> None:

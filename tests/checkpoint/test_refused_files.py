@@ -20,7 +20,7 @@ import normswap
 from normswap.checkpoint.manifest import digest, is_ours
 from normswap.checkpoint.saving import load, save
 from normswap.conversion.record import record_of
-from normswap.errors import CheckpointError, NormswapError, WeightsError
+from normswap.errors import CheckpointError, NormswapError, OptionError, WeightsError
 
 
 def rewrite(file: Path, change: Callable[[dict[str, Any]], Any], *, seal: bool = False) -> Path:
@@ -225,3 +225,9 @@ def test_nan_is_named_and_can_be_allowed(tmp_path: Path) -> None:
     file = save(converted, tmp_path / "a.safetensors")
     assert failure(file, WeightsError, model=small()).message.endswith("1 not finite:\n    1.weight")
     assert contents(load(file, model=small(), allow_nonfinite=True)) == contents(converted)
+
+
+@pytest.mark.parametrize("path", [3, None, [1]])
+def test_what_is_no_path_is_an_option_error(path: object) -> None:
+    with pytest.raises(OptionError, match="the path of a file is needed"):
+        normswap.load(path)

@@ -106,8 +106,8 @@ def test_the_worst_layers_first_and_all_in_order(cli: Cli, nets: Any) -> None:
 
 
 def test_untrained_networks_are_said_to_be_untrained(cli: Cli) -> None:
-    assert "running statistics of no data" in cli("verify", "nets.py:fresh", "nets.py:fresh").out
-    assert "running statistics of no data" not in cli("verify", "nets.py:tiny", "nets.py:tiny").out
+    assert "statistics of A were never updated" in cli("verify", "nets.py:fresh", "nets.py:fresh").out
+    assert "statistics of A were never updated" not in cli("verify", "nets.py:tiny", "nets.py:tiny").out
 
 
 def test_a_trained_file_names_the_network_to_compare_with(cli: Cli) -> None:

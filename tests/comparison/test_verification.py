@@ -397,3 +397,9 @@ def _pixels(file: Path) -> Tensor:
     x = torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1) / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return (x - mean[:, None, None]) / std[:, None, None]
+
+
+def test_data_that_is_not_finite_is_to_blame_not_the_network() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    with pytest.raises(DataError, match="a batch of the data holds NaN or Inf"):
+        verify(net, net, torch.full((2, 3, 4, 4), torch.nan))

@@ -195,3 +195,9 @@ def test_placed_casts_floats_alone_and_keeps_the_structure() -> None:
 def test_importing_it_imports_no_image_library() -> None:
     code = "import sys, normswap.data; sys.exit(any(m in sys.modules for m in ('torchvision', 'PIL', 'timm')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_where_no_image_can_be_read_the_first_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_text("hi")
+    with pytest.raises(DataError, match=r"none of the images could be read; the first: .*x\.jpg"):
+        list(as_batches(tmp_path, max_bad=10))

@@ -39,5 +39,5 @@ def stop_at(step: int, number: int = signal.SIGINT) -> Any:
 
 def settings(**more: Any) -> Settings:
     fixed: dict[str, Any] = {"batch_size": 2, "accumulate": 1, "processes": 1, "samples": 40, "optimizer": "adamw"}
-    fixed |= {"weight_decay": 0.0, "clip_grad": None, "train": "all", "distill": 0.0, "ema": 0.0, "seed": 0}
+    fixed |= {"weight_decay": 0.0, "clip_grad": None, "train": "all", "distil": 0.0, "ema": 0.0, "seed": 0}
     return Settings(**fixed, label_smoothing=0.0, precision="fp32", stabilize=True, network="", **more)

@@ -153,5 +153,5 @@ def test_a_failing_torch_compile_is_no_fault_of_ours_and_names_the_option() -> N
 
     error = explain(InternalTorchDynamoError("no C++ compiler"), "step 1", torch.device("cpu"), "nothing is left")
     assert isinstance(error, TrainingError)
-    assert error.message == "torch.compile cannot compile the network (no C++ compiler); nothing is left"
+    assert error.message == "torch.compile cannot compile the network, at step 1; nothing is left (no C++ compiler)"
     assert error.hint == "Leave compile out."

@@ -234,6 +234,48 @@ def _first_steps(model: nn.Module, data: tuple[Tensor, Tensor], count: int) -> N
         optimizer.step()
 
 
+def test_the_average_is_what_is_validated(gn: nn.Module, data: Any) -> None:
+    report = normswap.finetune(gn, *data, batch_size=20, epochs=1, lr=0.01, ema=0.99, device="cpu")
+    x, y = data[1]
+    with torch.no_grad():
+        loss = F.cross_entropy(gn.eval()(x), y)
+    assert report.figures["val_loss"] == pytest.approx(float(loss), rel=1e-4)
+
+
+class Drawing(nn.Module):
+    """Its input, after a random number has been drawn in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.drawn.append(float(torch.rand(())))
+        return x
+
+
+def test_each_step_draws_other_random_numbers(gn: nn.Module, data: Any) -> None:
+    drawing = Drawing()
+    gn.classifier = nn.Sequential(drawing, gn.classifier)
+    normswap.finetune(gn, data[0], batch_size=2, steps=3, device="cpu")
+    assert len(drawing.drawn) == len(set(drawing.drawn)) == 3
+
+
+@pytest.mark.usefixtures("every_step")
+def test_what_does_not_train_needs_no_gradient_after_a_file_was_written(
+    gn: nn.Module, data: Any, tmp_path: Path
+) -> None:
+    seen = []
+
+    def progress(p: Any) -> None:
+        seen.append({name for name, parameter in gn.named_parameters() if parameter.requires_grad})
+
+    normswap.finetune(gn, data[0], batch_size=20, epochs=2, train="head", output=tmp_path / "run", progress=progress)
+    assert seen
+    assert all(names == {"classifier.weight", "classifier.bias"} for names in seen)
+
+
 def test_the_teacher_pulls_the_network_towards_it(data: Any) -> None:
     (x, y), _ = data
     wrong = (x, (y + 1) % 10)  # labels that contradict the teacher

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import MODES, Residual, conv_bn
+from helpers import MODES, Residual, X, conv_bn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -73,6 +73,19 @@ def test_a_norm_beside_its_own_input_is_not_the_last_of_a_branch(stem: nn.Module
             return x + self.bn(x)
 
     assert last_norms(Empty(), torch.randn(1, 4, 8, 8) if mode == "recorded" else None) == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_of_two_branches_of_equal_depth_neither_is_the_shortcut_of_the_other(mode: str) -> None:
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = conv_bn(4)[:2], conv_bn(4)[:2]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x)
+
+    assert last_norms(Parallel(), X if mode == "recorded" else None) == []
 
 
 def test_a_norm_before_a_plain_sum_is_not_the_last_of_a_branch() -> None:

@@ -116,6 +116,25 @@ def test_an_update_that_is_cut_short_is_undone_and_the_state_no_longer_whole(
     assert (weight.tolist(), work.step, work.whole) == ([2.5, 4.0], 1, False)
 
 
+def test_after_a_restore_the_last_good_state_is_the_one_restored(weight: nn.Parameter) -> None:
+    earlier = updates(weight, good=Snapshot(lambda: {"weight": weight}))
+    earlier.advance([linear(weight, 1.0, 0.0)])
+    state, reached = earlier.state(), weight.detach().clone()
+    weight.data = torch.tensor([3.0, 4.0])
+    work = updates(weight, good=Snapshot(lambda: {"weight": weight}))
+    weight.data.copy_(reached)
+    work.restore(state)
+    work.back()
+    assert (weight.tolist(), work.step) == ([2.5, 4.0], 1)
+
+
+def test_going_back_to_the_state_of_the_same_step_leaves_it_whole(weight: nn.Parameter) -> None:
+    work = updates(weight, good=Snapshot(lambda: {"weight": weight}))
+    weight.data.fill_(math.nan)
+    work.settle()
+    assert (weight.tolist(), work.step, work.whole) == ([3.0, 4.0], 0, True)
+
+
 class Steep(nn.Module):
     def __init__(self) -> None:
         super().__init__()

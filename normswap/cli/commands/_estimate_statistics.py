@@ -40,6 +40,8 @@ def mend_statistics(
             return estimated(origin, model)
         return origin
     text = f"the running statistics of {origin} were never updated: mean 0, variance 1 in all of its {count} norms"
+    if wish is not None:
+        text += f"; --calibrate {wish.data} is measured by these statistics, and cannot take their place"
     ways = (
         "--calibrate FOLDER estimates them first, from images without labels. --transfer copy carries γ and β "
         "over alone, if the network is meant to be used with its statistics as they are."

@@ -156,7 +156,7 @@ def _batches(model: nn.Module, read: ImageBatches | None, shapes: list[tuple[int
 
 
 def _untrained(model: nn.Module) -> list[str]:
-    """Random weights come with statistics of no data, which no norm that measures its input can agree with."""
+    """Statistics of no data, as random weights have them, are what no norm that measures its input can agree with."""
     import torch
 
     from ...inspection.inventory import inspect
@@ -167,8 +167,8 @@ def _untrained(model: nn.Module) -> list[str]:
     if not var or not bool(torch.all(torch.cat(var) == 1)) or bool(torch.any(torch.cat(mean))):
         return []
     return [
-        "A has random weights and running statistics of no data (mean 0, variance 1), so a norm that takes its "
-        "statistics from the input has to differ from it; trained weights tell more"
+        "the running statistics of A were never updated (mean 0, variance 1), so a norm that takes its statistics "
+        "from the input has to differ from it; a trained network tells more"
     ]
 
 
