@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from .calibration.calibrate import calibrate as calibrate
     from .calibration.calibrate import estimate_statistics as estimate_statistics
-    from .calibration.choosing import choose_groups as choose_groups
+    from .calibration.group_count import choose_groups as choose_groups
     from .calibration.report import CalibrationReport as CalibrationReport
     from .checkpoint.saving import load as load
     from .checkpoint.saving import save as save
@@ -75,7 +75,7 @@ _HOME = {
     "VerificationReport": "comparison.verification",
     "WeightsError": "errors",
     "calibrate": "calibration.calibrate",
-    "choose_groups": "calibration.choosing",
+    "choose_groups": "calibration.group_count",
     "convert": "conversion.convert",
     "distil": "distillation.distil",
     "estimate_statistics": "calibration.calibrate",

@@ -9,17 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from ..arguments import whole
 from ..choices import STAND_INS, Method
-from ..comparison.before_after import before_after
-from ..comparison.outputs import OutputTally
 from ..conversion.history import Calibrated
 from ..conversion.record import check_order, record_of
 from ..conversion.revert import revert
-from ..data.batches import MAX_BAD, Batches, as_batches, images_in
-from ..errors import DataError, Fix, NetworkError, OptionError, RevertError, Text
+from ..data.batches import MAX_BAD, images_in
+from ..errors import Fix, NetworkError, OptionError, RevertError, Text
 from ..modules.frozen_class import FrozenStatistics
 from ..modules.restore import evaluating, undisturbed
 from ..modules.tree import copied
@@ -28,9 +24,11 @@ from ..norms.registry import identify, norm_named
 from ..planning.plan import Transfer
 from .fit import measured
 from .footprint import Footprint, fitting, footprint_of_one, free_memory, ran_out
+from .images import check_enough, collected
 from .matching import Matching, Original, forward
 from .moments import Args
 from .norm_targets import Result, Target, restoring, targets_of
+from .outputs import Comparison
 from .prepare import Preparation
 from .report import CalibrationReport, told
 from .stand_ins import StandIns, stand_ins
@@ -40,9 +38,6 @@ HELD = 0.5
 
 FAR = 0.3
 """From this output drift on, fitting the layers anew is worth its cost."""
-
-COMPARED = 16
-"""Without labels, how many images the output drift is measured on."""
 
 Given = tuple[Sequence[Args], Sequence[Tensor | None], tuple[str, ...] | None]
 # Batches, labels, and the classes that the labels count, if known.
@@ -116,10 +111,10 @@ def calibrate(
     model = unwrapped(model)
     reference = _reference(model, None if reference is None else unwrapped(reference))
     made = _stand_ins(data, model, reference, example_inputs, images, seed)
-    batches, labels, source = _collected(made.batches if made else data, images, batch_size, preprocess, max_bad)
+    batches, labels, source = collected(made.batches if made else data, images, batch_size, preprocess, max_bad)
     count = sum(map(images_in, batches))
     targets = targets_of(model, reference)
-    _check_enough(targets, count + len(source.bad), images)
+    check_enough(targets, count + len(source.bad), images)
     if not targets:
         return CalibrationReport(count, (), passes=0, notes=("frozen and fused norms need no calibration",))
     given = batches, labels, source.classes
@@ -163,8 +158,8 @@ def estimate_statistics(
     targets = [Target(path, spec.name, m, None, True, False) for path, m, spec in moving if spec.read(m).has_statistics]
     if not targets:
         raise NetworkError(f"{type(model).__name__} has no running statistics to estimate")
-    batches, labels, source = _collected(data, images, batch_size, preprocess, max_bad)
-    _check_enough(targets, sum(map(images_in, batches)) + len(source.bad), images)
+    batches, labels, source = collected(data, images, batch_size, preprocess, max_bad)
+    check_enough(targets, sum(map(images_in, batches)) + len(source.bad), images)
     given = batches, labels, source.classes
     with told(progress, len(targets), "estimating running statistics") as step:
         _, report = _calibrated(model, None, targets, given, ("moments", None), step)
@@ -207,7 +202,7 @@ def _run(
     with _quiet(model, reference):
         one = _footprint(model, reference, preparation, batches[0])
         batches, labels, used = fitting(batches, labels, one, HELD * free_memory(model), limits)
-        comparison = _Comparison(batches, labels, classes, reference is not None)
+        comparison = Comparison(batches, labels, classes, reference is not None)
         original = Original(targets, preparation.balanced)
         comparison.run("before", model)
         if reference is not None:
@@ -264,7 +259,7 @@ def _observe(
     original: Original,
     reference: nn.Module,
     batches: Sequence[Args],
-    comparison: _Comparison,
+    comparison: Comparison,
     step: Callable[[], None],
 ) -> None:
     """Run the reference over the batches."""
@@ -286,41 +281,6 @@ def _quiet(model: nn.Module, reference: nn.Module | None) -> Iterator[None]:
         yield
 
 
-def _collected(
-    data: Any, images: int | None, batch_size: int, preprocess: Callable[[Any], Tensor] | None, max_bad: int
-) -> tuple[list[Args], list[Tensor | None], Batches]:
-    """The batches to use, the last one cut to what was asked for, in memory: both networks see the same ones.
-
-    With their labels, and what they were read from.
-    """
-    if images is not None:
-        whole("images", images)
-    if data is None:
-        raise OptionError(
-            "images are needed", hint=Text(Fix("data"), " takes a tensor (N, C, H, W), or batches of them.")
-        )
-    most = images or (len(data) if isinstance(data, Tensor) else 256)
-    batches, labels, left = [], [], most
-    source = as_batches(data, batch_size, once=True, preprocess=preprocess, max_bad=max_bad)
-    for args, y in source:
-        part, part_y = _first(args, y, left)
-        batches.append(part)
-        labels.append(part_y)
-        left -= images_in(part)
-        if left <= 0:
-            break
-    return batches, labels, source
-
-
-def _first(args: Args, labels: Tensor | None, most: int) -> tuple[Args, Tensor | None]:
-    count = images_in(args)
-    if count <= most:
-        return args, labels
-    counted = (list, Tensor)
-    part = tuple(a[:most] if isinstance(a, counted) and len(a) == count else a for a in args)
-    return part, None if labels is None else labels[:most]
-
-
 def _reference(model: nn.Module, reference: nn.Module | None) -> nn.Module | None:
     """The original network: the caller's, or rebuilt from what the conversion kept, where it is needed at all."""
     if reference is model:
@@ -340,81 +300,6 @@ def _reference(model: nn.Module, reference: nn.Module | None) -> nn.Module | Non
                 error.message, hint=Text("Pass the original network as ", Fix("reference"), ".")
             ) from error
         return None
-
-
-def _check_enough(targets: Sequence[Target], count: int, asked: int | None) -> None:
-    if asked is not None and count < asked and any(t.statistics for t in targets):
-        raise DataError(
-            f"running statistics were to be estimated over {asked} images, the data has {count}",
-            hint=Text("Give more images, or ask for fewer: ", Fix("images", count), "."),
-        )
-
-
-def _leading(batches: Sequence[Args], most: int) -> list[Args]:
-    """The first batches with so many images together, the last one cut."""
-    found: list[Args] = []
-    for args in batches:
-        if most <= 0:
-            break
-        found.append(_first(args, None, most)[0])
-        most -= images_in(args)
-    return found
-
-
-class _Comparison:
-    """Outputs of the original and of the network before and after, on the first images, or on all with labels.
-
-    batches: those to compare on, the last of which may be a part of its own.
-    classes: the names that the labels count, if known. notes: what could not be compared, once there is a summary.
-    """
-
-    def __init__(
-        self,
-        batches: Sequence[Args],
-        labels: Sequence[Tensor | None],
-        classes: tuple[str, ...] | None,
-        with_original: bool,
-    ) -> None:
-        self.labelled = with_original and all(y is not None for y in labels)
-        self.enabled = with_original
-        self.classes = classes
-        self.batches = list(batches) if self.labelled else _leading(batches, COMPARED)
-        self.labels = labels if self.labelled else [None] * len(self.batches)
-        self.sizes = [images_in(args) for args in batches[: len(self.batches)]]
-        self.outputs: dict[str, list[Any]] = {k: [None] * len(self.batches) for k in ("original", "before", "after")}
-        self.notes: tuple[str, ...] = ()
-
-    def keep(self, which: str, i: int, out: Any) -> None:
-        """An output on the whole of batch i."""
-        if i < len(self.batches):
-            wanted = images_in(self.batches[i])
-            self.outputs[which][i] = out if self.labelled else _rows(out, self.sizes[i], wanted)
-
-    def run(self, which: str, model: nn.Module) -> None:
-        """Compute the outputs that no pass has given."""
-        if self.enabled:
-            for i, args in enumerate(self.batches):
-                if self.outputs[which][i] is None:
-                    self.outputs[which][i] = forward(model, args)
-
-    def summary(self) -> dict[str, Any]:
-        """Keyword arguments for the report."""
-        if not self.enabled:
-            return {}
-        tallies = [OutputTally(None if self.classes is None else len(self.classes)) for _ in ("before", "after")]
-        for which, tally in zip(("before", "after"), tallies, strict=True):
-            for one, other, y in zip(self.outputs["original"], self.outputs[which], self.labels, strict=True):
-                tally.add(one, other, y)
-        self.notes = tuple(tallies[1].notes)
-        return {"compared": sum(map(images_in, self.batches)), **before_after(*tallies)}
-
-
-def _rows(out: Any, size: int, wanted: int) -> Any:
-    """A copy of the first rows of an output on `size` images; None if not all of its tensors count images."""
-    leaves, structure = pytree.tree_flatten(out)
-    if not all(isinstance(t, Tensor) and t.dim() > 0 and len(t) == size for t in leaves):
-        return None
-    return pytree.tree_unflatten([t[:wanted].clone() for t in leaves], structure)
 
 
 def _remember(model: nn.Module, report: CalibrationReport, preparation: Preparation) -> None:

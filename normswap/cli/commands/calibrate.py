@@ -186,7 +186,7 @@ def _batches(model: nn.Module, origin: ResolvedSource, wish: Calibration, out: O
 
 def with_groups(model: nn.Module, made: Plan, origin: ResolvedSource, wish: Calibration, out: Output) -> Plan:
     """The plan with the numbers of groups that the layers bear on the first images."""
-    from ...calibration.choosing import IMAGES, choose_groups
+    from ...calibration.group_count import IMAGES, choose_groups
     from ...calibration.stand_ins import stand_ins
 
     out.step("choosing groups")

@@ -8,7 +8,7 @@ from helpers import contents, randomized, relative, run
 from torch import Tensor, nn
 
 import normswap
-from normswap.calibration.choosing import _Trial, choose_groups
+from normswap.calibration.group_count import _Trial, choose_groups
 from normswap.data.photographs import crops
 from normswap.errors import DataError, OptionError
 

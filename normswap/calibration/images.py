@@ -1,0 +1,68 @@
+"""The images to calibrate on, read into memory: both networks see the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..arguments import whole
+from ..data.batches import Batches, as_batches, images_in
+from ..errors import DataError, Fix, OptionError, Text
+from .moments import Args
+from .norm_targets import Target
+
+
+def collected(
+    data: Any, images: int | None, batch_size: int, preprocess: Callable[[Any], Tensor] | None, max_bad: int
+) -> tuple[list[Args], list[Tensor | None], Batches]:
+    """The batches to use, the last one cut to what was asked for, in memory: both networks see the same ones.
+
+    With their labels, and what they were read from.
+    """
+    if images is not None:
+        whole("images", images)
+    if data is None:
+        raise OptionError(
+            "images are needed", hint=Text(Fix("data"), " takes a tensor (N, C, H, W), or batches of them.")
+        )
+    most = images or (len(data) if isinstance(data, Tensor) else 256)
+    batches, labels, left = [], [], most
+    source = as_batches(data, batch_size, once=True, preprocess=preprocess, max_bad=max_bad)
+    for args, y in source:
+        part, part_y = first_images(args, y, left)
+        batches.append(part)
+        labels.append(part_y)
+        left -= images_in(part)
+        if left <= 0:
+            break
+    return batches, labels, source
+
+
+def first_images(args: Args, labels: Tensor | None, most: int) -> tuple[Args, Tensor | None]:
+    count = images_in(args)
+    if count <= most:
+        return args, labels
+    counted = (list, Tensor)
+    part = tuple(a[:most] if isinstance(a, counted) and len(a) == count else a for a in args)
+    return part, None if labels is None else labels[:most]
+
+
+def check_enough(targets: Sequence[Target], count: int, asked: int | None) -> None:
+    if asked is not None and count < asked and any(t.statistics for t in targets):
+        raise DataError(
+            f"running statistics were to be estimated over {asked} images, the data has {count}",
+            hint=Text("Give more images, or ask for fewer: ", Fix("images", count), "."),
+        )
+
+
+def leading(batches: Sequence[Args], most: int) -> list[Args]:
+    """The first batches with so many images together, the last one cut."""
+    found: list[Args] = []
+    for args in batches:
+        if most <= 0:
+            break
+        found.append(first_images(args, None, most)[0])
+        most -= images_in(args)
+    return found
