@@ -27,7 +27,7 @@ def test_more_workers_than_the_cores_keep_busy_are_refused() -> None:
     assert RunOptions(workers=16).workers == 16
     with pytest.raises(OptionError, match="1000 worker processes on 4 cores") as caught:
         RunOptions(workers=1000)
-    assert "--workers 4" in str(caught.value)
+    assert "workers=4" in str(caught.value)
 
 
 def test_more_workers_than_memory_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,5 +58,5 @@ def test_a_head_that_cannot_be_trained_in_memory_is_refused_before_it_is_built()
 def test_a_seed_that_torch_does_not_take_is_refused(settings: type) -> None:
     counts = ("steps", "batch_size", "accumulate", "processes", "samples")
     fields = {field.name: 1 if field.name in counts else None for field in dataclasses.fields(settings)}
-    with pytest.raises(OptionError, match="seed must be at most 9223372036854775807"):
+    with pytest.raises(OptionError, match="seed must be an integer from 0 to 4294967295"):
         settings(**(fields | {"seed": 10**23}))
