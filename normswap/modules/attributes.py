@@ -62,7 +62,9 @@ def _is_own(cls: type) -> bool:
     if issubclass(cls, (nn.Module, torch.Tensor, type, list, tuple, dict, set, deque)):
         return False
     package = cls.__module__.partition(".")[0]
-    return package not in ("torch", "numpy") and (cls in (SimpleNamespace, Namespace) or package not in _STANDARD)
+    return package not in ("torch", "numpy", "normswap") and (
+        cls in (SimpleNamespace, Namespace) or package not in _STANDARD
+    )
 
 
 _STANDARD = sys.stdlib_module_names  # "builtins", of functions and modules, is one of them
