@@ -136,8 +136,6 @@ class _Planner:
         transfer, producers, note = self._transfer(layer, target, options)
         if self.options.soft and target.per_sample and transfer.standardizes:
             options = replace(options, eps=SOFT)
-        if transfer is Transfer.EXACT and state.has_statistics:
-            options = replace(options, eps=None)  # running statistics go with the eps that they were used with
         return Step(
             layer.path,
             layer.aliases,
