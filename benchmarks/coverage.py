@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import normswap
-from normswap.conversion.convert import _double as double
+from normswap.conversion.self_check import _double as double
 from normswap.conversion.self_check import observe, watched_paths
 from normswap.inspection.example_inputs import guess_inputs
 from normswap.inspection.inventory import Layer

@@ -25,7 +25,8 @@ import normswap
 from normswap.calibration import matching
 from normswap.calibration.calibrate import calibrate
 from normswap.calibration.footprint import footprint
-from normswap.conversion.convert import _check_inputs, _observe, _prove
+from normswap.conversion.bound import bind
+from normswap.conversion.self_check import prove, reference_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from memory import Held, Wasteful, peak
@@ -56,8 +57,7 @@ def self_check(model: nn.Module, x: Tensor) -> int:
     """Both of its runs, without the copy of the network that the conversion makes."""
     gn = normswap.convert(model, "gn", groups=2, check=False)
     plan = gn._normswap.plan
-    inputs, _ = _check_inputs(model, plan, x, wanted=True)
-    return peak(lambda: _prove(gn, plan, inputs, _observe(model, inputs, plan), model))
+    return peak(lambda: prove(gn, bind(model, plan), reference_of(model, plan, (x,)), model))
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ class LayerResult:
     """One calibrated norm.
 
     error_before, error_after: distance between the moments of its output and the original's, relative to the
-    original's standard deviation over all channels (see `targets.distance`); before: on inputs that are already
+    original's standard deviation over all channels (see `norm_targets.distance`); before: on inputs that are already
     repaired. calls: how often it ran per batch at most.
     """
 

@@ -57,7 +57,7 @@ N = TypeVar("N")
 class Record:
     """What a converted network knows about its conversion.
 
-    source: how to rebuild the original architecture (see `sources.Source.to_dict`), None when only its caller can.
+    source: how to rebuild the original architecture (see `sources.spec.Source.to_dict`), None when only its caller can.
     previous: of the conversion before this one, when a converted network was converted again. inputs: what is known of
     the inputs, JSON values: `shape` of one of them, and how pixels in [0, 1] are prepared: `mean`, `std`, `bgr`.
     notes: of other parts of normswap, by their class.

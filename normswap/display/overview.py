@@ -1,6 +1,6 @@
 """The layers of a network, and what a plan does to them, as tables of few rows: in text, in HTML, for commands.
 
-A cell is a text, or a text with a style (see `cli.render`). A title that begins with `>` is of numbers.
+A cell is a text, or a text with a style (see `cli.terminal.render`). A title that begins with `>` is of numbers.
 """
 
 from __future__ import annotations

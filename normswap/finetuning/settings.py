@@ -27,9 +27,9 @@ class Settings:
     steps: optimizer steps of the whole run. batch_size: samples of one forward pass of one process. accumulate:
     forward passes of a step. lr: the largest. warmup: share of the steps in which it rises. train: "all", "norm",
     "head" or a pattern of parameter names. distil: share of the loss that follows the teacher, 0 to 1. ema: decay
-    of the averaged weights, 0 for none. stabilize: see `stabilizing`. samples: of the training set. network: a digest
-    of the converted network. task: what is learnt. frozen: which parts of all norms. augment, prepare: how pictures
-    are changed and prepared. data: a digest of what is trained on.
+    of the averaged weights, 0 for none. stabilize: see `conversion.stabilize`. samples: of the training set.
+    network: a digest of the converted network. task: what is learnt. frozen: which parts of all norms. augment,
+    prepare: how pictures are changed and prepared. data: a digest of what is trained on.
     """
 
     steps: int

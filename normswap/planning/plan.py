@@ -172,9 +172,3 @@ class Plan:
         except ValueError as error:
             raise CheckpointError(f"this is not a normswap plan: {error}") from error
         return cls.from_dict(values)
-
-
-def describe(step: Step) -> str:
-    """A step's target with its options, as `gn(num_groups=32)`."""
-    options = {k: v for k, v in asdict(step.options).items() if v is not None}
-    return step.target + (f"({', '.join(f'{k}={v}' for k, v in options.items())})" if options else "")

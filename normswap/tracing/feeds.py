@@ -1,4 +1,4 @@
-"""Conclusions from the runs of `graph.py`: what feeds each norm, and whether its statistics can be folded into it."""
+"""Conclusions from runs: what feeds each norm, and whether its statistics can be folded into it."""
 
 from __future__ import annotations
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 from torch import Tensor, nn
 
 from normswap.errors import PlanError
-from normswap.planning.plan import Plan, describe
+from normswap.planning.plan import Plan, Step
 from normswap.planning.planner import plan
 
 
@@ -24,6 +25,12 @@ class Widths(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tail(self.body(self.stem(x)))
+
+
+def describe(step: Step) -> str:
+    """A step's target with its options, as `gn(num_groups=32)`."""
+    options = {k: v for k, v in asdict(step.options).items() if v is not None}
+    return step.target + (f"({', '.join(f'{k}={v}' for k, v in options.items())})" if options else "")
 
 
 def targets_of(made: Plan) -> dict[str, str]:

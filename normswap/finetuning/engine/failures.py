@@ -11,7 +11,7 @@ from ...training.updates import NonFinite
 def explain(error: BaseException, where: str, device: torch.device, left: str) -> NormswapError | None:
     """The error to raise in place of this one; None for one that says enough, or that is a fault of ours.
 
-    where: what was being done, as "step 12" or "validation". left: what is left now, as `Keeper.told` says it.
+    where: what was being done, as "step 12" or "validation". left: what is left now, as `Checkpointer.told` says it.
     """
     if isinstance(error, NonFinite):
         return TrainingError(
