@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -445,24 +442,3 @@ def test_a_detector_is_distilled_on_a_coco_file(folder: Path) -> None:
     report = normswap.distil(model, original, data, steps=2, batch_size=3)
     assert (report.steps, report.images) == (2, 8)
     assert 0 < report.loss_last < float("inf")
-
-
-# --- many processes, the command line -----------------------------------------------------------------------------
-
-
-def test_two_processes_find_the_map_of_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three validation images, so one process has two of them and the other one."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "nets.py").write_text(NETS)
-    own = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "normswap"]
-    started += ["finetune", "nets.py:grouped", "--weights", "none", "--trust-code", "--data", str(folder), "--quiet"]
-    started += ["--task", "detection", "--device", "cpu", "--steps", "2", "--batch-size", "1", "--output", "two"]
-    ran = subprocess.run(started, capture_output=True, text=True, env=own | {"OMP_NUM_THREADS": "1"}, timeout=240)
-    assert ran.returncode == 0, ran.stderr
-    train(grouped(), folder, output=tmp_path / "one")
-    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
-    assert one[0] == pytest.approx(two[0], rel=1e-4, abs=1e-5)
-    assert [line["step"] for line in one] == [line["step"] for line in two]
-    assert two[1]["loss"] == pytest.approx(one[1]["loss"], rel=0.2)  # proposals are drawn by each process for itself
-    assert {p.name for p in (tmp_path / "two").iterdir()} >= {"best.safetensors", "curves.png", "examples.png"}

@@ -5,41 +5,54 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+import test_detection_task
+import test_segmentation_task
 import torch
+from detectors import shapes_folder
+from test_datasets import paint
 
 import normswap
+from normswap.cli import app
 
-NETS = """
+CLASSIFIER = """
+import os, signal
+from pathlib import Path
+import safetensors.torch
 import torch
 from torch import nn
 
 def tiny():
+    if os.environ.get("KILLED"):
+        safetensors.torch.save_file = half
     torch.manual_seed(1)
     layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.0), nn.Linear(8, 3))
+
+save = safetensors.torch.save_file
+
+def half(tensors, path, metadata=None):
+    if Path("cut", "metrics.jsonl").read_text().count("val_loss") > 2:  # at the end of the second epoch
+        Path(path).write_bytes(b"half of it")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(tensors, path, metadata)
 """
+SEVERAL = """
+import os, sys
+from normswap.cli import app
 
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    from test_datasets import paint
-
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "nets.py").write_text(NETS)
-    paint(tmp_path / "photos" / "train", 8)
-    paint(tmp_path / "photos" / "val", 3)
-    return tmp_path
-
-
-def command(output: str, *more: str) -> list[str]:
-    fixed = ["nets.py:tiny", "--weights", "none", "--to", "gn", "--groups", "4", "--data", "photos", "--lr", "0.01"]
-    return ["finetune", *fixed, "--device", "cpu", "--trust-code", "--output", output, "--json", *more]
+for port, line in zip(["", *sys.argv[2:]], open(sys.argv[1])):
+    if port:  # a second meeting of the same processes needs a place of its own
+        os.environ |= {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    app(line.split(), prog_name="normswap", standalone_mode=False)
+"""
 
 
 def environment() -> dict[str, str]:
@@ -48,55 +61,128 @@ def environment() -> dict[str, str]:
     return own | {"OMP_NUM_THREADS": "1"}
 
 
-def run(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    start = [sys.executable, *(launcher if processes > 1 else []), "-m", "normswap", *arguments]
-    return subprocess.run(start, capture_output=True, text=True, env=environment(), timeout=240)
+def classifying(output: str, *more: str) -> list[str]:
+    fixed = ["--weights", "none", "--to", "gn", "--groups", "4", "--data", "photos", "--lr", "0.01", "--trust-code"]
+    return ["finetune", "nets.py:tiny", *fixed, "--device", "cpu", "--output", output, "--json", *more]
+
+
+def detecting(output: str, *more: str) -> list[str]:
+    fixed = ["--weights", "none", "--trust-code", "--data", "shapes", "--task", "detection", "--device", "cpu"]
+    return ["finetune", "boxes.py:grouped", *fixed, "--steps", "2", "--output", output, "--quiet", *more]
+
+
+def segmenting(output: str, *more: str) -> list[str]:
+    fixed = ["--weights", "none", "--trust-code", "--data", "shapes", "--task", "segmentation", "--augment", "none"]
+    return ["finetune", "masks.py:pixels", *fixed, "--steps", "4", "--output", output, "--quiet", *more]
+
+
+def fill(folder: Path) -> None:
+    (folder / "nets.py").write_text(CLASSIFIER)
+    (folder / "boxes.py").write_text(test_detection_task.NETS)
+    (folder / "masks.py").write_text(test_segmentation_task.NETS)
+    paint(folder / "photos" / "train", 4)
+    paint(folder / "photos" / "val", 3)
+
+
+def free_ports(count: int) -> list[str]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("localhost", 0))) for _ in range(count)]
+        return [str(each.getsockname()[1]) for each in sockets]
 
 
 def weights(folder: str) -> dict[str, torch.Tensor]:
     return normswap.load(f"{folder}/last.safetensors", trust_code=True).state_dict()
 
 
-def figures(folder: str) -> list[dict[str, float]]:
+def figures(folder: str | Path) -> list[dict[str, float]]:
     lines = Path(folder, "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "samples_per_second"} for line in lines]
 
 
-def test_a_killed_run_goes_on_bit_for_bit(place: Path) -> None:
-    settings = ["--batch-size", "2", "--epochs", "25", "--ema"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "normswap", *command("cut", *settings)],
-        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    metrics = place / "cut" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (metrics.exists() and len(metrics.read_text().splitlines()) > 6):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    reached = len(metrics.read_text().splitlines())
-    assert reached > 6
-    resumed = run(*command("cut", *settings, "--resume"))
-    assert resumed.returncode == 0, resumed.stderr
-    report = json.loads(resumed.stdout)
-    assert 0 < report["resumed_at"] < report["steps"] == 300
-    assert not list((place / "cut").glob(".*.part"))
-    assert run(*command("whole", *settings)).returncode == 0
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """The command in this process, and what it reports."""
+    app(arguments, prog_name="normswap", standalone_mode=False)
+    printed = capsys.readouterr().out
+    return json.loads(printed) if printed else None
+
+
+def test_a_run_that_is_killed_while_it_writes_goes_on_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path)
+    settings = ["--batch-size", "2", "--epochs", "4", "--ema"]
+    command = classifying("cut", *settings)
+    killed = environment() | {"KILLED": "1"}
+    ran = subprocess.run([sys.executable, "-m", "normswap", *command], env=killed, capture_output=True, timeout=240)
+    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    assert list(Path("cut").glob(".*.part"))
+    report = run(capsys, *command, "--resume")
+    assert (report["resumed_at"], report["steps"]) == (6, 24)
+    assert not list(Path("cut").glob(".*.part"))
+    run(capsys, *classifying("whole", *settings))
     first, second = weights("cut"), weights("whole")
     assert all(torch.equal(first[name], second[name]) for name in second)
     assert figures("cut") == figures("whole")
 
 
-def test_two_processes_do_the_steps_of_one(place: Path) -> None:
-    together = run(*command("two", "--batch-size", "2", "--epochs", "2"), processes=2)
-    assert together.returncode == 0, together.stderr
-    alone = run(*command("one", "--batch-size", "4", "--epochs", "2"))
-    assert alone.returncode == 0, alone.stderr
-    first, second = weights("two"), weights("one")
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of each task by two processes, which are started once for all three."""
+    folder = tmp_path_factory.mktemp("together")
+    fill(folder)
+    shapes_folder(folder / "shapes", 64)
+    several = [
+        classifying("classes", "--batch-size", "2", "--epochs", "2"),
+        detecting("boxes", "--batch-size", "1"),
+        segmenting("masks", "--batch-size", "1"),
+    ]
+    (folder / "several.py").write_text(SEVERAL)
+    (folder / "commands").write_text("\n".join(map(" ".join, several)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ran = subprocess.run(
+        [*launcher, "several.py", "commands", *free_ports(2)],
+        cwd=folder, env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    (folder / "report.json").write_text(ran.stdout)
+    return folder
+
+
+def test_two_processes_do_the_steps_of_one(
+    together: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(together)
+    alone = run(capsys, *classifying("classes-alone", "--batch-size", "4", "--epochs", "2"))
+    first, second = weights("classes"), weights("classes-alone")
     assert max(float((first[n] - second[n]).abs().max()) for n in second) < 1e-4
-    reports = [json.loads(ran.stdout) for ran in (together, alone)]
-    assert [r["processes"] for r in reports] == [2, 1]
-    assert [r["global_batch"] for r in reports] == [4, 4]
-    for name, value in reports[1]["figures"].items():  # 9 validation images, 5 and 4 a process: each counted once
-        assert reports[0]["figures"][name] == pytest.approx(value, abs=1e-4)
+    report = json.loads(Path("report.json").read_text())
+    assert [r["processes"] for r in (report, alone)] == [2, 1]
+    assert [r["global_batch"] for r in (report, alone)] == [4, 4]
+    for name, value in alone["figures"].items():  # 9 validation images, 5 and 4 a process: each counted once
+        assert report["figures"][name] == pytest.approx(value, abs=1e-4)
+
+
+def test_two_processes_find_the_map_of_one(
+    together: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three validation images, so one process has two of them and the other one."""
+    monkeypatch.chdir(together)
+    run(capsys, *detecting("boxes-alone", "--batch-size", "2"))
+    one, two = figures("boxes-alone"), figures("boxes")
+    assert one[0] == pytest.approx(two[0], rel=1e-4, abs=1e-5)
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    assert two[1]["loss"] == pytest.approx(one[1]["loss"], rel=0.2)  # proposals are drawn by each process for itself
+    assert {p.name for p in Path("boxes").iterdir()} >= {"best.safetensors", "curves.png", "examples.png"}
+
+
+def test_two_processes_learn_segmentation_as_one_does(
+    together: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three validation images again. --device auto: there may be no GPU."""
+    monkeypatch.chdir(together)
+    run(capsys, *segmenting("masks-alone", "--batch-size", "2"))
+    one, two = figures("masks-alone"), figures("masks")
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=2e-3, abs=1e-4)

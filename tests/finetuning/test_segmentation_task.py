@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -256,22 +253,3 @@ def test_classes_that_a_network_of_ones_own_does_not_know_are_told_of() -> None:
     data = [(torch.randn(3, 8, 8), torch.full((8, 8), 5))] * 4
     with pytest.raises(DataError, match="the network knows 0 to 2"):
         train(nn.Conv2d(3, 3, 1), data)
-
-
-def test_two_processes_do_the_steps_of_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three validation images, so one process has two of them and the other one."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "nets.py").write_text(NETS)
-    own = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    for name, processes, batch in (("two", 2, 1), ("one", 1, 2)):  # --device auto: there may be no GPU
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        start += ["-m", "normswap", "finetune", "nets.py:pixels", "--weights", "none", "--trust-code", "--data"]
-        start += [str(folder), "--task", "segmentation", "--batch-size", str(batch), "--epochs", "2"]
-        start += ["--augment", "none", "--quiet", "--output", name]
-        ran = subprocess.run(start, capture_output=True, text=True, env=own | {"OMP_NUM_THREADS": "1"}, timeout=240)
-        assert ran.returncode == 0, ran.stderr
-    files = (tmp_path / name / "metrics.jsonl" for name in ("one", "two"))
-    one, two = ([json.loads(text) for text in file.read_text().splitlines()] for file in files)
-    assert [line["step"] for line in one] == [line["step"] for line in two]
-    for a, b in zip(one, two, strict=True):
-        assert {**a, "samples_per_second": 0} == pytest.approx({**b, "samples_per_second": 0}, rel=2e-3, abs=1e-4)
