@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -13,3 +15,15 @@ torch.set_num_threads(1)
 def _seeded() -> None:
     """Initial weights and inputs are the same in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def pictures() -> None:
+    """For tests of what is drawn; the others run as on a machine without matplotlib."""
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing its curves takes a run longer than training networks as small as these."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)

@@ -17,6 +17,7 @@ from PIL import Image
 import normswap
 from normswap.demo.network import pretrained
 
+pytestmark = pytest.mark.usefixtures("pictures")
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.py"), key=lambda file: file.stem)
 FIGURES = {

@@ -10,6 +10,7 @@ from ran import Cli
 from normswap.demo import story
 from normswap.demo.story import Curve, Method, Story
 
+pytestmark = pytest.mark.usefixtures("pictures")
 NAMES = ("BatchNorm, the original", "γ and β copied", "folded", "+ calibrated", "+ distilled")
 STORY = Story(
     seed=0,

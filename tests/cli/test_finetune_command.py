@@ -28,7 +28,7 @@ def weights(folder: str, name: str = "last.safetensors") -> dict[str, torch.Tens
     return normswap.load(Path(folder) / name, trust_code=True).state_dict()
 
 
-@pytest.mark.usefixtures("images")
+@pytest.mark.usefixtures("images", "pictures")
 def test_one_command_converts_calibrates_and_trains(cli: Cli) -> None:
     ran = cli(*TINY, "--to", "gn", "--groups", "4", "--epochs", "12", "--lr", "0.01", "--json")
     assert ran.code == 0, ran.err
@@ -45,7 +45,7 @@ def test_one_command_converts_calibrates_and_trains(cli: Cli) -> None:
     assert [entry.action for entry in history] == ["calibrate", "finetune"]
 
 
-@pytest.mark.usefixtures("images")
+@pytest.mark.usefixtures("images", "pictures")
 def test_the_page_names_figures_and_files(cli: Cli) -> None:
     ran = finetune(cli, "--to", "gn", "--groups", "4")
     assert ran.code == 0, ran.err

@@ -52,6 +52,7 @@ def _data(cli: Cli) -> None:
     write_shapes("shapes/val", 2, size=64, seed=1)
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_detector_is_converted_by_role_calibrated_and_trained(cli: Cli) -> None:
     rules = ["--rule", "role:backbone=frozen", "--rule", "*=gn", "--groups", "8"]
     ran = cli(*FIXED, "own.py:tiny", "--task", "detection", "--data", "shapes", *rules, "-o", "run", "--json")
@@ -65,6 +66,7 @@ def test_a_detector_is_converted_by_role_calibrated_and_trained(cli: Cli) -> Non
     assert model.roi_heads.box_predictor.cls_score.out_features == 4
 
 
+@pytest.mark.usefixtures("pictures")
 def test_annotations_may_lie_elsewhere(cli: Cli) -> None:
     for part in ("train", "val"):
         shutil.move(f"shapes/{part}/annotations.json", f"{part}.json")

@@ -143,6 +143,7 @@ def test_the_loss_is_the_sum_of_the_networks_losses_and_each_is_a_figure() -> No
 # --- a run --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_run_writes_losses_map_and_pictures(folder: Path, tmp_path: Path) -> None:
     report = train(tiny(), folder, output=tmp_path / "run", epochs=1, steps=None)
     found = lines(tmp_path / "run")

@@ -18,6 +18,7 @@ from normswap.errors import CheckpointError, Interrupted, OptionError, OutputErr
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_run_leaves_its_files(gn: nn.Module, data: Any, tmp_path: Path) -> None:
     report = normswap.finetune(gn, *data, batch_size=4, epochs=2, output=tmp_path / "run")
     folder = tmp_path / "run"

@@ -108,6 +108,7 @@ def test_a_batch_without_known_pixels_has_loss_zero() -> None:
     assert float(task.outcome(pixels(), batch).loss.detach()) == 0
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_run_learns_and_writes_figures_and_pictures(folder: Path, tmp_path: Path) -> None:
     report = train(pixels(), folder, output=tmp_path / "run", epochs=12, steps=None, lr=0.01, augment="flip")
     lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -226,6 +227,7 @@ def test_what_gives_no_scores_for_pixels_is_refused(folder: Path) -> None:
         train(pixels(), folder, distil=0.5)
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("size", [20, 48])
 def test_images_of_another_size_than_their_masks_are_validated(folder: Path, tmp_path: Path, size: int) -> None:
     report = train(pixels(), folder, preprocess=Preprocess(size=size, resize=size), output=tmp_path / "run")
@@ -242,6 +244,7 @@ def test_masks_of_several_sizes_are_validated_together() -> None:
     assert meter.result(lambda value: value)["val_pixel_accuracy"] <= 1
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("channels", [1, 2, 6])
 def test_images_with_any_number_of_channels_are_drawn(tmp_path: Path, channels: int) -> None:
     model = nn.Sequential(nn.GroupNorm(1, channels), nn.Conv2d(channels, 4, 3, padding=1))
