@@ -35,6 +35,13 @@ class SourceRequest:
     seed: int = 0
     source: str | None = None
 
+    @classmethod
+    def of(cls, ctx: typer.Context, text: str) -> SourceRequest:
+        """`text`, with what the command's options say of it."""
+        said = ctx.params
+        same = {name: said[name] for name in ("weights", "trust_pickle", "trust_code", "allow_nonfinite", "seed")}
+        return cls(text, args=tuple(said["arg"] or ()), source=said["built_by"], **same)
+
     def built_with(self) -> Iterable[Any]:
         """Values of --arg."""
         from ...sources.resolve import parse_args

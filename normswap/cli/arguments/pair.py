@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,28 +33,13 @@ class Pair:
     original: SourceRequest | None
 
     @classmethod
-    def of(
-        cls,
-        ctx: typer.Context,
-        file: str,
-        reference: str | None,
-        weights: str | None,
-        arg: list[str] | None,
-        *,
-        trust_pickle: bool,
-        trust_code: bool,
-        allow_nonfinite: bool,
-        seed: int,
-        built_by: str | None,
-    ) -> Pair:
-        """weights, arg: of the reference. Raises the error of a wrong call where there is none."""
-        if reference is None and (weights or arg):
+    def of(cls, ctx: typer.Context) -> Pair:
+        """FILE and --reference, of which --weights and --arg are. Raises a usage error for these without it."""
+        asked, reference = SourceRequest.of(ctx, ctx.params["file"]), ctx.params["reference"]
+        if reference is None and (asked.weights or asked.args):
             raise options.usage(ctx, "--weights and --arg go with --reference")
-        converted = SourceRequest(file, None, (), False, trust_code, allow_nonfinite, seed, built_by)
-        if reference is None:
-            return cls(converted, None)
-        given = tuple(arg or ())
-        return cls(converted, SourceRequest(reference, weights, given, trust_pickle, trust_code, allow_nonfinite, seed))
+        converted = replace(asked, weights=None, args=(), trust_pickle=False)
+        return cls(converted, None if reference is None else replace(asked, text=reference, source=None))
 
     def opened(self, ctx: typer.Context, out: Output, target: Path, *, overwrite: bool) -> OpenedPair:
         """Both networks; before anything is loaded, `target` is reserved for the result."""

@@ -27,17 +27,14 @@ class PreprocessOverrides:
     std: tuple[float, ...] | None = None
 
     @classmethod
-    def of(cls, ctx: typer.Context, size: str | None, mean: str | None, std: str | None) -> PreprocessOverrides:
+    def of(cls, ctx: typer.Context) -> PreprocessOverrides:
         """Raises a usage error for texts that are no numbers, and OptionError for images that no memory holds."""
-        sides = options.image_size(ctx, size)
+        sides = options.image_size(ctx, ctx.params["size"])
         if isinstance(sides, tuple):
             given = (ctx.params.get(name) for name in ("batch_size", "images"))
             check_images(*sides, min((count for count in given if count), default=1))
-        return cls(
-            sides,
-            options.channel_values(ctx, "--mean", mean),
-            options.channel_values(ctx, "--std", std),
-        )
+        mean, std = (options.channel_values(ctx, f"--{name}", ctx.params[name]) for name in ("mean", "std"))
+        return cls(sides, mean, std)
 
     def given(self) -> dict[str, Any]:
         """What the user said, as arguments of Preprocess."""

@@ -108,12 +108,9 @@ def calibrate(
     normswap calibrate resnet50-gn.safetensors --data photos/
     normswap calibrate resnet50-gn.safetensors --data synthetic
     """
-    asked = PreprocessOverrides.of(ctx, size, mean, std)
-    pair = Pair.of(
-        ctx, file, reference, weights, arg, trust_pickle=trust_pickle, trust_code=trust_code,
-        allow_nonfinite=allow_nonfinite, seed=seed, built_by=built_by,
-    )  # fmt: skip
-    with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
+    asked = PreprocessOverrides.of(ctx)
+    pair = Pair.of(ctx)
+    with reporting(ctx) as out:
         out.step("loading PyTorch")
         way = f"Convert and calibrate in one go: normswap convert {file} --to gn --calibrate {data}"
         check_converted(file, "", way)

@@ -159,7 +159,7 @@ def convert(
         "zero_init_residual": zero_init_residual,
         "missing_statistics": "error" if place is None or options.stands_in(place) else "later",
     }
-    asked = PreprocessOverrides.of(ctx, size, mean, std)
+    asked = PreprocessOverrides.of(ctx)
     if place is None and (calibrate_images is not None or method != "balance" or budget is not None or asked.given()):
         raise options.usage(ctx, "--calibrate-images, --method, --budget, --size, --mean and --std go with --calibrate")
     if budget is not None and (groups not in (None, "auto") or channels_per_group is not None):
@@ -191,8 +191,8 @@ def convert(
         calibration=wish,
     )
     _check_combination(ctx, job)
-    wanted = SourceRequest(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
-    with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
+    wanted = SourceRequest.of(ctx, source)
+    with reporting(ctx) as out:
         out.step("loading PyTorch")
         result = (_revert if to == ORIGINAL else _convert)(ctx, wanted, job, out)
         out.show(result.to_dict, lambda page: show(page, result))

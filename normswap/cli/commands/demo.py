@@ -37,7 +37,7 @@ def demo(
     a minute; every figure is computed anew, on digits that no step has seen. The picture needs matplotlib, which the
     extra `plot` brings.
     """
-    with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
+    with reporting(ctx) as out:
         out.step("loading PyTorch")
         from ...demo import story as demo_story
         from ...demo.picture import FORMATS

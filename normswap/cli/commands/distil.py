@@ -79,13 +79,10 @@ def distil(
     \b
     normswap distil resnet50-gn-calibrated.safetensors --data photos/ --steps 300
     """
-    asked = PreprocessOverrides.of(ctx, size, mean, std)
+    asked = PreprocessOverrides.of(ctx)
     words: Any = {"train": train, "precision": precision, "augment": augment}
-    pair = Pair.of(
-        ctx, file, reference, weights, arg, trust_pickle=trust_pickle, trust_code=trust_code,
-        allow_nonfinite=allow_nonfinite, seed=seed, built_by=built_by,
-    )  # fmt: skip
-    with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
+    pair = Pair.of(ctx)
+    with reporting(ctx) as out:
         out.step("loading PyTorch")
         check_converted(file, "", f"Convert the network first: normswap convert {file} --to gn")
         target = output or Path(file).with_name(f"{Path(file).stem}-distilled.safetensors")

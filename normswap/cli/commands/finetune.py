@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -13,16 +14,19 @@ from ...errors import Interrupted
 from ...machine.limits import check_workers
 from ..arguments import options
 from ..arguments.datasets import DataPlace
-from ..arguments.networks import SourceRequest, files_read, locate
-from ..arguments.preprocessing import PreprocessOverrides
+from ..arguments.networks import ResolvedSource, files_read, locate
 from ..terminal import flags
 from ..terminal.errors import WRITTEN
 from ..terminal.output import Output, reporting
 from . import _finetune_report
-from ._finetune_network import ConversionRequest, converted, network_of, stem_of, transform_of
+from ._finetune_job import FinetuneJob
+from ._finetune_network import converted, network_of, stem_of, transform_of
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from ...finetuning.datasets.splits import Sets
+    from ...finetuning.output.report import FinetuneReport
 
 
 def finetune(
@@ -178,110 +182,110 @@ def finetune(
     normswap finetune resnet50-gn.safetensors --data torchvision:CIFAR10 --download --epochs 5
     normswap finetune fasterrcnn_resnet50_fpn_v2 --task detection --data coco/ --rule 'role:head=gn' --batch-size 1
     """
-    words: Any = {"task": task, "optimizer": optimizer, "precision": precision, "augment": augment, "device": device}
-    if epochs is not None and steps is not None:
-        raise options.usage(ctx, "--epochs and --steps exclude each other")
-    planning = {
-        "groups": options.groups(ctx, groups),
-        "channels_per_group": channels_per_group,
-        "indivisible": indivisible,
-    }
-    swap = ConversionRequest(
-        to,
-        options.rules(ctx, rule),
-        planning,
-        calibrate_images,
-        256 if task == "classification" else 32,
-        calibrate=calibrate != "none",
-        place=options.calibration(ctx, calibrate),
-    )
-    place = DataPlace(task, data, eval_data, annotations, eval_annotations, data_root, download)
-    place.check(ctx)
-    if not swap.wanted and (groups is not None or channels_per_group is not None):
-        raise options.usage(ctx, "--groups and --channels-per-group go with --to or --rule")
-    if groups is not None and channels_per_group is not None:
-        raise options.usage(ctx, "--groups and --channels-per-group exclude each other")
-    if ema_decay is not None and not ema:
-        raise options.usage(ctx, "--ema-decay goes with --ema")
-    decay = 0.999 if ema_decay is None else ema_decay
-    if resume and force:
-        raise options.usage(ctx, "--resume and --force exclude each other")
-    asked = PreprocessOverrides.of(ctx, size, mean, std)
-    if task == "detection" and asked.given():
-        raise options.usage(
-            ctx, "detectors resize and normalise their images themselves: leave --size, --mean and --std out"
-        )
-    wanted = SourceRequest(source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
+    job = FinetuneJob.of(ctx, DataPlace(task, data, eval_data, annotations, eval_annotations, data_root, download))
     helper = os.environ.get("RANK", "0") != "0"  # one of torchrun's processes, whose first one does the talking
-    with reporting(ctx, as_json=json and not helper, quiet=quiet or helper, verbose=verbose and not helper) as out:
+    with reporting(ctx, silent=helper) as out:
         if workers is not None:
             check_workers(workers)
         out.step("loading PyTorch")
-        from ...finetuning.engine.optimizer import default_rate
-        from ...finetuning.finetune import EPOCHS, task_of
-        from ...finetuning.finetune import finetune as train_model
-        from ...finetuning.output.layout import STATE, check_outside, run_folder
+        from ...finetuning.output.layout import STATE
 
-        swap.check()
-        origin = locate(ctx, wanted)
-        folder = output or Path("runs", stem_of(origin, swap))
+        job.swap.check()
+        origin = locate(ctx, job.wanted)
+        folder = output or Path("runs", stem_of(origin, job.swap))
         if not helper:
-            check_outside(folder, (Path(data), eval_data, swap.folder))
-            kept = [*files_read((origin, wanted)), *filter(None, (annotations, eval_annotations))]
-            ctx.with_resource(run_folder(folder, resume=resume, force=force, inputs=kept))
-        doing = task_of(task, label_smoothing=label_smoothing, distil=distil)
-        command = swap.described(origin, asked)
+            _reserve(ctx, job, origin, folder, force=force)
+        command = job.swap.described(origin, job.asked)
         if resume:
             _finetune_report.keep_command(folder, command, resume=True)
-        model, origin, preparation = network_of(wanted, origin, swap, asked, out, folder if resume else None)
-        sets = place.open(doing, model, seed)
-        if sets.note:
-            out.note(sets.note)
-        if origin.file is None:
-            inputs = doing.inputs(sets, transform_of(doing, preparation), swap.most)
-            model = converted(ctx, model, origin, swap, inputs, asked, out, device)
-        _warn(model, batch_size, freeze_stats, out)
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        used = _finetune_report.options_of(
-            ctx,
-            epochs=None if steps is not None else epochs or EPOCHS,
-            lr=lr if lr is not None else default_rate(optimizer, batch_size * accumulate * processes),
-        )
+        ready = _ready(ctx, job, origin, folder, out)
         ctx.meta[WRITTEN] = None
-        with out.bar("training") as bar:
-            try:
-                report = train_model(
-                    model, sets, output=folder, **words, batch_size=batch_size, epochs=epochs, steps=steps,
-                    accumulate=accumulate, lr=lr, weight_decay=weight_decay, warmup=warmup,
-                    clip_grad=clip_grad or None,
-                    stabilize=not no_stabilize, train=train, freeze_stats=freeze_stats, freeze_affine=freeze_affine,
-                    distil=distil, ema=decay if ema else 0.0, label_smoothing=label_smoothing,
-                    num_classes=num_classes, preprocess=transform_of(doing, preparation),
-                    channels_last=channels_last, compile=compile,
-                    workers=workers, seed=seed, max_bad=max_bad, tensorboard=tensorboard, resume=resume, overwrite=True,
-                    progress=_finetune_report.Teller(bar, folder, None if resume else {**command, "options": used}),
-                )  # fmt: skip
-            except Interrupted as stop:
-                report = stop.report
-            except Exception:
-                raise
-            except BaseException:  # SIGTERM or a second Ctrl-C, after which nobody may wait for a page
-                if (folder / STATE).exists():
-                    ctx.meta[WRITTEN] = folder / STATE
-                    out.note(f"{folder / STATE} is complete, and the same command with --resume goes on from there")
-                raise
+        asked = None if resume else {**command, "options": _settled_options(ctx)}
+        report = _trained(ctx, job, ready, folder, asked, out)
         out.show(
-            lambda: {"network": origin.to_dict(), "output": str(folder), **report.to_dict()},
-            lambda page: _finetune_report.show(page, report, folder, origin),
+            lambda: {"network": ready.origin.to_dict(), "output": str(folder), **report.to_dict()},
+            lambda page: _finetune_report.show(page, report, folder, ready.origin),
         )
         if report.interrupted:
             ctx.meta[WRITTEN] = folder / STATE
             raise KeyboardInterrupt
 
 
-def _warn(model: nn.Module, batch_size: int, freeze_stats: bool, out: Output) -> None:
-    from ...finetuning.finetune import small_batch_note
+class Ready(NamedTuple):
+    """What training takes. preprocess: None for detectors, which prepare their images themselves."""
 
-    note = None if freeze_stats else small_batch_note(model, batch_size, int(os.environ.get("WORLD_SIZE", "1")))
+    model: nn.Module
+    origin: ResolvedSource
+    sets: Sets
+    preprocess: Any
+
+
+def _reserve(ctx: typer.Context, job: FinetuneJob, origin: ResolvedSource, folder: Path, *, force: bool) -> None:
+    """The folder of the run is ours until the command ends, and nothing that is read lies in it."""
+    from ...finetuning.output.layout import check_outside, run_folder
+
+    place = job.data
+    check_outside(folder, (Path(place.data), place.evaluation, job.swap.folder))
+    kept = [*files_read((origin, job.wanted)), *filter(None, (place.annotations, place.eval_annotations))]
+    ctx.with_resource(run_folder(folder, resume=job.training["resume"], force=force, inputs=kept))
+
+
+def _ready(ctx: typer.Context, job: FinetuneJob, origin: ResolvedSource, folder: Path, out: Output) -> Ready:
+    """The data, and the network, converted and calibrated as far as that was asked for."""
+    from ...finetuning.finetune import small_batch_note, task_of
+
+    asked = job.training
+    task = task_of(job.data.task, label_smoothing=asked["label_smoothing"], distil=asked["distil"])
+    resumed = folder if asked["resume"] else None
+    model, origin, preparation = network_of(job.wanted, origin, job.swap, job.asked, out, resumed)
+    preprocess = transform_of(task, preparation)
+    sets = job.data.open(task, model, job.wanted.seed)
+    if sets.note:
+        out.note(sets.note)
+    if origin.file is None:
+        inputs = task.inputs(sets, preprocess, job.swap.most)
+        model = converted(ctx, model, origin, job.swap, inputs, job.asked, out, asked["device"])
+    note = None if asked["freeze_stats"] else small_batch_note(model, asked["batch_size"], _processes())
     if note is not None:
         out.note(flags.told(note))
+    return Ready(model, origin, sets, preprocess)
+
+
+def _settled_options(ctx: typer.Context) -> dict[str, Any]:
+    """The command's options, with the length and the learning rate that it takes where none was given."""
+    from ...finetuning.engine.optimizer import default_rate
+    from ...finetuning.finetune import EPOCHS
+
+    said = ctx.params
+    batch = said["batch_size"] * said["accumulate"] * _processes()
+    epochs = None if said["steps"] is not None else said["epochs"] or EPOCHS
+    lr = said["lr"] if said["lr"] is not None else default_rate(said["optimizer"], batch)
+    return _finetune_report.options_of(ctx, epochs=epochs, lr=lr)
+
+
+def _trained(
+    ctx: typer.Context, job: FinetuneJob, ready: Ready, folder: Path, command: Mapping[str, Any] | None, out: Output
+) -> FinetuneReport:
+    """Train. command: to be noted in the folder once the run has begun, None for one that goes on."""
+    from ...finetuning.finetune import finetune as train_model
+    from ...finetuning.output.layout import STATE
+
+    with out.bar("training") as bar:
+        try:
+            return train_model(
+                ready.model, ready.sets, output=folder, preprocess=ready.preprocess, overwrite=True,
+                progress=_finetune_report.Teller(bar, folder, command), **job.training,
+            )  # fmt: skip
+        except Interrupted as stop:
+            return stop.report
+        except Exception:
+            raise
+        except BaseException:  # SIGTERM or a second Ctrl-C, after which nobody may wait for a page
+            if (folder / STATE).exists():
+                ctx.meta[WRITTEN] = folder / STATE
+                out.note(f"{folder / STATE} is complete, and the same command with --resume goes on from there")
+            raise
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -57,10 +57,8 @@ def inspect(
     """
     pairs = options.rules(ctx, rule)
     shapes = options.shapes(ctx, input_shape)
-    with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
-        wanted = SourceRequest(
-            source, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by
-        )
+    with reporting(ctx) as out:
+        wanted = SourceRequest.of(ctx, source)
         out.step("loading PyTorch")
         from ...inspection import inventory
         from ...planning.rules import assigned, rules_of, selected

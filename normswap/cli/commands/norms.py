@@ -24,7 +24,7 @@ def norms(
     verbose: options.Verbose = False,
 ) -> None:
     """List the norm types that --to and --rule take: formula, what the statistics are taken over, exact conversions."""
-    with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
+    with reporting(ctx) as out:
         from ...norms.registry import norm_named, specs
 
         chosen = specs() if name is None else (norm_named(name),)

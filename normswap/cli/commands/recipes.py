@@ -48,7 +48,7 @@ def recipes(
     """
     if name is None and (output is not None or force):
         raise options.usage(ctx, "--output and --force go with the name of a recipe")
-    with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
+    with reporting(ctx) as out:
         from .. import recipe_catalog
         from ..recipe_catalog import recipe
 

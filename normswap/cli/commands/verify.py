@@ -84,14 +84,14 @@ def verify(
     normswap verify resnet50-gn.safetensors
     normswap verify resnet50 resnet50-gn.safetensors --data photos/
     """
-    asked = PreprocessOverrides.of(ctx, size, mean, std)
+    asked = PreprocessOverrides.of(ctx)
     shapes = options.shapes(ctx, input_shape)
     if data is None and (images is not None or asked.given()):
         raise options.usage(ctx, "--images, --size, --mean and --std go with --data")
     if data is not None and shapes:
         raise options.usage(ctx, "--input and --data exclude each other")
-    wanted = SourceRequest(a, weights, tuple(arg or ()), trust_pickle, trust_code, allow_nonfinite, seed, built_by)
-    with reporting(ctx, as_json=json, quiet=quiet, verbose=verbose) as out:
+    wanted = SourceRequest.of(ctx, a)
+    with reporting(ctx) as out:
         out.step("loading PyTorch")
         from ...comparison import verification
         from ...data.image_folder import open_images

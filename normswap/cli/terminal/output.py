@@ -95,11 +95,14 @@ class Output:
 
 
 @contextmanager
-def reporting(ctx: typer.Context, *, as_json: bool, quiet: bool, verbose: bool) -> Iterator[Output]:
-    """Within it, stdout is the result's alone: what libraries and the user's own code print goes to stderr.
+def reporting(ctx: typer.Context, *, silent: bool = False) -> Iterator[Output]:
+    """What the command says, as --json, --quiet and --verbose ask; with `silent`, nothing whatever they ask.
 
-    Warnings of libraries are shown with --verbose only.
+    Within it, stdout is the result's alone: what libraries and the user's own code print goes to stderr. Warnings of
+    libraries are shown with --verbose only.
     """
+    as_json, verbose = (ctx.params[name] and not silent for name in ("json", "verbose"))
+    quiet = ctx.params["quiet"] or silent
     if quiet and verbose:
         raise usage(ctx, "--quiet and --verbose exclude each other")
     ctx.meta[VERBOSE] = verbose
