@@ -8,16 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model
+from torchvision.models import DenseNet, ResNet, get_model
+from torchvision.models.resnet import Bottleneck
 
 import normswap
 
-NETWORKS = ["resnet50", "mobilenet_v3_small", "densenet121"]
+SMALL = {
+    "resnet": lambda: ResNet(Bottleneck, [1, 1, 1, 1], num_classes=10),
+    "densenet": lambda: DenseNet(8, (2, 2, 1, 1), 16, num_classes=10),
+}
+"""Every kind of layer and branch of the networks below, once or twice where these have it tens of times."""
+LARGE = ["resnet50", "densenet121"]
+NETWORKS = [*SMALL, "mobilenet_v3_small", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
+
+
+def built(name: str) -> nn.Module:
+    return SMALL[name]() if name in SMALL else get_model(name, weights=None)
 
 
 def converted(name: str, to: str = "gn") -> nn.Module:
     torch.manual_seed(0)
-    return normswap.convert(get_model(name, weights=None), to, inplace=True, check=False).eval()
+    return normswap.convert(built(name), to, inplace=True, check=False).eval()
 
 
 def image(size: int = 64, batch: int = 2) -> Tensor:
@@ -29,11 +40,11 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.filterwarnings("ignore")  # opacus and its dependencies warn at import
-def test_opacus_finds_nothing_wrong_in_a_converted_resnet50() -> None:
+def test_opacus_finds_nothing_wrong_in_a_converted_resnet() -> None:
     from opacus.validators import ModuleValidator
 
-    model = converted("resnet50").train()
-    assert ModuleValidator.validate(get_model("resnet50", weights=None), strict=False)
+    model = converted("resnet").train()
+    assert ModuleValidator.validate(built("resnet"), strict=False)
     assert ModuleValidator.validate(model, strict=False) == []
 
 
@@ -71,7 +82,7 @@ def test_compile_takes_a_converted_network_as_one_graph(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*LARGE, "mobilenet_v3_small"])
 def test_inductor_compiles_a_converted_network(name: str) -> None:
     torch._dynamo.reset()
     model = converted(name)
@@ -97,12 +108,13 @@ def test_export_takes_a_converted_network(name: str) -> None:
         assert relative(model(image()), program.module()(image())) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["resnet", pytest.param("resnet50", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")  # onnxscript and onnx warn at import and export
-def test_a_converted_resnet50_runs_in_onnxruntime_with_equal_outputs(tmp_path: Path) -> None:
+def test_a_converted_resnet_runs_in_onnxruntime_with_equal_outputs(name: str, tmp_path: Path) -> None:
     import onnxruntime
 
-    model = converted("resnet50")
-    file = tmp_path / "resnet50-gn.onnx"
+    model = converted(name)
+    file = tmp_path / f"{name}-gn.onnx"
     torch.onnx.export(model, (image(),), file, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     (output,) = session.run(None, {session.get_inputs()[0].name: image().numpy()})

@@ -46,10 +46,9 @@ RUNS = {
 TOGETHER = {"large_model_fsdp"}  # for several processes
 SLOW = {"differential_privacy"}  # its accounting
 ALONE = [file for file in RECIPES if file.stem not in TOGETHER]
+FROZEN = ("freeze_statistics", "freeze_statistics_and_affine", "gradual_unfreezing")
 FOLDER_RECIPES = [
-    "freeze_statistics",
-    "freeze_statistics_and_affine",
-    "gradual_unfreezing",
+    *FROZEN,
     "groupnorm_at_batch_2",
     "batch_size_sweep",
 ]
@@ -107,10 +106,16 @@ def test_only_public_names_are_used(file: Path) -> None:
     ids=[f.stem for f in ALONE],
 )
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")  # opacus's, when it is imported
-def test_it_runs_tiny_and_prints_its_figures(file: Path, run) -> None:
+def test_it_runs_tiny_and_prints_its_figures(file: Path, run, tmp_path: Path) -> None:
+    """And those that freeze say that what was frozen did not move; the sweep draws its table."""
     printed = run(file.stem, "--tiny")
     found = re.findall(FIGURES[file.stem], printed)
     assert len(found) == RUNS.get(file.stem, 2), printed
+    if file.stem in FROZEN:
+        assert printed.rstrip().endswith("12 frozen layers: nothing moved")
+    if file.stem == "batch_size_sweep":
+        with Image.open(tmp_path / "batch_size_sweep.png") as picture:
+            assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
 
 
 @pytest.mark.parametrize("name", FOLDER_RECIPES)
@@ -127,14 +132,9 @@ def test_it_takes_a_folder_of_images_and_a_network(name: str, run, tmp_path: Pat
     torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "mine.pt")
     arguments = ["--data", "photos", "--network", "mine.py:network", "--weights", "mine.pt"]
     arguments += ["--images", 4, "--batch", 1, 2] if name == "batch_size_sweep" else ["--steps", 2]
-    if name in FOLDER_RECIPES[:3]:
+    if name in FROZEN:
         arguments += ["--size", 16]
     assert len(re.findall(FIGURES[name], run(name, *arguments))) == RUNS.get(name, 2)
-
-
-@pytest.mark.parametrize("name", FOLDER_RECIPES[:3])
-def test_what_was_frozen_did_not_move(name: str, run) -> None:
-    assert run(name, "--tiny").rstrip().endswith("12 frozen layers: nothing moved")
 
 
 @pytest.mark.slow
@@ -154,12 +154,6 @@ def test_two_processes_share_a_network_out_and_save_it_whole(tmp_path: Path) -> 
     start, end = (normswap.load(folder / f"{name}.safetensors", pretrained()) for name in ("start", "trained"))
     assert sum(p.numel() for p in end.parameters()) == count
     assert all(not torch.equal(p, q) for p, q in zip(start.parameters(), end.parameters(), strict=True))
-
-
-def test_the_sweep_draws_its_table(run, tmp_path: Path) -> None:
-    run("batch_size_sweep", "--tiny")
-    with Image.open(tmp_path / "batch_size_sweep.png") as picture:
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
 
 
 def test_the_index_has_a_row_for_every_recipe() -> None:

@@ -76,7 +76,7 @@ def test_layers_that_wait_for_their_first_input_are_no_bug(cli: Cli, folder: Pat
 
 @pytest.mark.skipif(sys.platform == "win32", reason="closes a stream as a POSIX shell does")
 def test_a_closed_standard_output_is_no_bug() -> None:
-    command = f"{sys.executable} -m normswap norms >&-"
+    command = f"{sys.executable} -m normswap recipes >&-"
     ran = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, timeout=120)
     assert (ran.returncode, ran.stderr) == (0, "")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import normswap
+from normswap.cli.recipe_catalog import recipe
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
 NORMSWAP = [sys.executable, "-m", "normswap"]
@@ -147,9 +148,14 @@ def entry_point() -> str:
 @pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_a_closed_stdout_is_no_error(folder: Path, closed: str) -> None:
     """And what goes to it lands in no file that the command opens under the same number."""
-    command = f"{sys.executable} -m normswap convert nets.py:tiny --weights none --to ln --no-check {closed}"
-    ran = run("sh", "-c", command)
+    ran = run("sh", "-c", f"{sys.executable} -m normswap recipes train_digits --output copied.py {closed}")
     assert (ran.returncode, "bug" in ran.stderr) == (0, False), ran.stderr
+    assert (folder / "copied.py").read_bytes() == recipe("train_digits").file.read_bytes()
+
+
+def test_a_conversion_with_no_stream_at_all_writes_a_whole_file(folder: Path) -> None:
+    command = f"{sys.executable} -m normswap convert nets.py:tiny --weights none --to ln --no-check <&- >&- 2>&-"
+    assert run("sh", "-c", command).returncode == 0
     assert normswap.load(folder / "tiny-ln.safetensors", trust_code=True)[0].weight.shape[0] == 8
 
 
@@ -168,7 +174,7 @@ def test_a_full_disk_leaves_nothing_behind(folder: Path) -> None:
 def test_a_reader_that_leaves_early_is_no_error(folder: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    ran = subprocess.run([*NORMSWAP, "norms"], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    ran = subprocess.run([*NORMSWAP, "recipes"], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(writer)
     assert (ran.returncode, ran.stderr) == (141, "")
 
