@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,16 +11,19 @@ from ...choices import AUGMENTS, PARAMETERS, PRECISIONS
 from ...errors import CheckpointError, DataError, Fix, Interrupted, Text, plural
 from ..arguments import options
 from ..arguments.networks import ResolvedSource, check_converted, on_device
-from ..arguments.pair import Pair
+from ..arguments.pair import OpenedPair, Pair
 from ..arguments.preprocessing import PreprocessOverrides, prepare
 from ..terminal import flags
 from ..terminal.errors import WRITTEN
-from ..terminal.output import reporting
+from ..terminal.output import Output, reporting
 from ..terminal.suggestions import naming_the_original
 
 if TYPE_CHECKING:
+    from ...data.image_folder import ImageBatches
     from ...distillation.report import DistillationReport
     from ..terminal.render import Page
+
+_AS_GIVEN = "steps batch_size lr temperature features train precision augment seed".split()
 
 
 def distil(
@@ -80,7 +83,6 @@ def distil(
     normswap distil resnet50-gn-calibrated.safetensors --data photos/ --steps 300
     """
     asked = PreprocessOverrides.of(ctx)
-    words: Any = {"train": train, "precision": precision, "augment": augment}
     pair = Pair.of(ctx)
     with reporting(ctx) as out:
         out.step("loading PyTorch")
@@ -92,26 +94,10 @@ def distil(
                 f"there is no {state} to resume from", hint=Text("Leave ", Fix("resume"), " out to begin anew.")
             )
         from ...checkpoint.saving import save
-        from ...data.image_folder import open_images
-        from ...distillation.distil import distil as train_model
 
-        model, origin, teacher, named = pair.opened(ctx, out, target, overwrite=force or resume)
-        folder = open_images(data, limit=images)
-        preparation = prepare(model, origin, asked)
-        _check_batch(batch_size, len(folder.files), data)
-        # Shuffled by distil: in the folder's order, one class comes after the other.
-        loaded = folder.batches(preparation.transform, batch_size, stack=preparation.stack, max_bad=max_bad)
-        try:
-            naming = naming_the_original(ctx, origin.source, origin.made_with)
-            with naming, on_device(device, model, teacher), out.bar("distilling") as bar:
-                report = train_model(
-                    model, teacher, loaded, steps=steps, batch_size=batch_size, lr=lr, temperature=temperature,
-                    seed=seed, features=features, **words,
-                    progress=lambda now: bar(now.step, now.steps, now.figures()),
-                    checkpoint=state, resume=state if resume else None,
-                )  # fmt: skip
-        except Interrupted as stop:
-            report = stop.report
+        opened = pair.opened(ctx, out, target, overwrite=force or resume)
+        model, origin, _, named = opened
+        report = _trained(ctx, opened, _read(ctx, opened, asked, data), state, out)
         out.step(f"writing {target}")
         save(model, target, overwrite=force or resume)
         ctx.meta[WRITTEN] = target
@@ -128,6 +114,37 @@ def distil(
         )
         if report.interrupted:
             raise KeyboardInterrupt
+
+
+def _read(ctx: typer.Context, opened: OpenedPair, asked: PreprocessOverrides, data: Path) -> ImageBatches:
+    """The images, in the folder's order: `distil` shuffles them, or one class would come after the other."""
+    from ...data.image_folder import open_images
+
+    said = ctx.params
+    folder = open_images(data, limit=said["images"])
+    preparation = prepare(opened.model, opened.origin, asked)
+    _check_batch(said["batch_size"], len(folder.files), data)
+    return folder.batches(preparation.transform, said["batch_size"], stack=preparation.stack, max_bad=said["max_bad"])
+
+
+def _trained(
+    ctx: typer.Context, opened: OpenedPair, images: ImageBatches, state: Path, out: Output
+) -> DistillationReport:
+    """Train. state: the file for the state of the run, from which --resume goes on."""
+    from ...distillation.distil import distil as train_model
+
+    model, origin, teacher, _ = opened
+    said = ctx.params
+    naming = naming_the_original(ctx, origin.source, origin.made_with)
+    try:
+        with naming, on_device(said["device"], model, teacher), out.bar("distilling") as bar:
+            return train_model(
+                model, teacher, images, **{name: said[name] for name in _AS_GIVEN},
+                progress=lambda now: bar(now.step, now.steps, now.figures()),
+                checkpoint=state, resume=state if said["resume"] else None,
+            )  # fmt: skip
+    except Interrupted as stop:
+        return stop.report
 
 
 def _check_batch(batch_size: int, images: int, data: Path) -> None:
