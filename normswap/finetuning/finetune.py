@@ -7,7 +7,7 @@ import re
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..conversion.composite import adopt_part_records
 from ..conversion.convert import convert
 from ..conversion.stabilize import stabilized
 from ..errors import DataError, Fix, Interrupted, OptionError, Text
+from ..heads.classifier import Head
 from ..modules.frozen_class import FrozenStatistics
 from ..modules.restore import restored_on_error
 from ..modules.wrappers import check_module
@@ -132,7 +133,7 @@ def finetune(
         raise OptionError("resume needs the output folder of the run to go on with")
     check_module(model)
     _check_model(model, freeze_stats)
-    place = RunOptions(folder, device, workers, channels_last, compile, max_bad, tensorboard=tensorboard)
+    place = RunOptions(folder, device, workers, channels_last, compile, max_bad, tensorboard, resume, overwrite)
     settings = Settings(
         steps=1, batch_size=batch_size, accumulate=accumulate, processes=1, samples=1, optimizer=optimizer,
         lr=1.0 if lr is None else lr, weight_decay=weight_decay, warmup=warmup, clip_grad=clip_grad, train=train,
@@ -144,49 +145,84 @@ def finetune(
     sets = data if isinstance(data, Sets) else doing.open(model, data, eval_data, seed=seed)
     if folder is not None:
         check_outside(folder, (getattr(part, "folder", None) for part in (sets.train, sets.validation)))
-    settings = replace(settings, data=sets.digest)
-    sets = doing.prepared(sets, preprocess, augment)
+    job = Job(doing, replace(settings, data=sets.digest), place, doing.prepared(sets, preprocess, augment))
+    asked = Asked(epochs, steps, lr, num_classes, reference, freeze_stats, freeze_affine)
     with ExitStack() as stack:
         accelerator = stack.enter_context(processes(device, precision))
         if folder is not None and accelerator.is_main_process:  # before anything takes time
             stack.enter_context(run_folder(folder, resume=resume, force=overwrite))
-        keep = stack.enter_context(restored_on_error(model))
-        settings = _settled(settings, accelerator, len(sets.train), epochs, steps, lr)
-        place = replace(place, workers=_workers(place, accelerator))
-        if folder is not None and adopt_part_records(model) is None:
+        report, stopped_by = _run(model, job, asked, accelerator, progress)
+    if stopped_by == signal.SIGINT:
+        raise Interrupted(report)
+    if stopped_by is not None:
+        signal.raise_signal(stopped_by)
+    return report
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for that is settled once the data, the processes and the network's parts are known."""
+
+    epochs: int | None
+    steps: int | None
+    lr: float | None
+    classes: int | None
+    reference: nn.Module | None
+    freeze_stats: bool
+    freeze_affine: bool
+
+
+def _run(
+    model: nn.Module, job: Job, asked: Asked, accelerator: Any, progress: Callable[[Progress], None] | bool | None
+) -> tuple[FinetuneReport, int | None]:
+    """Make the network ready and train it. Also the signal that ended the run, if one did."""
+    with restored_on_error(model) as keep:
+        job = _settled(job, asked, accelerator)
+        if job.place.output is not None and adopt_part_records(model) is None:
             model = convert(model, rules={"*": "keep"}, inplace=True, check=False)  # so that it can be saved
         model.to(accelerator.device)
-        if distil and isinstance(doing, Classification):
-            doing.teacher = original_of(model, reference).to(accelerator.device).eval()
         fitted_before = new_head(model)
-        head = doing.fit(model, sets, num_classes, seed)
-        parameters = trained(model, train, doing.head_parameters(model, head), affine=not freeze_affine)
-        settings = replace(settings, network=network_digest(model))
+        head = _fitted(model, job, asked, accelerator.device)
+        heads = job.task.head_parameters(model, head)
+        parameters = trained(model, job.settings.train, heads, affine=not asked.freeze_affine)
+        job = replace(job, settings=replace(job.settings, network=network_digest(model)))
         accelerator.wait_for_everyone()
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
-        scope = frozen(model, parameters, stats=freeze_stats, affine=freeze_affine)
+        scope = frozen(model, parameters, stats=asked.freeze_stats, affine=asked.freeze_affine)
         trainer: Trainer | None = None
-        sized = stabilized(model) if stabilize else nullcontext()
+        sized = stabilized(model) if job.settings.stabilize else nullcontext()
         try:
             with scope as notes, modes_kept(model), training_only(model, parameters), sized, told(progress) as tell:
-                trainer = Trainer(model, Job(doing, settings, place, sets), parameters, flags, accelerator, tell)
-                report = trainer.run(resume=resume)
+                trainer = Trainer(model, job, parameters, flags, accelerator, tell)
+                report = trainer.run(resume=job.place.resume)
         finally:
             if trainer is not None and trainer.checkpointer.saved is not None:
                 keep()
-    if head is not None and new_head(model) != fitted_before:
-        where = f", {head.path}" if head.path else ""
-        notes.insert(0, f"the network got a new head for {head.classes} classes{where}")
+    fitted = None if head is None or new_head(model) == fitted_before else head
+    notes = _notes(notes, report, job.settings, fitted, None if asked.freeze_stats else model)
+    return replace(report, notes=tuple(notes)), trainer.stopped_by
+
+
+def _fitted(model: nn.Module, job: Job, asked: Asked, device: torch.device) -> Head | None:
+    """Give the task its teacher, if there is to be one, and the network a head for the classes of the data."""
+    if job.settings.distil and isinstance(job.task, Classification):
+        job.task.teacher = original_of(model, asked.reference).to(device).eval()
+    return job.task.fit(model, job.sets, asked.classes, job.settings.seed)
+
+
+def _notes(
+    scope: list[str], report: FinetuneReport, settings: Settings, fitted: Head | None, model: nn.Module | None
+) -> list[str]:
+    """What to say of a run. scope: what is known already. fitted: a head that is new. model: None if it was frozen."""
+    notes = list(scope)
+    if fitted is not None:
+        where = f", {fitted.path}" if fitted.path else ""
+        notes.insert(0, f"the network got a new head for {fitted.classes} classes{where}")
     if report.best_at == 0 and report.steps == settings.steps:
         notes.append("validation found no network better than the one that training began with; best is that one")
-    if not freeze_stats and (small := small_batch_note(model, batch_size, settings.processes)):
+    if model is not None and (small := small_batch_note(model, settings.batch_size, settings.processes)):
         notes.append(small)
-    report = replace(report, notes=tuple(notes))
-    if trainer.stopped_by == signal.SIGINT:
-        raise Interrupted(report)
-    if trainer.stopped_by is not None:
-        signal.raise_signal(trainer.stopped_by)
-    return report
+    return notes
 
 
 def task_of(name: str, *, label_smoothing: float = 0.0, distil: float = 0.0) -> Task:
@@ -237,13 +273,13 @@ def _name_of(preprocess: Any) -> str:
     return "" if preprocess is None else re.sub(r" at 0x[0-9a-fA-F]+", "", str(preprocess))
 
 
-def _settled(
-    settings: Settings, accelerator: Any, samples: int, epochs: int | None, steps: int | None, lr: float | None
-) -> Settings:
+def _settled(job: Job, asked: Asked, accelerator: Any) -> Job:
     """With what depends on the data and on how many processes there are."""
-    settings = replace(settings, processes=accelerator.num_processes, samples=samples)
-    settings = replace(settings, steps=_steps(settings, epochs, steps))
-    return settings if lr is not None else replace(settings, lr=default_rate(settings.optimizer, settings.global_batch))
+    settings = replace(job.settings, processes=accelerator.num_processes, samples=len(job.sets.train))
+    settings = replace(settings, steps=_steps(settings, asked.epochs, asked.steps))
+    if asked.lr is None:
+        settings = replace(settings, lr=default_rate(settings.optimizer, settings.global_batch))
+    return replace(job, settings=settings, place=replace(job.place, workers=_workers(job.place, accelerator)))
 
 
 def _steps(settings: Settings, epochs: int | None, steps: int | None) -> int:

@@ -137,7 +137,8 @@ def refuse(path: Path, was: Mapping[str, Any], settings: Settings) -> None:
 class RunOptions:
     """Where and how a run is carried out; none of it should change the result by more than rounding.
 
-    output: the folder for its files, None to write none.
+    output: the folder for its files, None to write none. resume: go on with the run that is in it; overwrite: replace
+    that run.
     """
 
     output: Path | None = None
@@ -147,6 +148,8 @@ class RunOptions:
     compile: bool = False
     max_bad: int = 10
     tensorboard: bool = False
+    resume: bool = False
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         one_of("device", self.device, DEVICES)
