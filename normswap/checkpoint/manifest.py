@@ -27,6 +27,26 @@ KEY = "normswap"
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest of a file that normswap wrote, checked. Raises CheckpointError."""
     path = Path(path)
+    text = _text_of(path)
+    try:
+        manifest: dict[str, Any] = json.loads(text)
+        version = manifest["format"]
+        if isinstance(version, int) and version > FORMAT:
+            raise CheckpointError(
+                f"{path} has format {version}, this normswap {__version__} reads up to {FORMAT}",
+                hint="pip install --upgrade normswap",
+            )
+        if manifest["sha256"] != digest(manifest):
+            raise CheckpointError(f"the manifest of {path} was edited after normswap wrote it; it is not used")
+        for name in ("source", "plan", "check", "history", "ties", "no_grad", "channels_last", "undo"):
+            manifest[name]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the manifest of {path} is damaged: {type(error).__name__}: {error}") from error
+    return manifest
+
+
+def _text_of(path: Path) -> str:
+    """The manifest as it stands in the file."""
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
@@ -43,21 +63,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
             f"{path} was not written by normswap (it has no manifest)",
             hint=f"A plain checkpoint goes with its architecture: normswap convert SOURCE --weights {path}",
         )
-    try:
-        manifest = json.loads(text)
-        version = manifest["format"]
-        if isinstance(version, int) and version > FORMAT:
-            raise CheckpointError(
-                f"{path} has format {version}, this normswap {__version__} reads up to {FORMAT}",
-                hint="pip install --upgrade normswap",
-            )
-        if manifest["sha256"] != digest(manifest):
-            raise CheckpointError(f"the manifest of {path} was edited after normswap wrote it; it is not used")
-        for name in ("source", "plan", "check", "history", "ties", "no_grad", "channels_last", "undo"):
-            manifest[name]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the manifest of {path} is damaged: {type(error).__name__}: {error}") from error
-    return manifest
+    return str(text)
 
 
 def is_ours(path: str | Path) -> bool:

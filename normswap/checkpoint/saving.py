@@ -122,12 +122,17 @@ def load(
     fill_undo(undo, stored, manifest["undo"])
     for name, parameter in root.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(parameter.is_floating_point() and name not in manifest["no_grad"])
+    attach(root, _record(manifest, plan, undo, check))
+    return root.eval()
+
+
+def _record(manifest: Mapping[str, Any], plan: Plan, undo: Undo, check: Check) -> Record:
+    """What the network remembers of its conversion and of what was done since."""
     history = [Entry.from_dict(values) for values in manifest["history"]]
     notes: dict[type, Note] = {Head: Head(**manifest["head"])} if manifest.get("head") else {}
     record = Record(plan, undo, check, manifest["source"], history, notes=notes)
     record.inputs = dict(manifest.get("inputs") or {})
-    attach(root, record)
-    return root.eval()
+    return record
 
 
 def _headed(model: nn.Module, manifest: Mapping[str, Any]) -> nn.Module:

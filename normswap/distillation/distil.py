@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..arguments import whole
 from ..choices import Augment, Loss, Parameters, Precision
 from ..comparison.before_after import before_after
 from ..conversion.history import Distilled
@@ -18,14 +17,13 @@ from ..conversion.record import record_of
 from ..data.batches import MAX_BAD, Batches, as_batches, opened
 from ..errors import CheckpointError, Fix, Interrupted, OptionError, Text
 from ..files.locking import locked
-from ..files.writing import check_writable
 from ..modules.wrappers import check_module, unwrapped
 from ..training.parameters import trained_parameters, training_only
 from ..training.run_state import load_state, network_digest
 from ..training.teacher import original_of, side_by_side
 from .report import DistillationReport, Progress, told
 from .run import DistillationRun
-from .settings import Settings
+from .settings import Kept, Settings
 from .stream import Compared, Stream, stream_of
 
 LR, FULL = 0.02, 300
@@ -121,32 +119,39 @@ def distil(
         max_grad_norm, augment, loss, network_digest(model), features,
     )  # fmt: skip
     settings = replace(settings, lr=suited_rate(steps) if lr is None else lr)
-    whole("checkpoint_every", checkpoint_every)
-    if checkpoint is not None:
-        check_writable(Path(checkpoint), overwrite=True)
+    kept = Kept(_path(checkpoint), checkpoint_every, _path(resume))
     parameters = trained_parameters(model, train)
     reference = original_of(model, None if reference is None else unwrapped(reference))
     data = list(data) if isinstance(data, Iterator) else data
     reading: dict[str, Any] = {"preprocess": preprocess, "max_bad": max_bad}
     stream = stream_of(opened(data, batch_size, **reading), batch_size, seed, hold=eval_data is None)
     given = None if eval_data is None else as_batches(eval_data, batch_size, **reading)
-    alone = nullcontext() if checkpoint is None else locked(Path(checkpoint))
+    alone = nullcontext() if kept.file is None else locked(kept.file)
     work: DistillationRun | None = None
     try:
         with alone, side_by_side(reference, model), training_only(model, parameters), told(progress) as tell:
             work = DistillationRun(model, reference, settings, stream, parameters, _compared(stream, settings, given))
-            if checkpoint is not None:
-                work.checkpoint, work.every = Path(checkpoint), checkpoint_every
-            if resume is not None:
-                work.resume(load_state(Path(resume), vars(settings), parameters, _check_age))
-            try:
-                work.finish(tell)
-            except KeyboardInterrupt:
-                raise Interrupted(_report(work, interrupted=True)) from None
-            return _report(work)
+            return _finished(work, kept, tell)
     finally:  # outside of what puts back all that running a network leaves on it
         if work is not None:
             _remember(model, work)
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+def _finished(work: DistillationRun, kept: Kept, tell: Callable[[Progress], None] | None) -> DistillationReport:
+    """Do the steps that are left. Raises Interrupted, with a report, on Ctrl-C."""
+    if kept.file is not None:
+        work.checkpoint, work.every = kept.file, kept.every
+    if kept.resume is not None:
+        work.resume(load_state(kept.resume, vars(work.settings), work.parameters, _check_age))
+    try:
+        work.finish(tell)
+    except KeyboardInterrupt:
+        raise Interrupted(_report(work, interrupted=True)) from None
+    return _report(work)
 
 
 def suited_rate(steps: int) -> float:

@@ -60,7 +60,7 @@ class DistillationRun:
         self.checkpoint: Path | None = None
         self.every = 1
         self.resumed_at = 0
-        self._parameters, self._values = parameters, list[float]()
+        self.parameters, self._values = parameters, list[float]()
         self._agreement: float | None = None
         self._features = Features(reference, model) if settings.features else None
         self.judge = Judge(model, reference, settings, compared, parameters)
@@ -70,7 +70,7 @@ class DistillationRun:
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from what another run has reached."""
         self.judge.resume(**state["best"])
-        for name, p in self._parameters.items():
+        for name, p in self.parameters.items():
             p.copy_(state["parameters"][name])
         self.updates.restore(state)
         self.engine.measured, self._values = state["looked"], list(state["losses"])
@@ -123,7 +123,7 @@ class DistillationRun:
     def keep(self) -> None:
         if self.checkpoint is not None:
             state = {**self.updates.state(), "losses": self._values[: self.step], "looked": self.engine.measured}
-            state["parameters"] = {name: p.detach().cpu() for name, p in self._parameters.items()}
+            state["parameters"] = {name: p.detach().cpu() for name, p in self.parameters.items()}
             save_state(self.checkpoint, vars(self.settings), {**state, "best": self.judge.state()})
 
     def tell(self) -> None:

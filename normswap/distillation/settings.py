@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from ..arguments import number, one_of, seed_value, whole
 from ..choices import AUGMENTS, LOSSES, PARAMETERS
+from ..files.writing import check_writable
 from ..training.schedule import Schedule
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,3 +54,17 @@ class Settings:
     def schedule(self) -> Schedule:
         """The learning rate of each step: it rises over the first tenth of them."""
         return Schedule(self.lr, max(1, round(WARM_UP * self.steps)) - 1, self.steps - 1, FINAL)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where the state of a run is kept, after how many steps each time, and the file of one to go on from."""
+
+    file: Path | None
+    every: int
+    resume: Path | None
+
+    def __post_init__(self) -> None:
+        whole("checkpoint_every", self.every)
+        if self.file is not None:
+            check_writable(self.file, overwrite=True)

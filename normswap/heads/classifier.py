@@ -73,37 +73,29 @@ def resize_head(model: nn.Module, head: Head) -> None:
     dtype, device, training flag and whether there is a bias stay. On the meta device no values are drawn.
     """
     old = module_at(model, head.path)
-    if isinstance(old, nn.Linear):
-        if old.out_features == head.classes:
-            return
-        new: Layer = nn.Linear(
-            old.in_features, head.classes, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
-        )
-    elif isinstance(old, nn.Conv2d):
-        if old.out_channels == head.classes:
-            return
-        build: Any = nn.Conv2d  # whose stubs take no tuple of any length
-        new = build(
-            old.in_channels,
-            head.classes,
-            old.kernel_size,
-            old.stride,
-            old.padding,
-            old.dilation,
-            bias=old.bias is not None,
-            device=old.weight.device,
-            dtype=old.weight.dtype,
-        )
-    elif resize_predictor(old, head.classes):
+    if resize_predictor(old, head.classes):
         return
-    else:
+    if not isinstance(old, (nn.Linear, nn.Conv2d)):
         raise NetworkError(f"{head.path} is a {type(old).__name__}, not a linear layer or a convolution")
+    if _outputs(old) == head.classes:
+        return
+    new = _resized(old, head.classes)
     new.train(old.training)
     replace_module(model, [head.path], new)
     for holder in (model, getattr(model, "config", None)):  # where timm and transformers note the number
         for name in ("num_classes", "num_labels"):
             if getattr(holder, name, None) == _outputs(old):
                 setattr(holder, name, head.classes)
+
+
+def _resized(old: Layer, classes: int) -> Layer:
+    """Such a layer with another number of outputs."""
+    more: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
+    if isinstance(old, nn.Linear):
+        return nn.Linear(old.in_features, classes, **more)
+    build: Any = nn.Conv2d  # whose stubs take no tuple of any length
+    layer: Layer = build(old.in_channels, classes, old.kernel_size, old.stride, old.padding, old.dilation, **more)
+    return layer
 
 
 def scores_of(output: Any, *, per_pixel: bool = False) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
@@ -23,6 +23,10 @@ class OpenedPair(NamedTuple):
     origin: ResolvedSource
     teacher: nn.Module | None
     teacher_origin: ResolvedSource
+
+    def written(self, target: Path) -> dict[str, Any]:
+        """JSON values: what they are, and the file that the result went to."""
+        return {"network": self.origin.to_dict(), "reference": self.teacher_origin.to_dict(), "output": str(target)}
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,6 @@ def converted(
     device: str = "auto",
 ) -> nn.Module:
     """inputs: batches to calibrate on, where no other folder was named."""
-    from ...calibration.calibrate import calibrate, estimate_statistics
     from ...conversion.convert import convert
     from ...conversion.preconditions import affine_moved, never_updated
     from ...conversion.record import record_of
@@ -138,15 +137,13 @@ def converted(
     states = states_in(model) if calibrating else []
     unknown = never_updated(states) and affine_moved(states)
     training = wish is None or (wish.stands_in and unknown)  # what stands in is made by the statistics
-    batches = list(inputs) if calibrating and training else []
-    own = "training images" if swap.folder is None else f"images of {swap.folder}"
+    images = Images(
+        list(inputs) if calibrating and training else [],
+        wish,
+        "training images" if swap.folder is None else f"images of {swap.folder}",
+    )
     if unknown:
-        if wish is None or wish.stands_in:
-            report = estimate_statistics(model, batches, progress=False)
-        else:
-            report = estimate(model, origin, wish, out)
-        origin = estimated(origin, model)
-        out.note(f"the running statistics were never updated: estimated on {report.images} {own}")
+        origin = _with_statistics(model, origin, images, out)
     out.step("converting" if swap.wanted else "preparing")
     rules = swap.rules if swap.wanted else [("*", "keep")]
     with with_commands(ctx):
@@ -158,15 +155,42 @@ def converted(
                 out.note(f"{rule['pattern']} matched {plural(rule['layers'], 'layer')}: {rule['target']}")
         record.source = None if origin.source is None else origin.source.to_dict()
     if calibrating:
-        out.step("calibrating")
-        if wish is None:
-            report = calibrate(model, None, batches, progress=False)
-        else:
-            report = run_calibration(model, None, origin, wish, out)
-        if report.layers:
-            note = f"calibrated on {report.stand_ins or f'{report.images} {own}'}"
-            before, after = report.drift_before, report.drift_after
-            if before is not None and after is not None:  # outputs of detectors differ in number, so there is none
-                note += f": relative error of the output {before:.3g}, after {after:.3g}"
-            out.note(note)
+        _calibrate(model, origin, images, out)
     return model
+
+
+@dataclass(frozen=True)
+class Images:
+    """What to calibrate on: batches of those to train on, or what `wish` names. told: whose they are."""
+
+    batches: list[Any]
+    wish: Calibration | None
+    told: str
+
+
+def _with_statistics(model: nn.Module, origin: ResolvedSource, images: Images, out: Output) -> ResolvedSource:
+    """Estimate the running statistics, which were never updated. The origin says so."""
+    from ...calibration.calibrate import estimate_statistics
+
+    if images.wish is None or images.wish.stands_in:
+        report = estimate_statistics(model, images.batches, progress=False)
+    else:
+        report = estimate(model, origin, images.wish, out)
+    out.note(f"the running statistics were never updated: estimated on {report.images} {images.told}")
+    return estimated(origin, model)
+
+
+def _calibrate(model: nn.Module, origin: ResolvedSource, images: Images, out: Output) -> None:
+    from ...calibration.calibrate import calibrate
+
+    out.step("calibrating")
+    if images.wish is None:
+        report = calibrate(model, None, images.batches, progress=False)
+    else:
+        report = run_calibration(model, None, origin, images.wish, out)
+    if report.layers:
+        note = f"calibrated on {report.stand_ins or f'{report.images} {images.told}'}"
+        before, after = report.drift_before, report.drift_after
+        if before is not None and after is not None:  # outputs of detectors differ in number, so there is none
+            note += f": relative error of the output {before:.3g}, after {after:.3g}"
+        out.note(note)

@@ -117,7 +117,8 @@ def calibrate(
         target = output or Path(file).with_name(f"{Path(file).stem}-calibrated.safetensors")
         from ...checkpoint.saving import save
 
-        model, origin, teacher, named = pair.opened(ctx, out, target, overwrite=force)
+        opened = pair.opened(ctx, out, target, overwrite=force)
+        model, origin, teacher, _ = opened
         with naming_the_original(ctx, origin.source, origin.made_with):
             wish = Calibration(data, images, asked, method, batch_size, device, max_bad, seed=seed)
             report = run(model, teacher, origin, wish, out)
@@ -125,13 +126,8 @@ def calibrate(
         save(model, target, overwrite=force)
         ctx.meta[WRITTEN] = target
         out.show(
-            lambda: {
-                "network": origin.to_dict(),
-                "reference": named.to_dict(),
-                "output": str(target),
-                **report.to_dict(),
-            },
-            lambda page: _page(page, report, named, target),
+            lambda: opened.written(target) | report.to_dict(),
+            lambda page: _page(page, report, opened.teacher_origin, target),
         )
 
 

@@ -96,21 +96,15 @@ def distil(
         from ...checkpoint.saving import save
 
         opened = pair.opened(ctx, out, target, overwrite=force or resume)
-        model, origin, _, named = opened
         report = _trained(ctx, opened, _read(ctx, opened, asked, data), state, out)
         out.step(f"writing {target}")
-        save(model, target, overwrite=force or resume)
+        save(opened.model, target, overwrite=force or resume)
         ctx.meta[WRITTEN] = target
         if not report.interrupted:
             state.unlink(missing_ok=True)
         out.show(
-            lambda: {
-                "network": origin.to_dict(),
-                "reference": named.to_dict(),
-                "output": str(target),
-                **report.to_dict(),
-            },
-            lambda page: _page(page, report, named, target),
+            lambda: opened.written(target) | report.to_dict(),
+            lambda page: _page(page, report, opened.teacher_origin, target),
         )
         if report.interrupted:
             raise KeyboardInterrupt
