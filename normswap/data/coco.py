@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from ..errors import DataError, listed, plural
 from .coco_annotations import check_files, check_links, kept_of, tables_of
 from .coco_masks import mask_of, pycocotools_mask
-from .image_folder import Unreadable, decode
+from .decoding import Unreadable, decode
 from .preprocess import Preprocess
 
 _LOOK_AHEAD = 2000  # how many images more are tried once one is unreadable, so as to report them together

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +15,13 @@ from torch import Tensor
 
 from ..arguments import whole
 from ..errors import DataError, Fix, Text, listed, plural
-from .preprocess import Preprocess, canonical, eight_bit
+from .decoding import Unreadable, decode
+from .image_files import check_usable, files_in
+from .preprocess import Preprocess, eight_bit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_SPLITS = frozenset("train training val valid validation dev test testing eval".split())
-_NAMED = 10
 _LOOK_AHEAD = 2000  # how many files more are tried once one is unreadable, so as to report them together
 
 Transform = Callable[["Image"], Tensor]
@@ -159,9 +158,9 @@ def open_images(folder: str | os.PathLike[str], *, limit: int | None = None, see
     if limit is not None:
         whole("the number of images", limit)
     folder = Path(folder)
-    here, below = _listed(folder)
+    here, below = files_in(folder)
     filled = {name: files for name, files in below.items() if files}
-    _refuse_unusable(folder, here, below, filled)
+    check_usable(folder, here, below, filled)
     if here:
         chosen = _spread([0] * len(here), limit, seed)
         return ImageData(folder, tuple(here[i] for i in chosen), found=len(here))
@@ -171,107 +170,6 @@ def open_images(folder: str | os.PathLike[str], *, limit: int | None = None, see
     return ImageData(
         folder, tuple(files[i] for i in chosen), tuple(labels[i] for i in chosen), tuple(filled), found=len(files)
     )
-
-
-def _listed(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
-    """The images in the folder itself, and those anywhere below each of its subfolders."""
-    if not folder.exists():
-        raise DataError(f"there is no folder {folder}", hint="Give a folder of images or of class folders.")
-    if not folder.is_dir():
-        raise DataError(f"{folder} is a file, not a folder", hint=f"Give the folder that holds it: {folder.parent}")
-    try:
-        entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error.strerror or error}") from error
-    here = [Path(e.path) for e in entries if e.is_file() and _is_image(e.name)]
-    classes = [e for e in entries if e.is_dir()]
-    seen = {identity(folder)}
-    real = {identity(e.path) for e in classes} - seen  # walked in their own turn, whatever links lead to them
-    below: dict[str, list[Path]] = {}
-    for entry in classes:
-        if (own := identity(entry.path)) in seen:
-            _refuse_twice(folder, entry.name, below)
-            continue  # a link to the folder itself
-        below[entry.name] = _images_below(Path(entry.path), seen | real - {own})
-        seen |= {own}
-    return here, below
-
-
-def _refuse_twice(folder: Path, name: str, below: dict[str, list[Path]]) -> None:
-    for other in below:
-        if os.path.samefile(folder / other, folder / name):
-            raise DataError(
-                f"{folder} holds {other!r} and {name!r}, which are one and the same folder",
-                hint="One of them is a link; each class needs images of its own.",
-            )
-
-
-def identity(path: str | os.PathLike[str]) -> object:
-    """What is the same for two paths if they lead to one file or folder, through links of either kind."""
-    try:
-        found = os.stat(path)
-    except OSError:  # a link that leads nowhere: told when it is read
-        return os.fspath(path)
-    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)  # 0: a file system without numbers
-
-
-def _images_below(top: Path, seen: Set[object]) -> list[Path]:
-    """The images anywhere below a folder. Each real folder is visited once, by its own path if that is below `top`.
-
-    seen: folders that are left out.
-    """
-    found: dict[str, list[str]] = {}
-    visited, links = set(seen), [str(top)]
-    while links:
-        later: list[str] = []
-        for place in links:
-            for root, folders, names in os.walk(place):
-                if (own := identity(root)) in visited:
-                    folders.clear()
-                    continue
-                visited.add(own)
-                found[root] = names
-                folders[:] = sorted(name for name in folders if not name.startswith("."))
-                later += [path for path in (os.path.join(root, name) for name in folders) if os.path.islink(path)]
-        links = later
-    return [Path(root, name) for root in sorted(found) for name in sorted(found[root]) if _is_image(name)]
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-
-
-def _refuse_unusable(
-    folder: Path, here: list[Path], below: dict[str, list[Path]], filled: dict[str, list[Path]]
-) -> None:
-    splits = [name for name in filled if name.lower() in _SPLITS]
-    if splits and (len(splits) == len(filled) or any(_holds_classes(folder / s, filled[s]) for s in splits)):
-        raise DataError(
-            f"{folder} holds {_quoted(splits)}, which are parts of a data set, not classes",
-            hint="Give one of them: " + " or ".join(str(folder / name) for name in splits),
-        )
-    if here and filled:
-        raise DataError(
-            f"{folder} holds both images ({len(here)}) and folders of images ({_quoted(filled)})",
-            hint="Keep either images alone or one subfolder for each class, and move the rest out.",
-        )
-    if not here and not filled:
-        raise DataError(f"there is no image in {folder}", hint=f"Known are {' '.join(EXTENSIONS)}")
-    if filled and len(filled) < len(below):
-        raise DataError(
-            f"{folder} holds class folders without any image: {_quoted([n for n in below if n not in filled])}",
-            hint="Their place decides the numbers of the other classes; fill them, or move out what is no class.",
-        )
-
-
-def _holds_classes(folder: Path, files: list[Path]) -> bool:
-    return all(file.parent != folder for file in files) and len({f.relative_to(folder).parts[0] for f in files}) > 1
-
-
-def _quoted(names: Sequence[str] | dict[str, Any]) -> str:
-    names = list(names)
-    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(repr(name) for name in names[:_NAMED]) + rest
 
 
 def _spread(labels: Sequence[int], limit: int | None, seed: int) -> list[int]:
@@ -285,31 +183,6 @@ def _spread(labels: Sequence[int], limit: int | None, seed: int) -> list[int]:
     for i in sorted(range(len(labels)), key=key.__getitem__):
         turn[i] = taken[labels[i]] = taken.get(labels[i], 0) + 1
     return sorted(sorted(range(len(labels)), key=lambda i: (turn[i], key[i]))[:limit])
-
-
-class Unreadable(Exception):
-    """A file or sample that is broken in itself, and why; whoever reads many of them names it and counts it."""
-
-    def __init__(self, reason: str, name: str = "") -> None:
-        super().__init__(reason)
-        self.name = name
-
-
-def decode(file: Path) -> Image:
-    """The picture in one of the modes of `canonical`. Raises `Unreadable`, with the reason in a few words."""
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            image.load()
-            return canonical(image)
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, ...
-        raise Unreadable(reason_of(error, file)) from error
-
-
-def reason_of(error: Exception, file: Path) -> str:
-    """Why a file could not be read, in the decoder's words without the file's name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].replace(f" {str(file)!r}", "")
 
 
 def _size(file: Path) -> tuple[int, int] | None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import DataError, listed, plural
-from .image_folder import EXTENSIONS, Unreadable, decode, reason_of
+from .decoding import Unreadable, decode, reason_of
+from .image_files import EXTENSIONS
 from .preprocess import Preprocess
 
 IGNORED = 255

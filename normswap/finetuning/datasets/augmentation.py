@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...arguments import one_of
 from ...choices import AUGMENTS
-from ...data.image_folder import Unreadable, decode
+from ...data.decoding import Unreadable, decode
 from ...data.preprocess import SMALL, Preprocess, canonical, eight_bit
 
 _SHIFT = 1 / 8

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...data.coco import CocoData, Picture, open_coco
-from ...data.image_folder import Unreadable
+from ...data.decoding import Unreadable
 from ...data.synthetic_shapes import Shapes
 from ...errors import DataError, Fix, Text
 from .splits import TRAIN, VALIDATION, Sets, check_apart, held_note, part_of, sized, split

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ...data.batches import is_pair
-from ...data.image_folder import ImageData, Unreadable, decode, open_images
+from ...data.decoding import Unreadable, decode
+from ...data.image_folder import ImageData, open_images
 from ...errors import DataError
 from .augmentation import Plain, settled
 from .collate import check_input

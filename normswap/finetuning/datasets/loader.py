@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ...data.image_folder import Unreadable
+from ...data.decoding import Unreadable
 from ...errors import DataError, Fix, Text, first_line
 from ...training.seeding import mixed_seed
 from .sampler import Key, ResumableBatchSampler, ValidationSampler

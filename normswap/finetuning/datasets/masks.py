@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...arguments import one_of
 from ...choices import AUGMENTS
-from ...data.image_folder import Unreadable
+from ...data.decoding import Unreadable
 from ...data.preprocess import Preprocess
 from ...data.segmentation_masks import IGNORED, MaskData, open_masks
 from ...errors import DataError, OptionError

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...data.image_folder import identity
+from ...data.image_files import identity
 from ...errors import DataError, listed
 
 TRAIN = ("train", "training")

@@ -7,6 +7,11 @@ import torch
 from ...errors import DataError, Fix, NormswapError, Text, TrainingError, first_line
 from ...training.updates import NonFinite
 
+LESS_MEMORY = Text(
+    "Try a smaller ", Fix("batch_size"), " with a larger ", Fix("accumulate"), ", ", Fix("precision", "bf16"),
+    ", or smaller images.",
+)  # fmt: skip
+
 
 def explain(error: BaseException, where: str, device: torch.device, left: str) -> NormswapError | None:
     """The error to raise in place of this one; None for one that says enough, or that is a fault of ours.
@@ -23,15 +28,7 @@ def explain(error: BaseException, where: str, device: torch.device, left: str) -
     if is_memory(error):
         return TrainingError(
             f"{where} does not fit into the memory of {device}; {left}",
-            hint=Text(
-                "Try a smaller ",
-                Fix("batch_size"),
-                " with a larger ",
-                Fix("accumulate"),
-                ", ",
-                Fix("precision", "bf16"),
-                ", or smaller images.",
-            ),
+            hint=LESS_MEMORY,
         )
     if is_compiling(error):
         return TrainingError(
