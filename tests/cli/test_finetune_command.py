@@ -7,14 +7,17 @@ import struct
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
 from ran import Cli, Ran
+from torch import nn
 
 import normswap
+from normswap.cli import main
 
 TINY = ("finetune", "nets.py:tiny", "--weights", "none", "--trust-code", "--data", "photos", "--device", "cpu")
 SHORT = ("--steps", "3", "--calibrate-images", "4")
@@ -246,21 +249,44 @@ def test_unreadable_images_are_named(cli: Cli) -> None:
 
 @pytest.mark.usefixtures("images")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_command_saves_and_goes_on(folder: Path, number: int, code: int) -> None:
-    call = [sys.executable, "-m", "normswap", *TINY, "--epochs", "500", "--to", "gn", "--groups", "4", "-o", "run"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(call, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    metrics = folder / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
-        time.sleep(0.02)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    assert "--resume" in out + err
-    assert (folder / "run" / "state.pt").is_file()
-    step = json.loads(metrics.read_text().splitlines()[-1])["step"]
-    assert 0 < step < 2000
+def test_a_stopped_command_saves_and_goes_on(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    call = [*TINY, "--epochs", "3", "--to", "gn", "--groups", "4", "--output", "run"]
+    monkeypatch.setattr(sys, "argv", ["normswap", *call])
+    with signalled(number, at=6), pytest.raises(SystemExit) as end:
+        main()
+    printed = "".join(capsys.readouterr())
+    assert end.value.code == code, printed
+    assert "--resume" in printed
+    assert torch.load("run/state.pt", weights_only=True)["step"] == 6
+    resumed = cli(*call, "--resume", "--json")
+    assert resumed.code == 0, resumed.err
+    assert (resumed.json["resumed_at"], resumed.json["steps"]) == (6, 12)
+
+
+@contextmanager
+def signalled(number: int, *, at: int) -> Iterator[None]:
+    """This process gets a signal in the n-th step of training; afterwards it handles signals as before."""
+    steps: list[nn.Module] = []
+
+    def count(module: nn.Module, *_: object) -> None:
+        if module.training and isinstance(module, nn.Linear):
+            steps.append(module)
+            if len(steps) == at:
+                signal.raise_signal(number)
+
+    before = {
+        each: signal.getsignal(each)
+        for each in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+    }
+    hook = nn.modules.module.register_module_forward_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @pytest.mark.slow
