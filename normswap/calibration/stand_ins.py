@@ -18,17 +18,20 @@ from ..choices import STAND_INS
 from ..data.photographs import crops
 from ..data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from ..errors import DataError, Fix, OptionError, Text
-from ..inspection.example_inputs import as_inputs, guess_inputs
+from ..inspection.example_inputs import as_inputs, guess_inputs, runs
 from ..modules.tree import device_and_dtype
 from .fit import MADE, ODD, Fit, fit, remembering, statistics_loss
 
-COUNTS = {"photos": 256, "synthetic": 64}
+COUNTS = {"photos": 256, "synthetic": 128}
+_SIZES = (32, 64, 128)  # tried where the network's own is not known
+_ENOUGH_PIXELS = 128  # a side of what is made: 64 of these kept more than 32 of 224 pixels, in less time
+_FROM, _FARTHER = 160, 0.05  # sides reduced to that, unless the fit suffers by more
+_LARGE, _LARGE_COUNT = 96 * 96, 64  # images with many positions, of which fewer do
 _AT_ONCE = 32  # images, so that memory stays bounded
-_TRIED = 26  # crops that decide on the range of values
-_STEPS, _RATE = 150, 0.1  # of Adam at most; its rate in standard deviations of the start
-_LARGE, _LARGE_STEPS = 128 * 128, 20
+_TRIED = 26  # crops that decide on the range of values; half of them, one of each photograph, on the size
+_STEPS, _LARGE_STEPS = 150, 20  # of Adam, at most
+_RATE = 0.03  # its rate in standard deviations of the start; with 0.1 a deep network's loss rose before it fell
 _ENOUGH = 0.01  # a loss below which more steps gained nothing
-_WIDE_COUNT = 128  # photographs, where inputs are large
 _CLEARLY = 0.95
 
 
@@ -103,8 +106,9 @@ def stand_ins(
 
     kind: "photos" or "synthetic". example_inputs: what its forward takes; only shape, mean and deviation matter.
     remembered: the record's `inputs`, used where nothing is given. Without either, shapes are tried. scaling: of pixel
-    values; None takes the one among the usual whose inputs come closest to the running statistics. images: how many;
-    by default 256 photographs (128 large ones) or 64 synthetic inputs.
+    values; None takes the one among the usual whose inputs come closest to the running statistics. Where the size is a
+    guess, they choose it too. images: how many; by default 256 photographs or 128 synthetic inputs, of large ones 64
+    (synthetic ones from 160 pixels a side are made 128, where that fits as well).
 
     Raises OptionError for an unknown kind, DataError where no input is known, inputs are neither images nor (for
     "synthetic") a tensor of numbers, or nothing fits.
@@ -115,25 +119,34 @@ def stand_ins(
     if not remembering(model):
         raise DataError("the network has no running statistics that stand-ins could be measured by")
     said = remembered or {}
+    known = example_inputs is not None or said.get("shape") is not None
     example = _example(model, example_inputs, said.get("shape"))
     if scaling is None and said.get("mean"):
         scaling = Scaling.from_dict(said)
     shape = tuple(example.shape[1:])
     if len(shape) == 3 and shape[0] in (1, 3):
         scaling = scaling or choose(model, shape, seed)
+        if not known:
+            shape = _fitting(model, shape, scaling, seed)
+        elif kind == "synthetic" and min(shape[1:]) >= _FROM:
+            shape = _reduced(model, shape, scaling, seed)
     elif kind == "photos":
         raise DataError(
             f"the network takes inputs of shape {shape}, which are no images",
             hint=Text(Fix("data", "synthetic"), " makes such inputs."),
         )
-    large = shape[-1] * shape[-2] >= _LARGE if scaling else False
-    count = images or (_WIDE_COUNT if large and kind == "photos" else COUNTS[kind])
+    large = scaling is not None and shape[-1] * shape[-2] >= _LARGE
+    count = images or (_LARGE_COUNT if large else COUNTS[kind])
     start = scaling(crops(count, shape[1:], shape[0], seed)) if scaling else _noise(count, example, seed)
     made = list(start.split(_AT_ONCE))
-    if kind == "synthetic":
-        made = optimised(model, made, _LARGE_STEPS if large else _STEPS)
     found = fit(model, [(made[0],)])  # the others are of the same kind
-    if found is None or found.distance > (ODD if kind == "photos" else MADE):
+    limit = ODD
+    if kind == "synthetic":
+        # Inputs that started far from the training's and did not arrive there are a stranger's in its clothes.
+        limit = ODD if scaling and found is not None and found.distance <= ODD else MADE
+        made = optimised(model, made, _LARGE_STEPS if large else _STEPS)
+        found = fit(model, [(made[0],)])
+    if found is None or found.distance > limit:
         raise DataError(f"no {kind} fit this network: {found}", hint=_hint(kind))
     return StandIns(kind, made, found, shape, scaling)
 
@@ -160,6 +173,30 @@ def _example(model: nn.Module, given: Any, shape: Sequence[int] | None) -> Tenso
             hint="Give data of your own.",
         )
     return x.detach().float().cpu()
+
+
+def _distance(model: nn.Module, shape: tuple[int, ...], scaling: Scaling, seed: int) -> float:
+    """Of a few crops of that shape, `(C, H, W)`; infinite where the network does not take them."""
+    x = scaling(crops(_TRIED // 2, shape[1:], shape[0], seed))
+    found = fit(model, [(x,)]) if runs(model, (x[:1].to(*device_and_dtype(model)),)) else None
+    return float("inf") if found is None else found.distance
+
+
+def _fitting(model: nn.Module, guess: tuple[int, ...], scaling: Scaling, seed: int) -> tuple[int, ...]:
+    """The shape whose crops fit best, where no size is known: borders, and what fills a layer's view, show it."""
+    shapes = [guess, *((guess[0], side, side) for side in _SIZES if (side, side) != guess[1:])]
+    return min(shapes, key=lambda shape: _distance(model, shape, scaling, seed))
+
+
+def _reduced(model: nn.Module, shape: tuple[int, ...], scaling: Scaling, seed: int) -> tuple[int, ...]:
+    """A smaller shape, where crops of it fit as well: more inputs can be made in the same time."""
+    short = min(shape[1:])
+    smaller = (shape[0], *(round(side * _ENOUGH_PIXELS / short / 32) * 32 for side in shape[1:]))
+    return (
+        smaller
+        if _distance(model, smaller, scaling, seed) <= _distance(model, shape, scaling, seed) + _FARTHER
+        else shape
+    )
 
 
 def choose(model: nn.Module, shape: tuple[int, ...], seed: int = 0) -> Scaling:
