@@ -50,7 +50,7 @@ def calibrate(
     *,
     images: int | None = None,
     batch_size: int = 64,
-    method: Method = "balance",
+    method: Method = "refit",
     eps: float | None = None,
     preprocess: Callable[[Any], Tensor] | None = None,
     max_bad: int = MAX_BAD,
@@ -67,16 +67,16 @@ def calibrate(
     weighing alike (Wu and Johnson 2021, "precise BN"); their gamma and beta are set only where the conversion could
     not carry them over. frozen and fused need nothing.
 
-    method: "moments" does this and nothing else. "balance" (default) first chooses which channels share a group, where
-    their order inside a block is free (`revert` undoes it too), and re-scales those that enter a group norm by
-    factors between 1/2 and 2 and by -1, in the layer before it, so that the group's mean and variance differ less from
-    sample to sample; gamma is divided by the same factors, which a BN would not notice. It also raises the `eps` of
-    norms that compute per-sample statistics to 1, where the conversion was given none: on standardised channels that
-    halves how far a sample's own variance is followed (see `eps` of `convert`).
-    "refit" balances, and then fits each layer in front of a norm anew, by ridge regression of the values that the
-    original has there on the inputs of the converted network. It comes closer wherever it was measured, much closer in
-    deep networks and with small groups, at three to five times the cost and twice the memory; `revert` stays exact,
-    for a copy of the weights. Layers other than plain convolutions (1d, 2d) and linear layers are left.
+    method: "moments" does this and nothing else. "balance" first chooses which channels share a group, where their
+    order inside a block is free (`revert` undoes it too), and re-scales those that enter a group norm by factors
+    between 1/2 and 2 and by -1, in the layer before it, so that the group's mean and variance differ less from sample
+    to sample; gamma is divided by the same factors, which a BN would not notice. It also raises the `eps` of norms that
+    compute per-sample statistics to 4, where the conversion was given none: on standardised channels they then follow
+    a fifth of a sample's own variance (see `eps` of `convert`).
+    "refit" (default) balances, and then fits each layer in front of a norm anew, by ridge regression of the values that
+    the original has there on the inputs of the converted network. It comes closer nearly wherever it was measured, much
+    closer in deep networks and with small groups, at three to five times the cost and twice the memory; `revert` stays
+    exact, for a copy of the weights. Layers other than plain convolutions (1d, 2d) and linear layers are left.
     eps: another value for it, with any method; 0 leaves it as it is.
 
     model: from `convert` or `load`. reference: the original network; by default it is rebuilt from what the
@@ -218,7 +218,12 @@ def _run(
     for result in results:  # leaving `_quiet` has put buffers and attributes back
         result.write()
     count = sum(map(images_in, batches[:used]))
-    notes = [] if count == asked else [f"{count} of {asked} images used: more do not fit in memory at a time"]
+    notes: list[str] = []
+    if count < asked:
+        less = Text("; ", Fix("method", "balance"), " takes less") if preparation.method == "refit" else ""
+        notes.append(Text(f"{count} of {asked} images used: more do not fit in memory at a time", less))
+    if preparation.method == "refit" and preparation.balanced and not preparation.undoable:
+        notes.append("the conversion kept nothing to undo it with, so no layer was fitted anew")
     found = comparison.summary()
     if preparation.method == "balance" and preparation.balanced and (found.get("drift_after") or 0) > FAR:
         notes.append(Text("the outputs are still far from the original's; ", Fix("method", "refit"), " comes closer"))

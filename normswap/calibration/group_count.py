@@ -23,11 +23,12 @@ from ..modules.tree import module_at
 from ..norms._wrappers import per_channel
 from ..norms.group import divisors
 from ..norms.registry import norm_named
-from ..planning.plan import SOFT, Plan, Step
+from ..planning.plan import Plan, Step
 from .balance import Spread, signs, sizes
 from .matching import forward
 from .moments import Args, moments_of, rows_of
 from .norm_targets import first_input, repair, state_of
+from .prepare import EPS
 from .stand_ins import stand_ins
 
 BUDGET = 0.01
@@ -66,7 +67,7 @@ def choose_groups(
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
         stack.enter_context(evaluating(model))
-        trial = _Trial(model, args, steps)
+        trial = _Trial(model, args, steps, soft=plan.meta.get("eps") == "auto")
         chosen = {path: _most(trial, step, budget) for path, step in steps.items()}
     new = tuple(_with_groups(step, chosen[step.path]) if step.path in chosen else step for step in plan.steps)
     return dataclasses.replace(plan, steps=new)
@@ -96,10 +97,10 @@ def _most(trial: _Trial, step: Step, budget: float) -> int:
 
 
 class _Trial:
-    """Runs the network with one of its norms as a group norm."""
+    """Runs the network with one of its norms as a group norm. soft: whether calibration will choose their eps."""
 
-    def __init__(self, model: nn.Module, args: Args, steps: dict[str, Step]) -> None:
-        self.model, self.args = model, args
+    def __init__(self, model: nn.Module, args: Args, steps: dict[str, Step], *, soft: bool) -> None:
+        self.model, self.args, self.soft = model, args, soft
         self.spreads = {path: Spread(step.unit) for path, step in steps.items()}
         with ExitStack() as stack:
             for path in steps:
@@ -131,7 +132,7 @@ class _Trial:
         """The norm is given what makes its output that of a group norm, so that what is fused into it stays."""
         norm = module_at(self.model, step.path)
         state = state_of(norm)
-        eps = SOFT if step.options.eps is None else step.options.eps
+        eps = EPS if step.options.eps is None or self.soft else step.options.eps
         means, squares = self.spreads[step.path].centred()
         gamma = torch.ones_like(means[0]) if state.weight is None else state.weight.detach().to(means)
         sign = signs(means, groups)

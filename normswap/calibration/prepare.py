@@ -20,7 +20,7 @@ from ..data.batches import placed
 from ..errors import Fix, OptionError, Text
 from ..modules.tree import device_and_dtype, module_at
 from ..norms.registry import norm_named as norm_type
-from ..planning.plan import SOFT, Step, Transfer
+from ..planning.plan import Step, Transfer
 from .balance import can_balance, factors, rescale
 from .grouping import regrouped
 from .matching import Original
@@ -28,6 +28,10 @@ from .moments import Args
 from .norm_targets import Target, state_of
 from .permuting import Chain, chains_of, orders_of, permute
 from .refit import Refit, refits_of
+
+EPS = 4.0
+"""Of norms that were given none: what is left of a sample's own variance then is a fifth. It kept more than 1 on every
+network that was tried, after training at batch 2 too."""
 
 
 class Preparation:
@@ -55,15 +59,25 @@ class Preparation:
         self.example: Args = ()
         self.orders: dict[str, Order] = {} if self.undo is None else {order.path: order for order in self.undo.orders}
         balancing = method != "moments"
-        self.eps = eps or (SOFT if balancing and eps is None else None)
+        free = record is not None and record.plan.meta.get("eps") == "auto"
+        self.eps = eps or (EPS if balancing and eps is None else None)
         for target in self.targets:
             step = self.steps.get(target.path)
             if step is None or not step.transfer.standardizes or not norm_type(step.target).per_sample:
                 continue
             if balancing and not balanced_before and self._is_original(target) and can_balance(target, step):
                 self.balanced[target.path] = step
-            if self.eps is not None and (eps is not None or step.options.eps is None) and hasattr(target.norm, "eps"):
+            if (
+                self.eps is not None
+                and (eps is not None or free or step.options.eps is None)
+                and hasattr(target.norm, "eps")
+            ):
                 self.softened[target.path] = step
+
+    @property
+    def undoable(self) -> bool:
+        """Whether the conversion can be undone, so that layers can be compared with the original's."""
+        return self.undo is not None and self.undo.complete
 
     def _is_original(self, target: Target) -> bool:
         return target.original is not None and state_of(target.original).has_statistics

@@ -104,7 +104,8 @@ class Kept:
 class Plan:
     """Steps in traversal order, and what is kept. `transfer` is what was asked; each step says what it gets.
 
-    meta: JSON values; under "rules", the pattern and target of each rule and how many layers it was the first to match.
+    meta: JSON values; under "rules", the pattern and target of each rule and how many layers it was the first to match;
+        under "eps", "auto" where it was not the caller who chose it, so that `calibrate` may choose another.
     """
 
     steps: tuple[Step, ...]

@@ -124,7 +124,8 @@ class _Planner:
             raise PlanError("no layer to convert", [f"{_name(x.path)}: {x.spec.name}" for x in self.inventory.layers])
         used = Counter(chosen.values())
         matched = [{"pattern": r.pattern, "target": r.target, "layers": used[r]} for r in self.options.ordered]
-        return Plan(tuple(steps), tuple(kept), self.options.transfer, {"rules": matched})
+        meta = {"rules": matched, **({"eps": "auto"} if self.options.soft else {})}
+        return Plan(tuple(steps), tuple(kept), self.options.transfer, meta)
 
     def _step(self, layer: Layer, target: NormSpec) -> Step:
         state, feed = layer.state, layer.feed

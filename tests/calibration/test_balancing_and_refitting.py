@@ -79,7 +79,7 @@ def test_sizes_bring_a_group_norm_closer_to_batch_norm() -> None:
 
 
 def test_eps_is_raised_only_where_the_conversion_was_given_none(net: nn.Module) -> None:
-    for given, asked, expected in ((None, None, 1.0), (0.1, None, 0.1), (0.1, 2.0, 2.0), (None, 0, 1e-5)):
+    for given, asked, expected in ((None, None, 4.0), (0.1, None, 0.1), (0.1, 2.0, 2.0), (None, 0, 1e-5)):
         model = normswap.convert(net, to="gn", groups=2, eps=given)
         calibrate(model, net, images(), eps=asked)
         assert model.stem[1].eps == expected
@@ -95,11 +95,11 @@ def test_a_balanced_network_is_saved_loaded_and_reverted(net: nn.Module, tmp_pat
         net.stem[0].register_parameter("bias", None)
     before = contents(net)
     model = normswap.convert(net, to="gn", groups=1)
-    calibrate(model, net, images())
+    calibrate(model, net, images(), method="balance")
     assert (model.stem[1].weight < 0).any()  # some channel was negated
     normswap.save(model, tmp_path / "model.safetensors")
     loaded = normswap.load(tmp_path / "model.safetensors", model=Net())
-    assert loaded.stem[1].eps == 1.0
+    assert loaded.stem[1].eps == 4.0
     assert torch.equal(run(loaded, images()), run(model, images()))
     for each in (model, loaded):
         normswap.revert(each)
@@ -199,8 +199,8 @@ def test_layers_that_cannot_be_refitted_are_left(net: nn.Module) -> None:
     net.stem[0] = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")
     net = trained(randomized(net), images(40))
     balanced, refitted = (normswap.convert(net, to="gn", groups=2) for _ in range(2))
-    calibrate(balanced, net, images())
-    calibrate(refitted, net, images(), method="refit")
+    calibrate(balanced, net, images(), method="balance")
+    calibrate(refitted, net, images())
     assert torch.equal(balanced.stem[0].weight, refitted.stem[0].weight)
     assert not torch.equal(balanced.body[0].conv1.weight, refitted.body[0].conv1.weight)
     assert_same_moments(refitted, net, [images()])

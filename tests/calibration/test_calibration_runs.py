@@ -52,11 +52,11 @@ def test_no_more_images_are_used_than_memory_holds(net: nn.Module, monkeypatch: 
     with torch.no_grad():
         plain = peak(lambda: net(images(1)))
     monkeypatch.setattr("normswap.calibration.calibrate.free_memory", lambda model: 2 * 9.5 * plain)
-    report = calibrate(model, net, images(30), batch_size=15)
+    report = calibrate(model, net, images(30), batch_size=15, method="balance")
     assert 5 <= report.images <= 10
     assert f"{report.images} of 30 images" in str(report)
     monkeypatch.undo()
-    calibrate(expected, net, images(30)[: report.images])
+    calibrate(expected, net, images(30)[: report.images], method="balance")
     assert_close(model, expected)
 
 
@@ -308,9 +308,9 @@ def test_wrong_options_are_named(net: nn.Module) -> None:
 
 def test_calibrating_again_changes_nothing_more(net: nn.Module) -> None:
     model = normswap.convert(net, to="gn", groups=2)
-    calibrate(model, net, images())
+    calibrate(model, net, images(), method="balance")
     before = tensors(model)
-    report = calibrate(model, net, images())
+    report = calibrate(model, net, images(), method="balance")
     assert report.error_before < 1e-5
     for name, value in tensors(model).items():
         torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-5)

@@ -44,7 +44,7 @@ def files(folder: Path) -> list[str]:
 
 
 def test_the_file_holds_the_network_that_the_formulas_give(cli: Cli, nets: Any, folder: Path) -> None:
-    ran = cli("convert", "nets.py:tiny", "--to", "gn", "--groups", 4)
+    ran = cli("convert", "nets.py:tiny", "--to", "gn", "--groups", 4, "--eps", "1e-5")
     assert ran.code == 0, ran.err
     assert files(folder) == ["tiny-gn.safetensors"]
     torch.testing.assert_close(outputs(loaded("tiny-gn.safetensors")), outputs(by_hand(nets.tiny(), 4)))
@@ -55,7 +55,7 @@ def test_what_changed_is_shown(cli: Cli) -> None:
     rows = {line.split()[0]: line for line in ran.out.splitlines() if line.startswith(("norm", "after"))}
     assert rows["norm"].endswith("folded")
     assert rows["after"].endswith("prescaled")
-    assert "BatchNorm2d  gn (2 groups)" in rows["norm"]
+    assert "BatchNorm2d  gn (2 groups, eps 1)" in rows["norm"]
     assert "2 layers: 2 bn to gn" in ran.out
     assert "1 because its input is a sum" in ran.out
     assert "Self-check: passed, relative error" in ran.out
@@ -72,7 +72,7 @@ def test_the_command_it_names_next_works(cli: Cli) -> None:
 
 def test_json_holds_the_plan_and_the_self_check(cli: Cli, nets: Any, folder: Path) -> None:
     ran = cli("convert", "nets.py:tiny", "--to", "gn", "--groups", 2, "--json")
-    plan = normswap.plan(nets.tiny(), to="gn", groups=2)
+    plan = normswap.plan(nets.tiny(), to="gn", groups=2, eps="auto")
     assert normswap.Plan.from_dict(ran.json["plan"]) == plan
     assert ran.json["self_check"]["passed"] is True
     assert ran.json["output"] == "tiny-gn.safetensors"
@@ -170,10 +170,8 @@ def test_the_self_check_runs_on_the_input_given_or_not_at_all(cli: Cli, folder: 
 
 def test_weights_builder_arguments_and_seed_are_used(cli: Cli, nets: Any) -> None:
     torch.save({"state_dict": {f"module.{k}": v for k, v in nets.tiny(16, seed=9).state_dict().items()}}, "mine.pth")
-    assert (
-        cli("convert", "nets.py:tiny", "--arg", "width=16", "--weights", "mine.pth", "--to", "gn", "--groups", 4).code
-        == 0
-    )
+    mine = ("convert", "nets.py:tiny", "--arg", "width=16", "--weights", "mine.pth")
+    assert cli(*mine, "--to", "gn", "--groups", 4, "--eps", "1e-5").code == 0
     torch.testing.assert_close(outputs(loaded("tiny-gn.safetensors")), outputs(by_hand(nets.tiny(16, seed=9), 4)))
     common = ["convert", "nets.py:fresh", "--to", "ln"]
     for seed, name in ((1, "a"), (1, "b"), (2, "c")):

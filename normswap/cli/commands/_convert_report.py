@@ -12,6 +12,7 @@ from ...display.overview import CARRIED, kept_table, steps_table
 from ...modules.path_ranges import local_names
 from ..arguments.networks import ResolvedSource
 from ..terminal.suggestions import building
+from ._calibration_trial import Trial
 from .calibrate import figures
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class Result:
     """What a conversion came to.
 
     plan: what was carried out or, if `undone`, taken back; approximate: as far as that goes for a trained network.
-    check: None before it has run, and where there is nothing to check. calibration: None where it was not asked for.
+    check: None before it has run, and where there is nothing to check. calibration: None where it was not asked for;
+    trial: what it would have gained then, None where it would have nothing to do.
     target: where the result goes; written: whether it is there. undo: whether it holds what undoes the conversion.
     """
 
@@ -49,6 +51,7 @@ class Result:
     undone: bool = False
     approximate: bool = False
     calibration: CalibrationReport | None = None
+    trial: Trial | None = None
     undo: bool = True
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,6 +65,7 @@ class Result:
             "approximate": self.approximate,
             "self_check": None if self.check is None else asdict(self.check) | {"passed": self.check.passed},
             "calibration": None if self.calibration is None else self.calibration.to_dict(),
+            "trial": None if self.trial is None else asdict(self.trial),
             "plan": self.plan.to_dict(),
         }
 
@@ -84,7 +88,20 @@ def show(page: Page, result: Result) -> None:
     if result.calibration is not None:
         page.facts(*figures(result.calibration), indent=0)
         page.skipped(result.calibration.bad)
+    if result.trial is not None:
+        _trial(page, result.trial)
     _file(page, result)
+
+
+def _trial(page: Page, trial: Trial) -> None:
+    """What calibration would gain; the command comes with the others."""
+    if trial.drift is not None and trial.calibrated is not None:
+        page.line(
+            ("Output: ", "strong"),
+            (f"{trial.drift:.2g}", "bad" if trial.drift > trial.calibrated else ""),
+            f" off the original's, relatively, on {trial.images} photographs; calibrated on them ",
+            (f"{trial.calibrated:.2g}", "good"),
+        )
 
 
 def _steps(page: Page, plan: Plan) -> None:
@@ -156,12 +173,23 @@ def _file(page: Page, result: Result) -> None:
         page.line(("Next: ", "strong"), how)
     else:
         page.line(("Next: ", "strong"), _verifying(result), ("   (--data FOLDER: on your images)", "dim"))
+        if result.trial is not None:
+            known = "" if result.trial.drift is None else "; photos or synthetic: without any"
+            page.line(f"      {_calibrating(result)}", (f"   (unlabelled images of your own{known})", "dim"))
+
+
+def _calibrating(result: Result) -> str:
+    return " ".join(["normswap calibrate", _quoted(result.target), "--data FOLDER", *_trust(result)])
+
+
+def _trust(result: Result) -> list[str]:
+    return ["--trust-code"] if result.origin.source is not None and result.origin.source.runs_code else []
 
 
 def _verifying(result: Result) -> str:
     """The command that compares the result with the original, which is named where the file cannot restore it."""
     source, weights = result.origin.source, result.origin.made_with
-    trust = ["--trust-code"] if source is not None and source.runs_code else []
+    trust = _trust(result)
     if result.undo or source is None or (weights is not None and weights.random and weights.given is None):
         return " ".join(["normswap verify", _quoted(result.target), *trust])
     original, *options = building(source, weights)

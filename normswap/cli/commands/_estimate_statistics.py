@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 def mend_statistics(
     model: nn.Module, made: Plan, origin: ResolvedSource, wish: Calibration | None, out: Output, *, dry_run: bool
-) -> ResolvedSource:
+) -> tuple[ResolvedSource, bool]:
     """Statistics that were never updated say nothing: estimate them where there are images, else say what to do.
 
     What stands in for images is made by them, and is no help.
-    Returns where the network comes from now.
+    Returns where the network comes from now, and whether they were estimated.
     """
     from ...conversion.preconditions import affine_moved, never_updated
     from ...norms.registry import norm_named, states_in
@@ -31,14 +31,14 @@ def mend_statistics(
     keeps = any(norm_named(step.target).fixed for step in made.steps)
     built = not any(p.is_meta for p in model.parameters())
     if not (built and (standardises or keeps) and (count := never_updated(states_in(model)))):
-        return origin
+        return origin, False
     if wish is not None and not wish.stands_in:
         if not dry_run:
             out.step("estimating running statistics")
             report = estimate(model, origin, wish, out)
             out.note(f"the running statistics of {origin} were never updated: estimated on {report.images} images")
-            return estimated(origin, model)
-        return origin
+            return estimated(origin, model), True
+        return origin, False
     text = f"the running statistics of {origin} were never updated: mean 0, variance 1 in all of its {count} norms"
     if wish is not None:
         text += f"; --calibrate {wish.data} is measured by these statistics, and cannot take their place"
@@ -51,7 +51,7 @@ def mend_statistics(
         raise NetworkError(text, hint=ways)
     if named or affine_moved(states_in(model)):
         out.note(f"{text}. {ways if standardises else ways.partition('. ')[0] + '.'}")
-    return origin
+    return origin, False
 
 
 def estimated(origin: ResolvedSource, model: nn.Module) -> ResolvedSource:

@@ -45,7 +45,7 @@ class Calibration:
     data: str
     images: int | None
     asked: PreprocessOverrides
-    method: str = "balance"
+    method: str = "refit"
     batch_size: int = 32
     device: str = "auto"
     max_bad: int = 10
@@ -72,12 +72,12 @@ def calibrate(
     images: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Use at most so many of the images.", show_default="256, or 64 synthetic ones"
+            min=1, metavar="N", help="Use at most so many of the images.", show_default="256, or 64 to 256 stand-ins"
         ),
     ] = None,
     batch_size: options.BatchSize = 32,
     reference: options.Reference = None,
-    method: options.Method = "balance",
+    method: options.Method = "refit",
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +24,7 @@ from ..arguments.preprocessing import PreprocessOverrides
 from ..terminal.errors import WRITTEN
 from ..terminal.output import Output, reporting
 from ..terminal.suggestions import building, command, with_commands
+from ._calibration_trial import tried
 from ._convert_report import Result, show
 from ._estimate_statistics import mend_statistics
 from .calibrate import BUDGET, Calibration, with_groups
@@ -40,7 +41,10 @@ _PICKLES = (".pth", ".pt", ".th", ".ckpt", ".pkl", ".bin")
 
 @dataclass(frozen=True)
 class Job:
-    """What was asked of the conversion itself. planning: arguments of `normswap.plan`."""
+    """What was asked of the conversion itself. planning: arguments of `normswap.plan`.
+
+    trial: whether to try what calibration would gain, where none is asked for.
+    """
 
     to: str | None
     rules: list[tuple[str, str]]
@@ -53,6 +57,7 @@ class Job:
     output: Path | None
     force: bool
     calibration: Calibration | None
+    trial: bool = True
 
 
 def convert(
@@ -78,8 +83,9 @@ def convert(
         str | None,
         typer.Option(
             metavar="VALUE|auto",
-            help="eps of the new norms; fold scales γ by √(1 + eps). auto takes 1 where the input is standardised.",
-            show_default="1e-5",
+            help="eps of the new norms; fold scales γ by √(1 + eps). auto takes 1 where the input is standardised, and "
+            "leaves it to --calibrate.",
+            show_default="auto",
         ),
     ] = None,
     zero_init_residual: Annotated[
@@ -104,7 +110,7 @@ def convert(
     input_shape: options.Input = None,
     calibrate: options.Calibrate = None,
     calibrate_images: options.CalibrateImages = None,
-    method: options.Method = "balance",
+    method: options.Method = "refit",
     budget: Annotated[
         float | None,
         typer.Option(
@@ -154,13 +160,13 @@ def convert(
         "channels_per_group": channels_per_group,
         "indivisible": indivisible,
         "transfer": transfer,
-        "eps": options.eps(ctx, eps),
+        "eps": options.eps(ctx, eps) or "auto",
         "sources": sources or None,
         "zero_init_residual": zero_init_residual,
         "missing_statistics": "error" if place is None or options.stands_in(place) else "later",
     }
     asked = PreprocessOverrides.of(ctx)
-    if place is None and (calibrate_images is not None or method != "balance" or budget is not None or asked.given()):
+    if place is None and (calibrate_images is not None or method != "refit" or budget is not None or asked.given()):
         raise options.usage(ctx, "--calibrate-images, --method, --budget, --size, --mean and --std go with --calibrate")
     if budget is not None and (groups not in (None, "auto") or channels_per_group is not None):
         raise options.usage(ctx, "--budget chooses the number of groups; it goes with --groups auto")
@@ -189,6 +195,7 @@ def convert(
         output=output,
         force=force,
         calibration=wish,
+        trial=calibrate is None,
     )
     _check_combination(ctx, job)
     wanted = SourceRequest.of(ctx, source)
@@ -209,7 +216,12 @@ def _check_combination(ctx: typer.Context, job: Job) -> None:
         if job.approximate:
             raise options.usage(ctx, "--approximate goes with --to original")
         return
-    usual = {"indivisible": "error", "transfer": "fold", "missing_statistics": job.planning["missing_statistics"]}
+    usual = {
+        "indivisible": "error",
+        "transfer": "fold",
+        "eps": "auto",
+        "missing_statistics": job.planning["missing_statistics"],
+    }
     given = [name for name, value in job.planning.items() if value not in (None, False, usual.get(name))]
     flags = ["--" + {"sources": "from"}.get(name, name.replace("_", "-")) for name in given]
     flags += ["--rule"] if job.rules else []
@@ -227,31 +239,39 @@ def _convert(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output) -
         model = original_of(model, origin, _ways_on(origin))
     out.step("planning")
     from ...conversion.convert import convert as convert_model
-    from ...modules.tree import copied
+    from ...conversion.undo_record import Undo
     from ...planning.planner import plan
 
     inputs = example_inputs(model, job.shapes)
     with with_commands(ctx):
         made = plan(model, job.to, rules=job.rules, example_inputs=inputs, **job.planning)
-    origin = mend_statistics(model, made, origin, job.calibration, out, dry_run=job.dry_run)
+    origin, estimated = mend_statistics(model, made, origin, job.calibration, out, dry_run=job.dry_run)
     if job.dry_run:
         return Result(origin, made, target, written=False)
     if (wish := job.calibration) is not None and wish.budget is not None:
         made = with_groups(model, made, origin, wish, out)
     out.step("converting and checking" if job.check else "converting")
-    reference = copied(model) if job.calibration and not job.undo else None
-    model = convert_model(model, using=made, example_inputs=inputs, inplace=True, check=job.check, undo=job.undo)
+    undo = job.undo or wish is not None  # calibrating needs to know the original
+    model = convert_model(model, using=made, example_inputs=inputs, inplace=True, check=job.check, undo=undo)
     record = _record(model)
-    report = None
+    report = trial = None
     if wish is not None:
-        report = run_calibration(model, reference, origin, wish, out)
+        report = run_calibration(model, None, origin, wish, out)
+        if not job.undo:
+            record.undo = Undo(complete=False)
+        if estimated:  # of course they fit the statistics that they have just given
+            report = replace(report, distance=None)
+    elif job.trial:
+        trial = tried(model, origin, out)
     record.source = None if origin.source is None else origin.source.to_dict()
     from ...checkpoint.saving import save
 
     out.step(f"writing {target}")
     save(model, target, overwrite=job.force)
     ctx.meta[WRITTEN] = target
-    return Result(origin, made, target, written=True, check=record.check, calibration=report, undo=record.undo.complete)
+    return Result(
+        origin, made, target, True, check=record.check, calibration=report, trial=trial, undo=record.undo.complete
+    )
 
 
 def _revert(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output) -> Result:

@@ -91,7 +91,7 @@ def finetune(
             min=1,
             metavar="N",
             help="Calibrate on at most so many images.",
-            show_default="256, or 32 with boxes or masks, or 64 synthetic ones",
+            show_default="256, 32 with boxes or masks, 64 to 256 stand-ins",
         ),
     ] = None,
     lr: Annotated[
