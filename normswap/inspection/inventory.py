@@ -27,7 +27,7 @@ from ..tracing.symbolic import trace
 from .example_inputs import as_inputs, inputs_for
 from .norm_shapes import positions_by_guess, vectors_only
 from .roles import roles_of
-from .suspects import IN_CODE, Suspect, functional_batch_norm, suspicion
+from .suspects import IN_CODE, SCRIPTED, Suspect, functional_batch_norm, suspicion
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,9 @@ def _feeds(
     feeds = analyse(known, regions, {*held, *traced.doubtful})
     feeds |= _without_vectors(model, known, feeds, example_inputs)
     if not any(suspect.reason == IN_CODE for suspect in suspects):
-        suspects += functional_batch_norm(regions)
+        # A recorded run sees into compiled parts, whose norms are suspects already; a symbolic one does not.
+        compiled = any(suspect.reason == SCRIPTED for suspect in suspects)
+        suspects += functional_batch_norm(traced.regions if compiled else regions)
     return feeds
 
 

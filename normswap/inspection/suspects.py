@@ -30,7 +30,7 @@ class Suspect:
     role: str = "backbone"
 
 
-_SCRIPTED = "a scripted module cannot be changed: convert the original, then script it"
+SCRIPTED = "a scripted module cannot be changed: convert the original, then script it"
 IN_CODE = "its code calls a functional batch norm, which no module swap can reach"
 
 
@@ -39,7 +39,7 @@ def suspicion(module: nn.Module) -> str | None:
     if isinstance(module, LazyModuleMixin):
         return "it is not initialised: run one forward pass first, then convert"
     if looks_batch(module) and isinstance(module, torch.jit.ScriptModule):
-        return _SCRIPTED
+        return SCRIPTED
     if reason := why_suspicious(module):
         return reason
     cls: type = type(module)

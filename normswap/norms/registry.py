@@ -6,6 +6,7 @@ import functools
 import re
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -82,9 +83,9 @@ def identify(module: nn.Module) -> NormSpec | None:
     """The norm type of a module, or None if it is not a norm that normswap knows.
 
     A subclass counts as its base only if it inherits `forward` unchanged: then it computes the same. So does an
-    instance only without a `forward` of its own.
+    instance only without a `forward` of its own. A scripted or traced module is none that could be changed.
     """
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
         return None
     cls: Any = class_of(module)
     if (known := _of_class(cls, cls.forward)) is not None:
@@ -103,7 +104,7 @@ def derived_from(module: nn.Module) -> NormSpec | None:
 
 def states_in(model: nn.Module) -> list[NormState]:
     """The states of all norms of a network."""
-    return [spec.read(module) for module in model.modules() if (spec := identify(module)) is not None]
+    return [spec.read(module) for module in nn.Module.modules(model) if (spec := identify(module)) is not None]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -94,7 +94,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 @contextmanager
 def setting(module: nn.Module, name: str, value: Any) -> Iterator[None]:
     """With an attribute of the module set to a value, `training` in everything below it too."""
-    holders = list(module.modules()) if name == "training" else [module]
+    holders = list(nn.Module.modules(module)) if name == "training" else [module]
     before = [(holder.__dict__, name in holder.__dict__, holder.__dict__.get(name)) for holder in holders]
     for table, _, _ in before:
         table[name] = value

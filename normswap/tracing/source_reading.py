@@ -77,7 +77,7 @@ def _opens(module: nn.Module, attribute: str, relevant: Callable[[nn.Module], bo
     """Whether reading an attribute of a module may lead to layers inside it, or to code other than its forward."""
     child = module._modules.get(attribute)
     if child is not None:
-        return any(relevant(m) for m in child.modules())
+        return any(relevant(m) for m in nn.Module.modules(child))
     if attribute in ("forward", "__call__") or hasattr(nn.Module, attribute):
         return attribute in ("modules", "named_modules", "get_submodule")
     own = getattr(type(module), attribute, None)
@@ -91,7 +91,7 @@ def _method_opens(module: nn.Module, method: str, relevant: Callable[[nn.Module]
     cls: type = type(module)
     uses = _uses_of_class(cls, method)
     for name, child in module._modules.items():
-        if child is None or not any(relevant(m) for m in child.modules()):
+        if child is None or not any(relevant(m) for m in nn.Module.modules(child)):
             continue
         if not uses.has_source or (uses.called | uses.iterated | uses.escaped) & {name, ALL}:
             return True
