@@ -17,7 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..norms.registry import looks_batch, why_suspicious
 from ..tracing.run import Region
-from ..tracing.source_reading import definitions_of
+from ..tracing.source_files import definitions_of
 
 
 @dataclass(frozen=True)

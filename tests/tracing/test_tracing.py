@@ -35,11 +35,6 @@ class Wrapper(nn.Module):
         return branch(self.block(x))
 
 
-class DirectChildren(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return branch(self.bn(self.conv(x)))
-
-
 class ReachesIn(Wrapper):
     def forward(self, x: Tensor) -> Tensor:
         return branch(self.block(x)) + self.block.conv(x)
@@ -238,7 +233,7 @@ exec("def forward(self, x):\n    return branch(self.block(x)) + self.block.conv(
 NoSource = type("NoSource", (Wrapper,), {"forward": _scope["forward"]})
 
 OPAQUE_NEVER = [
-    DirectChildren, ReachesIn, ReachesInThroughVariable, ReachesInThroughGetattr, ReachesInThroughWalrus,
+    ReachesIn, ReachesInThroughVariable, ReachesInThroughGetattr, ReachesInThroughWalrus,
     UsesWeightFromOutside, CallsAnotherMethod, InheritedHelper, HelperMethod, HandedOver, HandedOverByKeyword,
     IteratesAndReachesIn, EnumeratesAndReachesIn, IndexesAndReachesIn, ChildrenAndReachesIn, OwnSequential,
     IteratesOverSequential, CallsAndIterates, StoredBelow, Twice, HeldInList, PatchedClass,
