@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..modules.storage import sharers
 from ..norms.registry import looks_batch
+from .own_convolution import is_convolution
 from .run import Region
 
 # Convolutions of other libraries whose forward differs from torch's only in how it pads its input.
@@ -30,6 +31,14 @@ _ELEMENTWISE = {
 
 def producer_kind(module: nn.Module) -> str | None:
     """`conv`, `conv_transpose` or `linear` for a layer linear in its `weight`, output channel by output channel."""
+    kind = plain_kind(module)
+    if kind is None and isinstance(module, _ConvNd) and "forward" not in module.__dict__ and is_convolution(module):
+        return "conv_transpose" if isinstance(module, _ConvTransposeNd) else "conv"
+    return kind
+
+
+def plain_kind(module: nn.Module) -> str | None:
+    """`producer_kind` of a layer that reads its input as torch's own do, channel by channel too."""
     cls: Any = type(module)
     if "forward" in module.__dict__:
         return None

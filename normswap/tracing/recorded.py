@@ -104,7 +104,7 @@ def record(
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
             stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
         stack.enter_context(recorder)
-        with nullcontext() if execution is None else execution.watching():
+        with nullcontext() if execution is None else execution.followed.watching():
             out = model(*inputs)
         # What is kept on a module may be used later, like an output.
         held = tensors_kept_by(model)
