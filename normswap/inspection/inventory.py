@@ -19,7 +19,7 @@ from ..modules.path_ranges import ROOT
 from ..modules.restore import trial_run
 from ..modules.tree import aliases, held_elsewhere, module_at
 from ..modules.wrappers import unwrapped
-from ..norms.registry import class_of, identify, why_suspicious
+from ..norms.registry import class_of, identify, inner_of, why_suspicious
 from ..norms.spec import NormSpec, NormState
 from ..tracing.calls import KnownModules, producer_kind
 from ..tracing.executed import Execution
@@ -160,7 +160,9 @@ def is_leaf(module: nn.Module) -> bool:
     """Modules a symbolic run takes whole: norms, known or suspected, and layers that can be folded into."""
     if isinstance(module, torch.jit.ScriptModule):
         return True
-    return identify(module) is not None or why_suspicious(module) is not None or producer_kind(module) is not None
+    if identify(module) is not None or why_suspicious(module) is not None or inner_of(module) is not None:
+        return True
+    return producer_kind(module) is not None
 
 
 def _feeds(

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from ..norms.registry import looks_batch, why_suspicious
+from ..norms.registry import inner_of, looks_batch, why_suspicious
 from ..tracing.run import Region
 from ..tracing.source_files import definitions_of
 
@@ -42,6 +42,8 @@ def suspicion(module: nn.Module) -> str | None:
         return SCRIPTED
     if reason := why_suspicious(module):
         return reason
+    if inner_of(module) is not None:
+        return None
     cls: type = type(module)
     return IN_CODE if _calls_batch_norm(cls) else None
 
