@@ -82,7 +82,7 @@ def _sample(tensor: Tensor) -> Tensor:
     """Values of the tensor, evenly spread and at most so many: a copy of these alone, whatever its memory format."""
     step = max(1, -(-tensor.numel() // _SAMPLES))
     at = torch.arange(0, tensor.numel(), step, device=tensor.device)
-    return tensor.detach()[torch.unravel_index(at, tensor.shape)].cpu()
+    return tensor.detach()[torch.unravel_index(at, tensor.shape)].reshape(-1).cpu()  # of a single number too
 
 
 def watched_paths(model: nn.Module, plan: Plan) -> list[str]:

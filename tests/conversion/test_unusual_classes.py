@@ -177,3 +177,58 @@ def test_what_only_trains_and_runs_a_network_is_named() -> None:
             verb(holder)
         assert "not a network itself" in error.value.message
         assert "model.model" in error.value.hint
+
+
+class Fuses(Net):
+    """As ultralytics' networks do before they predict."""
+
+    def is_fused(self) -> bool:
+        return not hasattr(self, "bn")
+
+    def fuse(self) -> nn.Module:
+        if not self.is_fused():
+            self.conv.weight.data /= self.bn.running_var.sqrt().view(-1, 1, 1, 1)
+            del self.bn
+            self.forward = self.conv.forward
+        return self
+
+
+def test_a_network_that_fuses_its_norms_finds_nothing_to_fuse_until_it_is_reverted(tmp_path: Path) -> None:
+    net = randomized(Fuses())
+    new = normswap.convert(net, to="gn")
+    back = normswap.load(normswap.save(new, tmp_path / "net.safetensors"), Fuses())
+    for each in (new, back, copy.deepcopy(new)):
+        assert torch.equal(each.fuse()(X), new(X))
+    reverted = normswap.revert(back)
+    assert contents(reverted) == contents(net)
+    assert not reverted.is_fused()
+    assert not hasattr(reverted.fuse(), "bn")
+
+
+def test_a_single_number_beside_the_output_is_proved_too() -> None:
+    class Scaled(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logit_scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.bn(self.conv(x)), self.logit_scale.exp()
+
+    assert normswap.convert(randomized(Scaled()), to="gn")._normswap.check.passed
+
+
+def test_a_suspect_that_is_the_network_itself_is_kept_by_the_name_that_tables_give_it() -> None:
+    class Root(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(4))
+            self.register_buffer("var", torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.bn(self.conv(x))
+            return nn.functional.batch_norm(y, self.mean, self.var)
+
+    new = normswap.convert(randomized(Root()), rules={"(root)": "keep", "*": "gn"})
+    assert isinstance(new.bn, nn.GroupNorm)
+    with pytest.raises(OptionError, match=r"'\(root\)' is the network itself"):
+        normswap.convert(Root(), rules={"": "keep", "*": "gn"})
