@@ -30,7 +30,9 @@ class Execution:
     def __init__(self, known: KnownModules, doubts: Mapping[str, Collection[Doubt]]) -> None:
         modules, first = known.modules, known.first_name
         self.doubts = {
-            first[path]: [replace(doubt, owner=first[doubt.owner]) for doubt in each] for path, each in doubts.items()
+            first[path]: [replace(doubt, owner=first[doubt.owner]) for doubt in each]
+            for path, each in doubts.items()
+            if first.keys() >= {path, *(doubt.owner for doubt in each)}  # not one of a module within itself
         }
         self.owners = {doubt.owner: modules[doubt.owner] for each in self.doubts.values() for doubt in each}
         leaves = {path for path, each in self.doubts.items() if any(doubt.leaf for doubt in each)}
