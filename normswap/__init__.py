@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .freezing import unfreeze as unfreeze
     from .inspection.inventory import Inventory as Inventory
     from .inspection.inventory import inspect as inspect
+    from .norms.registry import register_norm as register_norm
     from .optimizers.remap import RemapReport as RemapReport
     from .optimizers.remap import remap_optimizer as remap_optimizer
     from .planning.plan import Plan as Plan
@@ -85,6 +86,7 @@ _HOME = {
     "inspect": "inspection.inventory",
     "load": "checkpoint.saving",
     "plan": "planning.planner",
+    "register_norm": "norms.registry",
     "remap_optimizer": "optimizers.remap",
     "revert": "conversion.revert",
     "save": "checkpoint.saving",

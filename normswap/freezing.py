@@ -284,7 +284,7 @@ def _affine_of(module: nn.Module) -> dict[str, nn.Parameter]:
 def _trained_before(model: nn.Module) -> dict[nn.Parameter, bool]:
     """The requires_grad flags that frozen layers remember, by parameter: two norms may share one."""
     known: dict[nn.Parameter, bool] = {}
-    for module in model.modules():
+    for module in nn.Module.modules(model):
         if memory := freeze_of(module):
             parameters = dict(module.named_parameters())
             known |= {parameters[n]: flag for n, flag in memory.trained.items() if n in parameters}

@@ -120,7 +120,7 @@ class _Trial:
             return 0.0
         with self._grouped(step, groups):
             found = forward(self.model, self.args)
-        tally = OutputTally()
+        tally = OutputTally(same_layers=True)
         tally.add(self.wanted, found, None)
         total = tally.total()
         if total is None:

@@ -253,7 +253,7 @@ def restoring(modules: Iterable[nn.Module]) -> Iterator[None]:
     """On any exception, Ctrl-C included, put back the modules' own attributes, parameters and buffers."""
     kept: list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]] = []
     values: list[tuple[Tensor, Tensor]] = []
-    for module in {m: None for parent in modules for m in parent.modules()}:
+    for module in {m: None for parent in modules for m in nn.Module.modules(parent)}:
         tables = {name: dict(module.__dict__[name]) for name in ("_parameters", "_buffers")}
         kept.append((module, dict(module.__dict__), tables))
         values += [(t, t.detach().clone()) for table in tables.values() for t in table.values() if t is not None]

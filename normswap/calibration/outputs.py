@@ -59,7 +59,7 @@ class Comparison:
         """Keyword arguments for the report."""
         if not self.enabled:
             return {}
-        tallies = [OutputTally(None if self.classes is None else len(self.classes)) for _ in ("before", "after")]
+        tallies = [OutputTally(None if self.classes is None else len(self.classes), True) for _ in ("before", "after")]
         for which, tally in zip(("before", "after"), tallies, strict=True):
             for one, other, y in zip(self.outputs["original"], self.outputs[which], self.labels, strict=True):
                 tally.add(one, other, y)

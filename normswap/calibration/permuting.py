@@ -21,7 +21,7 @@ from ..conversion.undo_record import Order, reorder
 from ..modules.tree import aliases, module_at
 from ..norms._wrappers import NormSequence
 from ..planning.plan import Step
-from ..tracing.calls import CallGraph, KnownModules, passes_on, producer_kind
+from ..tracing.calls import CallGraph, KnownModules, passes_on, plain_kind
 from ..tracing.code_paths import other_settings
 from ..tracing.recorded import record
 from ..tracing.source_reading import doubtful_below, uses_of
@@ -95,7 +95,7 @@ def _followed(run: CallGraph, start: int, steps: Mapping[str, Step], targets: Ma
             if steps[name].producers != (layers[-1],) or state.num_groups != groups or _has_parameters(run, i):
                 return None
             norms.append(name)
-        elif (kind := producer_kind(module)) in ("conv", "linear"):
+        elif (kind := plain_kind(module)) in ("conv", "linear"):
             if _mixes(module, channels):
                 if consumer:
                     return None

@@ -123,7 +123,8 @@ def load(
     for name, parameter in root.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(parameter.is_floating_point() and name not in manifest["no_grad"])
     attach(root, _record(manifest, plan, undo, check))
-    return root.eval()
+    root.eval()  # its own `train` need not return it
+    return root
 
 
 def _record(manifest: Mapping[str, Any], plan: Plan, undo: Undo, check: Check) -> Record:

@@ -57,14 +57,14 @@ def _torchvision_candidates(model: nn.Module) -> Iterator[Source]:
 
 def _layers(model: nn.Module) -> int:
     """What no swap and no number of classes changes: it rules most candidates out by one build."""
-    return sum(isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) for m in model.modules())
+    return sum(isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) for m in nn.Module.modules(model))
 
 
 def _with_classes(model: nn.Module) -> Iterator[dict[str, Any]]:
     yield {}
     if isinstance(count := getattr(model, "num_classes", None), int):  # timm's; 0 where the head was taken off
         yield {"num_classes": count}
-    heads = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    heads = [m for m in nn.Module.modules(model) if isinstance(m, (nn.Linear, nn.Conv2d))]
     if heads:
         last = heads[-1]
         yield {"num_classes": last.out_features if isinstance(last, nn.Linear) else last.out_channels}
@@ -86,7 +86,7 @@ def _same_values(built: nn.Module, model: nn.Module) -> bool:
     """Whether the attributes that the built network has are the same in the other, which may have more."""
     return all(
         other.__dict__.get(name) == value
-        for one, other in zip(built.modules(), model.modules(), strict=True)
+        for one, other in zip(nn.Module.modules(built), nn.Module.modules(model), strict=True)
         for name, value in one.__dict__.items()
         if name != "training" and _plain(value)
     )

@@ -20,6 +20,9 @@ _ROW = 2**10
 _AT_ONCE = 2**22  # scores compared at a time: a segmentation gives one for every class and pixel, here in float64
 
 
+_UNEVEN = "of another length in each network, so not compared; the layers' outputs are"
+
+
 @dataclass
 class Deviation:
     """How far `b` is from `a`, over everything added so far, as if it were one long vector."""
@@ -73,9 +76,12 @@ class OutputTally:
     outputs: one `Deviation` for each floating tensor of the output, by its name in it. samples: decisions counted
     (images; pixels of a segmentation; queries of a DETR), `same`: equal ones; `divergence`: the sum of KL(a || b).
     correct, labelled: for accuracy. boxes: matched, of a, of b. classes: how many the labels tell apart, if known.
+    same_layers: the networks differ in their norms alone, so that tensors of other lengths (boxes, key points: as many
+    as each network finds) are no fault; they are left out, and `notes` says so.
     """
 
     classes: int | None = None
+    same_layers: bool = False
     outputs: dict[str, Deviation] = field(default_factory=dict)
     samples: int = 0
     same: int = 0
@@ -84,6 +90,7 @@ class OutputTally:
     labelled: int = 0
     boxes: list[int] | None = None
     notes: dict[str, None] = field(default_factory=dict)
+    uneven: set[str] = field(default_factory=set)
 
     def add(self, a: Any, b: Any, labels: Tensor | None) -> None:
         """Count one batch's outputs. Raises DataError when the two do not have the same structure and shapes."""
@@ -94,6 +101,10 @@ class OutputTally:
                 self.boxes = [total + count for total, count in zip(self.boxes, counts, strict=True)]
             return
         first, second = floating(a), floating(b)
+        if self.same_layers and first and second:
+            self._leave_out(first, second)
+            if self.uneven >= first.keys():
+                return
         _require_same(first, second)
         for name, tensor in first.items():
             self.outputs.setdefault(name, Deviation()).add(tensor, second[name])
@@ -103,6 +114,18 @@ class OutputTally:
             self._decide(_class_last(one), _class_last(other))
             if labels is not None and one.dim() == 2:
                 self._judge(one, other, labels.to(one.device))
+
+    def _leave_out(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+        """Take from both what the networks do not have in one shape, in this batch or an earlier one."""
+        names = a.keys() | b.keys()
+        self.uneven |= {n for n in names if n not in a or n not in b or a[n].shape != b[n].shape}
+        if not self.uneven:
+            return
+        for name in self.uneven & names:
+            for table in (a, b, self.outputs):
+                table.pop(name, None)
+        self.notes = {note: None for note in self.notes if _UNEVEN not in note}
+        self.notes[f"{', '.join(sorted(n or 'the output' for n in self.uneven))}: {_UNEVEN}"] = None
 
     def _decide(self, a: Tensor, b: Tensor) -> None:
         """Count decisions between the classes in the last dimension."""

@@ -115,7 +115,7 @@ def verify(
     Norms, and convolutions and linear layers into which nothing was folded, are compared where both networks have
     them under the same path. Memory does not grow with the number of images, and a batch whose layer outputs would
     fill more than 1 GiB runs in parts. Layers under `roi_heads` are left out: what a two-stage detector feeds them
-    depends on the proposals.
+    depends on the proposals. Outputs of a length that depends on what each network finds are left out, with a note.
 
     Raises DataError when a network cannot run on the data, no input is known, or the outputs do not compare, and
     OptionError for a device that does not exist.
@@ -127,7 +127,7 @@ def verify(
         batches = _random_batches(a)
     else:
         batches = as_batches(data, batch_size, once=True, preprocess=preprocess, max_bad=max_bad)
-    tally = OutputTally(None if batches.classes is None else len(batches.classes))
+    tally = OutputTally(None if batches.classes is None else len(batches.classes), _same_layers(a, b))
     layers = LayerTally(comparable_paths(a, b))
     images = 0
     with ExitStack() as stack:
@@ -145,6 +145,13 @@ def verify(
                 images += images_in(part)
     report = _report(tally, layers, images, data is None, max(_rounding(a), _rounding(b)))
     return replace(report, bad=batches.bad)
+
+
+def _same_layers(a: nn.Module, b: nn.Module) -> bool:
+    """Whether the two have layers in common, and all of these of one size: their heads too."""
+    ours = {name: p.shape for name, p in a.named_parameters()}
+    both = [(ours[name], p.shape) for name, p in b.named_parameters() if name in ours]
+    return bool(both) and all(one == other for one, other in both)
 
 
 def _random_batches(model: nn.Module) -> Batches:

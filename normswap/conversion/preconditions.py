@@ -92,7 +92,7 @@ def _gamma_problems(model: nn.Module, bound: BoundPlan) -> Iterator[str]:
     if not asked:
         return
     owners: dict[int, set[nn.Module]] = defaultdict(set)
-    for module in model.modules():
+    for module in nn.Module.modules(model):
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners[id(parameter)].add(module)

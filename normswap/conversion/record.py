@@ -92,6 +92,8 @@ def attach(root: nn.Module, record: Record) -> None:
     """Keep `record` on the root of a network, in place of another one."""
     for table in _tables(root):
         table[RECORD] = record
+    if all(callable(getattr(type(root), name, None)) for name in ("fuse", "is_fused")):
+        root.__dict__["is_fused"] = fused_already
 
 
 def detach(root: nn.Module) -> Record | None:
@@ -99,7 +101,17 @@ def detach(root: nn.Module) -> Record | None:
     record = record_of(root)
     for table in _tables(root):
         table.pop(RECORD, None)
+    if root.__dict__.get("is_fused") is fused_already:
+        del root.__dict__["is_fused"]
     return record
+
+
+def fused_already(*args: Any) -> bool:
+    """What a converted network of ultralytics answers where its code asks whether batch norms are left to fuse.
+
+    Its `fuse` reads `running_mean` of every norm, and there is nothing to fuse any more.
+    """
+    return True
 
 
 def _tables(root: nn.Module) -> list[dict[str, Any]]:

@@ -111,7 +111,7 @@ def stabilized(model: nn.Module) -> Iterator[nn.Module]:
     A state dict taken within it belongs to a network within it: `eps` is in no state dict.
     """
     with ExitStack() as stack:
-        for root in [m for m in model.modules() if record_of(m) is not None]:
+        for root in [m for m in nn.Module.modules(model) if record_of(m) is not None]:
             stack.enter_context(_stabilized(root))
         yield model
 
@@ -134,7 +134,7 @@ def _stabilized(root: nn.Module) -> Iterator[None]:
 @contextmanager
 def at_own_size(model: nn.Module) -> Iterator[None]:
     """Undo what `stabilized` does to the values, for a moment."""
-    roots = [(m, dict(factors_in(m))) for m in model.modules() if record_of(m) is not None]
+    roots = [(m, dict(factors_in(m))) for m in nn.Module.modules(model) if record_of(m) is not None]
     for root, factors in roots:
         rescale(root, factors, back=True)
     try:

@@ -100,7 +100,7 @@ class Judge:
     @torch.no_grad()
     def _look(self, step: int, *, own: bool = False) -> Look:
         """own: compare a detector's boxes too, which takes another pass."""
-        settings, tally, total, count = self.settings, OutputTally(self.compared.classes), 0.0, 0
+        settings, tally, total, count = self.settings, OutputTally(self.compared.classes, True), 0.0, 0
         seed_step(settings.seed, -1)
         for args, labels in self.compared.batches:
             wanted, given = (

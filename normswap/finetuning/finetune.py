@@ -206,7 +206,8 @@ def _run(
 def _fitted(model: nn.Module, job: Job, asked: Asked, device: torch.device) -> Head | None:
     """Give the task its teacher, if there is to be one, and the network a head for the classes of the data."""
     if job.settings.distil and isinstance(job.task, Classification):
-        job.task.teacher = original_of(model, asked.reference).to(device).eval()
+        job.task.teacher = original_of(model, asked.reference).to(device)
+        job.task.teacher.eval()  # its own `train` need not return it
     return job.task.fit(model, job.sets, asked.classes, job.settings.seed)
 
 
@@ -244,7 +245,7 @@ def task_of(name: str, *, label_smoothing: float = 0.0, distil: float = 0.0) -> 
 
 def small_batch_note(model: nn.Module, batch_size: int, processes: int = 1) -> str | None:
     """What to say to someone who trains BatchNorm layers on batches of 1 to 4 samples."""
-    moving = [module for module in model.modules() if not isinstance(module, FrozenStatistics)]
+    moving = [module for module in nn.Module.modules(model) if not isinstance(module, FrozenStatistics)]
     suffers = [spec.small_batch for module in moving if (spec := identify(module)) is not None]
     count = suffers.count("process") + (suffers.count("all") if processes == 1 else 0)
     if not count or batch_size > 4:
@@ -258,7 +259,7 @@ def small_batch_note(model: nn.Module, batch_size: int, processes: int = 1) -> s
 
 def _check_model(model: nn.Module, freeze_stats: bool) -> None:
     """What is wrong about the network whatever the data is."""
-    if freeze_stats and not any(m._buffers.get("running_mean") is not None for m in model.modules()):
+    if freeze_stats and not any(m._buffers.get("running_mean") is not None for m in nn.Module.modules(model)):
         raise OptionError(
             Text("no norm of the network has running statistics, so there is nothing for ", Fix("freeze_stats")),
             hint=Text(Fix("freeze_affine", True), " freezes gamma and beta."),

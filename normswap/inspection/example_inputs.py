@@ -84,8 +84,8 @@ def _candidates(model: nn.Module) -> Iterator[tuple[Any, ...]]:
 def _first_layers(model: nn.Module) -> list[Any]:
     """The first layer of each kind that can be the network's first, in the order of the modules."""
     kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.RNNBase)
-    firsts = {kind: next((m for m in model.modules() if isinstance(m, kind)), None) for kind in kinds}
-    order = list(model.modules())
+    firsts = {kind: next((m for m in nn.Module.modules(model) if isinstance(m, kind)), None) for kind in kinds}
+    order = list(nn.Module.modules(model))
     return sorted((m for m in firsts.values() if m is not None), key=order.index)
 
 
@@ -148,7 +148,7 @@ def _required_arguments(model: nn.Module) -> int:
 
 def _shapes_of_norm(model: nn.Module) -> Iterator[tuple[int, ...]]:
     """For networks of norms and activations alone."""
-    counts = (getattr(m, name, 0) for m in model.modules() for name in ("num_features", "num_channels"))
+    counts = (getattr(m, name, 0) for m in nn.Module.modules(model) for name in ("num_features", "num_channels"))
     channels = next((int(count) for count in counts if count), None)
     if channels is not None:
         for size in ((8, 8), (8,), (4, 8, 8), ()):

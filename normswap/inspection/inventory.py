@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,19 +16,21 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ..display.overview import Table, counted, layers_table
 from ..errors import DataError, first_line
 from ..modules.path_ranges import ROOT
+from ..modules.restore import trial_run
 from ..modules.tree import aliases, held_elsewhere, module_at
 from ..modules.wrappers import unwrapped
-from ..norms.registry import class_of, identify, why_suspicious
+from ..norms.registry import class_of, identify, inner_of, why_suspicious
 from ..norms.spec import NormSpec, NormState
 from ..tracing.calls import KnownModules, producer_kind
+from ..tracing.executed import Execution
 from ..tracing.feeds import UNKNOWN, Feed, analyse
 from ..tracing.recorded import record
 from ..tracing.run import Region
 from ..tracing.symbolic import trace
-from .example_inputs import as_inputs, inputs_for
+from .example_inputs import as_inputs, guess_inputs, inputs_for
 from .norm_shapes import positions_by_guess, vectors_only
 from .roles import roles_of
-from .suspects import IN_CODE, Suspect, functional_batch_norm, suspicion
+from .suspects import IN_CODE, SCRIPTED, Suspect, functional_batch_norm, suspicion
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,9 @@ def is_leaf(module: nn.Module) -> bool:
     """Modules a symbolic run takes whole: norms, known or suspected, and layers that can be folded into."""
     if isinstance(module, torch.jit.ScriptModule):
         return True
-    return identify(module) is not None or why_suspicious(module) is not None or producer_kind(module) is not None
+    if identify(module) is not None or why_suspicious(module) is not None or inner_of(module) is not None:
+        return True
+    return producer_kind(module) is not None
 
 
 def _feeds(
@@ -166,16 +171,23 @@ def _feeds(
     """held: paths of modules that attributes hold too; functional batch norms join the suspects."""
     if "" in known.norms:
         return {path: Feed("input", reason="the network is this norm alone") for path in known.norms}
-    regions: list[Region] = []
-    if example_inputs is not None:
-        regions.append(_recorded(model, known, example_inputs))
     traced = trace(model, is_leaf)
-    regions += traced.regions
-    # A part traced alone does not see what reaches it through an attribute elsewhere.
-    feeds = analyse(known, regions, {*held, *traced.doubtful})
+    doubts = {
+        *held,
+        *traced.doubtful,
+    }  # a part traced alone does not see what reaches it through an attribute elsewhere
+    feeds = {} if example_inputs is not None else analyse(known, traced.regions, doubts)
+    regions, settled = list(traced.regions), set[str]()
+    if example_inputs is not None or any(feed.unsure for feed in feeds.values()):
+        execution = Execution(known, traced.doubtful)
+        regions += _recorded(model, known, example_inputs, execution)
+        settled = execution.settled() - {*held}
+        feeds = analyse(known, regions, doubts, settled)
     feeds |= _without_vectors(model, known, feeds, example_inputs)
     if not any(suspect.reason == IN_CODE for suspect in suspects):
-        suspects += functional_batch_norm(regions)
+        # A recorded run sees into suspects and compiled parts, which are named already; a symbolic one does not.
+        named = any(suspect.reason == SCRIPTED or example_inputs is None for suspect in suspects)
+        suspects += functional_batch_norm(traced.regions if named else regions)
     return feeds
 
 
@@ -198,9 +210,19 @@ def positions(model: nn.Module, inventory: Inventory) -> dict[str, int]:
     return positions_by_guess(model, {module_at(model, layer.path): layer.path for layer in inventory.layers})
 
 
-def _recorded(model: nn.Module, known: KnownModules, example_inputs: Any) -> Region:
+def _recorded(model: nn.Module, known: KnownModules, example_inputs: Any, execution: Execution) -> list[Region]:
+    """A run on the example inputs; where there are none, on those that it is found to take, if any."""
+    if example_inputs is None:
+        inputs = guess_inputs(model)
+        if inputs is None:
+            return []
+        with trial_run(model), suppress(Exception):  # a stranger's forward, watched, may do what it likes
+            # How large maps are depends on the inputs, and these are but a guess.
+            region = record(model, inputs, known.watched, execution)
+            return [replace(region, calls=[replace(c, input_shape=None) for c in region.calls])]
+        return []
     try:
-        return record(model, as_inputs(example_inputs), known.watched)
+        return [record(model, as_inputs(example_inputs), known.watched, execution)]
     except Exception as error:  # whatever the model's forward raises on inputs it was not made for
         raise DataError(
             f"{type(model).__name__} cannot run on the example inputs ({type(error).__name__}: {first_line(error)})",

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from ..norms.registry import looks_batch, why_suspicious
+from ..norms.registry import inner_of, looks_batch, why_suspicious
 from ..tracing.run import Region
-from ..tracing.source_reading import definitions_of
+from ..tracing.source_files import definitions_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Suspect:
     role: str = "backbone"
 
 
-_SCRIPTED = "a scripted module cannot be changed: convert the original, then script it"
+SCRIPTED = "a scripted module cannot be changed: convert the original, then script it"
 IN_CODE = "its code calls a functional batch norm, which no module swap can reach"
 
 
@@ -39,9 +39,11 @@ def suspicion(module: nn.Module) -> str | None:
     if isinstance(module, LazyModuleMixin):
         return "it is not initialised: run one forward pass first, then convert"
     if looks_batch(module) and isinstance(module, torch.jit.ScriptModule):
-        return _SCRIPTED
+        return SCRIPTED
     if reason := why_suspicious(module):
         return reason
+    if inner_of(module) is not None:
+        return None
     cls: type = type(module)
     return IN_CODE if _calls_batch_norm(cls) else None
 

@@ -7,7 +7,7 @@ import sys
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def kept_by(model: nn.Module) -> Iterator[Any]:
 
     Each thing once: modules often share one configuration. The record of a conversion is no part of the network.
     """
-    values = [value for module in model.modules() for name, value in own_attributes(module) if name != RECORD]
+    values = [value for module in nn.Module.modules(model) for name, value in own_attributes(module) if name != RECORD]
     return (v for v in nested(values, attributes_of) if v is not values)
 
 
@@ -36,12 +36,28 @@ def tensors_kept_by(model: nn.Module) -> list[torch.Tensor]:
 
 
 def attributes_of(value: Any) -> Iterable[Any]:
-    """What an object holds in attributes: its table, and its slots; nothing for what is no object of somebody's own."""
+    """What an object holds in attributes: its table, and its slots; nothing for what is no object of somebody's own.
+
+    Of a function, what it closes over.
+    """
+    if isinstance(value, FunctionType):
+        return closed_over(value)
     cls: type = type(value)
     if not _is_own(cls):
         return ()
     table = getattr(value, "__dict__", None)
     return [*([table] if isinstance(table, dict) else []), *_slots_of(value).values()]
+
+
+def closed_over(function: FunctionType) -> list[Any]:
+    """What the variables hold that a function takes from where it was defined."""
+    found = []
+    for cell in function.__closure__ or ():
+        try:
+            found.append(cell.cell_contents)
+        except ValueError:  # empty: its variable was deleted, or not set yet
+            continue
+    return found
 
 
 def _slots_of(value: Any) -> dict[str, Any]:

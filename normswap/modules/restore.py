@@ -19,7 +19,7 @@ from .attributes import _slots_of, kept_by
 @contextmanager
 def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
     """Run with every module in eval (or train) mode; each module's own flag is restored."""
-    flags = [(module, module.training) for module in model.modules() if module.training != training]
+    flags = [(module, module.training) for module in nn.Module.modules(model) if module.training != training]
     for module, _ in flags:
         module.training = training
     try:
@@ -144,11 +144,12 @@ def _containers(model: nn.Module) -> Iterator[Container]:
 
     So are the tables of objects of the network's own, a cache or a state, say.
     """
-    for module in model.modules():
+    for module in nn.Module.modules(model):
         yield module.__dict__
-        yield module._parameters
-        yield module._buffers
-        yield module._modules
+        if not isinstance(module, torch.jit.ScriptModule):  # whose tables are views of what was compiled
+            yield module._parameters
+            yield module._buffers
+            yield module._modules
     yield from (v for v in kept_by(model) if isinstance(v, (list, dict, set, deque)))
 
 

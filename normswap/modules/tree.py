@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import Fix, NormswapError, Text
-from .attributes import leaves_of, own_attributes
+from .attributes import closed_over, leaves_of, own_attributes
 from .hooks import _HOOK_ATTRIBUTES
 
 
@@ -99,18 +99,8 @@ def _held(leaf: Any) -> list[nn.Module]:
         elif isinstance(value, functools.partial):
             inside = [value.func, *value.args, *value.keywords.values()]
         else:
-            inside = [*_closed_over(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+            inside = [*closed_over(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
         waiting += [member for each in inside for member in leaves_of(each)]
-    return found
-
-
-def _closed_over(function: FunctionType) -> list[Any]:
-    found = []
-    for cell in function.__closure__ or ():
-        try:
-            found.append(cell.cell_contents)
-        except ValueError:  # empty: its variable was deleted, or not set yet
-            continue
     return found
 
 
@@ -140,6 +130,12 @@ def _complete(twin: nn.Module, model: nn.Module, memo: dict[int, Any]) -> None:
                 other.__dict__[name] = copy.deepcopy(value, memo)
 
 
+def _or_within(model: nn.Module) -> str:
+    """Names the only child of a module, which may be the network that it wraps."""
+    children = [name for name, child in model._modules.items() if child is not None]
+    return f", or convert the network within it, .{children[0]}" if len(children) == 1 and not model._parameters else ""
+
+
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy, with the flags, hooks and attributes that some classes lose in it.
 
@@ -155,5 +151,5 @@ def copied(model: nn.Module) -> nn.Module:
     except Exception as error:  # whatever the model's own __deepcopy__ raises
         raise NormswapError(
             f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error})",
-            hint=Text("Pass ", Fix("inplace", True), " to convert the model itself."),
+            hint=Text("Pass ", Fix("inplace", True), " to convert the model itself", _or_within(model), "."),
         ) from error

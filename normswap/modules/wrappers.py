@@ -19,11 +19,19 @@ _CHILD = {
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
     "OptimizedModule": "_orig_mod",
 }
+# Classes of other libraries that are modules by name only: their forward predicts, and copies, fuses and caches.
+_HOLDERS = {"ultralytics.engine.model.Model": "model"}
 _HOLD_PARAMETERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 
 def check_module(model: Any, name: str = "model") -> None:
     """Raise OptionError for what is no network, such as its name."""
+    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__}
+    for child in (_HOLDERS[name] for name in names & _HOLDERS.keys()):
+        raise OptionError(
+            f"{type(model).__name__} is what trains and runs a network, not a network itself",
+            hint=f"Give the one that it holds: {name}.{child}; a converted one takes its place: {name}.{child} = ...",
+        )
     if not isinstance(model, nn.Module):
         hint = "normswap.load(file) gives the network of a file." if isinstance(model, (str, os.PathLike)) else None
         raise OptionError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}", hint=hint)
@@ -40,7 +48,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _inner(model: nn.Module) -> nn.Module | None:
     """Told by name and origin, because importing the class of compiled modules takes a second."""
     ours = type(model).__module__.startswith("torch.")
-    return model._modules.get(_CHILD.get(type(model).__name__, "")) if ours else None
+    child = _CHILD.get(type(model).__name__)
+    return model._modules[child] if ours and child is not None else None
 
 
 def check_wrapper(model: nn.Module) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -30,6 +31,56 @@ def register(spec: NormSpec) -> NormSpec:
     _BY_CLASS_NAME.update(dict.fromkeys(spec.class_names, spec))
     _of_class.cache_clear()
     return spec
+
+
+_INNER: dict[str, str] = {"torch_geometric.nn.norm.batch_norm.BatchNorm": "module"}
+# Where that is set, a wrapper computes from its norm's statistics itself, which no other norm has.
+_NOT_WHERE = {"torch_geometric.nn.norm.batch_norm.BatchNorm": "allow_single_element"}
+
+
+def register_norm(cls: type[nn.Module], *, like: str, inner: str | None = None) -> None:
+    """Tell normswap that modules of a class of your own compute what a norm that it knows does.
+
+    like: the name of that norm, such as `"bn"`. inner: the attribute of the child that is the norm, for a class that
+    only hands its input on to one; that child is then converted, and what holds it stays. Without it the class itself
+    is read as that norm: by its `num_features`, `eps`, `weight`, `bias`, `running_mean` and `running_var`.
+
+    The class counts as it is: subclasses only where they inherit `forward`. `convert` proves what it makes of them as
+    of all others. Raises OptionError for what is no class of modules, an unknown norm, or a class that is known.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise OptionError(f"cls: expected a class of torch.nn.Module, got {cls!r}")
+    spec, name, own = norm_named(like), _dotted(cls), cast(Any, cls)
+    if _of_class(own, own.forward) is not None or (inner is None and name in _INNER):
+        raise OptionError(f"{cls.__name__} is known already")
+    if inner is not None:
+        if not isinstance(inner, str):
+            raise OptionError(f"inner: expected the name of a child, got {inner!r}")
+        _INNER[name] = inner
+    elif not spec.needs_statistics or spec.fuses:
+        raise OptionError(f"only norms with running statistics can be read from another class, not {like}")
+    else:
+        _BY_CLASS[cls] = spec
+        _of_class.cache_clear()
+
+
+def inner_of(module: nn.Module) -> str | None:
+    """The name of the child that does all of a module's work and is a known norm; None for most modules."""
+    cls: Any = type(module)
+    if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
+        return None
+    for base in cls.__mro__:
+        name = _dotted(base)
+        if getattr(base, "forward", None) is not cls.forward:
+            break
+        if name in _INNER and not getattr(module, _NOT_WHERE.get(name, ""), False):
+            child = module._modules.get(_INNER[name])
+            return _INNER[name] if child is not None and identify(child) is not None else None
+    return None
+
+
+def _dotted(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def specs() -> tuple[NormSpec, ...]:
@@ -82,9 +133,9 @@ def identify(module: nn.Module) -> NormSpec | None:
     """The norm type of a module, or None if it is not a norm that normswap knows.
 
     A subclass counts as its base only if it inherits `forward` unchanged: then it computes the same. So does an
-    instance only without a `forward` of its own.
+    instance only without a `forward` of its own. A scripted or traced module is none that could be changed.
     """
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
         return None
     cls: Any = class_of(module)
     if (known := _of_class(cls, cls.forward)) is not None:
@@ -103,7 +154,7 @@ def derived_from(module: nn.Module) -> NormSpec | None:
 
 def states_in(model: nn.Module) -> list[NormState]:
     """The states of all norms of a network."""
-    return [spec.read(module) for module in model.modules() if (spec := identify(module)) is not None]
+    return [spec.read(module) for module in nn.Module.modules(model) if (spec := identify(module)) is not None]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -112,7 +163,7 @@ def _of_class(cls: type[nn.Module], forward: object) -> NormSpec | None:
     for candidate in cls.__mro__:
         if getattr(candidate, "forward", None) is not forward:
             break
-        spec = _BY_CLASS.get(candidate) or _BY_CLASS_NAME.get(f"{candidate.__module__}.{candidate.__qualname__}")
+        spec = _BY_CLASS.get(candidate) or _BY_CLASS_NAME.get(_dotted(candidate))
         if spec is not None:
             return spec
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,6 +45,13 @@ class NormState:
     process_group: Any = None
     tail: Mapping[str, nn.Module] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # Networks computed with NumPy have its numbers, which are no JSON values and no `int` to others.
+        for name in ("channels", "num_groups", "dims"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, int(value))
+        object.__setattr__(self, "eps", float(self.eps))
+
     @property
     def affine(self) -> bool:
         """Whether a per-channel weight (gamma) exists."""
@@ -77,10 +85,11 @@ class NormRequest:
         for name, value in (("groups", self.groups), ("channels_per_group", self.channels_per_group)):
             if isinstance(value, str) and name == "groups" and value == "auto":
                 continue
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
                 raise OptionError(
                     Text(Fix(name), f" must be a positive integer{' or auto' * (name == 'groups')}, got {value!r}")
                 )
+            object.__setattr__(self, name, value if value is None else int(value))
         one_of("indivisible", self.indivisible, INDIVISIBLE)
         number = isinstance(self.eps, (int, float)) and not isinstance(self.eps, bool)
         if self.eps is not None and not (number and 0 <= self.eps < float("inf")):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..errors import Fix, OptionError, Text
 from ..inspection.inventory import Inventory
 from ..inspection.roles import counted, role_in
-from ..modules.path_ranges import matches
+from ..modules.path_ranges import ROOT, matches
 from ..norms.registry import norm_named, targets
 
 Rules = Mapping[str, str] | Sequence[tuple[str, str]]
@@ -28,7 +28,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         if not self.pattern:
-            raise OptionError("a rule needs a pattern, such as 'layer4.*=frozen'")
+            raise OptionError(f"a rule needs a pattern, such as 'layer4.*=frozen'; {ROOT!r} is the network itself")
         if self.target != "keep":
             norm_named(self.target)
         object.__setattr__(self, "role", role_in(self.pattern))

@@ -68,7 +68,7 @@ def _untrained(model: nn.Module, source: Source, digest: str, seed: int) -> bool
     """
     found = [
         (leaf, values)
-        for module in model.modules()
+        for module in nn.Module.modules(model)
         for leaf in ("running_mean", "running_var")
         if (values := module._buffers.get(leaf)) is not None
     ]

@@ -63,7 +63,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str, *, ca
     misshaped = [
         f"{k}: {tuple(fitted[k].shape)} in the file, {tuple(own[k].shape)} in the model"
         for k in own
-        if k in fitted and fitted[k].shape != own[k].shape
+        if k in fitted and fitted[k].shape != own[k].shape and not _sizes_itself(model, k)
     ]
     if missing or unexpected or misshaped:
         parts = [_listing("missing", missing), _listing("unexpected", unexpected), _listing("mis-shaped", misshaped)]
@@ -95,6 +95,12 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
 def _like(tensor: Tensor, own: Tensor, cast: bool) -> Tensor:
     dtype = own.dtype if cast and not tensor.is_complex() else tensor.dtype
     return tensor.to(device=None if own.is_meta else own.device, dtype=dtype)
+
+
+def _sizes_itself(model: nn.Module, name: str) -> bool:
+    """Whether a tensor is that of an observer of values, which is empty before it has seen any, and loads any shape."""
+    owner = type(model.get_submodule(name.rpartition(".")[0])).__module__
+    return owner.startswith(("torch.ao.quantization.", "torchao.quantization."))
 
 
 def _ties(model: nn.Module) -> list[list[str]]:
@@ -276,6 +282,6 @@ def _registering(register: Callable[[nn.Module, str, nn.Parameter | None], None]
 
 def has_empty_parameters(model: nn.Module) -> bool:
     """Whether some parameter, buffer or plain tensor attribute still has no values."""
-    attributes = (value for module in model.modules() for value in module.__dict__.values())
+    attributes = (value for module in nn.Module.modules(model) for value in module.__dict__.values())
     tensors = (value for value in attributes if isinstance(value, Tensor))
     return any(t.is_meta for t in (*model.parameters(), *model.buffers(), *tensors))

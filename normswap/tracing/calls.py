@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..modules.storage import sharers
-from ..norms.registry import looks_batch
-from .run import Region
+from ..norms.registry import inner_of, looks_batch
+from .own_convolution import is_convolution
+from .run import Region, join
 
 # Convolutions of other libraries whose forward differs from torch's only in how it pads its input.
 _CONV_CLASS_NAMES = {
@@ -30,6 +31,14 @@ _ELEMENTWISE = {
 
 def producer_kind(module: nn.Module) -> str | None:
     """`conv`, `conv_transpose` or `linear` for a layer linear in its `weight`, output channel by output channel."""
+    kind = plain_kind(module)
+    if kind is None and isinstance(module, _ConvNd) and "forward" not in module.__dict__ and is_convolution(module):
+        return "conv_transpose" if isinstance(module, _ConvTransposeNd) else "conv"
+    return kind
+
+
+def plain_kind(module: nn.Module) -> str | None:
+    """`producer_kind` of a layer that reads its input as torch's own do, channel by channel too."""
     cls: Any = type(module)
     if "forward" in module.__dict__:
         return None
@@ -72,6 +81,10 @@ class KnownModules:
     def __init__(self, paths: Mapping[nn.Module, list[str]], norms: Mapping[str, int]) -> None:
         self.norms = norms
         self.first_name = {alias: names[0] for names in paths.values() for alias in names}
+        # A call of what only hands on to a norm is a call of that norm.
+        handing = {module: inner for module in paths if (inner := inner_of(module)) is not None}
+        for module, inner in handing.items():
+            self.first_name |= {alias: self.first_name[join(alias, inner)] for alias in paths[module]}
         self.modules = {names[0]: module for module, names in paths.items()}
         self.facts = {name: _facts_of(module) for name, module in self.modules.items()}
         self.owners = sharers(p for module in paths for p in module._parameters.values() if p is not None)
@@ -80,6 +93,7 @@ class KnownModules:
             for name, module in self.modules.items()
             if name in norms or self.facts[name].kind is not None or passes_on(module)
         }
+        self.watched |= {module: self.first_name[paths[module][0]] for module in handing}
 
 
 def _facts_of(module: nn.Module) -> LayerFacts:

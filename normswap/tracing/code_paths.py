@@ -22,6 +22,7 @@ from torch.fx.proxy import TraceError
 
 from ..modules.attributes import kept_by, reachable_from
 from ..modules.restore import attributes_restored
+from .source_files import built_by
 
 MOST = 16
 """Ways of one module that are tried; code that decides more often counts as not traceable."""
@@ -59,15 +60,16 @@ def other_settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Attributes that the module's code reads, with another value each may take.
 
     `training`, and True and False, are turned round; a number or a word that the code compares with a constant gets a
-    value for which the comparison turns out otherwise.
+    value for which the comparison turns out otherwise. A flag without which some child would not be there stays up.
     """
     cls: type = type(module)
     if cls.__module__.startswith("torch.nn."):
         return
     names, comparisons = _read_by(cls)
+    for_life = built_by(module)
     for name in names:
         value = module.__dict__.get(name, getattr(cls, name, None))
-        if type(value) is bool:
+        if type(value) is bool and not (value and name in for_life):
             yield name, not value
     for name, operation, constant in comparisons:
         value = module.__dict__.get(name, getattr(cls, name, None))
@@ -94,7 +96,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 @contextmanager
 def setting(module: nn.Module, name: str, value: Any) -> Iterator[None]:
     """With an attribute of the module set to a value, `training` in everything below it too."""
-    holders = list(module.modules()) if name == "training" else [module]
+    holders = list(nn.Module.modules(module)) if name == "training" else [module]
     before = [(holder.__dict__, name in holder.__dict__, holder.__dict__.get(name)) for holder in holders]
     for table, _, _ in before:
         table[name] = value

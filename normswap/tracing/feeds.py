@@ -31,16 +31,26 @@ class Feed:
     dims: int | None = None
     positions: int | None = None
 
+    @property
+    def unsure(self) -> bool:
+        """Whether another run may show more of it."""
+        return not self.foldable and (self.kind in ("unknown", "other", "input") or self.reason == IN_DOUBT)
 
+
+IN_DOUBT = "its owner's forward does not trace, and may use the layer elsewhere"
 UNKNOWN = Feed("unknown", reason="no run of the network showed what feeds it")
 
 
-def analyse(known: KnownModules, regions: Iterable[Region], doubtful: Iterable[str] = ()) -> dict[str, Feed]:
+def analyse(
+    known: KnownModules, regions: Iterable[Region], doubtful: Iterable[str] = (), settled: Iterable[str] = ()
+) -> dict[str, Feed]:
     """What feeds each norm of a network, by its path.
 
     Every call of a norm and of the layer before it counts, in every region: one use elsewhere, and it is not
-    foldable. doubtful: paths of what may be used in ways that no region shows.
+    foldable. doubtful: paths of what may be used in ways that no region shows. settled: those among them that the
+    runs of the whole network show all uses of, if they get there.
     """
+    regions = list(regions)
     runs = [CallGraph(region, known) for region in regions]
     norm_calls: dict[str, list[tuple[CallGraph, int]]] = defaultdict(list)
     layer_users: dict[str, Users] = defaultdict(dict)
@@ -55,12 +65,30 @@ def analyse(known: KnownModules, regions: Iterable[Region], doubtful: Iterable[s
                     _add(layer_users[name], user, way)
             elif kind == "parameter":
                 _add(layer_users[known.first_name.get(name.rpartition(".")[0], "")], None, run.calls[index].way)
-    doubts = tuple(known.first_name.get(d, d) for d in doubtful)
+    reached = {
+        known.first_name.get(c.target, c.target) for region in regions if region.path == "" for c in region.calls
+    }
+    doubts = Doubts(
+        {known.first_name.get(d, d) for d in doubtful}, {known.first_name.get(d, d) for d in settled}, reached
+    )
     norms = known.norms
     found = {path: _feed_of(path, known, norm_calls[path], layer_users, doubts) for path in norms if norm_calls[path]}
     called = {name for run in runs for name, call in zip(run.names, run.calls, strict=True) if call.kind == "module"}
     unreached = {p: n for p, n in norms.items() if p not in found and not _has_own(p, n, called, known)}
     return {path: _sure(path, found[path], unreached, called, known) if path in found else UNKNOWN for path in norms}
+
+
+@dataclass(frozen=True)
+class Doubts:
+    """What may be used in ways that no run shows, but for what is settled where the runs have reached it."""
+
+    paths: set[str]
+    settled: set[str]
+    reached: set[str]
+
+    def about(self, path: str) -> bool:
+        """Whether one of them concerns the module at a path."""
+        return any(is_below(path, d) and (d not in self.settled or path not in self.reached) for d in self.paths)
 
 
 def _sure(path: str, feed: Feed, unreached: Mapping[str, int], called: set[str], known: KnownModules) -> Feed:
@@ -111,7 +139,7 @@ def _feed_of(
     known: KnownModules,
     calls: list[tuple[CallGraph, int]],
     layer_users: Mapping[str, Users],
-    doubts: tuple[str, ...],
+    doubts: Doubts,
 ) -> Feed:
     first = [(run, i) for run, i in calls if not run.calls[i].way] or calls
     kind = _kind(first)
@@ -131,8 +159,8 @@ def _feed_of(
         for producer in producers:
             reason = reason or _why_not(producer, path, known, layer_users)
             reason = reason or _hooked_between(producer, path, known.modules)
-        if any(is_below(p, d) for p in (path, *producers) for d in doubts):
-            reason = reason or "its owner's forward does not trace, and may use the layer elsewhere"
+        if any(map(doubts.about, (path, *producers))):
+            reason = reason or IN_DOUBT
     vectors = known.facts[path].dims in (None, 1)
     if kind == "linear" and (not vectors or any((run.calls[i].input_shape or (0, 0))[2:] for run, i in calls)):
         reason = reason or "a linear layer's channels are its last dimension, the norm's its second"

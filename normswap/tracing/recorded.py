@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..modules.attributes import tensors_kept_by
 from ..modules.restore import evaluating, undisturbed
 from ..modules.storage import Origins
+from .executed import Execution
 from .run import Call, Region
 
 # --- recorded ---------------------------------------------------------------------------------------------------
@@ -27,6 +28,11 @@ class _Recorder(TorchDispatchMode):
         self.calls: list[Call] = []
         self.origins = Origins(model)
         self.depth = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: skipping it means importing it, which takes seconds. An older torch does not ask."""
+        return False
 
     def source_of(self, tensor: Tensor) -> int:
         index = self.origins.of(tensor)
@@ -59,11 +65,16 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def record(model: nn.Module, inputs: tuple[Any, ...], watched: Mapping[nn.Module, str]) -> Region:
+def record(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    watched: Mapping[nn.Module, str],
+    execution: Execution | None = None,
+) -> Region:
     """Run `model(*inputs)` once in eval mode, without gradients, and note what flows into what.
 
-    `watched` maps the modules taken whole to their paths. Module attributes, buffers, training flags and the random
-    state are as before afterwards.
+    `watched` maps the modules taken whole to their paths; `execution` follows the code that calls them. Module
+    attributes, buffers, training flags and the random state are as before afterwards.
     """
     recorder = _Recorder(model)
     entered: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = []
@@ -79,8 +90,11 @@ def record(model: nn.Module, inputs: tuple[Any, ...], watched: Mapping[nn.Module
         recorder.depth -= 1
         if recorder.depth == 0:
             sources, shape = entered.pop()
-            index = recorder.add("module", watched[module], sources, _tensors(out))
+            made = _tensors(out)
+            index = recorder.add("module", watched[module], sources, made)
             recorder.calls[index].input_shape = shape
+            if execution is not None:
+                execution.made(module, made)
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
@@ -90,7 +104,8 @@ def record(model: nn.Module, inputs: tuple[Any, ...], watched: Mapping[nn.Module
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
             stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
         stack.enter_context(recorder)
-        out = model(*inputs)
+        with nullcontext() if execution is None else execution.followed.watching():
+            out = model(*inputs)
         # What is kept on a module may be used later, like an output.
         held = tensors_kept_by(model)
         kept = recorder.origins.known(held)

@@ -8,14 +8,15 @@ compute may be used elsewhere too.
 from __future__ import annotations
 
 import ast
-import contextlib
 import functools
-import inspect
-import linecache
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
+
+from .source_files import Method, definitions_of, function_named, is_one_of
 
 ALL = "*"  # stands for every child
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -42,26 +43,30 @@ class Uses:
     has_source: bool = True
 
 
-def uses_of(module: nn.Module) -> Uses:
-    """How the module's forward, and the methods that it calls, use the module's children."""
+def uses_of(module: nn.Module, entry: str = "forward") -> Uses:
+    """How the module's forward, or another method, and the methods that it calls, use the module's children."""
     if isinstance(module, _CONTAINERS) and type(module).forward in {c.forward for c in _CONTAINERS}:
         return Uses()
     cls: type = type(module)
-    return _uses_of_class(cls)
+    return _uses_of_class(cls, entry)
 
 
-def doubtful_below(module: nn.Module, uses: Uses, name: str, relevant: Callable[[nn.Module], bool]) -> list[str]:
+def doubtful_below(
+    module: nn.Module, uses: Uses, name: str, relevant: Callable[[nn.Module], bool]
+) -> list[tuple[str, bool]]:
     """Paths from `module`, in its child `name`, of the modules whose insides may be used in ways no trace shows.
 
+    Each with whether the code that was read reaches in; else it hands the module to code that was not.
     relevant: says which modules matter; a part without any of them can be reached into at will.
     """
     child = module._modules[name]
     if child is None:
         return []
-    if not uses.has_source or name in uses.escaped or ALL in uses.escaped:
-        return [name]
     read = {attribute for owner, attribute in uses.read if owner in (name, ALL)}
-    return [path for path, part in _members(name, child) if any(_opens(part, a, relevant) for a in read)]
+    found = [(path, True) for path, part in _members(name, child) if any(_opens(part, a, relevant) for a in read)]
+    if not uses.has_source or name in uses.escaped or ALL in uses.escaped:
+        found.append((name, False))
+    return found
 
 
 def _members(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -77,7 +82,7 @@ def _opens(module: nn.Module, attribute: str, relevant: Callable[[nn.Module], bo
     """Whether reading an attribute of a module may lead to layers inside it, or to code other than its forward."""
     child = module._modules.get(attribute)
     if child is not None:
-        return any(relevant(m) for m in child.modules())
+        return any(relevant(m) for m in nn.Module.modules(child))
     if attribute in ("forward", "__call__") or hasattr(nn.Module, attribute):
         return attribute in ("modules", "named_modules", "get_submodule")
     own = getattr(type(module), attribute, None)
@@ -91,7 +96,7 @@ def _method_opens(module: nn.Module, method: str, relevant: Callable[[nn.Module]
     cls: type = type(module)
     uses = _uses_of_class(cls, method)
     for name, child in module._modules.items():
-        if child is None or not any(relevant(m) for m in child.modules()):
+        if child is None or not any(relevant(m) for m in nn.Module.modules(child)):
             continue
         if not uses.has_source or (uses.called | uses.iterated | uses.escaped) & {name, ALL}:
             return True
@@ -102,8 +107,8 @@ def _method_opens(module: nn.Module, method: str, relevant: Callable[[nn.Module]
 
 @functools.cache
 def _uses_of_class(cls: type, entry: str = "forward") -> Uses:
-    """What `entry` and the methods that it calls do."""
-    methods: dict[str, list[ast.FunctionDef]] = {}
+    """What `entry` does, with the methods that it calls, and the functions of its package that it gives children to."""
+    methods: dict[str, list[Method]] = {}
     for base in cls.__mro__:
         if base is object or base.__module__.startswith("torch.nn."):
             continue
@@ -112,55 +117,44 @@ def _uses_of_class(cls: type, entry: str = "forward") -> Uses:
             return Uses(has_source=False)
         for node in (n for definition in definitions for n in definition.body):
             if isinstance(node, ast.FunctionDef):
-                methods.setdefault(node.name, []).append(node)
-    uses = Uses(has_source=_is_one_of(getattr(cls, entry, None), methods.get(entry, [])))
-    waiting, seen = [entry], {entry}
+                methods.setdefault(node.name, []).append((node, vars(sys.modules[base.__module__])))
+    uses = Uses(has_source=is_one_of(getattr(cls, entry, None), [node for node, _ in methods.get(entry, [])]))
+    waiting: list[tuple[Method, dict[str, set[str]]]] = [(method, {}) for method in methods.get(entry, ())]
+    seen = {entry, "forward"}  # a method that runs `self(x)` runs the whole, as anybody may
+    given: set[tuple[int, str, str]] = set()
     while waiting:
-        for method in methods.get(waiting.pop(), ()):
-            reader = _Reader(method, uses)
-            reader.run()
-            new = reader.own_names & methods.keys() - seen
-            waiting += new
-            seen |= new
+        (node, scope), held = waiting.pop()
+        reader = _Reader(node, uses, held)
+        reader.run()
+        new = (reader.own_names & methods.keys()) - seen
+        waiting += [(method, {}) for name in new for method in methods[name]]
+        seen |= new
+        for call, argument, children in reader.handed:
+            for method, parameter in _receivers(call, argument, reader, methods, scope):
+                fresh = {child for child in children if (id(method[0]), parameter, child) not in given}
+                given |= {(id(method[0]), parameter, child) for child in fresh}
+                waiting += [(method, {parameter: fresh})] if fresh else []
     return uses
 
 
-def _is_one_of(function: object, nodes: list[ast.FunctionDef]) -> bool:
-    """Whether a method is one of those read, and was not put on its class later."""
-    function = function.fget if isinstance(function, property) else function
-    code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
-    # A function's code begins at its first decorator.
-    starts = {node.decorator_list[0].lineno if node.decorator_list else node.lineno for node in nodes}
-    return code is not None and code.co_firstlineno in starts
+def _receivers(
+    call: ast.Call, argument: ast.AST, reader: _Reader, methods: Mapping[str, list[Method]], scope: Mapping[str, Any]
+) -> Iterator[tuple[Method, str]]:
+    """The functions, of the class or of its package, that a call may mean, each with the parameter that an argument is.
 
-
-def definitions_of(cls: type) -> list[ast.ClassDef]:
-    """The source of a class; several where its name is defined more than once, none where there is no source."""
-    try:
-        path = inspect.getsourcefile(cls)
-    except (OSError, TypeError):
-        return []
-    return [] if path is None else _classes_in(path).get(cls.__qualname__, [])
-
-
-@functools.cache
-def _classes_in(path: str) -> dict[str, list[ast.ClassDef]]:
-    """Every class of a source file by its qualified name. One parse serves all classes of a file."""
-    found: dict[str, list[ast.ClassDef]] = {}
-
-    def visit(node: ast.AST, prefix: str) -> None:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.ClassDef):
-                found.setdefault(prefix + child.name, []).append(child)
-                visit(child, f"{prefix}{child.name}.")
-            elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                visit(child, f"{prefix}{child.name}.<locals>.")
-            else:
-                visit(child, prefix)
-
-    with contextlib.suppress(SyntaxError):
-        visit(ast.parse("".join(linecache.getlines(path))), "")
-    return found
+    Another library's function cannot know what a network's parts are called: it runs them whole, or walks them all.
+    """
+    called = call.func
+    own = isinstance(called, ast.Attribute) and reader.is_me(called.value)
+    found = methods.get(called.attr, []) if own and isinstance(called, ast.Attribute) else function_named(called, scope)
+    for node, names in found:
+        parameters = [*node.args.posonlyargs, *node.args.args][int(own) :]
+        if isinstance(argument, ast.keyword):
+            named = [p.arg for p in (*parameters, *node.args.kwonlyargs) if p.arg == argument.arg]
+        else:
+            at = call.args.index(argument) if argument in call.args else len(parameters)
+            named = [p.arg for p in parameters[at : at + 1]]
+        yield from (((node, names), parameter) for parameter in named)
 
 
 class _Reader:
@@ -171,15 +165,17 @@ class _Reader:
     anywhere is one everywhere. So it can only see too much, and what it sees only makes fewer layers foldable.
     """
 
-    def __init__(self, method: ast.FunctionDef, uses: Uses) -> None:
+    def __init__(self, method: ast.FunctionDef, uses: Uses, held: Mapping[str, set[str]]) -> None:
+        """held: what children the method's parameters may be."""
         self.method, self.uses = method, uses
         arguments = [*method.args.posonlyargs, *method.args.args]
-        self.me = arguments[0].arg if arguments else ""
-        self.held: dict[str, set[str]] = {}  # local variable -> children it may be
+        self.me = arguments[0].arg if arguments and arguments[0].arg not in held else ""
+        self.held = {name: set(children) for name, children in held.items()}  # local variable -> children it may be
+        self.handed: list[tuple[ast.Call, ast.AST, set[str]]] = []  # to which calls, as which argument
         # The tree tells what is inside a node; what a node is inside of says what becomes of its value.
         self.parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
         attributes = (node for node in ast.walk(method) if isinstance(node, ast.Attribute))
-        self.own_names = {node.attr for node in attributes if self._is_me(node.value) or self._is_super(node.value)}
+        self.own_names = {node.attr for node in attributes if self.is_me(node.value) or self._is_super(node.value)}
 
     def run(self) -> None:
         # Variables are assigned from variables, in a loop also from later ones: each pass follows one step further,
@@ -197,7 +193,7 @@ class _Reader:
             if children and parent is not None and not self._children(parent):
                 self._note(node, parent, children)
 
-    def _is_me(self, node: ast.AST) -> bool:
+    def is_me(self, node: ast.AST) -> bool:
         return isinstance(node, ast.Name) and node.id == self.me
 
     @staticmethod
@@ -223,7 +219,7 @@ class _Reader:
     def _children(self, node: ast.AST) -> set[str]:
         """The children that an expression may evaluate to (or hold); empty for anything else."""
         # self.block; an attribute that is no child does no harm, since nothing is asked about it.
-        if isinstance(node, ast.Attribute) and self._is_me(node.value):
+        if isinstance(node, ast.Attribute) and self.is_me(node.value):
             return {ALL} if node.attr == "_modules" else {node.attr}
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             return {ALL} if self._is_iterated_self(node) else self.held.get(node.id, set())
@@ -247,12 +243,12 @@ class _Reader:
     def _of_call(self, node: ast.Call) -> set[str]:
         """`getattr(self, name)`, `zip(self.a, self.b)`, `self.blocks.values()`; a call of a child gives no child."""
         if isinstance(node.func, ast.Name):
-            if node.func.id == "getattr" and len(node.args) > 1 and self._is_me(node.args[0]):
+            if node.func.id == "getattr" and len(node.args) > 1 and self.is_me(node.args[0]):
                 name = node.args[1]
                 return {str(name.value)} if isinstance(name, ast.Constant) else {ALL}
             return self._of_any(node.args) if node.func.id in _PASS_ON else set()
         if isinstance(node.func, ast.Attribute) and node.func.attr in _MEMBERS:
-            return {ALL} if self._is_me(node.func.value) else self._children(node.func.value)
+            return {ALL} if self.is_me(node.func.value) else self._children(node.func.value)
         return set()
 
     def _is_iterated_self(self, node: ast.Name) -> bool:
@@ -286,8 +282,12 @@ class _Reader:
                     uses.escaped |= children
             elif name not in _HARMLESS:
                 uses.escaped |= children
+                self.handed.append((parent, node, children))
         elif isinstance(parent, (ast.Assign, ast.AnnAssign, ast.For, ast.comprehension)):
             uses.iterated |= children
+        elif isinstance(parent, ast.keyword) and isinstance(call := self.parents.get(parent), ast.Call):
+            uses.escaped |= children
+            self.handed.append((call, parent, children))
         # Questions such as `if self.down is not None` are harmless. Everything else, a return among it, lets it out.
         elif not isinstance(parent, (ast.Compare, ast.If, ast.IfExp, ast.While, ast.UnaryOp, ast.Assert, ast.Expr)):
             uses.escaped |= children

@@ -6,6 +6,7 @@ submodules that do trace are covered.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -17,12 +18,25 @@ from .run import Call, Region, is_below, join
 from .source_reading import ALL, doubtful_below, uses_of
 
 
+@dataclass(frozen=True)
+class Doubt:
+    """Why the use of a module is not known: `owner` is the path of the module whose code may use it elsewhere.
+
+    read: that code reaches into the module, by a name that leads to layers. leaf: it calls the layer itself, and so
+    sees what the layer puts out.
+    """
+
+    owner: str
+    read: bool = False
+    leaf: bool = False
+
+
 @dataclass
 class Traced:
-    """What a symbolic run found: regions, and modules whose use outside of them is not known."""
+    """What a symbolic run found: regions, and modules whose use outside of them is not known, by their paths."""
 
     regions: list[Region] = field(default_factory=list)
-    doubtful: set[str] = field(default_factory=set)
+    doubtful: dict[str, set[Doubt]] = field(default_factory=lambda: defaultdict(set))
 
 
 # --- symbolic ---------------------------------------------------------------------------------------------------
@@ -53,26 +67,31 @@ def _trace_below(module: nn.Module, path: str, leaf: Leaf, traced: Traced) -> No
     # A subtree erased as opaque may have been entered before: only the outermost opaque modules count.
     outer = [p for p in opaque if not any(p != q and is_below(p, q) for q in opaque)]
     for inner in dict.fromkeys(outer):
-        _trace_children(module.get_submodule(inner), join(path, inner), inner, tracer.called, leaf, traced)
+        owner = join(path, inner)
+        _trace_children(module.get_submodule(inner), owner, inner, tracer.called, leaf, traced, owner)
 
 
 def _trace_children(
-    owner: nn.Module, path: str, local: str, called: Collection[str], leaf: Leaf, traced: Traced
+    owner: nn.Module, path: str, local: str, called: Collection[str], leaf: Leaf, traced: Traced, code: str
 ) -> None:
-    """Trace the children of a module whose own forward does not trace, where it is known to call them whole."""
+    """Trace the children of a module whose own forward does not trace, where it is known to call them whole.
+
+    code: the path of the module whose code calls them; that of what holds `owner`, if this is but a list of them.
+    """
     uses = uses_of(owner)
     for name, child in owner._modules.items():
         if child is None:
             continue
         child_path, child_local = join(path, name), join(local, name)
-        traced.doubtful.update(join(path, below) for below in doubtful_below(owner, uses, name, leaf))
-        if leaf(child):
-            traced.doubtful.add(child_path)  # a run of the owner that did trace need not be the only one
+        for below, read in doubtful_below(owner, uses, name, leaf):
+            traced.doubtful[join(path, below)].add(Doubt(code, read=read))
+        if leaf(child):  # a run of the owner that did trace need not be the only one
+            traced.doubtful[child_path].add(Doubt(code, leaf=True))
             continue
         seen = (child_local in called or name in uses.called) and not uses.iterated & {name, ALL}
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or (isinstance(child, nn.Sequential) and not seen):
             # Its owner may call the elements one by one and keep what lies between them.
-            _trace_children(child, child_path, child_local, called, leaf, traced)
+            _trace_children(child, child_path, child_local, called, leaf, traced, code)
         else:
             _trace_below(child, child_path, leaf, traced)
 

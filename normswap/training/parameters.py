@@ -39,7 +39,7 @@ def trained_parameters(model: nn.Module, train: str) -> dict[str, nn.Parameter]:
 
 def norm_parameters(model: nn.Module) -> set[Tensor]:
     """Gamma and beta of every normalization layer."""
-    norms = (module for module in model.modules() if identify(module) is not None)
+    norms = (module for module in nn.Module.modules(model) if identify(module) is not None)
     return {p for norm in norms for p in norm._parameters.values() if p is not None}
 
 

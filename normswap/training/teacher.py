@@ -62,7 +62,7 @@ def side_by_side(teacher: nn.Module, student: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _recurrent_training(model: nn.Module) -> Iterator[None]:
-    layers = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+    layers = [m for m in nn.Module.modules(model) if isinstance(m, nn.RNNBase)]
     before = [(m, m.training, m.dropout) for m in layers]
     try:
         for m in layers:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Residual, fingerprint, randomized
+from helpers import Net, Residual, X, fingerprint, randomized, relative
 from resnet20 import resnet20
 from torch import Tensor, nn
 
@@ -403,3 +403,41 @@ def test_data_that_is_not_finite_is_to_blame_not_the_network() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
     with pytest.raises(DataError, match="a batch of the data holds NaN or Inf"):
         verify(net, net, torch.full((2, 3, 4, 4), torch.nan))
+
+
+class Points(Net):
+    """Gives as many points as it finds, and a score of the whole."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.bn(self.conv(x))
+        return {"points": (y > y.mean() + y.std()).nonzero().float(), "whole": y.mean((2, 3))}
+
+
+class OnlyPoints(Points):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)["points"]
+
+
+def test_outputs_of_a_length_that_each_network_finds_are_left_out_with_a_note() -> None:
+    a = randomized(Points())
+    b = normswap.convert(a, to="ln")
+    report = normswap.verify(a, b, [X, X * 2])
+    assert [difference.path for difference in report.outputs] == ["whole"]
+    assert report.error == pytest.approx(relative(*(torch.cat([n(x)["whole"] for x in (X, X * 2)]) for n in (a, b))))
+    assert report.notes[0].startswith("points: of another length in each network, so not compared; the layers' outputs")
+    assert {layer.path for layer in report.layers} == {"bn"}
+    assert normswap.calibrate(b, a, [X, X * 2]).drift_after is not None
+
+
+def test_networks_that_give_nothing_else_are_compared_by_their_layers() -> None:
+    a = randomized(OnlyPoints())
+    report = normswap.verify(a, normswap.convert(a, to="ln"), [X])
+    assert report.error is None
+    assert report.worst.path == "bn"
+    assert "the output: of another length" in str(report)
+
+
+def test_other_classes_are_an_error_still() -> None:
+    a, b = (nn.Sequential(nn.Flatten(), nn.Linear(192, classes)).eval() for classes in (3, 4))
+    with pytest.raises(normswap.DataError, match="cannot be compared"):
+        normswap.verify(a, b, [X])

@@ -72,8 +72,8 @@ def test_what_it_shows_of_the_test_stands_there() -> None:
 
 
 def test_what_it_says_of_the_norm_then_is_so(capsys: pytest.CaptureFixture[str]) -> None:
-    (shown,) = blocks(None)
-    exec(compile(shown, "docs/extending.md", "exec"), {})
+    for shown in blocks(None):
+        exec(compile(shown, "docs/extending.md", "exec"), {"__name__": "extending"})
     assert capsys.readouterr().out.splitlines()[1].split()[:4] == ["1", "1", "RMSNorm", "64"]
 
 

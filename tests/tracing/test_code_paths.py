@@ -23,6 +23,19 @@ class Domains(Net):
         return (self.aux if self.adv else self.bn)(self.conv(x))
 
 
+class DomainsBuilt(Net):
+    """The flag made the second norm, and chooses between the two all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adv = True
+        if self.adv:
+            self.aux = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.aux if self.adv else self.bn)(self.conv(x))
+
+
 class DomainsByName(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -134,6 +147,7 @@ class NormedOrNot(Net):
 
 ANOTHER = [
     (Domains, "with adv=True, the output of conv is used elsewhere too"),
+    (DomainsBuilt, "no run of the network showed what feeds bn, which may be conv"),
     (DomainsByName, "no run of the network showed what feeds bns.b, which may be conv"),
     (DomainsByNumber, "no run of the network showed what feeds bns.1, which may be conv"),
     (NormOrNothing, "no run of the network called after.none, which may stand in its place"),
@@ -221,6 +235,31 @@ class Switches(Net):
         return y.relu() if self.mode == "relu" else y.sigmoid()
 
 
+class Built(nn.Module):
+    """A flag by which the constructor has made the norm: without it there would be none to skip."""
+
+    def __init__(self, normalize: bool = True) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.conv = nn.Conv2d(3, 4, 3)
+        if self.normalize:
+            self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.normalize:
+            x = self.bn(x)
+        return x
+
+
+class BuiltByArgument(Built):
+    def __init__(self, normalize: bool = True) -> None:
+        nn.Module.__init__(self)
+        self.normalize, self.conv = normalize, nn.Conv2d(3, 4, 3)
+        if normalize:
+            self.bn = nn.BatchNorm2d(4)
+
+
 class OtherSizes(Net):
     """A spare norm that this convolution cannot feed: of other channels."""
 
@@ -237,22 +276,23 @@ class SparePart(Net):
         self.spare = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
 
 
-class Loops(Net):
+class LoopsOnTheConvolution(Net):
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn(self.conv(x))
-        while y.mean() > 1e9:
-            y = y / 2
-        return y
+        y = self.conv(x)
+        z = self.bn(y)
+        while z.mean() > 1e9:
+            z = z / y
+        return z
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", [Switches, OtherSizes, SparePart])
+@pytest.mark.parametrize("case", [Switches, Built, BuiltByArgument, OtherSizes, SparePart])
 def test_ways_that_read_nothing_else_cost_no_fold(case: type[nn.Module], mode: str) -> None:
     assert edges(case(), mode) == {"bn": ("conv",)}
 
 
 def test_a_loop_on_the_data_ends_in_doubt() -> None:
-    assert edges(Loops(), "symbolic") == {}
+    assert edges(LoopsOnTheConvolution(), "symbolic") == {}
 
 
 def test_a_way_that_skips_the_shortcut_leaves_the_last_norm_of_the_branch() -> None:

@@ -105,7 +105,7 @@ def known_inputs(model: nn.Module, origin: ResolvedSource, asked: PreprocessOver
 def _channels(model: nn.Module) -> int:
     from torch import nn
 
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    first = next((m for m in nn.Module.modules(model) if isinstance(m, nn.Conv2d)), None)
     return 1 if first is not None and first.in_channels == 1 else 3
 
 

@@ -15,7 +15,7 @@ from ...norms.registry import identify
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Put every module back into train or eval mode, as it was."""
-    modes = [(m, m.training) for m in model.modules()]
+    modes = [(m, m.training) for m in nn.Module.modules(model)]
     try:
         yield
     finally:
@@ -32,7 +32,7 @@ def frozen(
     stats, affine: of all norms. Yields a list to which, at the end, a note on the frozen layers is added; layers that
     were frozen before stay frozen.
     """
-    before = {m for m in model.modules() if freeze_of(m) is not None}
+    before = {m for m in nn.Module.modules(model) if freeze_of(m) is not None}
     if stats or affine:
         freeze(model, stats=stats, affine=affine)
     outside = [] if stats else _outside(model, parameters)

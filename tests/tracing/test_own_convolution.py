@@ -1,0 +1,305 @@
+"""Convolutions of a class of one's own: folded into where they are one convolution by their weight."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import MODES, Net, X, contents, edges, randomized, relative, run
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import normswap
+
+
+class StaticSame(nn.Conv2d):
+    """efficientnet_pytorch: padding by a layer, chosen when it is built."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.static_padding = nn.ZeroPad2d((1, 2, 0, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(self.static_padding(x), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class DynamicSame(nn.Conv2d):
+    """Padding computed from the size of the input, as TensorFlow does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ih, iw = x.size()[-2:]
+        kh, kw = self.weight.size()[-2:]
+        pad_h = max((math.ceil(ih / self.stride[0]) - 1) * self.stride[0] + kh - ih, 0)
+        pad_w = max((math.ceil(iw / self.stride[1]) - 1) * self.stride[1] + kw - iw, 0)
+        if pad_h > 0 or pad_w > 0:
+            x = F.pad(x, [pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2])
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def pad_same(x: Tensor, kernel: int) -> Tensor:
+    if kernel > 1:
+        x = F.pad(x, [0, kernel - 1, 0, kernel - 1], mode="circular")
+    return x
+
+
+class Helped(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(pad_same(x, self.kernel_size[0]), self.weight, self.bias)
+
+
+class Coordinates(nn.Conv2d):
+    """CoordConv: it adds to its input where each position is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.linspace(-1, 1, x.shape[-2]).view(1, 1, -1, 1)
+        return super().forward(x + rows)
+
+
+class Transposed(nn.ConvTranspose2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (1, 0, 1, 0)))
+
+
+OWN = [StaticSame, DynamicSame, Helped, Coordinates, Transposed]
+
+
+def net_with(cls: type[nn.Module], **options: object) -> nn.Module:
+    return randomized(nn.Sequential(cls(4, 8, 3, **options), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)))
+
+
+@pytest.mark.parametrize("options", [{"bias": False}, {"stride": 2}, {"groups": 2}], ids=str)
+@pytest.mark.parametrize("cls", OWN)
+def test_one_that_only_prepares_its_input_is_folded_into_saved_and_reverted(
+    cls: type[nn.Module], options: dict[str, object], tmp_path: Path
+) -> None:
+    net = net_with(cls, **options)
+    for to in ("gn", "fused"):
+        new = normswap.convert(net, to=to)
+        assert [s.producers for s in new._normswap.plan.steps] == [("0",)]
+        assert new._normswap.check.passed
+        back = normswap.load(normswap.save(new, tmp_path / f"{to}.safetensors"), net_with(cls, **options))
+        assert contents(back) == contents(new)
+        assert contents(normswap.revert(back)) == contents(net)
+        for size in (5, 8, 17):  # sizes that nobody has looked at
+            x = torch.randn(2, 4, size, size)
+            assert torch.equal(run(net, x), run(normswap.revert(copy.deepcopy(new)), x))
+            if to == "fused":
+                assert relative(run(net, x), run(new, x)) < 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cls", OWN)
+def test_an_edge_from_one_is_claimed_by_the_rules_of_all(cls: type[nn.Module], mode: str) -> None:
+    class Twice(Net):
+        def __init__(self, used_twice: bool) -> None:
+            super().__init__()
+            self.conv, self.twice = cls(3, 4, 3), used_twice
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.bn(y) + y if self.twice else self.bn(y)
+
+    class WeightElsewhere(Twice):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(x)) * self.conv.weight.mean()
+
+    tied = Twice(False)
+    tied.other = cls(3, 4, 3)
+    tied.other.weight = tied.conv.weight
+    assert edges(Twice(True), mode) == {}
+    assert edges(WeightElsewhere(False), mode) == {}
+    assert edges(tied, mode) == {}
+
+
+def test_it_is_found_on_the_meta_device_too() -> None:
+    with torch.device("meta"):
+        net = nn.Sequential(DynamicSame(4, 8, 3), nn.BatchNorm2d(8)).eval()
+    assert edges(net, "symbolic") == {"1": ("0",)}
+
+
+# --- what is not one convolution by its weight ------------------------------------------------------------------
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Residue(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.mean()
+
+
+class InPlace(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu_()
+
+
+class ByWeight(nn.Conv2d):
+    """The input is prepared by the size of the weight, told by no operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x / self.weight.data.norm())
+
+
+class Squeezed(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, :4]
+
+
+class Repeated(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(super().forward(x)[:, :4], (1, 1, 1, 1)))
+
+
+class Forgetful(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        super().forward(x)
+        return x.repeat(1, 2, 1, 1)
+
+
+class Ungrateful(nn.Conv2d):
+    """It has no use for a bias that it is given later."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight)
+
+
+class Large(nn.Conv2d):
+    """Another weight for large inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        if x.shape[-1] > 100:
+            w = w * 2
+        return self._conv_forward(x, w, self.bias)
+
+
+class LargeAfter(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if x.shape[-1] > 100:
+            y = y * 2
+        return y
+
+
+class LargeReturn(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > 100:
+            return x.repeat(1, 2, 1, 1)
+        return super().forward(x)
+
+
+class LargeExpression(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.repeat(1, 2, 1, 1) if x.shape[-1] > 100 else super().forward(x)
+
+
+class LargeMethod(nn.Conv2d):
+    def kernel(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > 100:
+            return self.weight * 2
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.kernel(x), self.bias)
+
+
+def kernel_of(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return conv.weight * 2 if x.shape[-1] > 100 else conv.weight
+
+
+class LargeHelper(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, kernel_of(self, x), self.bias)
+
+
+def convolved(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    y = F.conv2d(x, kernel, bias)
+    if x.shape[-1] > 100:
+        y = y + 1
+    return y
+
+
+class LargeHelperAfter(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return convolved(x, self.weight, self.bias)
+
+
+class OtherWeights(nn.Conv2d):
+    """One of two weights, chosen without a branch."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.large = nn.Parameter(torch.randn_like(self.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, (self.weight, self.large)[x.shape[-1] > 100], self.bias)
+
+
+class OtherWeightsBelow(OtherWeights):
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        nn.Conv2d.__init__(self, *args, **kwargs)
+        self.below = nn.Conv2d(4, 8, 3)
+
+    @property
+    def large(self) -> Tensor:
+        return self.below.weight
+
+
+class Flagged(nn.Conv2d):
+    doubled = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * 2 if self.doubled else y
+
+
+class Noisy(nn.Conv2d):
+    """Another weight in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight + torch.randn_like(self.weight) if self.training else self.weight
+        return self._conv_forward(x, w, self.bias)
+
+
+NOT = [
+    Forgetful, Scaled, Standardized, Residue, InPlace, ByWeight, Squeezed, Repeated, Ungrateful, Large, LargeAfter,
+    LargeReturn, LargeExpression, LargeMethod, LargeHelper, LargeHelperAfter, OtherWeights, OtherWeightsBelow, Flagged,
+    Noisy,
+]  # fmt: skip
+
+
+class Behind(nn.Module):
+    def __init__(self, cls: type[nn.Module]) -> None:
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(3, 4, 1), cls(4, 8, 3, bias=False)
+        self.bn = nn.BatchNorm2d(self.conv(torch.zeros(1, 4, 8, 8)).shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(self.first(x)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cls", NOT)
+def test_one_that_is_or_may_become_something_else_is_not_folded_into(cls: type[nn.Module], mode: str) -> None:
+    net = randomized(Behind(cls))
+    assert edges(net, mode) == {}
+    new = normswap.convert(net, to="ln", example_inputs=X)
+    assert new._normswap.check.passed
+
+
+def test_hooks_and_replaced_methods_within_one_are_no_part_of_its_class() -> None:
+    hooked, patched = net_with(StaticSame), net_with(Helped)
+    hooked[0].static_padding.register_forward_hook(lambda module, args, out: out * 2)
+    patched[0]._conv_forward = lambda x, weight, bias: F.conv2d(x, weight * 2, bias)
+    assert edges(hooked, "symbolic") == edges(patched, "symbolic") == {}
+    assert edges(net_with(StaticSame), "symbolic") == {"1": ("0",)}
