@@ -13,6 +13,8 @@ TYPE_CHECKING = False  # type checkers take it for true; typing's own would be m
 if TYPE_CHECKING:
     from typing import Any
 
+    from .advice.advise import advise as advise
+    from .advice.report import Advice as Advice
     from .calibration.calibrate import calibrate as calibrate
     from .calibration.calibrate import estimate_statistics as estimate_statistics
     from .calibration.group_count import choose_groups as choose_groups
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from .planning.planner import plan as plan
 
 _HOME = {
+    "Advice": "advice.report",
     "CalibrationReport": "calibration.report",
     "CheckpointError": "errors",
     "DataError": "errors",
@@ -74,6 +77,7 @@ _HOME = {
     "TrainingError": "errors",
     "VerificationReport": "comparison.verification",
     "WeightsError": "errors",
+    "advise": "advice.advise",
     "calibrate": "calibration.calibrate",
     "choose_groups": "calibration.group_count",
     "convert": "conversion.convert",

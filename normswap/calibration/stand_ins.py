@@ -128,7 +128,7 @@ def stand_ins(
         )
     large = shape[-1] * shape[-2] >= _LARGE if scaling else False
     count = images or (_WIDE_COUNT if large and kind == "photos" else COUNTS[kind])
-    start = scaling(crops(count, shape[1:], shape[0], seed)) if scaling else _noise(count, example, seed)
+    start = scaling(crops(count, shape[1:], shape[0], seed)) if scaling else noise(count, example, seed)
     made = list(start.split(_AT_ONCE))
     if kind == "synthetic":
         made = optimised(model, made, _LARGE_STEPS if large else _STEPS)
@@ -173,7 +173,7 @@ def choose(model: nn.Module, shape: tuple[int, ...], seed: int = 0) -> Scaling:
     return min((result.distance / (_CLEARLY if s.bgr else 1), i, s) for i, (result, s) in enumerate(found) if result)[2]
 
 
-def _noise(count: int, like: Tensor, seed: int) -> Tensor:
+def noise(count: int, like: Tensor, seed: int) -> Tensor:
     """Noise of spectrum 1/f along all but batch and channels, with mean and deviation of `like`, `(count, ...)`."""
     x = torch.randn(count, *like.shape[1:], generator=torch.Generator().manual_seed(seed))
     axes = tuple(range(2, x.dim()))

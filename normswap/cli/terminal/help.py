@@ -31,7 +31,8 @@ PANELS = {
     "Norms": "to groups channels_per_group indivisible transfer eps zero_init_residual rule sources approximate",
     "Calibration": "calibrate calibrate_images method budget",
     "Training": "epochs steps lr optimizer weight_decay warmup clip_grad no_stabilize accumulate train freeze_stats "
-    "freeze_affine distil ema ema_decay label_smoothing num_classes temperature features precision",
+    "freeze_affine distil ema ema_decay label_smoothing num_classes temperature features precision "
+    "private federated inference",
     "Network": "reference weights arg input_shape source built_by trust_pickle trust_code allow_nonfinite",
     "Run": "device channels_last compile workers seed resume no_check no_undo dry_run",
     "Result": "output force tensorboard show_all json quiet verbose help",
