@@ -53,11 +53,14 @@ if TYPE_CHECKING:
     from .optimizers.remap import remap_optimizer as remap_optimizer
     from .planning.plan import Plan as Plan
     from .planning.planner import plan as plan
+    from .sweep.compare import compare as compare
+    from .sweep.report import ComparisonReport as ComparisonReport
 
 _HOME = {
     "Advice": "advice.report",
     "CalibrationReport": "calibration.report",
     "CheckpointError": "errors",
+    "ComparisonReport": "sweep.report",
     "DataError": "errors",
     "DistillationReport": "distillation.report",
     "FinetuneReport": "finetuning.output.report",
@@ -80,6 +83,7 @@ _HOME = {
     "advise": "advice.advise",
     "calibrate": "calibration.calibrate",
     "choose_groups": "calibration.group_count",
+    "compare": "sweep.compare",
     "convert": "conversion.convert",
     "distil": "distillation.distil",
     "estimate_statistics": "calibration.calibrate",
