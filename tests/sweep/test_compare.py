@@ -149,6 +149,17 @@ def test_ctrl_c_keeps_finished_cells_and_the_rest_comes_out_as_without(tmp_path:
     assert [r.loss for r in report.results] == [r.loss for r in whole.results]
 
 
+def test_a_training_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"norms": ["gn"], "groups": [2], "batch_sizes": [4], "epochs": 2, "images": 16}
+    whole, cut, rest = Recorded(), Recorded(), Recorded()
+    normswap.compare(network(), whole, DATA["eval_data"], output=tmp_path / "whole", **asked)
+    cut.stop_at = len(whole.seen) - 3  # in the second epoch
+    with pytest.raises(normswap.Interrupted):
+        normswap.compare(network(), cut, DATA["eval_data"], output=tmp_path / "cut", **asked)
+    normswap.compare(network(), rest, DATA["eval_data"], output=tmp_path / "cut", **asked)
+    assert len(rest.seen) <= len(whole.seen) - 16
+
+
 def test_a_comparison_goes_on_under_the_same_conditions_only(tmp_path: Path) -> None:
     model = network()
     normswap.compare(model, **DATA, output=tmp_path, norms=["bn"], images=16)
@@ -207,3 +218,10 @@ def test_what_makes_no_sense_is_told_before_anything_is_written(
     with pytest.raises(normswap.NormswapError, match=what):
         normswap.compare(network(), **{**DATA, "output": tmp_path / "out", **options})
     assert not (tmp_path / "out").exists()
+
+
+def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "comparing.md").read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(page.partition("```python\n")[2].partition("```")[0], {})
+    assert (tmp_path / "comparison" / "table.md").is_file()
