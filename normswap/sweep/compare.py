@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..choices import Augment, Device, Optimizer
 from ..display.progress import Line, Silent, shown
-from ..errors import DataError, Fix, Interrupted, NormswapError, OptionError, Text, first_line
+from ..errors import DataError, Fix, Interrupted, NormswapError, OptionError, OutputError, Text, first_line
 from ..files.locking import locked
 from ..finetuning.finetune import EPOCHS
 from ..finetuning.output.layout import check_outside
@@ -22,7 +22,7 @@ from ..finetuning.output.report import show as show_run
 from ..finetuning.tasks.classification import Classification
 from ..modules.wrappers import check_module, unwrapped
 from ..sources.weights import digest_of
-from .cells import GROUPS, CellResult, cells_of, kept_results
+from .cells import GROUPS, Cell, CellResult, cells_of, kept_results
 from .conditions import Conditions, Setting
 from .making import Maker, check_classes
 from .pictures import draw
@@ -94,30 +94,42 @@ def compare(
     maker = Maker(model, setting, source)
     if not sizes:
         check_classes(model, setting, maker.inputs())
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     with locked(folder), _told(progress) as bar:
         setting.conditions.keep(folder, overwrite=overwrite)
         if overwrite:
             rmtree(setting.of(""), ignore_errors=True)
-        kept = {result.cell: result for result in kept_results(cells, setting.of(""))}
-        report = ComparisonReport(tuple(kept[cell] for cell in cells if cell in kept), folder, len(cells))
-        for cell in cells:
-            if cell in kept:
-                continue
-            bar.above(f"{cell.shown} ({len(kept) + 1} of {len(cells)})")
-            try:
-                result = maker.make(cell, lambda now: show_run(bar, now) if not now.validation else None)
-            except KeyboardInterrupt as stop:
-                report = replace(report, interrupted=True)
-                _write(report, title)
-                raise Interrupted(report) from stop
-            except Exception as error:  # whatever one norm does to one network, the others are to be seen
-                result = CellResult(cell, error=_told_error(error))
-            kept[cell] = result
-            result.keep(setting.of(cell.name))
-            report = replace(report, results=tuple(kept[cell] for cell in cells if cell in kept))
-            report = _write(report, title)
+        return _made(cells, maker, title, bar)
+
+
+def _made(cells: Sequence[Cell], maker: Maker, title: str, bar: Line) -> ComparisonReport:
+    """All cells, those that were finished before as they are."""
+    setting = maker.setting
+    kept = {result.cell: result for result in kept_results(cells, setting.of(""))}
+    report = ComparisonReport(tuple(kept[cell] for cell in cells if cell in kept), setting.folder, len(cells))
+    for cell in cells:
+        if cell in kept:
+            continue
+        bar.above(f"{cell.shown} ({len(kept) + 1} of {len(cells)})")
+        try:
+            result = maker.make(cell, lambda now: show_run(bar, now) if not now.validation else None)
+        except KeyboardInterrupt as stop:
+            raise Interrupted(_write(replace(report, interrupted=True), title)) from stop
+        except Exception as error:  # whatever one norm does to one network, the others are to be seen
+            result = CellResult(cell, error=_told_error(error))
+        kept[cell] = result
+        result.keep(setting.of(cell.name))
+        report = _write(replace(report, results=tuple(kept[cell] for cell in cells if cell in kept)), title)
     return _write(report, title)
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise OutputError(f"{folder} is a file", hint=Text(Fix("output"), " takes a folder."))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be used: {error.strerror or error}") from error
 
 
 def _told_error(error: Exception) -> str:
