@@ -67,10 +67,11 @@ def compare(
     groups: of norms that take any; the nearest divisor below where channels do not divide. title: of the pictures.
     source: what builds the network, as the files of the runs note it; by default what can be found out.
 
-    Writes to `output` after every cell: table.csv, table.json, table.md and pictures. Cells that are finished there
-    are not made again, a training that was stopped goes on, a failed cell is tried again; cells may be added, under the
-    same conditions. overwrite: begin anew. A cell that fails has its error in the table, and the others go on. Ctrl-C
-    keeps finished cells, and raises `Interrupted` with a report of them. The network stays as it is.
+    Writes to `output` table.csv, table.json and table.md after every cell, and pictures at the end. Cells that are
+    finished there are not made again, a training that was stopped goes on, a failed cell is tried again; cells may be
+    added, under the same conditions. overwrite: begin anew. A cell that fails has its error in the table, and the
+    others go on. Ctrl-C keeps finished cells, and raises `Interrupted` with a report of them. The network stays as it
+    is.
 
     Raises OptionError for options that make no sense or a folder with other conditions, DataError for data that cannot
     be used, OutputError for a folder that cannot be written.
@@ -119,7 +120,8 @@ def _made(cells: Sequence[Cell], maker: Maker, title: str, bar: Line) -> Compari
             result = CellResult(cell, error=_told_error(error))
         kept[cell] = result
         result.keep(setting.of(cell.name))
-        report = _write(replace(report, results=tuple(kept[cell] for cell in cells if cell in kept)), title)
+        report = replace(report, results=tuple(kept[cell] for cell in cells if cell in kept))
+        write_tables(report)
     return _write(report, title)
 
 

@@ -94,7 +94,7 @@ def compare(
 
     Without --batch-sizes the networks are converted and calibrated only: accuracy over the number of groups. With it,
     each cell is a run of finetune too, kept in --output with its curves. Writes table.csv, table.json, table.md and
-    pictures after every cell. Ctrl-C keeps finished cells; the same command goes on, also with more cells.
+    pictures. Ctrl-C keeps finished cells; the same command goes on, also with more cells.
 
     \b
     normswap compare resnet50 --data photos/
