@@ -13,6 +13,8 @@ TYPE_CHECKING = False  # type checkers take it for true; typing's own would be m
 if TYPE_CHECKING:
     from typing import Any
 
+    from .advice.advise import advise as advise
+    from .advice.report import Advice as Advice
     from .calibration.calibrate import calibrate as calibrate
     from .calibration.calibrate import estimate_statistics as estimate_statistics
     from .calibration.group_count import choose_groups as choose_groups
@@ -52,10 +54,14 @@ if TYPE_CHECKING:
     from .optimizers.remap import remap_optimizer as remap_optimizer
     from .planning.plan import Plan as Plan
     from .planning.planner import plan as plan
+    from .sweep.compare import compare as compare
+    from .sweep.report import ComparisonReport as ComparisonReport
 
 _HOME = {
+    "Advice": "advice.report",
     "CalibrationReport": "calibration.report",
     "CheckpointError": "errors",
+    "ComparisonReport": "sweep.report",
     "DataError": "errors",
     "DistillationReport": "distillation.report",
     "FinetuneReport": "finetuning.output.report",
@@ -75,8 +81,10 @@ _HOME = {
     "TrainingError": "errors",
     "VerificationReport": "comparison.verification",
     "WeightsError": "errors",
+    "advise": "advice.advise",
     "calibrate": "calibration.calibrate",
     "choose_groups": "calibration.group_count",
+    "compare": "sweep.compare",
     "convert": "conversion.convert",
     "distil": "distillation.distil",
     "estimate_statistics": "calibration.calibrate",

@@ -33,11 +33,16 @@ class Fit:
     @property
     def verdict(self) -> str:
         """One phrase for people."""
-        if self.distance <= FITS:
+        if self.suits:
             return "like what the network was trained on"
         if self.distance <= ODD:
             return "somewhat unlike what the network was trained on"
         return "not what the network was trained on"
+
+    @property
+    def suits(self) -> bool:
+        """Whether the inputs are like what the network was trained on."""
+        return self.distance <= FITS
 
     def __str__(self) -> str:
         return f"distance {self.distance:.2g} from the running statistics: {self.verdict}"

@@ -137,7 +137,7 @@ def stand_ins(
         )
     large = scaling is not None and shape[-1] * shape[-2] >= _LARGE
     count = images or (_LARGE_COUNT if large else COUNTS[kind])
-    start = scaling(crops(count, shape[1:], shape[0], seed)) if scaling else _noise(count, example, seed)
+    start = scaling(crops(count, shape[1:], shape[0], seed)) if scaling else noise(count, example, seed)
     made = list(start.split(_AT_ONCE))
     found = fit(model, [(made[0],)])  # the others are of the same kind
     limit = ODD
@@ -210,7 +210,7 @@ def choose(model: nn.Module, shape: tuple[int, ...], seed: int = 0) -> Scaling:
     return min((result.distance / (_CLEARLY if s.bgr else 1), i, s) for i, (result, s) in enumerate(found) if result)[2]
 
 
-def _noise(count: int, like: Tensor, seed: int) -> Tensor:
+def noise(count: int, like: Tensor, seed: int) -> Tensor:
     """Noise of spectrum 1/f along all but batch and channels, with mean and deviation of `like`, `(count, ...)`."""
     x = torch.randn(count, *like.shape[1:], generator=torch.Generator().manual_seed(seed))
     axes = tuple(range(2, x.dim()))

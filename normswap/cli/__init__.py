@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from .commands.advise import advise
 from .commands.calibrate import calibrate
+from .commands.compare import compare
 from .commands.convert import convert
 from .commands.demo import demo
 from .commands.distil import distil
@@ -30,10 +32,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(cls=Command, short_help="List every norm layer of a network.")(inspect)
+app.command(cls=Command, short_help="Recommend a norm for a network and its task.")(advise)
 app.command(cls=Convert, short_help="Replace the norm layers of a network and write the result.")(convert)
 app.command(cls=Command, short_help="Repair a converted network from a few unlabelled images.")(calibrate)
 app.command(cls=Command, short_help="Train a converted network to follow its original, without labels.")(distil)
 app.command(cls=Command, short_help="Train a network on labelled images, at small batches.")(finetune)
+app.command(cls=Command, short_help="Compare norms, groups and batch sizes under equal conditions.")(compare)
 app.command(cls=Command, short_help="Measure how far one network is from another.")(verify)
 app.command(cls=Command, short_help="List the recipes, or copy one.")(recipes)
 app.command(cls=Command, short_help="List the norm types.")(norms)

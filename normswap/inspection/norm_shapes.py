@@ -48,9 +48,9 @@ def positions_by_guess(model: nn.Module, layers: Mapping[nn.Module, str]) -> dic
     found = None if inputs is None else shapes_of(model, inputs, layers)
     if inputs is None or found is None:
         return {}
-    positions = _fewest(found)
+    positions = fewest(found)
     if 1 in positions.values() and (larger := shapes_of(model, _enlarged(inputs), layers)) is not None:
-        positions |= _fewest(larger)
+        positions |= fewest(larger)
     return positions
 
 
@@ -75,7 +75,8 @@ def _vectors(shapes: list[tuple[int, ...]]) -> bool:
     return all(len(shape) == 2 for shape in shapes)
 
 
-def _fewest(shapes: Shapes) -> dict[str, int]:
+def fewest(shapes: Shapes) -> dict[str, int]:
+    """The positions of the smallest map that each layer was given."""
     return {path: min(math.prod(shape[2:]) for shape in seen) for path, seen in shapes.items() if seen}
 
 

@@ -48,6 +48,18 @@ class SourceRequest:
 
         return parse_args(list(self.args)).values()
 
+    def words(self) -> list[str]:
+        """The words of a command line that ask for the same network."""
+        given = {"--weights": self.weights, "--source": self.source}
+        found = [self.text, *(word for flag, value in given.items() if value is not None for word in (flag, value))]
+        found += [word for pair in self.args for word in ("--arg", pair)]
+        found += [
+            "--" + name.replace("_", "-")
+            for name in ("trust_pickle", "trust_code", "allow_nonfinite")
+            if getattr(self, name)
+        ]
+        return [*found, *(["--seed", str(self.seed)] if self.seed else [])]
+
 
 @dataclass(frozen=True)
 class ResolvedSource:

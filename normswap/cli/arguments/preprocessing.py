@@ -40,6 +40,14 @@ class PreprocessOverrides:
         """What the user said, as arguments of Preprocess."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
+    def words(self) -> list[str]:
+        """The words of a command line that say the same."""
+        texts = {
+            name: value if isinstance(value, str) else ",".join(f"{v:g}" for v in value)
+            for name, value in self.given().items()
+        }
+        return [word for name, text in texts.items() for word in (f"--{name}", text)]
+
 
 @dataclass(frozen=True)
 class Preparation:

@@ -26,12 +26,13 @@ _NARROW = 60  # columns, below which a help text stands under its option instead
 _TERM = 30
 
 PANELS = {
-    "Images": "data task eval_data annotations eval_annotations images batch_size size mean std max_bad augment "
-    "data_root download",
-    "Norms": "to groups channels_per_group indivisible transfer eps zero_init_residual rule sources approximate",
+    "Images": "data task eval_data annotations eval_annotations images batch_size batch_sizes size mean std max_bad "
+    "augment data_root download",
+    "Norms": "to norms groups channels_per_group indivisible transfer eps zero_init_residual rule sources approximate",
     "Calibration": "calibrate calibrate_images method budget",
     "Training": "epochs steps lr optimizer weight_decay warmup clip_grad no_stabilize accumulate train freeze_stats "
-    "freeze_affine distil ema ema_decay label_smoothing num_classes temperature features precision",
+    "freeze_affine distil ema ema_decay label_smoothing num_classes temperature features precision "
+    "private federated inference",
     "Network": "reference weights arg input_shape source built_by trust_pickle trust_code allow_nonfinite",
     "Run": "device channels_last compile workers seed resume no_check no_undo dry_run",
     "Result": "output force tensorboard show_all json quiet verbose help",

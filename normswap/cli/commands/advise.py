@@ -1,0 +1,121 @@
+"""`normswap advise`: which norm suits a network and its task, with the reason, the risks and the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ...choices import PURPOSES
+from ..arguments import options
+from ..arguments.networks import ResolvedSource, SourceRequest, example_inputs, locate, on_device, open_network
+from ..arguments.preprocessing import PreprocessOverrides, prepare
+from ..terminal import flags
+from ..terminal.output import reporting
+from ..terminal.suggestions import command
+
+if TYPE_CHECKING:
+    from ...advice.report import Advice
+    from ..terminal.render import Page
+
+
+def advise(
+    ctx: typer.Context,
+    source: options.Source,
+    task: Annotated[str, options.word(PURPOSES, "What the network is to do.")] = "classification",
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Images a GPU in training.", show_default="2")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Images, without labels: are they what it was trained on?", show_default=False
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="It is trained with per-sample gradients, as for differential privacy.")
+    ] = False,
+    federated: Annotated[bool, typer.Option("--federated", help="It is trained by several clients.")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="Its weights are averaged.")] = False,
+    inference: Annotated[bool, typer.Option("--inference", help="It is not trained any more.")] = False,
+    size: options.Size = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    max_bad: options.MaxBad = 10,
+    weights: options.Weights = None,
+    arg: options.Arg = None,
+    input_shape: options.Input = None,
+    device: options.Device = "auto",
+    built_by: options.BuiltBy = None,
+    trust_pickle: options.TrustPickle = False,
+    trust_code: options.TrustCode = False,
+    allow_nonfinite: options.AllowNonfinite = False,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Recommend a norm, groups and transfer, with the reason, the risks in this network, and the command to paste.
+
+    Without --data only weights and statistics are read. --data tells whether the images are like what the network was
+    trained on, and repairs the swap in the command. --input gives the size of inputs that the expected drift is for.
+
+    \b
+    normswap advise resnet50 --batch-size 2
+    normswap advise resnet50 --task detection --data photos/
+    normswap advise nets.py:policy --ema
+    """
+    asked = PreprocessOverrides.of(ctx)
+    shapes = options.shapes(ctx, input_shape)
+    if data is None and asked.given():
+        raise options.usage(ctx, "--size, --mean and --std go with --data")
+    wanted = SourceRequest.of(ctx, source)
+    situation: dict[str, Any] = {
+        "task": task, "batch_size": batch_size, "private": private, "federated": federated, "ema": ema,
+        "inference": inference,
+    }  # fmt: skip
+    with reporting(ctx) as out:
+        out.step("loading PyTorch")
+        from ...advice.advise import IMAGES
+        from ...advice.advise import advise as advice_on
+        from ...advice.rules import Situation
+        from ...data.image_folder import open_images
+
+        Situation(**situation)  # before a network is built
+        folder = None if data is None else open_images(data, limit=IMAGES)
+        model, origin = open_network(locate(ctx, wanted), wanted, out)
+        read: Any = None
+        if folder is not None:
+            preparation = prepare(model, origin, asked)
+            read = folder.batches(preparation.transform, 16, stack=preparation.stack, max_bad=max_bad)
+        out.step("looking at the network")
+        with on_device(device, model):
+            advice = advice_on(model, **situation, data=read, example_inputs=example_inputs(model, shapes))
+        words = command_of(advice, wanted, data, asked)
+        out.show(
+            lambda: {"network": origin.to_dict(), **advice.to_dict(), "command": command(words) if words else None},
+            lambda page: _render(page, origin, advice, words, () if read is None else tuple(read.bad)),
+        )
+
+
+def command_of(advice: Advice, wanted: SourceRequest, data: Path | None, asked: PreprocessOverrides) -> list[str]:
+    """The words of the command line that does it; none where there is nothing to do."""
+    if not advice.options:
+        return []
+    words = ["convert", *wanted.words(), *(word for fix in advice.fixes for word in flags.words(fix))]
+    if advice.calibrate:
+        words += ["--calibrate", str(data), *asked.words()]
+    return words
+
+
+def _render(page: Page, origin: ResolvedSource, advice: Advice, words: list[str], bad: tuple[str, ...]) -> None:
+    page.line((origin.told, "strong"))
+    page.facts(*advice.facts, indent=0)
+    for risk in advice.risks:
+        page.line(("risk: ", "bad"), str(risk))
+    page.skipped(bad)
+    if advice.problem:
+        page.line(flags.told(advice.problem))
+    if words:
+        page.line(("Next: ", "strong"), command(words))

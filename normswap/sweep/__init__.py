@@ -1,0 +1,1 @@
+"""Norms, numbers of groups and batch sizes under equal conditions: `compare`."""

@@ -1,0 +1,117 @@
+"""What is compared: one cell for each norm, number of groups and batch size, and what each came to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..arguments import whole
+from ..errors import Fix, OptionError, Text
+from ..files.writing import atomic
+from ..norms.registry import norm_named
+
+RESULT = "cell.json"
+GROUPS = (1, 2, 4, 8, 16, 32)
+Groups = Sequence[int | str]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One network to make. groups: of norms that have any; batch_size: to train at, None to calibrate only."""
+
+    norm: str
+    groups: int | str | None = None
+    batch_size: int | None = None
+
+    @property
+    def series(self) -> str:
+        """The norm with its groups: what is one line of a picture."""
+        return self.norm if self.groups is None else f"{self.norm}-{self.groups}"
+
+    @property
+    def name(self) -> str:
+        """What its folder is called."""
+        return self.series if self.batch_size is None else f"{self.series}-batch-{self.batch_size}"
+
+    @property
+    def shown(self) -> str:
+        """For people."""
+        groups = "" if self.groups is None else f", groups {self.groups}"
+        return f"{self.norm}{groups}{'' if self.batch_size is None else f', batch {self.batch_size}'}"
+
+
+def cells_of(norms: Sequence[str], groups: Groups, batch_sizes: Sequence[int]) -> list[Cell]:
+    """All combinations, each once; without batch sizes, cells that are calibrated only.
+
+    Raises OptionError for an unknown norm, one that no network can be trained with, an empty list, or a number below 1.
+    """
+    for name, values in (("norms", norms), ("groups", groups)):
+        if isinstance(values, str) or not values:
+            raise OptionError(Text(Fix(name), f" takes a list, got {values!r}"))
+    for count in groups:
+        if count != "auto":
+            whole("groups", count)
+    for size in batch_sizes:
+        whole("batch_sizes", size)
+    found = {
+        Cell(norm, count, size): None
+        for size in (*batch_sizes, *(() if batch_sizes else (None,)))
+        for norm in norms
+        for count in (groups if norm_named(norm).takes_groups else [None])
+    }
+    fused = [cell.norm for cell in found if norm_named(cell.norm).fuses]
+    if fused and batch_sizes:
+        raise OptionError(f"{fused[0]} leaves no norm to train", hint="Leave it out, or leave the batch sizes out.")
+    return list(found)
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What became of a cell.
+
+    accuracy: on the validation images, at the end; best: the best validation on the way (trained cells). converted:
+    right after the conversion, before any repair (calibrated cells). images: seen in training, or calibrated on.
+    folder: of its run. error: one sentence where it failed.
+    """
+
+    cell: Cell
+    accuracy: float | None = None
+    best: float | None = None
+    converted: float | None = None
+    loss: float | None = None
+    images: int = 0
+    seconds: float = 0.0
+    folder: Path | None = None
+    error: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, in one level."""
+        values = {**asdict(self.cell), **asdict(self), "folder": None if self.folder is None else str(self.folder)}
+        return {name: value for name, value in values.items() if name != "cell"}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CellResult:
+        """The inverse of `to_dict`."""
+        cell = {name: values[name] for name in ("norm", "groups", "batch_size")}
+        rest = {name: value for name, value in values.items() if name not in cell}
+        return cls(Cell(**cell), **{**rest, "folder": None if rest["folder"] is None else Path(rest["folder"])})
+
+    def keep(self, folder: Path) -> None:
+        """Write it, so that it need not be made again. Raises OutputError."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic(folder / RESULT) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def kept_results(cells: Sequence[Cell], folder: Path) -> Iterator[CellResult]:
+    """Those of the cells that were finished before; failed ones are to be tried again."""
+    for cell in cells:
+        try:
+            found = CellResult.from_dict(json.loads((folder / cell.name / RESULT).read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if not found.error and found.cell == cell:
+            yield found

@@ -1,0 +1,82 @@
+"""`normswap advise`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from ran import Cli
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--task", "style"),
+        ("--ema", "--data", "photos", "--size", "20"),
+        ("--data", "photos", "--size", "20", "--mean", "0", "--std", "1"),
+        ("--inference",),
+    ],
+)
+def test_the_command_that_it_gives_works_when_pasted(cli: Cli, images: Path, options: tuple[str, ...]) -> None:
+    ran = cli("advise", "nets.py:real", *options)
+    assert ran.code == 0, ran.err
+    line = ran.out.splitlines()[-1]
+    assert line.startswith("Next: normswap convert nets.py:real ")
+    pasted = cli(*shlex.split(line.removeprefix("Next: normswap ")))
+    assert pasted.code == 0, pasted.err
+
+
+def test_the_page_says_norm_reason_source_and_drift(cli: Cli) -> None:
+    out = cli("advise", "nets.py:tiny", "--private").out
+    for what in ("gn: one sample's gradient", "De et al. 2022, arXiv:2204.13650", "expected at the output", "2: "):
+        assert what in out
+
+
+def test_json_holds_the_command(cli: Cli) -> None:
+    values = cli("advise", "nets.py:tiny", "--json").json
+    assert values["norm"] == "gn"
+    assert values["command"].startswith("normswap convert nets.py:tiny --to gn --groups auto")
+    assert cli("advise", "nets.py:tiny", "--batch-size", "32", "--json").json["command"] is None
+
+
+def test_options_of_the_network_are_in_the_command(cli: Cli) -> None:
+    out = cli("advise", "nets.py:tiny", "--arg", "width=16", "--seed", "3").out
+    assert "normswap convert nets.py:tiny --arg width=16 --seed 3 --to gn" in out
+
+
+def test_unknown_norms_are_kept_in_the_command(cli: Cli) -> None:
+    ran = cli("advise", "nets.py:suspicious")
+    assert ran.out.splitlines()[-1].endswith("--rule 3=keep")
+
+
+def test_a_detector_is_advised_without_a_drift(cli: Cli) -> None:
+    ran = cli("advise", "nets.py:Detector", "--task", "detection")
+    assert ran.code == 0, ran.err
+    assert "drift" not in ran.out
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "what"),
+    [
+        (
+            ("nets.py:without_norm",),
+            1,
+            "no BatchNorm layer to advise about: it has no norm layer at all",
+        ),
+        (("nets.py:tiny", "--task", "detecton"), 2, "Did you mean detection?"),
+        (("nets.py:tiny", "--batch-size", "0"), 2, "greater than or equal to 1"),
+        (
+            ("nets.py:tiny", "--inference", "--ema"),
+            2,
+            "for a network that is not trained; --ema is of one",
+        ),
+        (("nets.py:tiny", "--mean", "0"), 2, "--size, --mean and --std go with --data"),
+        (("nets.py:tiny", "--data", "nowhere"), 1, "nowhere"),
+    ],
+)
+def test_what_makes_no_sense_is_one_sentence(cli: Cli, args: tuple[str, ...], code: int, what: str) -> None:
+    ran = cli("advise", *args)
+    assert (ran.code, ran.out) == (code, "")
+    assert what in " ".join(ran.err.split())
