@@ -32,10 +32,10 @@ from resnet20 import resnet20
 METHODS = {
     "moments": {"method": "moments"},
     "moments, ε 1": {"method": "moments", "eps": 1.0},
-    "balance, ε kept": {"eps": 0.0},
-    "balance": {},
-    "balance, ε 4": {"eps": 4.0},
-    "refit": {"method": "refit"},
+    "balance, ε kept": {"method": "balance", "eps": 0.0},
+    "balance, ε 1": {"method": "balance", "eps": 1.0},
+    "balance, ε 4": {"method": "balance", "eps": 4.0},
+    "refit, ε 1": {"method": "refit", "eps": 1.0},
     "refit, ε 4": {"method": "refit", "eps": 4.0},
 }
 IMAGES = 256
@@ -116,7 +116,7 @@ def jobs(name: str, data: Path, batch: int) -> dict[str, Callable[[], object]]:
     return {
         "plain": lambda: plain(batch),
         "whole": lambda: plain(IMAGES),
-        "calibrate": lambda: normswap.calibrate(copies.pop(), model, x, batch_size=batch),
+        "calibrate": lambda: normswap.calibrate(copies.pop(), model, x, batch_size=batch, method="balance"),
         "refit": lambda: normswap.calibrate(copies.pop(), model, x, batch_size=batch, method="refit"),
     }
 

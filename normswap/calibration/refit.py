@@ -164,7 +164,7 @@ def fitted(
         count = max(1, _AT_ONCE // max(1, size * groups * min(wanted, z[0, 0].numel())))
         for part, out in zip(x.split(count), z.split(count), strict=True):
             value = out.float().flatten(2) if out.dim() > 2 else out.float().unsqueeze(2)
-            at = _grid(value.shape[2], wanted).to(value.device)
+            at = _scattered(value.shape[2], wanted).to(value.device)
             rows = _patches(layer, part.float(), at, groups)
             aim = (value[..., at] * _column(scale, value) + _column(shift, value)).movedim(1, 0)
             aim = aim if order is None else aim[order.to(aim.device)]
@@ -185,10 +185,14 @@ def _column(vector: Tensor, like: Tensor) -> Tensor:
     return vector.to(like)[:, None]
 
 
-def _grid(positions: int, wanted: int) -> Tensor:
-    """Indices of so many positions, evenly spread; all of them where there are fewer."""
-    count = min(positions, wanted)
-    return torch.arange(count) * positions // max(count, 1)
+def _scattered(positions: int, wanted: int) -> Tensor:
+    """Indices of so many positions, all of them where there are fewer: the same draw each time.
+
+    Even steps through the rows of an image would meet few of its columns, and the border's in half of the cases.
+    """
+    if positions <= wanted:
+        return torch.arange(positions)
+    return torch.randperm(positions, generator=torch.Generator().manual_seed(0))[:wanted].sort().values
 
 
 def _solved(system: Tensor, right: Tensor) -> Tensor:
