@@ -128,6 +128,15 @@ Rule = Annotated[
         show_default=False,
     ),
 ]
+Annotations = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="COCO's JSON file, where --data is its images.", show_default=False),
+]
+DataRoot = Annotated[Path, typer.Option(metavar="FOLDER", help="Where torchvision's data sets are stored.")]
+Download = Annotated[bool, typer.Option("--download", help="Fetch torchvision's data set.")]
+Workers = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="Processes that read images.", show_default="by device")
+]
 Data = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="Images, alone or in one subfolder for each class.", show_default=False),
@@ -158,6 +167,12 @@ Device = Annotated[
         "Where images are run; auto takes a GPU if there is one.",
         also="cuda:N",
         fits=r"cuda:\d+",
+    ),
+]
+FailBelow = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, metavar="VALUE", help="Exit with 3 if the result is below this share.", show_default=False
     ),
 ]
 MaxBad = Annotated[int, typer.Option(min=0, metavar="N", help="Skip so many images that cannot be read.")]

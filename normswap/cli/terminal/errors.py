@@ -1,6 +1,6 @@
 """The one place where errors become messages and exit codes.
 
-0: done. 1: a problem in the input. 2: a wrong call, which typer or an OptionError tells of.
+0: done. 1: a problem in the input. 2: a wrong call, which typer or an OptionError tells of. 3: `BelowLimit`.
 130: interrupted. 141: nobody reads stdout.
 """
 
@@ -31,6 +31,13 @@ FLAGS = "normswap.flags"
 _LAYERS = 20
 _PACKAGE = Path(__file__).resolve().parents[1]
 _ClickException: Any = UsageError.__bases__[0]
+
+
+class BelowLimit(NormswapError):
+    """What was measured, and shown, is below what --fail-below asks for."""
+
+    def __init__(self, name: str, value: float, limit: float) -> None:
+        super().__init__(f"{name} {value:.4f} is below {limit:g}")
 
 
 class Commands(TyperGroup):
@@ -71,6 +78,8 @@ def report(error: BaseException, meta: Mapping[str, Any]) -> int | None:
         known = meta.get(FLAGS)
         shown = _of_plan(error, known, verbose) if isinstance(error, PlanError) else error
         say(shown.written(lambda fix: flags.written(fix, known)), prefix="error: ")
+        if isinstance(error, BelowLimit):
+            return 3
         return 2 if isinstance(error, OptionError) and not isinstance(error, NetworkError) else 1
     if not isinstance(error, Exception):
         return None

@@ -1,0 +1,45 @@
+"""Runs the commands of docs/evaluating.md on the handwritten digits of `normswap demo` and shows what they print.
+
+    python docs/_evaluating.py
+
+Writes docs/assets/confusion.png.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from normswap.demo.digits import split
+
+TARGET = Path(__file__).parent / "assets" / "confusion.png"
+CONVERT = "normswap convert normswap.demo.network:pretrained --to gn --groups 4 -o digits-gn.safetensors"
+ASK = "normswap evaluate digits-gn.safetensors --trust-code --data digits/test --mean 0 --std 1"
+
+
+def main() -> None:
+    """In an empty folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        _, test = split()
+        for number, (image, label) in enumerate(zip(test.images, test.labels, strict=True)):
+            place = Path(folder, "digits", "test", str(int(label)))
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((image[0] * 255).round().byte().numpy()).save(place / f"{number}.png")
+        subprocess.run([sys.executable, "-m", *shlex.split(CONVERT)], cwd=folder, check=True, capture_output=True)
+        for command in (ASK, f"{ASK} -o matrix.png --quiet", f"{ASK} --fail-below 0.97 --quiet"):
+            done = subprocess.run(
+                [sys.executable, "-m", *shlex.split(command)], cwd=folder, capture_output=True, text=True
+            )
+            said = done.stdout + done.stderr * ("--quiet" in command)
+            print(f"$ {command}\n{said}(exit code {done.returncode})\n")
+        shutil.copy(Path(folder, "matrix.png"), TARGET)
+
+
+if __name__ == "__main__":
+    main()
