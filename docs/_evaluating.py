@@ -23,14 +23,19 @@ CONVERT = "normswap convert normswap.demo.network:pretrained --to gn --groups 4 
 ASK = "normswap evaluate digits-gn.safetensors --trust-code --data digits/test --mean 0 --std 1"
 
 
+def write_digits(folder: Path) -> None:
+    """The held-out digits as `digits/test/<class>/<number>.png`."""
+    _, test = split()
+    for number, (image, label) in enumerate(zip(test.images, test.labels, strict=True)):
+        place = folder / "digits" / "test" / str(int(label))
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image[0] * 255).round().byte().numpy()).save(place / f"{number}.png")
+
+
 def main() -> None:
     """In an empty folder."""
     with tempfile.TemporaryDirectory() as folder:
-        _, test = split()
-        for number, (image, label) in enumerate(zip(test.images, test.labels, strict=True)):
-            place = Path(folder, "digits", "test", str(int(label)))
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray((image[0] * 255).round().byte().numpy()).save(place / f"{number}.png")
+        write_digits(Path(folder))
         subprocess.run([sys.executable, "-m", *shlex.split(CONVERT)], cwd=folder, check=True, capture_output=True)
         for command in (ASK, f"{ASK} -o matrix.png --quiet", f"{ASK} --fail-below 0.97 --quiet"):
             done = subprocess.run(

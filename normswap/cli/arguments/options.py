@@ -195,6 +195,12 @@ Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="OUT", help="The file to write.", show_default=False)
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.html", help="Write a page that shows the result, to send or to print.", show_default=False
+    ),
+]
 Reference = Annotated[
     str | None,
     typer.Option(

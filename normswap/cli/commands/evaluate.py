@@ -71,6 +71,7 @@ def evaluate(
         ),
     ] = None,
     force: options.Force = False,
+    report: options.Report = None,
     device: options.Device = "auto",
     workers: options.Workers = None,
     built_by: options.BuiltBy = None,
@@ -113,18 +114,18 @@ def evaluate(
         sets = place.open_one(task_of(task), model)
         preparation = None if task == "detection" else prepare(model, origin, asked)
         with out.bar("evaluating") as bar:
-            report = measure(
+            found = measure(
                 model, sets, **words, class_names=class_names(model, origin), images=images, batch_size=batch_size,
                 preprocess=None if preparation is None else preparation.transform, workers=workers, max_bad=max_bad,
                 progress=bar,
             )  # fmt: skip
-        values = _values(report, origin, preparation, data)
+        values = _values(found, origin, preparation, data)
         if output is not None:
-            _write(report, values, output)
+            _write(found, values, output)
             ctx.meta[WRITTEN] = output
-        out.show(lambda: values, lambda page: _page(page, report, origin, preparation, data, show_all, output))
-        if fail_below is not None and report.score[1] < fail_below:
-            raise BelowLimit(*report.score, fail_below)
+        out.show(lambda: values, lambda page: _page(page, found, origin, preparation, data, show_all, output))
+        if fail_below is not None and found.score[1] < fail_below:
+            raise BelowLimit(*found.score, fail_below)
 
 
 def _check_output(output: Path, task: str, force: bool, inputs: list[Path]) -> None:

@@ -150,6 +150,7 @@ def finetune(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a run in --output.")] = False,
+    report: options.Report = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's files too.")] = False,
     weights: options.Weights = None,
     arg: options.Arg = None,
@@ -194,12 +195,12 @@ def finetune(
         ready = _ready(ctx, job, origin, folder, out)
         ctx.meta[WRITTEN] = None
         asked = None if resume else {**command, "options": _settled_options(ctx)}
-        report = _trained(ctx, job, ready, folder, asked, out)
+        found = _trained(ctx, job, ready, folder, asked, out)
         out.show(
-            lambda: {"network": ready.origin.to_dict(), "output": str(folder), **report.to_dict()},
-            lambda page: _finetune_report.show(page, report, folder, ready.origin),
+            lambda: {"network": ready.origin.to_dict(), "output": str(folder), **found.to_dict()},
+            lambda page: _finetune_report.show(page, found, folder, ready.origin),
         )
-        if report.interrupted:
+        if found.interrupted:
             ctx.meta[WRITTEN] = folder / STATE
             raise KeyboardInterrupt
 

@@ -73,6 +73,8 @@ def verify(
     trust_code: options.TrustCode = False,
     allow_nonfinite: options.AllowNonfinite = False,
     seed: options.Seed = 0,
+    force: options.Force = False,
+    report: options.Report = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -107,15 +109,15 @@ def verify(
         batches = _batches(first, read, shapes, out)
         if folder is None:
             out.step("comparing")
-        report = verification.verify(first, second, batches, device=device)
-        notes = (*report.notes, *_untrained(first))
-        report = replace(report, random_inputs=folder is None, notes=notes, bad=() if read is None else tuple(read.bad))
+        found = verification.verify(first, second, batches, device=device)
+        notes = (*found.notes, *_untrained(first))
+        found = replace(found, random_inputs=folder is None, notes=notes, bad=() if read is None else tuple(read.bad))
         used = preparation if folder is not None else None
         out.show(
-            lambda: _values(report, origins, used, data),
-            lambda page: _render(page, report, origins, _description(folder, used), show_all),
+            lambda: _values(found, origins, used, data),
+            lambda page: _render(page, found, origins, _description(folder, used), show_all),
         )
-        _check_agreement(report, fail_below)
+        _check_agreement(found, fail_below)
 
 
 def _check_agreement(report: VerificationReport, limit: float | None) -> None:

@@ -18,18 +18,18 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from ...display.printable import printable
 from ...errors import NetworkError, NormswapError, OptionError, PlanError, Text, first_line
 from ..arguments.options import UsageError
 from . import flags
-from .output import VERBOSE
+from .output import ARGS, VERBOSE
 from .problem_lines import problem_lines
-from .streams import is_terminal, printable
+from .streams import is_terminal
 
-ARGS = "normswap.args"
 WRITTEN = "normswap.written"
 FLAGS = "normswap.flags"
 _LAYERS = 20
-_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parents[2]
 _ClickException: Any = UsageError.__bases__[0]
 
 
