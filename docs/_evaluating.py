@@ -1,4 +1,4 @@
-"""Runs the commands of docs/evaluating.md on the handwritten digits of `normswap demo` and shows what they print.
+"""Runs the commands of docs/evaluating.md and docs/sharing.md on the digits of `normswap demo`; shows what they say.
 
     python docs/_evaluating.py
 
@@ -21,6 +21,7 @@ from normswap.demo.digits import split
 TARGET = Path(__file__).parent / "assets" / "confusion.png"
 CONVERT = "normswap convert normswap.demo.network:pretrained --to gn --groups 4 -o digits-gn.safetensors"
 ASK = "normswap evaluate digits-gn.safetensors --trust-code --data digits/test --mean 0 --std 1"
+CARD = "normswap card digits-gn.safetensors --license apache-2.0 --evaluation all.json"
 
 
 def write_digits(folder: Path) -> None:
@@ -37,7 +38,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_digits(Path(folder))
         subprocess.run([sys.executable, "-m", *shlex.split(CONVERT)], cwd=folder, check=True, capture_output=True)
-        for command in (ASK, f"{ASK} -o matrix.png --quiet", f"{ASK} --fail-below 0.97 --quiet"):
+        for command in (
+            ASK,
+            f"{ASK} -o matrix.png --quiet",
+            f"{ASK} --fail-below 0.97 --quiet",
+            f"{ASK} -o all.json --quiet",
+            CARD,
+        ):
             done = subprocess.run(
                 [sys.executable, "-m", *shlex.split(command)], cwd=folder, capture_output=True, text=True
             )
