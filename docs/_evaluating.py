@@ -22,6 +22,7 @@ TARGET = Path(__file__).parent / "assets" / "confusion.png"
 CONVERT = "normswap convert normswap.demo.network:pretrained --to gn --groups 4 -o digits-gn.safetensors"
 ASK = "normswap evaluate digits-gn.safetensors --trust-code --data digits/test --mean 0 --std 1"
 CARD = "normswap card digits-gn.safetensors --license apache-2.0 --evaluation all.json"
+EXPORT = "normswap export digits-gn.safetensors --trust-code --to onnx --input 1,1,8,8"
 
 
 def write_digits(folder: Path) -> None:
@@ -44,6 +45,7 @@ def main() -> None:
             f"{ASK} --fail-below 0.97 --quiet",
             f"{ASK} -o all.json --quiet",
             CARD,
+            EXPORT,
         ):
             done = subprocess.run(
                 [sys.executable, "-m", *shlex.split(command)], cwd=folder, capture_output=True, text=True

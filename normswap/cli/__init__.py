@@ -17,6 +17,7 @@ from .commands.convert import convert
 from .commands.demo import demo
 from .commands.distil import distil
 from .commands.evaluate import evaluate
+from .commands.export import export
 from .commands.finetune import finetune
 from .commands.inspect import inspect
 from .commands.norms import norms
@@ -42,6 +43,7 @@ app.command(cls=Command, short_help="Train a network on labelled images, at smal
 app.command(cls=Command, short_help="Compare norms, groups and batch sizes under equal conditions.")(compare)
 app.command(cls=Command, short_help="Measure how far one network is from another.")(verify)
 app.command(cls=Command, short_help="Measure one network on labelled data.")(evaluate)
+app.command(cls=Command, short_help="Write a network for another runtime, such as ONNX.")(export)
 app.command(cls=Command, short_help="Write a folder for the Hugging Face hub.")(card)
 app.command(cls=Command, short_help="List the recipes, or copy one.")(recipes)
 app.command(cls=Command, short_help="List the norm types.")(norms)
