@@ -42,7 +42,7 @@ def main() -> None:
         for command in (
             ASK,
             f"{ASK} -o matrix.png --quiet",
-            f"{ASK} --fail-below 0.97 --quiet",
+            f"{ASK} --fail-below 0.98 --quiet",
             f"{ASK} -o all.json --quiet",
             CARD,
             EXPORT,
