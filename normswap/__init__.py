@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from .errors import SourceError as SourceError
     from .errors import TrainingError as TrainingError
     from .errors import WeightsError as WeightsError
+    from .evaluation.evaluate import evaluate as evaluate
+    from .evaluation.report import EvaluationReport as EvaluationReport
+    from .exporting.export import export as export
+    from .exporting.report import ExportReport as ExportReport
     from .finetuning.finetune import finetune as finetune
     from .finetuning.output.report import FinetuneReport as FinetuneReport
     from .freezing import FrozenDrift as FrozenDrift
@@ -64,6 +68,8 @@ _HOME = {
     "ComparisonReport": "sweep.report",
     "DataError": "errors",
     "DistillationReport": "distillation.report",
+    "EvaluationReport": "evaluation.report",
+    "ExportReport": "exporting.report",
     "FinetuneReport": "finetuning.output.report",
     "FrozenDrift": "freezing",
     "Interrupted": "errors",
@@ -88,6 +94,8 @@ _HOME = {
     "convert": "conversion.convert",
     "distil": "distillation.distil",
     "estimate_statistics": "calibration.calibrate",
+    "evaluate": "evaluation.evaluate",
+    "export": "exporting.export",
     "finetune": "finetuning.finetune",
     "freeze": "freezing",
     "frozen_drift": "freezing",

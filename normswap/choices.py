@@ -22,6 +22,7 @@ Purpose = Literal["classification", "detection", "segmentation", "style", "seque
 Optimizer = Literal["adamw", "sgd"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Augment = Literal["auto", "flip", "none"]
+Export = Literal["onnx", "torchscript", "exported"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 # At PIL's numbers, which transformers stores as `resample`.
 Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic"]
@@ -39,6 +40,7 @@ PURPOSES: tuple[str, ...] = get_args(Purpose)
 OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 AUGMENTS: tuple[str, ...] = get_args(Augment)
+EXPORTS: tuple[str, ...] = get_args(Export)
 DEVICES: tuple[str, ...] = get_args(Device)
 INTERPOLATIONS: tuple[str, ...] = get_args(Interpolation)
 

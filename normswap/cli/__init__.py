@@ -11,10 +11,13 @@ import typer
 
 from .commands.advise import advise
 from .commands.calibrate import calibrate
+from .commands.card import card
 from .commands.compare import compare
 from .commands.convert import convert
 from .commands.demo import demo
 from .commands.distil import distil
+from .commands.evaluate import evaluate
+from .commands.export import export
 from .commands.finetune import finetune
 from .commands.inspect import inspect
 from .commands.norms import norms
@@ -39,6 +42,9 @@ app.command(cls=Command, short_help="Train a converted network to follow its ori
 app.command(cls=Command, short_help="Train a network on labelled images, at small batches.")(finetune)
 app.command(cls=Command, short_help="Compare norms, groups and batch sizes under equal conditions.")(compare)
 app.command(cls=Command, short_help="Measure how far one network is from another.")(verify)
+app.command(cls=Command, short_help="Measure one network on labelled data.")(evaluate)
+app.command(cls=Command, short_help="Write a network for another runtime, such as ONNX.")(export)
+app.command(cls=Command, short_help="Write a folder for the Hugging Face hub.")(card)
 app.command(cls=Command, short_help="List the recipes, or copy one.")(recipes)
 app.command(cls=Command, short_help="List the norm types.")(norms)
 app.command(cls=Command, short_help="Show the whole story on handwritten digits, in under a minute.")(demo)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from ..data.batches import MAX_BAD, Batches, as_batches, images_in
 from ..display.overview import ReportInNotebook
-from ..errors import DataError, Fix, OptionError, Text, first_line
+from ..errors import DataError, Fix, Text
 from ..inspection.example_inputs import guess_inputs, random_tensor, runs
-from ..machine.devices import device_of
-from ..modules.restore import evaluating, undisturbed
+from ..modules.restore import evaluating, moved, undisturbed
 from ..modules.tree import device_and_dtype
 from ..modules.wrappers import check_module, unwrapped
 from .layers import Difference, LayerTally, comparable_paths, images_at_once, parts
@@ -132,7 +131,7 @@ def verify(
     images = 0
     with ExitStack() as stack:
         for model in (a, b):
-            stack.enter_context(_moved(model, device))
+            stack.enter_context(moved(model, device))
             stack.enter_context(evaluating(model))
             stack.enter_context(undisturbed(model))
         most = 0
@@ -165,27 +164,6 @@ def _random_batches(model: nn.Module) -> Batches:
         more = (random_tensor((_RANDOM_IMAGES, *inputs[0].shape[1:]), model),)
         inputs = more if runs(model, more) else inputs
     return Batches((inputs[0] if len(inputs) == 1 else (inputs, None),))
-
-
-@contextmanager
-def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None]:
-    """The model on a device; afterwards the same tensors hold the same storage as before."""
-    if device is None:
-        yield
-        return
-    tensors = [*model.parameters(), *model.buffers()]
-    before = [tensor.data for tensor in tensors]
-    try:
-        place = device_of(device)
-        try:
-            for tensor in tensors:
-                tensor.data = tensor.data.to(place)
-        except (RuntimeError, AssertionError) as error:
-            raise OptionError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
-        yield
-    finally:
-        for tensor, data in zip(tensors, before, strict=True):
-            tensor.data = data
 
 
 def _rounding(model: nn.Module) -> float:

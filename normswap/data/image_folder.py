@@ -162,17 +162,17 @@ def open_images(folder: str | os.PathLike[str], *, limit: int | None = None, see
     filled = {name: files for name, files in below.items() if files}
     check_usable(folder, here, below, filled)
     if here:
-        chosen = _spread([0] * len(here), limit, seed)
+        chosen = spread_over_classes([0] * len(here), limit, seed)
         return ImageData(folder, tuple(here[i] for i in chosen), found=len(here))
     files = [file for listed in filled.values() for file in listed]
     labels = [label for label, listed in enumerate(filled.values()) for _ in listed]
-    chosen = _spread(labels, limit, seed)
+    chosen = spread_over_classes(labels, limit, seed)
     return ImageData(
         folder, tuple(files[i] for i in chosen), tuple(labels[i] for i in chosen), tuple(filled), found=len(files)
     )
 
 
-def _spread(labels: Sequence[int], limit: int | None, seed: int) -> list[int]:
+def spread_over_classes(labels: Sequence[int], limit: int | None, seed: int = 0) -> list[int]:
     """Indices of `limit` items in rising order: by turns the next of each class, in a random order within the class."""
     if limit is None or limit >= len(labels):
         return list(range(len(labels)))

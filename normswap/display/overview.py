@@ -124,7 +124,7 @@ def steps_table(steps: Sequence[Any]) -> Table:
             str(len(run.items)),
             number_range(s.channels for s in run.items),
             first.source_class,
-            _target(run.items),
+            target_told(run.items),
             (words + ", γ = 0" * first.zero_init, style),
         )
         rows.append(cells)
@@ -147,7 +147,7 @@ def _loose_step_key(step: Any) -> tuple[Hashable, ...]:
     return (step.source_class, step.target, step.options.eps, step.transfer, step.note == "", step.zero_init)
 
 
-def _target(steps: Sequence[Any]) -> str:
+def target_told(steps: Sequence[Any]) -> str:
     """The new norm with its options, as `gn (32 groups)`, or `gn (16 per group)` where that is what stays the same."""
     first = steps[0]
     options = {k: v for k, v in asdict(first.options).items() if v is not None}

@@ -188,7 +188,8 @@ def _report(work: DistillationRun, *, interrupted: bool = False) -> Distillation
         work.step, work.settings.steps, work.stream.images, begun, ended,
         interrupted=interrupted, resumed_at=work.resumed_at, notes=notes, kept=best.step,
         compared=work.judge.images, compared_on=work.judge.compared.origin, bad=tuple(work.stream.bad),
-        eval_loss_before=first.loss, eval_loss_after=best.loss, **before_after(first.tally, best.tally),
+        eval_loss_before=first.loss, eval_loss_after=best.loss, losses=work.curve,
+        eval_losses=tuple(sorted(set(work.judge.looks))), **before_after(first.tally, best.tally),
     )  # fmt: skip
 
 

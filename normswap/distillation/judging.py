@@ -65,6 +65,7 @@ class Judge:
         self._outputs = outputs_of(reference), outputs_of(model)
         self._boxes = is_detector(model)
         self.images = 0
+        self.looks: list[tuple[int, float]] = []
 
     def begin(self) -> None:
         """Measure the network as it was given; it counts as any later state does."""
@@ -116,6 +117,7 @@ class Judge:
                 a, b = (run(network, network, args) for network in (self.reference, self.model))
                 tally.add(a, b, labels)
         self.images = count
+        self.looks.append((step, total / count))
         return Look(step, total / count, tally)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..comparison.before_after import BeforeAfter
@@ -51,7 +51,8 @@ class DistillationReport(BeforeAfter, ReportInNotebook):
     trained on, mean over the first and the last tenth of the steps; what is left of `features` counts in it.
     The other figures are over `compared` images, `compared_on` says which, of the network as it came and as it is.
     eval_loss: what a run lowers, without `features`. For drift, agreement and accuracy see `BeforeAfter`.
-    bad: images that could not be read and were left out.
+    bad: images that could not be read and were left out. losses, eval_losses: (step, loss), the former as means over
+    a hundredth of the steps, the latter as it was measured on the way; of a resumed run, since then.
     """
 
     steps: int
@@ -67,6 +68,8 @@ class DistillationReport(BeforeAfter, ReportInNotebook):
     resumed_at: int = 0
     notes: tuple[str, ...] = ()
     bad: tuple[str, ...] = ()
+    losses: tuple[tuple[int, float], ...] = field(default=(), repr=False)
+    eval_losses: tuple[tuple[int, float], ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

@@ -31,6 +31,9 @@ from .stream import Compared, Stream
 SMALLER = Text("Try a smaller learning rate, ", Fix("lr"), ", or ", Fix("precision", "fp32"), ".")
 
 
+_POINTS = 100
+
+
 class DistillationRun:
     """What a distillation holds while it runs.
 
@@ -147,6 +150,14 @@ class DistillationRun:
         done = self._values[: self.step]
         some = max(1, len(done) // 10)
         return (sum(done[:some]) / some, sum(done[-some:]) / some) if done else (None, None)
+
+    @property
+    def curve(self) -> tuple[tuple[int, float], ...]:
+        """(step, loss), means over a hundredth of the steps each."""
+        done = self._values[: self.step]
+        size = max(1, -(-len(done) // _POINTS))
+        parts = (done[start : start + size] for start in range(0, len(done), size))
+        return tuple((min((i + 1) * size, len(done)), sum(part) / len(part)) for i, part in enumerate(parts))
 
     @property
     def notes(self) -> tuple[str, ...]:

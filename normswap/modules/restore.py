@@ -1,4 +1,4 @@
-"""Run a network and leave no trace: training flags, attributes, buffers, random state."""
+"""Run a network and leave no trace: training flags, device, attributes, buffers, random state."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import OptionError, first_line
+from ..machine.devices import device_of
 from .attributes import _slots_of, kept_by
 
 
@@ -27,6 +29,27 @@ def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextmanager
+def moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None]:
+    """The model on a device; afterwards the same tensors hold the same storage as before."""
+    if device is None:
+        yield
+        return
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [tensor.data for tensor in tensors]
+    try:
+        place = device_of(device)
+        try:
+            for tensor in tensors:
+                tensor.data = tensor.data.to(place)
+        except (RuntimeError, AssertionError) as error:
+            raise OptionError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
 
 
 @contextmanager

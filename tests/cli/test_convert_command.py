@@ -419,8 +419,9 @@ def test_an_interrupted_write_leaves_nothing_behind(cli: Cli, folder: Path, monk
     assert files(folder) == []
 
 
-def test_a_bug_is_called_one(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("normswap.planning.planner.plan", None)
+@pytest.mark.parametrize("place", ["normswap.planning.planner.plan", "normswap.planning.planner.inventory_of"])
+def test_a_bug_is_called_one(cli: Cli, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.setattr(place, None)
     ran = cli("convert", "nets.py:tiny", "--to", "ln")
     assert ran.code == 1
     assert "error: this is a bug in normswap, please report it: TypeError: 'NoneType' object is not" in ran.err

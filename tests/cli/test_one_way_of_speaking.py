@@ -17,7 +17,7 @@ from normswap.cli.arguments.completion import model_names
 from normswap.cli.terminal import help
 
 ROOT: Any = typer.main.get_command(app)
-READING = ("convert", "calibrate", "distil", "finetune", "verify")
+READING = ("convert", "calibrate", "distil", "evaluate", "finetune", "verify")
 
 
 def option(command: str, flag: str) -> Any:

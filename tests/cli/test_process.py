@@ -48,7 +48,7 @@ def files(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.suffix != ".py" and p.name != "__pycache__")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["convert", "-h"], ["--version"], ["convert"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "-h"], ["evaluate", "-h"], ["--version"], ["convert"]])
 def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\n"
@@ -57,7 +57,7 @@ def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str]) -> Non
         "try:\n"
         "    main()\n"
         "finally:\n"
-        "    heavy = {'torch', 'numpy', 'torchvision', 'normswap.cli.terminal.render'} & set(sys.modules)\n"
+        "    heavy = {'torch', 'numpy', 'torchvision', 'jinja2', 'normswap.cli.terminal.render'} & set(sys.modules)\n"
         "    print('HEAVY', sorted(heavy))\n"
     )
     ran = run(sys.executable, "-c", code)

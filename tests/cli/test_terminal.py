@@ -12,9 +12,9 @@ import typer
 from normswap.cli.terminal.flags import written
 from normswap.cli.terminal.output import Output
 from normswap.cli.terminal.render import Page, size
-from normswap.cli.terminal.streams import printable
 from normswap.cli.terminal.suggestions import changed, command
 from normswap.display.overview import number_range
+from normswap.display.printable import printable
 from normswap.errors import Fix, NormswapError, Text, plural
 
 

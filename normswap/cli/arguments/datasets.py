@@ -1,10 +1,10 @@
-"""The data that `normswap finetune` trains on, as its options name it."""
+"""The data that `normswap finetune` trains on and `normswap evaluate` measures on, as their options name it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -31,6 +31,17 @@ class DataPlace:
     root: Path
     download: bool
 
+    @classmethod
+    def single(
+        cls, ctx: typer.Context, task: str, data: str, annotations: Path | None, root: Path, download: bool
+    ) -> DataPlace:
+        """A place without a part for validation. Raises a usage error for options that do not go together."""
+        if task != "detection" and annotations:
+            raise options.usage(ctx, "--annotations goes with --task detection")
+        place = cls(task, data, None, annotations, None, root, download)
+        place.check(ctx)
+        return place
+
     def check(self, ctx: typer.Context) -> None:
         """Raise a usage error for options that do not go together."""
         if self.task != "detection" and (self.annotations or self.eval_annotations):
@@ -38,7 +49,22 @@ class DataPlace:
         if self.eval_annotations and not self.annotations:
             raise options.usage(ctx, "--eval-annotations goes with --annotations")
         if self.data.startswith(TORCHVISION) and (self.task != "classification" or self.evaluation):
-            raise options.usage(ctx, f"--data {TORCHVISION}NAME goes with --task classification, without --eval-data")
+            alone = ", without --eval-data" if self.evaluation else ""
+            raise options.usage(ctx, f"--data {TORCHVISION}NAME goes with --task classification{alone}")
+
+    def open_one(self, task: Task, model: nn.Module) -> Sets:
+        """One set to measure on. Raises DataError for what cannot be used."""
+        if self.data.startswith(TORCHVISION):
+            from ...finetuning.datasets.splits import held_out
+
+            return held_out(self.open(task, model, 0))
+        data: Any = self.data
+        if self.annotations is not None:
+            from ...data.coco import open_coco
+            from ...finetuning.tasks.detection import predicts_masks
+
+            data = open_coco(self.annotations, data, masks=predicts_masks(model))
+        return task.open_one(model, data)
 
     def open(self, task: Task, model: nn.Module, seed: int) -> Sets:
         """The data sets. Raises DataError for what cannot be used."""

@@ -128,6 +128,15 @@ Rule = Annotated[
         show_default=False,
     ),
 ]
+Annotations = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="COCO's JSON file, where --data is its images.", show_default=False),
+]
+DataRoot = Annotated[Path, typer.Option(metavar="FOLDER", help="Where torchvision's data sets are stored.")]
+Download = Annotated[bool, typer.Option("--download", help="Fetch torchvision's data set.")]
+Workers = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="Processes that read images.", show_default="by device")
+]
 Data = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="Images, alone or in one subfolder for each class.", show_default=False),
@@ -160,6 +169,12 @@ Device = Annotated[
         fits=r"cuda:\d+",
     ),
 ]
+FailBelow = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, metavar="VALUE", help="Exit with 3 if the result is below this share.", show_default=False
+    ),
+]
 MaxBad = Annotated[int, typer.Option(min=0, metavar="N", help="Skip so many images that cannot be read.")]
 STAND_IN = "|".join(STAND_INS)
 Calibrate = Annotated[
@@ -180,6 +195,12 @@ Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="OUT", help="The file to write.", show_default=False)
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.html", help="Write a page that shows the result, to send or to print.", show_default=False
+    ),
+]
 Reference = Annotated[
     str | None,
     typer.Option(

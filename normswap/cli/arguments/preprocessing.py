@@ -28,13 +28,21 @@ class PreprocessOverrides:
 
     @classmethod
     def of(cls, ctx: typer.Context) -> PreprocessOverrides:
-        """Raises a usage error for texts that are no numbers, and OptionError for images that no memory holds."""
+        """Raises a usage error for texts that are no numbers, and OptionError for images that no memory holds.
+
+        A command with --task detection takes none of them.
+        """
         sides = options.image_size(ctx, ctx.params["size"])
         if isinstance(sides, tuple):
             given = (ctx.params.get(name) for name in ("batch_size", "images"))
             check_images(*sides, min((count for count in given if count), default=1))
         mean, std = (options.channel_values(ctx, f"--{name}", ctx.params[name]) for name in ("mean", "std"))
-        return cls(sides, mean, std)
+        found = cls(sides, mean, std)
+        if ctx.params.get("task") == "detection" and found.given():
+            raise options.usage(
+                ctx, "detectors resize and normalise their images themselves: leave --size, --mean and --std out"
+            )
+        return found
 
     def given(self) -> dict[str, Any]:
         """What the user said, as arguments of Preprocess."""

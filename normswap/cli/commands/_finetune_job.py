@@ -44,10 +44,6 @@ class FinetuneJob:
             raise options.usage(ctx, "--groups and --channels-per-group go with --to or --rule")
         if said["ema_decay"] is not None and not said["ema"]:
             raise options.usage(ctx, "--ema-decay goes with --ema")
-        if data.task == "detection" and asked.given():
-            raise options.usage(
-                ctx, "detectors resize and normalise their images themselves: leave --size, --mean and --std out"
-            )
         decay = 0.999 if said["ema_decay"] is None else said["ema_decay"]
         training = {name: said[name] for name in _AS_GIVEN}
         training |= {"clip_grad": said["clip_grad"] or None, "ema": decay if said["ema"] else 0.0}

@@ -24,7 +24,7 @@ def options_of(ctx: typer.Context, **settled: Any) -> dict[str, Any]:
 
     How it reports and whether it replaces or resumes a run is left out.
     """
-    left_out = {"json", "quiet", "verbose", "force", "resume"}
+    left_out = {"json", "quiet", "verbose", "force", "resume", "report"}
     given = {name: value for name, value in ctx.params.items() if name not in left_out}
     return {name: str(value) if isinstance(value, Path) else value for name, value in (given | settled).items()}
 

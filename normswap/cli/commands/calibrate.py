@@ -87,6 +87,7 @@ def calibrate(
     device: options.Device = "auto",
     output: options.Output = None,
     force: options.Force = False,
+    report: options.Report = None,
     built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
@@ -121,13 +122,13 @@ def calibrate(
         model, origin, teacher, _ = opened
         with naming_the_original(ctx, origin.source, origin.made_with):
             wish = Calibration(data, images, asked, method, batch_size, device, max_bad, seed=seed)
-            report = run(model, teacher, origin, wish, out)
+            found = run(model, teacher, origin, wish, out)
         out.step(f"writing {target}")
         save(model, target, overwrite=force)
         ctx.meta[WRITTEN] = target
         out.show(
-            lambda: opened.written(target) | report.to_dict(),
-            lambda page: _page(page, report, opened.teacher_origin, target),
+            lambda: opened.written(target) | found.to_dict(),
+            lambda page: _page(page, found, opened.teacher_origin, target),
         )
 
 

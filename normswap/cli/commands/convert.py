@@ -134,6 +134,7 @@ def convert(
     ] = False,
     output: options.Output = None,
     force: options.Force = False,
+    report: options.Report = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and write nothing.")] = False,
     built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,

@@ -64,6 +64,7 @@ def distil(
     device: options.Device = "auto",
     output: options.Output = None,
     force: options.Force = False,
+    report: options.Report = None,
     built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
@@ -96,17 +97,17 @@ def distil(
         from ...checkpoint.saving import save
 
         opened = pair.opened(ctx, out, target, overwrite=force or resume)
-        report = _trained(ctx, opened, _read(ctx, opened, asked, data), state, out)
+        found = _trained(ctx, opened, _read(ctx, opened, asked, data), state, out)
         out.step(f"writing {target}")
         save(opened.model, target, overwrite=force or resume)
         ctx.meta[WRITTEN] = target
-        if not report.interrupted:
+        if not found.interrupted:
             state.unlink(missing_ok=True)
         out.show(
-            lambda: opened.written(target) | report.to_dict(),
-            lambda page: _page(page, report, opened.teacher_origin, target),
+            lambda: opened.written(target) | found.to_dict(),
+            lambda page: _page(page, found, opened.teacher_origin, target),
         )
-        if report.interrupted:
+        if found.interrupted:
             raise KeyboardInterrupt
 
 

@@ -48,10 +48,7 @@ def finetune(
         Path | None,
         typer.Option(metavar="FOLDER", help="What to validate on.", show_default="val/ in --data, or a tenth of it"),
     ] = None,
-    annotations: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="COCO's JSON file, where --data is its images.", show_default=False),
-    ] = None,
+    annotations: options.Annotations = None,
     eval_annotations: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The same for --eval-data, or more of --data.", show_default=False),
@@ -137,19 +134,15 @@ def finetune(
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
-    data_root: Annotated[Path, typer.Option(metavar="FOLDER", help="Where torchvision's data sets are stored.")] = Path(
-        "data"
-    ),
-    download: Annotated[bool, typer.Option("--download", help="Fetch torchvision's data set.")] = False,
+    data_root: options.DataRoot = Path("data"),
+    download: options.Download = False,
     device: options.Device = "auto",
     precision: Annotated[str, options.word(PRECISIONS, "What is computed in.")] = "fp32",
     channels_last: Annotated[
         bool | None, typer.Option("--channels-last/--channels-first", help="Memory layout.", show_default="by device")
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.")] = False,
-    workers: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Processes that read images.", show_default="by device")
-    ] = None,
+    workers: options.Workers = None,
     max_bad: options.MaxBad = 10,
     output: Annotated[
         Path | None,
@@ -157,6 +150,7 @@ def finetune(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a run in --output.")] = False,
+    report: options.Report = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's files too.")] = False,
     weights: options.Weights = None,
     arg: options.Arg = None,
@@ -201,12 +195,12 @@ def finetune(
         ready = _ready(ctx, job, origin, folder, out)
         ctx.meta[WRITTEN] = None
         asked = None if resume else {**command, "options": _settled_options(ctx)}
-        report = _trained(ctx, job, ready, folder, asked, out)
+        found = _trained(ctx, job, ready, folder, asked, out)
         out.show(
-            lambda: {"network": ready.origin.to_dict(), "output": str(folder), **report.to_dict()},
-            lambda page: _finetune_report.show(page, report, folder, ready.origin),
+            lambda: {"network": ready.origin.to_dict(), "output": str(folder), **found.to_dict()},
+            lambda page: _finetune_report.show(page, found, folder, ready.origin),
         )
-        if report.interrupted:
+        if found.interrupted:
             ctx.meta[WRITTEN] = folder / STATE
             raise KeyboardInterrupt
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...errors import plural
+from ...errors import DataError, plural
 from ..arguments import options
 from ..arguments.completion import model_names
 from ..arguments.networks import (
@@ -24,6 +24,7 @@ from ..arguments.networks import (
 )
 from ..arguments.preprocessing import Preparation, PreprocessOverrides, prepare
 from ..terminal import flags
+from ..terminal.errors import BelowLimit
 from ..terminal.output import Output, reporting
 from ..terminal.suggestions import building, command
 
@@ -65,12 +66,15 @@ def verify(
     arg: options.Arg = None,
     input_shape: options.Input = None,
     show_all: Annotated[bool, typer.Option("--all", help="Every layer, in order, instead of the worst ten.")] = False,
+    fail_below: options.FailBelow = None,
     device: options.Device = "auto",
     built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
     allow_nonfinite: options.AllowNonfinite = False,
     seed: options.Seed = 0,
+    force: options.Force = False,
+    report: options.Report = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -78,7 +82,7 @@ def verify(
     """Measure how far B's outputs are from A's: for each layer, at the output, and in accuracy on labelled images.
 
     Without --data the inputs are random, which shows gross errors but says little about accuracy. --weights and --arg
-    are those of A.
+    are those of A. --fail-below is about the agreement: the share of images (pixels, boxes) decided alike.
 
     \b
     normswap verify resnet50-gn.safetensors
@@ -105,14 +109,28 @@ def verify(
         batches = _batches(first, read, shapes, out)
         if folder is None:
             out.step("comparing")
-        report = verification.verify(first, second, batches, device=device)
-        notes = (*report.notes, *_untrained(first))
-        report = replace(report, random_inputs=folder is None, notes=notes, bad=() if read is None else tuple(read.bad))
+        found = verification.verify(first, second, batches, device=device)
+        notes = (*found.notes, *_untrained(first))
+        found = replace(found, random_inputs=folder is None, notes=notes, bad=() if read is None else tuple(read.bad))
         used = preparation if folder is not None else None
         out.show(
-            lambda: _values(report, origins, used, data),
-            lambda page: _render(page, report, origins, _description(folder, used), show_all),
+            lambda: _values(found, origins, used, data),
+            lambda page: _render(page, found, origins, _description(folder, used), show_all),
         )
+        _check_agreement(found, fail_below)
+
+
+def _check_agreement(report: VerificationReport, limit: float | None) -> None:
+    """Raise what --fail-below is for."""
+    if limit is None:
+        return
+    if report.agreement is None:
+        raise DataError(
+            "--fail-below is about the share of decisions that agree, and these outputs hold none",
+            hint="Without class scores or boxes there is the relative error, which --json gives.",
+        )
+    if report.agreement < limit:
+        raise BelowLimit("agreement", report.agreement, limit)
 
 
 def _pair(

@@ -1,6 +1,6 @@
 """The one place where errors become messages and exit codes.
 
-0: done. 1: a problem in the input. 2: a wrong call, which typer or an OptionError tells of.
+0: done. 1: a problem in the input. 2: a wrong call, which typer or an OptionError tells of. 3: `BelowLimit`.
 130: interrupted. 141: nobody reads stdout.
 """
 
@@ -18,19 +18,26 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from ...display.printable import printable
 from ...errors import NetworkError, NormswapError, OptionError, PlanError, Text, first_line
 from ..arguments.options import UsageError
 from . import flags
-from .output import VERBOSE
+from .output import ARGS, VERBOSE
 from .problem_lines import problem_lines
-from .streams import is_terminal, printable
+from .streams import is_terminal
 
-ARGS = "normswap.args"
 WRITTEN = "normswap.written"
 FLAGS = "normswap.flags"
 _LAYERS = 20
-_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parents[2]
 _ClickException: Any = UsageError.__bases__[0]
+
+
+class BelowLimit(NormswapError):
+    """What was measured, and shown, is below what --fail-below asks for."""
+
+    def __init__(self, name: str, value: float, limit: float) -> None:
+        super().__init__(f"{name} {value:.4f} is below {limit:g}")
 
 
 class Commands(TyperGroup):
@@ -71,6 +78,8 @@ def report(error: BaseException, meta: Mapping[str, Any]) -> int | None:
         known = meta.get(FLAGS)
         shown = _of_plan(error, known, verbose) if isinstance(error, PlanError) else error
         say(shown.written(lambda fix: flags.written(fix, known)), prefix="error: ")
+        if isinstance(error, BelowLimit):
+            return 3
         return 2 if isinstance(error, OptionError) and not isinstance(error, NetworkError) else 1
     if not isinstance(error, Exception):
         return None

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 import typer
 
+from ...display.printable import printable
 from ...display.progress import Line, Lines, Silent
+from ...errors import OutputError, Text
 from ..arguments.options import usage
-from .streams import Lasting, is_terminal, printable
+from .flags import told
+from .streams import Lasting, is_terminal
 
 if TYPE_CHECKING:
     from .render import Page
@@ -22,11 +28,47 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Report:
+    """A page to write. command: its name; line: as it was typed."""
+
+    path: Path
+    command: str
+    line: str
+
+    @classmethod
+    def of(cls, ctx: typer.Context, path: Path) -> Report:
+        """Raises OutputError, before any work is done, for a place where it cannot go."""
+        from ...files.writing import check_writable
+
+        if path.suffix.lower() not in (".html", ".htm") and not path.is_dir():
+            raise OutputError(f"{path} is not a name for a report", hint=f"Name it {path.with_suffix('.html')}.")
+        check_writable(path, overwrite=bool(ctx.params.get("force") or ctx.params.get("resume")))
+        return cls(path, ctx.command.name or "", shlex.join(["normswap", *ctx.meta.get(ARGS, ())]))
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """values: what the command prints with --json."""
+        from ...pages.page import write_page
+
+        write_page(self.path, self.command, self.line, _with_flags(values))
+
+
+def _with_flags(value: Any) -> Any:
+    """JSON values with the options in their texts as flags."""
+    if isinstance(value, Text):
+        return told(value)
+    if isinstance(value, Mapping):
+        return {key: _with_flags(each) for key, each in value.items()}
+    return [_with_flags(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
 class Output:
     """What one run of a command says. `show` prints the result; `step`, `note` and `track` talk about the work."""
 
-    def __init__(self, stdout: TextIO, stderr: TextIO, *, as_json: bool, quiet: bool) -> None:
-        self._stdout, self._stderr = stdout, stderr
+    def __init__(
+        self, stdout: TextIO, stderr: TextIO, *, as_json: bool, quiet: bool, report: Report | None = None
+    ) -> None:
+        self._stdout, self._stderr, self._report = stdout, stderr, report
         self._json, self._quiet = as_json, quiet
         self.live = not quiet and is_terminal(stderr)
         self._line = False
@@ -73,14 +115,22 @@ class Output:
             self._bar = None
 
     def show(self, values: Callable[[], Mapping[str, Any]], page: Callable[[Page], None]) -> None:
-        """The result, on stdout: `values` as JSON if that was asked for, else what `page` puts on a page."""
+        """The result, on stdout: `values` as JSON if that was asked for, else what `page` puts on a page.
+
+        The report, where one was asked for, is made of the same values.
+        """
         self._clear()
+        found = values() if self._json or self._report is not None else {}
+        if self._report is not None:
+            self._report.write(found)
         if self._json:
-            self._stdout.write(json.dumps(values(), indent=2, allow_nan=False) + "\n")
+            self._stdout.write(json.dumps(found, indent=2, allow_nan=False) + "\n")
         elif not self._quiet:
             from .render import Page
 
-            page(Page(self._stdout))
+            page(shown := Page(self._stdout))
+            if self._report is not None:
+                shown.line(("Report: ", "strong"), (str(self._report.path), "path"))
         self._stdout.flush()
 
     def _clear(self) -> None:
@@ -96,7 +146,7 @@ class Output:
 
 @contextmanager
 def reporting(ctx: typer.Context, *, silent: bool = False) -> Iterator[Output]:
-    """What the command says, as --json, --quiet and --verbose ask; with `silent`, nothing whatever they ask.
+    """What the command says, as --json, --quiet, --verbose and --report ask; with `silent`, nothing whatever they ask.
 
     Within it, stdout is the result's alone: what libraries and the user's own code print goes to stderr. Warnings of
     libraries are shown with --verbose only.
@@ -110,7 +160,9 @@ def reporting(ctx: typer.Context, *, silent: bool = False) -> Iterator[Output]:
         if hasattr(stream, "reconfigure"):  # a narrow encoding must not stop the work
             stream.reconfigure(errors="backslashreplace")
     stderr = cast(TextIO, Lasting(sys.stderr))
-    output = Output(sys.stdout, stderr, as_json=as_json, quiet=quiet)
+    report = None if silent else ctx.params.get("report")
+    wanted = None if report is None else Report.of(ctx, report)
+    output = Output(sys.stdout, stderr, as_json=as_json, quiet=quiet, report=wanted)
     with ExitStack() as stack:
         stack.callback(output.close)
         stack.enter_context(redirect_stderr(stderr))
@@ -123,4 +175,5 @@ def reporting(ctx: typer.Context, *, silent: bool = False) -> Iterator[Output]:
         yield output
 
 
+ARGS = "normswap.args"
 VERBOSE = "normswap.verbose"

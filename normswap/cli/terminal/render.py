@@ -15,7 +15,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .streams import is_terminal, printable
+from ...display.printable import printable
+from .streams import is_terminal
 
 Cell = str | tuple[str, str]
 _UNWRAPPED = 100_000

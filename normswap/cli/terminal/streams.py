@@ -12,11 +12,6 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def printable(text: str) -> str:
-    """The text with control characters escaped: names come from files and from strangers."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
 class Lasting:
     """A stream that may lose its reader, as the stderr of a closed terminal: the work goes on, what is said is lost."""
 

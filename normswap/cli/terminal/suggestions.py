@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from ...errors import UNSET, PlanError, RevertError, Text
-from .errors import ARGS
 from .flags import words
+from .output import ARGS
 
 if TYPE_CHECKING:
     from ...sources.provenance import Weights

@@ -15,7 +15,7 @@ from ...data.coco import CocoData, Picture, open_coco
 from ...data.decoding import Unreadable
 from ...data.synthetic_shapes import Shapes
 from ...errors import DataError, Fix, Text
-from .splits import TRAIN, VALIDATION, Sets, check_apart, held_note, part_of, sized, split
+from .splits import TRAIN, VALIDATION, Sets, check_apart, held_note, held_out, part_of, sized, split
 
 ANNOTATIONS = ("annotations.json", "_annotations.coco.json")
 _LAYOUT = (
@@ -112,6 +112,23 @@ def open_boxes(data: Any, eval_data: Any = None, *, masks: bool = False, seed: i
     sets = [None if part is None else _set(name, part) for name, part in (("data", train), ("eval_data", validation))]
     classes = getattr(train, "categories", None)
     return Sets(sets[0], sets[1], tuple(map(str, classes)) if classes else None, "; ".join(note))
+
+
+def open_one(data: Any, *, masks: bool = False) -> Sets:
+    """One labelled set, to measure on, as both parts: the validation part of a folder that has two, else all of it.
+
+    data: as in `open_boxes`. Raises DataError.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        data, held = _opened(Path(data), masks)
+        if held is not None:
+            return held_out(open_boxes(data, held, masks=masks))
+    notes: tuple[str, ...] = ()
+    if isinstance(data, CocoData):
+        _check_objects(data)
+        notes, data = data.notes, replace(data, crowds=True)
+    found, classes = _set("data", data), getattr(data, "categories", None)
+    return Sets(found, found, tuple(map(str, classes)) if classes else None, "; ".join(notes))
 
 
 def check_sample(image: Any, target: Any, classes: int) -> None:

@@ -19,7 +19,7 @@ from ...errors import DataError
 from .augmentation import Plain, settled
 from .collate import check_input
 from .loader import Tensors, Transform, spread
-from .splits import TRAIN, VALIDATION, Sets, check_apart, classes_of, held_note, part_of, sized, split
+from .splits import TRAIN, VALIDATION, Sets, check_apart, classes_of, held_note, held_out, part_of, sized, split
 from .torchvision_named import TorchvisionSubset
 
 
@@ -71,6 +71,23 @@ def open_sets(data: Any, eval_data: Any = None, *, seed: int = 0) -> Sets:
             )
         return _folders(Path(data), None if eval_data is None else Path(eval_data), seed)
     return Sets(_set("data", data), None if eval_data is None else _set("eval_data", eval_data), classes_of(data))
+
+
+def open_one(data: Any) -> Sets:
+    """One labelled set, to measure on, as both parts: the validation part of a folder that has two, else all of it.
+
+    data: as `open_sets` has it, or an `ImageData`. Raises DataError.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        if part_of(Path(data), TRAIN) is not None and part_of(Path(data), VALIDATION) is not None:
+            return held_out(open_sets(data))
+        data = open_images(data)
+    if isinstance(data, ImageData):
+        names = _with_classes(data).classes or ()
+        pictures = LabelledImages.of(data, range(len(names)))
+        return Sets(pictures, pictures, names)
+    found = _set("data", data)
+    return Sets(found, found, classes_of(data))
 
 
 def transformed(sets: Sets, train: Transform, validation: Transform) -> Sets:
@@ -132,10 +149,13 @@ def _folders(folder: Path, evaluation: Path | None, seed: int) -> Sets:
 
 
 def _classed(folder: Path) -> ImageData:
-    data = open_images(folder)
+    return _with_classes(open_images(folder))
+
+
+def _with_classes(data: ImageData) -> ImageData:
     if data.classes is None:
         raise DataError(
-            f"{folder} holds images without classes", hint="Training needs labels: one subfolder for each class."
+            f"{data.folder} holds images without classes", hint="Labels are needed: one subfolder for each class."
         )
     return data
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from ...data.decoding import Unreadable
 from ...errors import DataError, Fix, Text, first_line
 from ...training.seeding import mixed_seed
-from .sampler import Key, ResumableBatchSampler, ValidationSampler
+from .sampler import Key
 
 _TRIES = 100
 
@@ -138,7 +138,7 @@ class Loader:
     def __init__(
         self,
         samples: Samples,
-        sampler: ResumableBatchSampler | ValidationSampler,
+        sampler: Iterable[list[Key]],
         workers: int,
         skipped: Skipped,
         *,

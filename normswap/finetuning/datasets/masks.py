@@ -17,7 +17,7 @@ from ...data.decoding import Unreadable
 from ...data.preprocess import Preprocess
 from ...data.segmentation_masks import IGNORED, MaskData, open_masks
 from ...errors import DataError, OptionError
-from .splits import TRAIN, VALIDATION, Sets, check_apart, held_note, part_of, sized, split
+from .splits import TRAIN, VALIDATION, Sets, check_apart, held_note, held_out, part_of, sized, split
 
 _SCALES = (0.5, 2.0)
 _LARGEST = 480
@@ -113,6 +113,20 @@ def open_mask_sets(data: Any, eval_data: Any = None, *, seed: int = 0) -> Sets:
             note = held_note(len(held), count, seed)
     sets = [None if part is None else _set(name, part) for name, part in (("data", train), ("eval_data", validation))]
     return Sets(sets[0], sets[1], names, note)
+
+
+def open_one(data: Any) -> Sets:
+    """One labelled set, to measure on, as both parts: the validation part of a folder that has two, else all of it.
+
+    data: as in `open_mask_sets`. Raises DataError.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        train, held = (part_of(Path(data), names) for names in (TRAIN, VALIDATION))
+        data = open_masks(data if train is None or held is None else held)
+        if train is not None and held is not None:
+            return held_out(Sets(None, _set("data", data)))
+    found = _set("data", data)
+    return Sets(found, found)
 
 
 def prepared_masks(sets: Sets, preprocess: Callable[[Any], Tensor] | None, augment: str) -> Sets:

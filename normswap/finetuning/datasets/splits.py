@@ -88,6 +88,13 @@ def part_of(folder: Path, names: Sequence[str]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_dir()), None)
 
 
+def held_out(sets: Sets) -> Sets:
+    """The validation set as both parts, to measure on; its classes are numbered as those of training are."""
+    place = getattr(sets.validation, "folder", None)
+    note = "" if place is None else f"measured on {place}, not on the training images beside it"
+    return Sets(sets.validation, sets.validation, sets.classes, note)
+
+
 def sized(name: str, data: Any, hint: str) -> Any:
     """A map-style set with something in it. Raises DataError."""
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")) or isinstance(data, (str, dict)):

@@ -28,7 +28,7 @@ class MetricsLog:
         self._board: Any = None
         if self._path is not None:
             if step and self._path.exists():
-                self.lines = [line for line in _read(self._path) if line["step"] <= step]
+                self.lines = [line for line in read_lines(self._path) if line["step"] <= step]
             with atomic(self._path) as temporary:
                 temporary.write_text("".join(_text(line) for line in self.lines))
         if tensorboard and folder is not None:
@@ -101,7 +101,7 @@ def _text(line: dict[str, Any]) -> str:
     return json.dumps(line) + "\n"
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines; a last one cut short by a crash is left out."""
     found = []
     for text in path.read_text().splitlines():

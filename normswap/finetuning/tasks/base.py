@@ -57,6 +57,9 @@ class Task(Protocol):
     def open(self, model: nn.Module, data: Any, eval_data: Any, *, seed: int) -> Sets:
         """What the caller gave as data -> a training and a validation set."""
 
+    def open_one(self, model: nn.Module, data: Any) -> Sets:
+        """What the caller gave as data -> one set to measure on, as both parts."""
+
     def prepared(self, sets: Sets, preprocess: Callable[[Any], Tensor] | None, augment: str) -> Sets:
         """The sets as the network is to see them; random changes are for those that normswap reads itself."""
 

@@ -19,7 +19,7 @@ from ...modules.tree import device_and_dtype
 from ...training.losses import divergence
 from ..datasets.augmentation import Plain, settled, training_transform
 from ..datasets.collate import collate
-from ..datasets.labelled import LabelledImages, open_sets, some_inputs, transformed
+from ..datasets.labelled import LabelledImages, open_one, open_sets, some_inputs, transformed
 from ..datasets.loader import Tensors, spread
 from ..datasets.splits import Sets
 from ..output.panel import Panel
@@ -58,6 +58,10 @@ class Classification:
     def open(self, model: nn.Module, data: Any, eval_data: Any, *, seed: int) -> Sets:
         """See `open_sets`."""
         return open_sets(data, eval_data, seed=seed)
+
+    def open_one(self, model: nn.Module, data: Any) -> Sets:
+        """See `labelled.open_one`."""
+        return open_one(data)
 
     def prepared(self, sets: Sets, preprocess: Callable[[Any], Tensor] | None, augment: str) -> Sets:
         """With random crops and mirroring in training, as `augment` says, for pictures in files."""
@@ -115,7 +119,7 @@ class Classification:
         inputs, labels = content
         output = forward(inputs)
         scores = scores_of(output).float()
-        _check(labels, scores)
+        check_labels(labels, scores)
         loss = F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing)
         for more in _auxiliary(output):
             if more.shape[1] != scores.shape[1]:
@@ -147,7 +151,7 @@ class Accuracy:
         """One batch."""
         inputs, labels = content
         scores = scores_of(model(inputs)).float()
-        _check(labels, scores)
+        check_labels(labels, scores)
         if self._right is None:
             self._right = metric("MulticlassAccuracy", scores.shape[1], average="micro").to(scores.device)
         self._right.update(scores, labels)
@@ -169,9 +173,10 @@ def _auxiliary(output: Any) -> list[Tensor]:
     return [t for n in names if isinstance(t := getattr(output, n), Tensor)]
 
 
-def _check(labels: Tensor, scores: Tensor) -> None:
+def check_labels(labels: Tensor, scores: Tensor) -> None:
+    """Raise DataError for labels without a score, where looking costs nothing."""
     if labels.device.type != "cpu":
-        return  # asking would make the device wait; `check_labels` has looked at what could be known before
+        return  # asking would make the device wait; `fit` has looked at what could be known before
     high = int(labels.max())
     if high >= scores.shape[1]:
         raise DataError(

@@ -15,7 +15,7 @@ from ...choices import AUGMENTS
 from ...errors import DataError, NetworkError, NormswapError, OptionError, first_line
 from ...heads.classifier import Head
 from ...training.distributed import gathered
-from ..datasets.coco import DetectionImages, check_sample, open_boxes
+from ..datasets.coco import DetectionImages, check_sample, open_boxes, open_one
 from ..datasets.loader import spread
 from ..datasets.splits import Sets
 from ..output.panel import Panel
@@ -59,6 +59,11 @@ class Detection:
                 hint="Give a Dataset whose targets have keypoints, in torchvision's convention.",
             )
         return open_boxes(data, eval_data, masks=self.masks, seed=seed)
+
+    def open_one(self, model: nn.Module, data: Any) -> Sets:
+        """See `coco.open_one`."""
+        self.masks = predicts_masks(model)
+        return open_one(data, masks=self.masks)
 
     def prepared(self, sets: Sets, preprocess: Callable[[Any], Tensor] | None, augment: str) -> Sets:
         """With half of the training images mirrored, unless `augment` is "none"; the network itself does the rest."""
@@ -118,12 +123,20 @@ class Detection:
         return boxes_page(path, images, _on_cpu(targets), _on_cpu(network(list(images))), self.names)
 
 
+@dataclass(frozen=True)
+class Precision:
+    """What a `MeanPrecision` comes to. by_class: the AP of the boxes of each label, where that was asked for."""
+
+    figures: dict[str, float]
+    by_class: dict[int, float]
+
+
 class MeanPrecision:
     """COCO's mean average precision (torchmetrics), of boxes and, where the network gives them, of masks."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, per_class: bool = False) -> None:
         self._metric: Any = None
-        self._masks = False
+        self._masks, self._per_class = False, per_class
 
     def add(self, model: nn.Module, content: Any) -> None:
         """One batch."""
@@ -134,7 +147,7 @@ class MeanPrecision:
         found, targets = _on_cpu(found), _on_cpu(targets)
         if self._metric is None:
             self._masks = all("masks" in each for each in (*found, *targets))
-            self._metric = _metric(self._masks)
+            self._metric = _metric(self._masks, self._per_class)
         keys = _PREDICTED if self._masks else _PREDICTED[:3]
         predictions = [{k: v for k, v in each.items() if k in keys} for each in found]
         for each in predictions if self._masks else ():
@@ -145,7 +158,11 @@ class MeanPrecision:
         self._metric.update(predictions, truths)
 
     def result(self, total: Reduce) -> dict[str, float]:
-        """`val_map` (IoU 0.5 to 0.95), `val_map_50`, `val_map_75`; with masks also `val_mask_map`, `val_mask_map_50`.
+        """`val_map` (IoU 0.5 to 0.95), `val_map_50`, `val_map_75`; with masks also `val_mask_map`, `..._50`."""
+        return self.compute().figures
+
+    def compute(self) -> Precision:
+        """Over all processes, each of which calls this.
 
         Each process has looked at its own images, so their parts are simply put together.
         """
@@ -154,7 +171,7 @@ class MeanPrecision:
         if not parts:
             raise DataError("no validation image could be read")
         masks = parts[0][0]
-        whole = _metric(masks)
+        whole = _metric(masks, self._per_class)
         whole.update([], [])
         for name in parts[0][1]:
             setattr(whole, name, [value for _, state in parts for value in state[name]])
@@ -165,7 +182,8 @@ class MeanPrecision:
             found |= {f"val_mask_{k}": float(figures[shapes + k]) for k in ("map", "map_50")}
         if found["val_map"] < 0:
             raise DataError("no validation image has an object, so there is no mAP", hint="Validate on others.")
-        return found
+        columns = (figures[name].reshape(-1).tolist() for name in ("classes", f"{boxes}map_per_class"))
+        return Precision(found, dict(zip(*columns, strict=True)) if self._per_class else {})
 
 
 def _called(network: Callable[..., Any], *args: Any) -> Any:
@@ -189,11 +207,12 @@ def predicts_masks(model: nn.Module) -> bool:
     return getattr(getattr(model, "roi_heads", None), "mask_head", None) is not None
 
 
-def _metric(masks: bool) -> Any:
+def _metric(masks: bool, per_class: bool) -> Any:
     try:
         from torchmetrics.detection import MeanAveragePrecision
 
-        metric = MeanAveragePrecision(iou_type=("bbox", "segm") if masks else "bbox", sync_on_compute=False)
+        kinds: Any = ("bbox", "segm") if masks else "bbox"
+        metric = MeanAveragePrecision(iou_type=kinds, class_metrics=per_class, sync_on_compute=False)
     except ImportError as error:
         raise NormswapError("mAP needs torchmetrics and pycocotools", hint="pip install 'normswap[train]'") from error
     metric.warn_on_many_detections = False  # COCO counts the best 100; torchvision's SSD gives up to 200

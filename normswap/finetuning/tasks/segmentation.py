@@ -16,7 +16,7 @@ from ...data.segmentation_masks import IGNORED
 from ...errors import DataError, Fix, Text
 from ...heads.classifier import Head, scores_of
 from ..datasets.loader import spread
-from ..datasets.masks import open_mask_sets, plain, prepared_masks
+from ..datasets.masks import open_mask_sets, open_one, plain, prepared_masks
 from ..datasets.splits import Sets
 from ..output.panel import Panel
 from ..output.plots import masks_page
@@ -54,6 +54,10 @@ class Segmentation:
     def open(self, model: nn.Module, data: Any, eval_data: Any, *, seed: int) -> Sets:
         """See `open_mask_sets`."""
         return open_mask_sets(data, eval_data, seed=seed)
+
+    def open_one(self, model: nn.Module, data: Any) -> Sets:
+        """See `masks.open_one`."""
+        return open_one(data)
 
     def prepared(self, sets: Sets, preprocess: Callable[[Any], Tensor] | None, augment: str) -> Sets:
         """Normalised, and in training scaled, cropped and mirrored with their masks, as `augment` says."""
@@ -147,6 +151,14 @@ class Overlap:
             self._loss += float(F.cross_entropy(scores, masks, ignore_index=IGNORED, reduction="sum"))
             self._overlap = self._overlap or _overlap_of(scores.shape[1]).to(scores.device)
             self._overlap.update(scores, masks)
+
+    @property
+    def confusion(self) -> Tensor:
+        """Known pixels `(K, K)`, a row for each true class; of one process, or of all after `result`."""
+        if self._overlap is None:
+            raise DataError("no image could be read")
+        counts: Tensor = self._overlap.confmat
+        return counts.cpu()
 
     def result(self, total: Reduce) -> dict[str, float]:
         """`val_loss`, `val_miou` (of the classes that are there or predicted) and `val_pixel_accuracy`."""
