@@ -9,6 +9,7 @@ Nagel et al. 2020, "AdaRound"; Hubara et al. 2021, "AdaQuant"; here without roun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -146,7 +147,7 @@ def fitted(
 
     batches: pairs of the layer's input x and the original layer's output z, `(N, C, *)` each. order: of the channels,
     where the layer has another one than z, scale and shift. Sums over few images each are pooled in float64; positions
-    lie on a regular grid of each image, whatever its batch.
+    are the same of each image, whatever its batch.
     """
     # A layer is linear in what it sums over at a position, its patch, to which a 1 is added for the bias. With all
     # patches as columns of U, the change D of the weights solves `D (U U' + ridge) = E U'`, E being what the present
@@ -186,13 +187,15 @@ def _column(vector: Tensor, like: Tensor) -> Tensor:
 
 
 def _scattered(positions: int, wanted: int) -> Tensor:
-    """Indices of so many positions, all of them where there are fewer: the same draw each time.
+    """Indices of about so many positions, all of them where there are fewer: evenly many of each part of the image.
 
-    Even steps through the rows of an image would meet few of its columns, and the border's in half of the cases.
+    Even steps through the rows would meet few of the columns, and the border's in half of the cases; steps of the
+    golden ratio, which no size divides, meet all.
     """
     if positions <= wanted:
         return torch.arange(positions)
-    return torch.randperm(positions, generator=torch.Generator().manual_seed(0))[:wanted].sort().values
+    steps = torch.arange(wanted, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2)
+    return (steps.frac() * positions).long().unique()
 
 
 def _solved(system: Tensor, right: Tensor) -> Tensor:

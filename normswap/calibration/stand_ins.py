@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..arguments import seed_value
 from ..choices import STAND_INS
@@ -123,11 +124,11 @@ def stand_ins(
     example = _example(model, example_inputs, said.get("shape"))
     if scaling is None and said.get("mean"):
         scaling = Scaling.from_dict(said)
-    shape = tuple(example.shape[1:])
+    shape = whole = tuple(example.shape[1:])
     if len(shape) == 3 and shape[0] in (1, 3):
         scaling = scaling or choose(model, shape, seed)
         if not known:
-            shape = _fitting(model, shape, scaling, seed)
+            shape = whole = _fitting(model, shape, scaling, seed)
         elif kind == "synthetic" and min(shape[1:]) >= _FROM:
             shape = _reduced(model, shape, scaling, seed)
     elif kind == "photos":
@@ -137,7 +138,7 @@ def stand_ins(
         )
     large = scaling is not None and shape[-1] * shape[-2] >= _LARGE
     count = images or (_LARGE_COUNT if large else COUNTS[kind])
-    start = scaling(crops(count, shape[1:], shape[0], seed)) if scaling else noise(count, example, seed)
+    start = scaling(_crops(count, whole, shape, seed)) if scaling else noise(count, example, seed)
     made = list(start.split(_AT_ONCE))
     found = fit(model, [(made[0],)])  # the others are of the same kind
     limit = ODD
@@ -173,6 +174,12 @@ def _example(model: nn.Module, given: Any, shape: Sequence[int] | None) -> Tenso
             hint="Give data of your own.",
         )
     return x.detach().float().cpu()
+
+
+def _crops(count: int, whole: tuple[int, ...], shape: tuple[int, ...], seed: int) -> Tensor:
+    """Crops `(count, *shape)` that show as much of a photograph as those of shape `whole` do."""
+    x = crops(count, whole[1:], whole[0], seed)
+    return x if whole == shape else F.interpolate(x, size=shape[1:], mode="bilinear", antialias=True)
 
 
 def _distance(model: nn.Module, shape: tuple[int, ...], scaling: Scaling, seed: int) -> float:

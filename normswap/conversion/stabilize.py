@@ -18,6 +18,7 @@ from ..planning.plan import Transfer
 from .bound import BoundStep, bound_after
 from .exact_scaling import by_output_channel
 from .record import Rename, record_of
+from .undo_record import Order, ordered
 
 _LIMIT = 2.0**10
 _TINY = 1e-30
@@ -49,7 +50,11 @@ def factors_of(model: nn.Module) -> dict[str, float]:
     record = record_of(model)
     if record is None or not record.undo.complete or record.note(Sizes) is not None:
         return {}
-    scales = {layer.path: layer.scale for layer in record.undo.layers}
+    orders = {order.path: order for order in record.undo.orders}
+    scales = {
+        layer.path: ordered(layer.scale, Order("", orders[layer.path].rows)) if layer.path in orders else layer.scale
+        for layer in record.undo.layers
+    }
     found = {}
     for each in bound_after(model, record.plan):
         if not _applies(each) or not all(path in scales for path in each.step.producers):

@@ -129,5 +129,5 @@ def check_classes(model: nn.Module, setting: Setting, inputs: list[Any]) -> None
 
 
 def _batch_norms(model: nn.Module) -> list[NormSpec]:
-    specs = [identify(module) for module in model.modules()]
+    specs = [identify(module) for module in nn.Module.modules(model)]
     return [spec for spec in specs if spec is not None and spec.needs_statistics]

@@ -48,7 +48,7 @@ def _eps(module: nn.Module) -> float | None:
 def test_weights_come_within_a_factor_of_their_old_norm(x: Tensor) -> None:
     original = pretrained()
     model = normswap.convert(original, "gn", groups=4)
-    normswap.calibrate(model, original, x)
+    normswap.calibrate(model, original, x, method="balance")
     shrunk = [_ratio(model, original, name) for name in _convolutions(original)]
     assert max(abs(math.log2(r)) for r in shrunk) > 0.6
     rescale(model, factors_of(model))

@@ -25,6 +25,8 @@ PACKAGE = ROOT / "normswap"
 # Where else a norm may be named, and why.
 NAMED = {
     ("display/overview.py", "fused"): "how the statistics were carried over, not the norm",
+    ("advice/advise.py", "frozen"): "advice",
+    **{("advice/rules.py", name): "advice" for name in ("bn", "frozen", "fused", "gn", "in", "ln")},
     ("cli/commands/demo.py", "bn"): "the demo's story is of these two",
     ("cli/commands/demo.py", "gn"): "the demo's story is of these two",
     ("demo/picture.py", "bn"): "the demo's story is of these two",
@@ -33,6 +35,8 @@ NAMED = {
     ("demo/story.py", "gn"): "the demo's story is of these two",
     ("detection/detectors.py", "gn"): "the default of an option",
     ("detection/parts.py", "gn"): "advice",
+    **{("pages/model_card.py", name): "the hub's word for it" for name in ("frozen", "gn", "in", "ln")},
+    **{("sweep/compare.py", name): "the defaults of an option" for name in ("bn", "frozen", "gn")},
     ("inspection/inventory.py", "frozen"): "the mode of any layer in which nothing moves",
     ("planning/planner.py", "frozen"): "advice",
     ("tracing/code_paths.py", "in"): "Python's operator",
