@@ -1,0 +1,175 @@
+"""What `normswap convert` does once it knows what was asked: build, plan, convert, prove, calibrate, save; or undo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ..arguments.networks import (
+    ResolvedSource,
+    SourceRequest,
+    check_converted,
+    example_inputs,
+    files_read,
+    locate,
+    open_network,
+    original_of,
+)
+from ..terminal.errors import WRITTEN
+from ..terminal.output import Output
+from ..terminal.suggestions import building, command, with_commands
+from ._calibration_trial import tried
+from ._convert_report import Result
+from ._estimate_statistics import mend_statistics
+from .calibrate import Calibration, with_groups
+from .calibrate import run as run_calibration
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...conversion.record import Record
+
+ORIGINAL = "original"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was asked of the conversion itself. planning: arguments of `normswap.plan`.
+
+    trial: whether to try what calibration would gain, where none is asked for.
+    """
+
+    to: str | None
+    rules: list[tuple[str, str]]
+    planning: dict[str, Any]
+    shapes: list[tuple[int, ...]]
+    check: bool
+    undo: bool
+    approximate: bool
+    dry_run: bool
+    output: Path | None
+    force: bool
+    calibration: Calibration | None
+    trial: bool = True
+
+
+def carried_out(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output) -> Result:
+    """Convert, or undo a conversion, and write the result."""
+    return (_undone if job.to == ORIGINAL else _converted)(ctx, wanted, job, out)
+
+
+def _converted(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output) -> Result:
+    _check_names(job)
+    origin = locate(ctx, wanted)
+    target = _target(ctx, job, origin, wanted, job.to or "mixed")
+    model, origin = open_network(origin, wanted, out, values=not job.dry_run)
+    if origin.file is not None:
+        model = original_of(model, origin, _ways_on(origin))
+    out.step("planning")
+    from ...conversion.convert import convert as convert_model
+    from ...conversion.undo_record import Undo
+    from ...planning.planner import plan
+
+    inputs = example_inputs(model, job.shapes)
+    with with_commands(ctx):
+        made = plan(model, job.to, rules=job.rules, example_inputs=inputs, **job.planning)
+    origin, estimated = mend_statistics(model, made, origin, job.calibration, out, dry_run=job.dry_run)
+    if job.dry_run:
+        return Result(origin, made, target, written=False)
+    if (wish := job.calibration) is not None and wish.budget is not None:
+        made = with_groups(model, made, origin, wish, out)
+    out.step("converting and checking" if job.check else "converting")
+    undo = job.undo or wish is not None  # calibrating needs to know the original
+    model = convert_model(model, using=made, example_inputs=inputs, inplace=True, check=job.check, undo=undo)
+    record = _record(model)
+    report = trial = None
+    if wish is not None:
+        report = run_calibration(model, None, origin, wish, out)
+        if not job.undo:
+            record.undo = Undo(complete=False)
+        if estimated:  # of course they fit the statistics that they have just given
+            report = replace(report, distance=None)
+    elif job.trial:
+        trial = tried(model, origin, out)
+    record.source = None if origin.source is None else origin.source.to_dict()
+    from ...checkpoint.saving import save
+
+    out.step(f"writing {target}")
+    save(model, target, overwrite=job.force)
+    ctx.meta[WRITTEN] = target
+    return Result(
+        origin, made, target, True, check=record.check, calibration=report, trial=trial, undo=record.undo.complete
+    )
+
+
+def _undone(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output) -> Result:
+    hint = "Give the converted file: normswap convert FILE --to original"
+    check_converted(wanted.text, "--to original undoes a conversion, and ", hint)
+    origin = locate(ctx, wanted)
+    target = _target(ctx, job, origin, wanted, ORIGINAL)
+    model, origin = open_network(origin, wanted, out)
+    out.step("undoing the conversion")
+    from ...checkpoint.saving import save_state
+
+    plan = _record(model).plan
+    ways = _ways_back(model, origin)
+    model = original_of(model, origin, ways, approximate=job.approximate)
+    if not job.dry_run:
+        out.step(f"writing {target}")
+        save_state(model, target, overwrite=job.force)
+        ctx.meta[WRITTEN] = target
+    written = not job.dry_run
+    return Result(origin, plan, target, written, undone=True, approximate=job.approximate)
+
+
+def _record(model: nn.Module) -> Record:
+    from ...conversion.record import record_of
+
+    record = record_of(model)
+    if record is None:
+        raise TypeError("a converted network has lost its record")
+    return record
+
+
+def _ways_on(origin: ResolvedSource) -> str:
+    """What to do about a file that is to be converted again, and whose conversion cannot be undone."""
+    ways = []
+    if origin.source is not None:
+        again = command(["convert", *building(origin.source, origin.made_with)])
+        ways.append(f"Convert what it was made from in its place: {again} ...")
+    ways.append(f'In Python, normswap.convert(normswap.load("{origin.file}"), ...) goes on from the network as it is.')
+    return "\n".join(ways)
+
+
+def _ways_back(model: nn.Module, origin: ResolvedSource) -> str:
+    """What to do about a file whose conversion cannot be undone exactly."""
+    if _record(model).undo.complete:
+        return "--approximate undoes the swap with the weights as they are now, which is not the original network."
+    if origin.source is None:
+        return "Build the original again."
+    return "Build the original again: " + " ".join(building(origin.source, origin.made_with))
+
+
+def _check_names(job: Job) -> None:
+    """Tell an unknown norm or role before a network is built."""
+    from ...norms.registry import norm_named
+    from ...planning.rules import rules_of
+
+    rules_of(job.to, job.rules)
+    for name in job.planning["sources"] or ():
+        norm_named(name)
+
+
+def _target(ctx: typer.Context, job: Job, origin: ResolvedSource, wanted: SourceRequest, suffix: str) -> Path:
+    """Where the result goes: known to be writable before any work is done, and ours until the command ends."""
+    from ...files.writing import check_name, reserved
+
+    target = job.output or Path(f"{origin.stem}-{suffix}.safetensors")
+    if job.dry_run:
+        check_name(target)
+    else:
+        ctx.with_resource(reserved(target, overwrite=job.force, inputs=files_read((origin, wanted))))
+    return target
