@@ -30,7 +30,7 @@ from .moments import Args
 from .norm_targets import Result, Target, restoring, targets_of
 from .outputs import Comparison
 from .prepare import Preparation
-from .report import CalibrationReport, told
+from .report import CalibrationReport, Tell, teller, told
 from .stand_ins import StandIns, stand_ins
 
 HELD = 0.5
@@ -90,8 +90,9 @@ def calibrate(
     or a dataset.
 
     preprocess: of a folder's images, by default `Preprocess()`; max_bad: so many that cannot be read are left out.
-    progress: called with steps done and steps in all: batches that the original has seen, then norms repaired. By
-    default a line on a terminal or in a notebook shows them, with True elsewhere too, with False nowhere.
+    progress: called with steps done and steps in all: of making inputs, where they are made; then batches that the
+    original has seen and norms repaired. By default a line on a terminal or in a notebook shows them, with True
+    elsewhere too, with False nowhere.
 
     Cost, but for "refit": one forward pass of the reference and one of the converted network over the images. What
     lies between two layers is held for all images, however small the batches. A run on one image tells how much that
@@ -110,7 +111,8 @@ def calibrate(
     check_module(model)
     model = unwrapped(model)
     reference = _reference(model, None if reference is None else unwrapped(reference))
-    made = _stand_ins(data, model, reference, example_inputs, images, seed)
+    with teller(progress, "making inputs") as tell:
+        made = _stand_ins(data, model, reference, example_inputs, images, seed, tell)
     batches, labels, source = collected(made.batches if made else data, images, batch_size, preprocess, max_bad)
     count = sum(map(images_in, batches))
     targets = targets_of(model, reference)
@@ -247,7 +249,13 @@ def _footprint(model: nn.Module, reference: nn.Module | None, preparation: Prepa
 
 
 def _stand_ins(
-    data: Any, model: nn.Module, reference: nn.Module | None, example_inputs: Any, images: int | None, seed: int
+    data: Any,
+    model: nn.Module,
+    reference: nn.Module | None,
+    example_inputs: Any,
+    images: int | None,
+    seed: int,
+    tell: Tell | None,
 ) -> StandIns | None:
     if not isinstance(data, str) or data not in STAND_INS:
         return None
@@ -257,7 +265,7 @@ def _stand_ins(
         )
     record = record_of(model)
     remembered = None if record is None else record.inputs
-    return stand_ins(data, reference, example_inputs, images=images, remembered=remembered, seed=seed)
+    return stand_ins(data, reference, example_inputs, images=images, remembered=remembered, seed=seed, progress=tell)
 
 
 def _observe(

@@ -31,13 +31,20 @@ class LayerResult:
     dead: int = 0
 
 
+Tell = Callable[[int, int], None]
+
+
 @contextmanager
-def told(
-    progress: Callable[[int, int], None] | bool | None, total: int, what: str = "calibrating"
-) -> Iterator[Callable[[], None]]:
-    """What to call at each step, of about `total`; it tells the caller's function, or a line of its own."""
+def teller(progress: Tell | bool | None, what: str) -> Iterator[Tell | None]:
+    """What is told how far a work is: the caller's function, or a line of its own; None where nobody is."""
     with shown(progress if isinstance(progress, bool) else None if progress is None else False, what) as line:
-        tell = progress if callable(progress) else line
+        yield progress if callable(progress) else line
+
+
+@contextmanager
+def told(progress: Tell | bool | None, total: int, what: str = "calibrating") -> Iterator[Callable[[], None]]:
+    """What to call at each step, of about `total`."""
+    with teller(progress, what) as tell:
         done = 0
 
         def step() -> None:

@@ -6,7 +6,7 @@ the network's norms see the mean and variance that they remember from training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,7 @@ def stand_ins(
     scaling: Scaling | None = None,
     remembered: Mapping[str, Any] | None = None,
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> StandIns:
     """Inputs for `model`, the original network, which has running statistics to compare with.
 
@@ -109,7 +110,8 @@ def stand_ins(
     remembered: the record's `inputs`, used where nothing is given. Without either, shapes are tried. scaling: of pixel
     values; None takes the one among the usual whose inputs come closest to the running statistics. Where the size is a
     guess, they choose it too. images: how many; by default 256 photographs or 128 synthetic inputs, of large ones 64
-    (synthetic ones from 160 pixels a side are made 128, where that fits as well).
+    (synthetic ones from 160 pixels a side are made 128, where that fits as well). progress: called with steps done and
+    steps in all while inputs are made.
 
     Raises OptionError for an unknown kind, DataError where no input is known, inputs are neither images nor (for
     "synthetic") a tensor of numbers, or nothing fits.
@@ -145,7 +147,7 @@ def stand_ins(
     if kind == "synthetic":
         # Inputs that started far from the training's and did not arrive there are a stranger's in its clothes.
         limit = ODD if scaling and found is not None and found.distance <= ODD else MADE
-        made = optimised(model, made, _LARGE_STEPS if large else _STEPS)
+        made = optimised(model, made, _LARGE_STEPS if large else _STEPS, progress)
         found = fit(model, [(made[0],)])
     if found is None or found.distance > limit:
         raise DataError(f"no {kind} fit this network: {found}", hint=_hint(kind))
@@ -229,19 +231,25 @@ def noise(count: int, like: Tensor, seed: int) -> Tensor:
     return x * (like.std() if like.numel() > 1 else 1) + like.mean()
 
 
-def optimised(model: nn.Module, batches: Sequence[Tensor], steps: int) -> list[Tensor]:
+def optimised(
+    model: nn.Module, batches: Sequence[Tensor], steps: int, progress: Callable[[int, int], None] | None = None
+) -> list[Tensor]:
     """Each batch moved, by Adam on its values, towards the statistics that the network's norms remember."""
     device, dtype = device_and_dtype(model)
     found = []
     with statistics_loss(model) as loss, torch.enable_grad():
-        for batch in batches:
+        for i, batch in enumerate(batches):
             x = batch.to(device, dtype).detach().clone().requires_grad_()
             optimizer = torch.optim.Adam([x], lr=_RATE * float(x.detach().std()), betas=(0.9, 0.99))
-            for _ in range(steps):
+            for j in range(steps):
+                if progress is not None:
+                    progress(i * steps + j, len(batches) * steps)
                 value = loss(x)
                 (x.grad,) = torch.autograd.grad(value, x)
                 optimizer.step()
                 if float(value.detach()) < _ENOUGH:
                     break
             found.append(x.detach())
+    if progress is not None:
+        progress(len(batches) * steps, len(batches) * steps)
     return found

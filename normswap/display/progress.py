@@ -50,15 +50,17 @@ class Line:
     def __init__(self, what: str, stream: TextIO) -> None:
         self._what, self._stream = what, stream
         self._began: tuple[float, int] | None = None
+        self._last = 0
         self._drawn = 0.0
         self._shown = ""
 
     def __call__(self, done: int, total: int, text: str = "", *, left: float | None = None) -> None:
         now = time.monotonic()
-        if self._began is None:
+        if self._began is None or done < self._last:  # the first call, or that of another stage
             self._began = now, done
         elif left is None and done > self._began[1]:
             left = (now - self._began[0]) / (done - self._began[1]) * (total - done)
+        self._last = done
         if now - self._drawn < _BETWEEN and done < total:
             return
         self._drawn = now

@@ -177,3 +177,69 @@ def test_the_report_says_how_images_of_the_users_fit() -> None:
         converted = normswap.convert(model, "gn", groups=2)
         assert f": {verdict} the network was trained on" in str(normswap.calibrate(converted, model, data))
     assert fits.FITS < fits.ODD
+
+
+class Padded(nn.Module):
+    """Its statistics depend on the size of the images: zeros are drawn in at the borders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convs = nn.ModuleList(nn.Conv2d(3 if not i else 8, 8, 3, padding=1) for i in range(4))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8, momentum=None) for _ in range(4))
+        self.halve = nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = norm(self.halve(conv(x + 1)).relu())
+        return x.mean((2, 3))
+
+
+def padded(size: int, seed: int = 1) -> nn.Module:
+    model = Padded()
+    with torch.no_grad():
+        model.train()(crops(128, (size, size), seed=seed))
+    return model.eval()
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_where_the_size_is_not_known_the_statistics_tell_it(size: int) -> None:
+    assert stand_ins("photos", padded(size), images=8).shape == (3, size, size)
+
+
+def test_a_size_that_is_given_is_taken() -> None:
+    assert stand_ins("photos", padded(32), torch.rand(1, 3, 48, 48), images=8).shape == (3, 48, 48)
+
+
+def test_large_inputs_are_made_small_where_those_fit_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normswap.calibration.stand_ins._LARGE_STEPS", 1)
+    like, scaling = torch.rand(1, 3, 160, 200), Scaling("0 to 1", (0.0,) * 3, (1.0,) * 3)
+    free = network(crops(32, (160, 200)))
+    fixed = nn.Sequential(free, nn.Flatten(), nn.Linear(8 * 156 * 196, 2)).eval()
+    found = [
+        stand_ins(kind, model, like, images=2, scaling=scaling).shape
+        for kind, model in (("synthetic", free), ("photos", free), ("synthetic", fixed))
+    ]
+    assert found == [(3, 128, 160), (3, 160, 200), (3, 160, 200)]
+
+
+def test_inputs_that_start_far_off_have_to_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that start near are taken as photographs would be; the others only if they end near."""
+    near, far = network(crops(64, (32, 32))), network(20 * torch.randn(64, 3, 32, 32))
+    monkeypatch.setattr("normswap.calibration.stand_ins._STEPS", 1)
+    monkeypatch.setattr("normswap.calibration.stand_ins.MADE", 0.001)
+    scaling, like = Scaling("0 to 1", (0.0,) * 3, (1.0,) * 3), torch.rand(1, 3, 32, 32)
+    assert stand_ins("synthetic", near, like, images=32, scaling=scaling).fit.distance > 0.001
+    with pytest.raises(DataError, match="synthetic"):
+        stand_ins("synthetic", far, like, images=32, scaling=scaling)
+
+
+def test_the_making_of_inputs_tells_how_far_it_is() -> None:
+    model = network(crops(64, (32, 32)))
+    steps: list[tuple[int, int]] = []
+    gn = normswap.convert(model, "gn", groups=2)
+    normswap.calibrate(gn, model, "synthetic", images=40, progress=lambda done, total: steps.append((done, total)))
+    making = [done for done, total in steps if total == 300]  # two batches of 150 steps at most
+    assert making[0] == 0
+    assert making[-1] == 300
+    assert making == sorted(making)

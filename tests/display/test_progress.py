@@ -54,6 +54,17 @@ def test_a_terminal_line_is_overwritten_and_removed(monkeypatch: pytest.MonkeyPa
     assert all(len(part) < 40 for part in parts)
 
 
+def test_what_is_left_counts_from_the_beginning_of_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    clock = iter([0.0, 100.0, 200.0, 201.0, 202.0])
+    monkeypatch.setattr("normswap.display.progress.time.monotonic", lambda: next(clock))
+    stream = Terminal()
+    shown = Line("work", stream)
+    for done, total in ((0, 2), (2, 2), (1, 3), (2, 3)):
+        shown(done, total)
+    assert "2/3 0:01 left" in stream.getvalue()
+
+
 def net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 2)).eval()
 
