@@ -101,7 +101,14 @@ def _converted(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output)
     save(model, target, overwrite=job.force)
     ctx.meta[WRITTEN] = target
     return Result(
-        origin, made, target, True, check=record.check, calibration=report, trial=trial, undo=record.undo.complete
+        origin,
+        record.plan,
+        target,
+        True,
+        check=record.check,
+        calibration=report,
+        trial=trial,
+        undo=record.undo.complete,
     )
 
 
