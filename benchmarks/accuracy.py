@@ -50,7 +50,7 @@ def rows(name: str, case: Any, groups: list[int]) -> Iterator[str]:
         converted = [normswap.convert(case.model, "gn", transfer=how, **options) for how in ("copy", "fold")]
         for inputs in (made, case.own):
             converted.append(normswap.convert(case.model, "gn", **options))
-            normswap.calibrate(converted[-1], case.model, inputs, progress=False)
+            normswap.calibrate(converted[-1], case.model, inputs, images=len(inputs), progress=False)
         scores = " | ".join(f"{case.figure(each):.3f}" for each in converted)
         yield f"| {name} | {count} | {scores} |"
 

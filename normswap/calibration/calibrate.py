@@ -15,7 +15,7 @@ from ..conversion.history import Calibrated
 from ..conversion.record import check_order, record_of
 from ..conversion.revert import revert
 from ..data.batches import MAX_BAD, images_in
-from ..errors import Fix, NetworkError, OptionError, RevertError, Text
+from ..errors import Fix, NetworkError, OptionError, RevertError, Text, plural
 from ..modules.frozen_class import FrozenStatistics
 from ..modules.restore import evaluating, undisturbed
 from ..modules.tree import copied
@@ -24,7 +24,7 @@ from ..norms.registry import identify, norm_named
 from ..planning.plan import Transfer
 from .fit import measured
 from .footprint import Footprint, fitting, footprint_of_one, free_memory, ran_out
-from .images import check_enough, collected
+from .images import check_enough, collected, fewer_of_large
 from .matching import Matching, Original, forward
 from .moments import Args
 from .norm_targets import Result, Target, restoring, targets_of
@@ -35,6 +35,10 @@ from .stand_ins import StandIns, stand_ins
 
 HELD = 0.5
 """The share of free memory that calibration may take; if it needs more, fewer images run at once, then fewer at all."""
+
+FEW = 16
+"""Fewer images than these get a word of warning: a network that gives the original's outputs on them may give others on
+the rest."""
 
 FAR = 0.3
 """From this output drift on, fitting the layers anew is worth its cost."""
@@ -86,7 +90,8 @@ def calibrate(
     These need no data; they are shaped like example_inputs, where the conversion was given none and none can be
     guessed, and drawn by seed. A folder of such a name is Path("photos"). The report says how near any inputs come to
     those of the training.
-    images: use at most so many (default 256, or all of a tensor); batches may differ in size. batch_size: for a tensor
+    images: use at most so many (default 256, or all of a tensor, but 64 of 96 pixels a side and more for "refit");
+    batches may differ in size. batch_size: for a tensor
     or a dataset.
 
     preprocess: of a folder's images, by default `Preprocess()`; max_bad: so many that cannot be read are left out.
@@ -114,8 +119,10 @@ def calibrate(
     with teller(progress, "making inputs") as tell:
         made = _stand_ins(data, model, reference, example_inputs, images, seed, tell)
     batches, labels, source = collected(made.batches if made else data, images, batch_size, preprocess, max_bad)
-    count = sum(map(images_in, batches))
     targets = targets_of(model, reference)
+    if images is None and made is None and method == "refit" and not any(target.statistics for target in targets):
+        batches, labels = fewer_of_large(batches, labels)
+    count = sum(map(images_in, batches))
     check_enough(targets, count + len(source.bad), images)
     if not targets:
         return CalibrationReport(count, (), passes=0, notes=("frozen and fused norms need no calibration",))
@@ -221,6 +228,8 @@ def _run(
         result.write()
     count = sum(map(images_in, batches[:used]))
     notes: list[str] = []
+    if count < FEW:
+        notes.append(f"{plural(count, 'image')} tell little of others; {FEW} and more are better")
     if count < asked:
         less = Text("; ", Fix("method", "balance"), " takes less") if preparation.method == "refit" else ""
         notes.append(Text(f"{count} of {asked} images used: more do not fit in memory at a time", less))

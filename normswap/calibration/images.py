@@ -49,6 +49,24 @@ def first_images(args: Args, labels: Tensor | None, most: int) -> tuple[Args, Te
     return part, None if labels is None else labels[:most]
 
 
+LARGE, OF_LARGE = 96 * 96, 64
+"""Of images with so many positions, so many suffice to fit layers: with more, EfficientNet-Lite0 kept no more."""
+
+
+def fewer_of_large(batches: list[Args], labels: list[Tensor | None]) -> tuple[list[Args], list[Tensor | None]]:
+    """Images from all over the batches, where they are large, with labels."""
+    x = batches[0][0] if batches and batches[0] else None
+    if not isinstance(x, Tensor) or x.dim() < 4 or x[0, 0].numel() < LARGE:
+        return batches, labels
+    step = max(1, sum(map(images_in, batches)) // OF_LARGE)
+    return [_every(args, step) for args in batches], [None if y is None else y[::step] for y in labels]
+
+
+def _every(args: Args, step: int) -> Args:
+    count = images_in(args)
+    return tuple(a[::step] if isinstance(a, (list, Tensor)) and len(a) == count else a for a in args)
+
+
 def check_enough(targets: Sequence[Target], count: int, asked: int | None) -> None:
     if asked is not None and count < asked and any(t.statistics for t in targets):
         raise DataError(

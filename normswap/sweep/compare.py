@@ -23,7 +23,7 @@ from ..finetuning.tasks.classification import Classification
 from ..modules.wrappers import check_module, unwrapped
 from ..sources.weights import digest_of
 from .cells import GROUPS, Cell, CellResult, cells_of, kept_results
-from .conditions import Conditions, Setting
+from .conditions import CONDITIONS, Conditions, Setting
 from .making import Maker, check_classes
 from .pictures import draw
 from .report import ComparisonReport, write_tables
@@ -128,6 +128,9 @@ def _made(cells: Sequence[Cell], maker: Maker, title: str, bar: Line) -> Compari
 def _make_folder(folder: Path) -> None:
     if folder.is_file():
         raise OutputError(f"{folder} is a file", hint=Text(Fix("output"), " takes a folder."))
+    if folder.is_dir() and not (folder / CONDITIONS).exists() and any(f.suffix != ".lock" for f in folder.iterdir()):
+        own = Text(Fix("output"), " takes a new folder, or one of this command's own.")
+        raise OutputError(f"{folder} holds other files", hint=own)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -325,3 +325,21 @@ def test_the_report_is_json_values_and_readable(net: nn.Module) -> None:
     assert values["images"] == 12
     assert values["layers"][0]["path"] == "stem.1"
     assert "calibrated 5 layers on 12 images" in str(report)
+
+
+def test_layers_are_fitted_on_about_64_of_many_large_images_unless_more_are_asked_for() -> None:
+    net = trained(
+        randomized(nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU())), torch.randn(2, 3, 9, 9)
+    )
+    large, small = torch.randn(130, 3, 96, 96), torch.randn(130, 3, 90, 90)
+    used = [
+        calibrate(normswap.convert(net, "gn", groups=2), net, x, progress=False, **options).images
+        for x, options in ((large, {}), (small, {}), (large, {"images": 128}), (large, {"method": "balance"}))
+    ]
+    assert used == [65, 130, 128, 130]  # every second
+
+
+def test_few_images_come_with_a_word_of_warning(net: nn.Module) -> None:
+    told = [str(calibrate(normswap.convert(net, "gn", groups=2), net, images(count))) for count in (15, 16)]
+    assert "15 images tell little of others" in told[0]
+    assert "tell little" not in told[1]

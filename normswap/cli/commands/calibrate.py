@@ -148,7 +148,7 @@ def run(
     if not wish.stands_in:
         if data in STAND_INS:
             out.note(f"{data} is taken for the folder of that name, not for normswap's own {data}")
-        data, images = _batches(model, origin, wish, out)
+        data, _ = _batches(model, origin, wish, out)
     elif (record := record_of(model)) is not None:
         record.inputs = {**record.inputs, **known_inputs(model, origin, wish.asked)}
     with on_device(wish.device, model, reference), out.bar("calibrating") as bar:
