@@ -31,12 +31,13 @@ _PIPELINES = {"classification": "image-classification", "detection": "object-det
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `normswap evaluate -o FILE.json` has written. figures: by the names in `FIGURES`."""
+    """What `normswap evaluate -o FILE.json` has written. figures: by the names in `FIGURES`; source: of the network."""
 
     task: str
     data: str
     images: int
     figures: Mapping[str, float]
+    source: Source | None = None
 
     @classmethod
     def read(cls, path: Path) -> Evaluation:
@@ -45,7 +46,9 @@ class Evaluation:
             values = json.loads(path.read_text(encoding="utf-8"))
             figures = {name: float(value) for name, value in values["figures"].items() if name in FIGURES}
             if values["task"] in _PIPELINES and figures:
-                return cls(values["task"], str(values["data"]), int(values["images"]), figures)
+                source = (values.get("network") or {}).get("source")
+                named = None if source is None else Source.from_dict(source)
+                return cls(values["task"], str(values["data"]), int(values["images"]), figures, named)
             raise ValueError("none of its figures is known")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
@@ -77,6 +80,7 @@ def write_hub_folder(
 ) -> HubFolder:
     """Write the folder. Raises CheckpointError for a file that normswap did not write, OutputError for a bad place."""
     manifest = read_manifest(file)
+    _check_same(file, manifest, evaluation)
     card, code = card_text(file, manifest, license, evaluation), _code(file, manifest)
     with _new_folder(folder, overwrite=overwrite, file=file):
         _write(folder / SCRIPT, _script(manifest))
@@ -86,6 +90,18 @@ def write_hub_folder(
         _write(folder / CARD, card)
     names = (MODEL, CARD, SCRIPT)
     return HubFolder(folder, tuple(folder / name for name in names), tuple(folder / path.name for path in code))
+
+
+def _check_same(file: Path, manifest: Mapping[str, Any], evaluation: Evaluation | None) -> None:
+    """Figures of one network are not to be published as those of another."""
+    if evaluation is None or evaluation.source is None or manifest["source"] is None:
+        return
+    source = Source.from_dict(manifest["source"])
+    if (source.kind, source.name) != (evaluation.source.kind, evaluation.source.name):
+        raise CheckpointError(
+            f"the evaluation is of {evaluation.source}, and {file} is made of {source}",
+            hint=f"normswap evaluate {file} --data FOLDER -o FILE.json",
+        )
 
 
 def card_text(

@@ -45,6 +45,15 @@ def test_license_task_and_figures_are_shown(cli: Cli, images: Path) -> None:
     assert f"On 12 images of `photos`:\n\n| figure | value |\n|---|---:|\n| accuracy | {figure:.4f} |" in found.text
 
 
+def test_figures_of_another_network_are_refused(cli: Cli, images: Path) -> None:
+    file = converted(cli)
+    assert cli("evaluate", "nets.py:real", "--data", "photos", "-o", "other.json").code == 0
+    ran = cli("card", file, "--evaluation", "other.json")
+    assert ran.code == 1
+    assert "the evaluation is of nets.py:real, and net.safetensors is made of nets.py:tiny" in ran.err
+    assert not Path("net-hub").exists()
+
+
 def test_the_folder_stands_alone(cli: Cli, tmp_path: Path) -> None:
     card(cli, converted(cli))
     assert {path.name for path in Path("net-hub").iterdir()} == {"README.md", "load.py", "model.safetensors", "nets.py"}
