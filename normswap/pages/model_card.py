@@ -100,7 +100,7 @@ def _check_same(file: Path, manifest: Mapping[str, Any], evaluation: Evaluation 
     if (source.kind, source.name) != (evaluation.source.kind, evaluation.source.name):
         raise CheckpointError(
             f"the evaluation is of {evaluation.source}, and {file} is made of {source}",
-            hint=f"normswap evaluate {file} --data FOLDER -o FILE.json",
+            hint="normswap evaluate FILE --data FOLDER -o FILE.json",
         )
 
 
