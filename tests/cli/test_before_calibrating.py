@@ -63,5 +63,5 @@ def test_nothing_is_promised_where_no_photographs_fit(cli: Cli, folder: Path) ->
     assert ran.code == 0, ran.err
     assert "photographs" not in ran.out
     assert (
-        "normswap calibrate net-gn.safetensors --data FOLDER --trust-code   (unlabelled images of your own)" in ran.out
+        "normswap calibrate net-gn.safetensors --data FOLDER --trust-code   (unlabelled images)" in ran.out
     )

@@ -174,8 +174,8 @@ def _file(page: Page, result: Result) -> None:
     else:
         page.line(("Next: ", "strong"), _verifying(result), ("   (--data FOLDER: on your images)", "dim"))
         if result.trial is not None:
-            known = "" if result.trial.drift is None else "; photos or synthetic: without any"
-            page.line(f"      {_calibrating(result)}", (f"   (unlabelled images of your own{known})", "dim"))
+            known = "" if result.trial.drift is None else "; or photos, synthetic"
+            page.line(f"      {_calibrating(result)}", (f"   (unlabelled images{known})", "dim"))
 
 
 def _calibrating(result: Result) -> str:
