@@ -62,6 +62,4 @@ def test_nothing_is_promised_where_no_photographs_fit(cli: Cli, folder: Path) ->
     ran = cli("convert", "trained.py:net", "--to", "gn", "--groups", 4)
     assert ran.code == 0, ran.err
     assert "photographs" not in ran.out
-    assert (
-        "normswap calibrate net-gn.safetensors --data FOLDER --trust-code   (unlabelled images)" in ran.out
-    )
+    assert "normswap calibrate net-gn.safetensors --data FOLDER --trust-code   (unlabelled images)" in ran.out
