@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+import pytest
 import torch
 from ran import Cli
 
@@ -63,3 +64,15 @@ def test_nothing_is_promised_where_no_photographs_fit(cli: Cli, folder: Path) ->
     assert ran.code == 0, ran.err
     assert "photographs" not in ran.out
     assert "normswap calibrate net-gn.safetensors --data FOLDER --trust-code   (unlabelled images)" in ran.out
+
+
+def test_a_trial_that_fails_costs_no_conversion(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("out of memory")
+
+    (folder / "trained.py").write_text(TRAINED)
+    monkeypatch.setattr("normswap.calibration.calibrate.calibrate", fails)
+    ran = cli("convert", "trained.py:net", "--to", "gn", "--groups", 4, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["trial"] == {"images": None, "inputs": None, "drift": None, "calibrated": None}
+    assert Path("net-gn.safetensors").exists()

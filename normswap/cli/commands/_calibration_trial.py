@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...errors import NormswapError
 from ..arguments.networks import ResolvedSource
 from ..arguments.preprocessing import PreprocessOverrides, known_inputs
 from ..terminal.output import Output
@@ -45,13 +44,13 @@ def tried(model: nn.Module, origin: ResolvedSource, out: Output) -> Trial | None
     if sum(p.numel() * p.element_size() for p in model.parameters()) > _LARGEST:
         return Trial()
     out.step("trying what calibration gains")
-    copy = copied(model)
-    copied_record = record_of(copy)
-    if copied_record is not None:
-        copied_record.inputs = {**record.inputs, **known_inputs(model, origin, PreprocessOverrides())}
     try:
+        copy = copied(model)
+        copied_record = record_of(copy)
+        if copied_record is not None:
+            copied_record.inputs = {**record.inputs, **known_inputs(model, origin, PreprocessOverrides())}
         report = calibrate(copy, None, "photos", images=IMAGES, method="balance", progress=False)
-    except NormswapError:  # no images, or none that fit; or outputs that cannot be compared
+    except Exception:  # no images fit, outputs do not compare, memory ran out: a trial is not to cost the conversion
         return Trial()
     if report.drift_before is None or report.drift_after is None:
         return Trial()
