@@ -66,7 +66,11 @@ class Followed:
             return None
         self._running[frame] = path
         self.seen[path, frame.f_code]  # entered
+        frame.f_trace = (
+            self._step
+        )  # 3.13 heeds the next line only where this is set, 3.12 only where tracing is set anew
         frame.f_trace_opcodes = True
+        sys.settrace(sys.gettrace())
         return self._step
 
     def _owner_of(self, frame: FrameType) -> str | None:
