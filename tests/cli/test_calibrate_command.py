@@ -75,6 +75,18 @@ def test_a_bn_gets_the_statistics_that_a_gn_never_had(cli: Cli, images: Path) ->
     norm = normswap.load("net-bn.safetensors", trust_code=True)[1]
     assert isinstance(norm, nn.BatchNorm2d)
     assert not torch.equal(norm.running_var, torch.ones(8))
+    more = cli(
+        "convert", "grouped.py:net", "--to", "bn", "--calibrate", "photos", "--calibrate-images", "500", "--force"
+    )
+    assert more.code == 0, more.err  # a folder that holds fewer is told, and will do
+    assert "fewer than the 500 asked for" in more.err
+
+
+def test_a_folder_that_is_not_there_is_told_with_what_stands_in(cli: Cli) -> None:
+    ran = cli("convert", "nets.py:tiny", "--to", "gn", "--groups", 4, "--calibrate", "Photos")
+    assert ran.code == 1
+    assert "there is no folder Photos\nGive a folder of images; photos and synthetic stand in for one." in ran.err
+    assert not Path("tiny-gn.safetensors").exists()
 
 
 def test_the_report_is_json_with_accuracies_where_there_are_labels(cli: Cli, images: Path) -> None:

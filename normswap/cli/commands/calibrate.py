@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from ...choices import STAND_INS
-from ...errors import plural
+from ...errors import DataError, plural
 from ..arguments import options
 from ..arguments.networks import ResolvedSource, check_converted, on_device
 from ..arguments.options import stands_in
@@ -148,7 +148,8 @@ def run(
     if not wish.stands_in:
         if data in STAND_INS:
             out.note(f"{data} is taken for the folder of that name, not for normswap's own {data}")
-        data, _ = _batches(model, origin, wish, out)
+        data, found = _batches(model, origin, wish, out)
+        images = None if images is None else found  # a folder that holds fewer is told, and will do
     elif (record := record_of(model)) is not None:
         record.inputs = {**record.inputs, **known_inputs(model, origin, wish.asked)}
     with on_device(wish.device, model, reference), out.bar("calibrating") as bar:
@@ -170,6 +171,9 @@ def _batches(model: nn.Module, origin: ResolvedSource, wish: Calibration, out: O
     from ...data.image_folder import open_images
 
     place, images = Path(wish.data), wish.images or IMAGES
+    if not place.exists():
+        words = " and ".join(STAND_INS)
+        raise DataError(f"there is no folder {place}", hint=f"Give a folder of images; {words} stand in for one.")
     folder = open_images(place, limit=images)
     if len(folder.files) < images:
         out.note(f"{place} has {plural(len(folder.files), 'image')}, fewer than the {images} asked for")
