@@ -53,7 +53,7 @@ class Job:
     output: Path | None
     force: bool
     calibration: Calibration | None
-    trial: bool = True
+    trial: bool
 
 
 def carried_out(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output) -> Result:
