@@ -18,7 +18,7 @@ from .commands.demo import demo
 from .commands.distil import distil
 from .commands.evaluate import evaluate
 from .commands.export import export
-from .commands.finetune import finetune
+from .commands.finetune import Finetune, finetune
 from .commands.inspect import inspect
 from .commands.norms import norms
 from .commands.recipes import recipes
@@ -39,7 +39,7 @@ app.command(cls=Command, short_help="Recommend a norm for a network and its task
 app.command(cls=Convert, short_help="Replace the norm layers of a network and write the result.")(convert)
 app.command(cls=Command, short_help="Repair a converted network from a few unlabelled images.")(calibrate)
 app.command(cls=Command, short_help="Train a converted network to follow its original, without labels.")(distil)
-app.command(cls=Command, short_help="Train a network on labelled images, at small batches.")(finetune)
+app.command(cls=Finetune, short_help="Train a network on labelled images, at small batches.")(finetune)
 app.command(cls=Command, short_help="Compare norms, groups and batch sizes under equal conditions.")(compare)
 app.command(cls=Command, short_help="Measure how far one network is from another.")(verify)
 app.command(cls=Command, short_help="Measure one network on labelled data.")(evaluate)

@@ -18,7 +18,7 @@ _AS_GIVEN = (
     "freeze_stats freeze_affine distil label_smoothing num_classes channels_last compile workers seed max_bad "
     "tensorboard resume"
 ).split()
-_EXCLUDE = ("epochs", "steps"), ("groups", "channels_per_group"), ("resume", "force")
+EXCLUDE = ("epochs", "steps"), ("groups", "channels_per_group"), ("resume", "force")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class FinetuneJob:
         said = ctx.params
         swap, asked = _swap(ctx), PreprocessOverrides.of(ctx)
         data.check(ctx)
-        for one, other in _EXCLUDE:
+        for one, other in EXCLUDE:
             if said[one] not in (None, False) and said[other] not in (None, False):
                 raise options.usage(ctx, f"--{_flag(one)} and --{_flag(other)} exclude each other")
         if not swap.wanted and (said["groups"] is not None or said["channels_per_group"] is not None):

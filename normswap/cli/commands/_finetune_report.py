@@ -11,6 +11,7 @@ import typer
 
 from ...display.progress import Line, duration
 from ...errors import OptionError, plural
+from ..arguments.config import NOT_OF_A_RUN
 from ..arguments.networks import ResolvedSource
 from ..terminal import flags
 
@@ -24,8 +25,7 @@ def options_of(ctx: typer.Context, **settled: Any) -> dict[str, Any]:
 
     How it reports and whether it replaces or resumes a run is left out.
     """
-    left_out = {"json", "quiet", "verbose", "force", "resume", "report"}
-    given = {name: value for name, value in ctx.params.items() if name not in left_out}
+    given = {name: value for name, value in ctx.params.items() if name not in NOT_OF_A_RUN}
     return {name: str(value) if isinstance(value, Path) else value for name, value in (given | settled).items()}
 
 

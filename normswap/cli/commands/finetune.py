@@ -13,13 +13,14 @@ from ...choices import AUGMENTS, OPTIMIZERS, PARAMETERS, PRECISIONS, TASKS
 from ...errors import Interrupted
 from ...machine.limits import check_workers
 from ..arguments import options
+from ..arguments.config import Config, Configured, PrintConfig
 from ..arguments.datasets import DataPlace
 from ..arguments.networks import ResolvedSource, files_read, locate
 from ..terminal import flags
 from ..terminal.errors import WRITTEN
 from ..terminal.output import Output, reporting
 from . import _finetune_report
-from ._finetune_job import FinetuneJob
+from ._finetune_job import EXCLUDE, FinetuneJob
 from ._finetune_network import converted, network_of, stem_of, transform_of
 
 if TYPE_CHECKING:
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
 
     from ...finetuning.datasets.splits import Sets
     from ...finetuning.output.report import FinetuneReport
+
+
+class Finetune(Configured):
+    """`finetune`, with options from a file."""
+
+    exclusive = EXCLUDE
 
 
 def finetune(
@@ -159,6 +166,8 @@ def finetune(
     trust_code: options.TrustCode = False,
     allow_nonfinite: options.AllowNonfinite = False,
     seed: options.Seed = 0,
+    config: Config = None,
+    print_config: PrintConfig = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,

@@ -34,9 +34,9 @@ PANELS = {
     "freeze_affine distil ema ema_decay label_smoothing num_classes temperature features precision "
     "private federated inference",
     "Network": "reference weights arg input_shape source built_by trust_pickle trust_code allow_nonfinite",
-    "Run": "device channels_last compile workers seed resume no_check no_undo dry_run",
-    "Result": "kind output opset force report license evaluation tensorboard show_all fail_below json quiet verbose "
-    "help",
+    "Run": "config device channels_last compile workers seed resume no_check no_undo dry_run",
+    "Result": "kind output opset force report license evaluation tensorboard show_all fail_below print_config json "
+    "quiet verbose help",
     OTHER: "",
 }
 """The options of each group, in all commands alike. Groups are shown in this order."""
