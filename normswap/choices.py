@@ -27,6 +27,12 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 # At PIL's numbers, which transformers stores as `resample`.
 Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic"]
 
+# What validation gives, by task, without `val_`; the first decides by default which network is the best.
+MONITORS: dict[str, tuple[str, ...]] = {
+    "classification": ("accuracy", "loss"),
+    "detection": ("map", "map_50", "map_75", "mask_map", "mask_map_50"),
+    "segmentation": ("miou", "pixel_accuracy", "loss"),
+}
 ROLES: tuple[str, ...] = get_args(Role)
 INDIVISIBLE: tuple[str, ...] = get_args(Indivisible)
 TRANSFERS: tuple[str, ...] = get_args(Transfer)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..arguments import one_of, whole
+from ..arguments import one_of
 from ..choices import TASKS, Augment, Device, Optimizer, Precision
 from ..choices import Task as TaskName
 from ..conversion.composite import adopt_part_records
 from ..conversion.convert import convert
 from ..conversion.stabilize import stabilized
-from ..errors import DataError, Fix, Interrupted, OptionError, Text
+from ..errors import Fix, Interrupted, OptionError, Text, plural
 from ..heads.classifier import Head
 from ..modules.frozen_class import FrozenStatistics
 from ..modules.restore import restored_on_error
@@ -29,10 +27,11 @@ from ..norms.registry import identify
 from ..training.parameters import training_only
 from ..training.run_state import network_digest
 from ..training.teacher import original_of
+from .asked import Asked, monitored, name_of, settled
 from .datasets.splits import Sets
 from .engine.accelerator import processes
 from .engine.freezing import frozen, modes_kept
-from .engine.optimizer import default_rate, trained
+from .engine.optimizer import trained
 from .engine.trainer import Job, Trainer
 from .output.layout import check_outside, run_folder
 from .output.report import FinetuneReport, Progress, told
@@ -42,8 +41,6 @@ from .tasks.classification import Classification
 from .tasks.detection import Detection
 from .tasks.head import new_head
 from .tasks.segmentation import Segmentation
-
-EPOCHS = 10
 
 
 @torch.enable_grad()
@@ -81,6 +78,9 @@ def finetune(
     workers: int | None = None,
     seed: int = 0,
     max_bad: int = 10,
+    patience: int | None = None,
+    monitor: str | None = None,
+    checkpoint_every: int | str | None = None,
     tensorboard: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -117,6 +117,10 @@ def finetune(
     augment: "auto" (random crop, mirroring; detection: mirroring), "flip" or "none", for pictures in files; your own
     Dataset stays as it is. preprocess: PIL image -> tensor `(C, H, W)`, by default `Preprocess()`; detectors do that.
     precision: "fp32", "bf16" or "fp16". device: "auto", "cpu", "cuda", "mps".
+    patience: end the run after so many validations in a row without a better figure. monitor: the validation figure
+    that decides this, and which network is the best: "accuracy" or "loss"; "map", "map_50", ...; "miou",
+    "pixel_accuracy" or "loss"; the first is usual. checkpoint_every: "500 steps" or "10 minutes": write the state that
+    often too.
     max_bad: so many unreadable images are skipped. progress: told of the run several times a second; by
     default a line on a terminal or in a notebook shows it, with True elsewhere too, with False nowhere.
 
@@ -133,13 +137,16 @@ def finetune(
         raise OptionError("resume needs the output folder of the run to go on with")
     check_module(model)
     _check_model(model, freeze_stats)
-    place = RunOptions(folder, device, workers, channels_last, compile, max_bad, tensorboard, resume, overwrite)
+    place = RunOptions(
+        folder, device, workers, channels_last, compile, max_bad, tensorboard, resume, overwrite, checkpoint_every
+    )  # fmt: skip
     settings = Settings(
         steps=1, batch_size=batch_size, accumulate=accumulate, processes=1, samples=1, optimizer=optimizer,
         lr=1.0 if lr is None else lr, weight_decay=weight_decay, warmup=warmup, clip_grad=clip_grad, train=train,
         distil=distil, ema=ema, label_smoothing=label_smoothing, precision=precision, stabilize=stabilize, seed=seed,
-        network="", task=task, augment=augment, prepare=_name_of(preprocess),
+        network="", task=task, augment=augment, prepare=name_of(preprocess),
         frozen=" ".join(name for name, on in (("statistics", freeze_stats), ("affine", freeze_affine)) if on),
+        patience=patience, monitor=monitored(task, monitor),
     )  # fmt: skip
     doing = task_of(task, label_smoothing=label_smoothing, distil=distil)
     sets = data if isinstance(data, Sets) else doing.open(model, data, eval_data, seed=seed)
@@ -159,25 +166,12 @@ def finetune(
     return report
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What was asked for that is settled once the data, the processes and the network's parts are known."""
-
-    epochs: int | None
-    steps: int | None
-    lr: float | None
-    classes: int | None
-    reference: nn.Module | None
-    freeze_stats: bool
-    freeze_affine: bool
-
-
 def _run(
     model: nn.Module, job: Job, asked: Asked, accelerator: Any, progress: Callable[[Progress], None] | bool | None
 ) -> tuple[FinetuneReport, int | None]:
     """Make the network ready and train it. Also the signal that ended the run, if one did."""
     with restored_on_error(model) as keep:
-        job = _settled(job, asked, accelerator)
+        job = settled(job, asked, accelerator)
         if job.place.output is not None and adopt_part_records(model) is None:
             model = convert(model, rules={"*": "keep"}, inplace=True, check=False)  # so that it can be saved
         model.to(accelerator.device)
@@ -219,7 +213,12 @@ def _notes(
     if fitted is not None:
         where = f", {fitted.path}" if fitted.path else ""
         notes.insert(0, f"the network got a new head for {fitted.classes} classes{where}")
-    if report.best_at == 0 and report.steps == settings.steps:
+    early = report.steps < settings.steps and not report.interrupted
+    if early:
+        figure = report.best_name.removeprefix("val_").replace("_", " ")
+        waited = f"{plural(settings.patience or 0, 'validation')} without a better {figure}"
+        notes.append(f"ended after {report.steps} of {settings.steps} steps: {waited}")
+    if report.best_at == 0 and not report.interrupted:
         notes.append("validation found no network better than the one that training began with; best is that one")
     if model is not None and (small := small_batch_note(model, settings.batch_size, settings.processes)):
         notes.append(small)
@@ -264,44 +263,3 @@ def _check_model(model: nn.Module, freeze_stats: bool) -> None:
             Text("no norm of the network has running statistics, so there is nothing for ", Fix("freeze_stats")),
             hint=Text(Fix("freeze_affine", True), " freezes gamma and beta."),
         )
-
-
-def _name_of(preprocess: Any) -> str:
-    """The same in every run: functions by their names, not by where they lie in memory."""
-    name = getattr(preprocess, "__qualname__", None)
-    if name is not None:
-        return f"{preprocess.__module__}.{name}"
-    return "" if preprocess is None else re.sub(r" at 0x[0-9a-fA-F]+", "", str(preprocess))
-
-
-def _settled(job: Job, asked: Asked, accelerator: Any) -> Job:
-    """With what depends on the data and on how many processes there are."""
-    settings = replace(job.settings, processes=accelerator.num_processes, samples=len(job.sets.train))
-    settings = replace(settings, steps=_steps(settings, asked.epochs, asked.steps))
-    if asked.lr is None:
-        settings = replace(settings, lr=default_rate(settings.optimizer, settings.global_batch))
-    return replace(job, settings=settings, place=replace(job.place, workers=_workers(job.place, accelerator)))
-
-
-def _steps(settings: Settings, epochs: int | None, steps: int | None) -> int:
-    if epochs is not None and steps is not None:
-        raise OptionError(Text(Fix("epochs"), " and ", Fix("steps"), " exclude each other"))
-    if settings.epoch == 0:
-        raise DataError(
-            f"the training set has {settings.samples} samples, fewer than a step takes ({settings.global_batch})",
-            hint=Text("Lower ", Fix("batch_size"), " or ", Fix("accumulate"), "."),
-        )
-    if steps is not None:
-        whole("steps", steps)
-        return steps
-    whole("epochs", EPOCHS if epochs is None else epochs)
-    return (EPOCHS if epochs is None else epochs) * settings.epoch
-
-
-def _workers(place: RunOptions, accelerator: Any) -> int:
-    """On a GPU, up to 8 processes that read images; on a CPU none, since training takes all of it."""
-    if place.workers is not None:
-        return place.workers
-    if accelerator.device.type == "cpu":
-        return 0
-    return min(8, (os.cpu_count() or 1) // accelerator.num_processes)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..arguments import number, one_of, seed_value, whole
-from ..choices import DEVICES, OPTIMIZERS
+from ..choices import DEVICES, MONITORS, OPTIMIZERS
 from ..errors import Fix, OptionError, Text
 from ..machine.limits import check_workers
 from ..training.schedule import Schedule
@@ -29,7 +30,10 @@ class Settings:
     "head" or a pattern of parameter names. distil: share of the loss that follows the teacher, 0 to 1. ema: decay
     of the averaged weights, 0 for none. stabilize: see `conversion.stabilize`. samples: of the training set.
     network: a digest of the converted network. task: what is learnt. frozen: which parts of all norms. augment,
-    prepare: how pictures are changed and prepared. data: a digest of what is trained on.
+    prepare: how pictures are changed and prepared. data: a digest of what is trained on. patience: validations in a row
+    without a better figure after which the run ends. monitor: that figure, where it is not the task's usual one.
+
+    What came later is None where it is not in use, as it is for the state of a run of before.
     """
 
     steps: int
@@ -55,6 +59,8 @@ class Settings:
     augment: str = "auto"
     prepare: str = ""
     data: str = ""
+    patience: int | None = None
+    monitor: str | None = None
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -70,6 +76,10 @@ class Settings:
                 raise OptionError(f"{name} must be a share of 1, got {getattr(self, name)!r}")
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("precision", self.precision, tuple(PRECISIONS))
+        if self.patience is not None:
+            whole("patience", self.patience)
+        if self.monitor is not None:
+            one_of("monitor", self.monitor, MONITORS[self.task])
 
     @property
     def schedule(self) -> Schedule:
@@ -133,12 +143,35 @@ def refuse(path: Path, was: Mapping[str, Any], settings: Settings) -> None:
         )
 
 
+_EVERY = re.compile(r"(\d+(?:\.\d+)?) *(step|minute|min|hour|h)?s?")
+_SECONDS = {"minute": 60.0, "min": 60.0, "hour": 3600.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class Every:
+    """How often: so many steps, or seconds; one of the two."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def of(cls, said: int | str | None) -> Every:
+        """`"500 steps"`, `"10 minutes"`, `"1 hour"`; a number alone is of steps. Raises OptionError."""
+        if said is None:
+            return cls()
+        match = _EVERY.fullmatch(str(said).strip().lower())
+        number, unit = (float(match[1]), match[2] or "step") if match else (0.0, "")
+        if number <= 0 or (unit == "step" and number % 1):
+            raise OptionError(Text(Fix("checkpoint_every"), f" must be as 500 steps or 10 minutes, got {said!r}"))
+        return cls(steps=int(number)) if unit == "step" else cls(seconds=number * _SECONDS[unit])
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """Where and how a run is carried out; none of it should change the result by more than rounding.
 
     output: the folder for its files, None to write none. resume: go on with the run that is in it; overwrite: replace
-    that run.
+    that run. checkpoint_every: when the state is written besides the ends of epochs, see `Every`.
     """
 
     output: Path | None = None
@@ -150,10 +183,12 @@ class RunOptions:
     tensorboard: bool = False
     resume: bool = False
     overwrite: bool = False
+    checkpoint_every: int | str | None = None
 
     def __post_init__(self) -> None:
         one_of("device", self.device, DEVICES)
         whole("max_bad", self.max_bad, least=0)
+        Every.of(self.checkpoint_every)
         if self.workers is not None:
             whole("workers", self.workers, least=0)
             check_workers(self.workers)

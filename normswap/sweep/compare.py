@@ -16,7 +16,7 @@ from ..choices import Augment, Device, Optimizer
 from ..display.progress import Line, Silent, shown
 from ..errors import DataError, Fix, Interrupted, NormswapError, OptionError, OutputError, Text, first_line
 from ..files.locking import locked
-from ..finetuning.finetune import EPOCHS
+from ..finetuning.asked import EPOCHS
 from ..finetuning.output.layout import check_outside
 from ..finetuning.output.report import show as show_run
 from ..finetuning.tasks.classification import Classification

@@ -17,6 +17,7 @@ from normswap.conversion.stabilize import factors_of
 from normswap.demo.network import pretrained
 from normswap.errors import Interrupted, TrainingError
 from normswap.finetuning.engine.checkpointer import RunState
+from normswap.finetuning.engine.monitor import Monitor
 from normswap.finetuning.engine.optimizer import averaged
 
 
@@ -50,8 +51,10 @@ def test_the_average_follows_the_weights_fast_at_first_and_then_by_the_decay() -
 def test_of_two_networks_that_are_equally_accurate_the_one_with_less_loss_is_the_best(
     value: float, loss: float | None, better: bool
 ) -> None:
-    assert RunState(best=0.5, best_loss=1.0).better(value, loss) == better
-    assert RunState().better(value, loss)
+    monitor = Monitor(settings(steps=1, lr=1.0, warmup=0.0), "val_accuracy")
+    figures = {"val_accuracy": value} | ({} if loss is None else {"val_loss": loss})
+    assert monitor.judge(RunState(best=0.5, best_loss=1.0), 1, figures) == better
+    assert monitor.judge(RunState(), 1, figures)
 
 
 def test_the_best_file_is_that_of_the_smaller_loss_where_the_accuracy_is_the_same(

@@ -16,7 +16,7 @@ from ._finetune_network import ConversionRequest
 _AS_GIVEN = (
     "task optimizer precision augment device batch_size epochs steps accumulate lr weight_decay warmup train "
     "freeze_stats freeze_affine distil label_smoothing num_classes channels_last compile workers seed max_bad "
-    "tensorboard resume"
+    "patience monitor checkpoint_every tensorboard resume"
 ).split()
 EXCLUDE = ("epochs", "steps"), ("groups", "channels_per_group"), ("resume", "force")
 

@@ -95,7 +95,7 @@ def show(page: Page, report: FinetuneReport, folder: Path, origin: ResolvedSourc
     facts += [_figure(report, name, value) for name, value in report.figures.items()]
     if report.best is not None:
         facts.append(("best", f"{report.best_name.replace('_', ' ')} {report.best:.4f} at step {report.best_at}"))
-    if report.resumed_at == report.planned:
+    if report.resumed_at == report.steps and not report.interrupted:
         facts[:2] = [("trained", f"nothing: the run was complete, with {plural(report.steps, 'step')}")]
     page.facts(*facts, indent=0)
     for note in report.notes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from ...choices import AUGMENTS, OPTIMIZERS, PARAMETERS, PRECISIONS, TASKS
+from ...choices import AUGMENTS, MONITORS, OPTIMIZERS, PARAMETERS, PRECISIONS, TASKS
 from ...errors import Interrupted
 from ...machine.limits import check_workers
 from ..arguments import options
@@ -144,6 +144,19 @@ def finetune(
     data_root: options.DataRoot = Path("data"),
     download: options.Download = False,
     device: options.Device = "auto",
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="End after N validations without a better figure.", show_default="never"),
+    ] = None,
+    monitor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIGURE",
+            help="The validation figure that tells the best network, such as loss.",
+            show_default="accuracy, map or miou",
+            autocompletion=options.completing(*dict.fromkeys(name for names in MONITORS.values() for name in names)),
+        ),
+    ] = None,
     precision: Annotated[str, options.word(PRECISIONS, "What is computed in.")] = "fp32",
     channels_last: Annotated[
         bool | None, typer.Option("--channels-last/--channels-first", help="Memory layout.", show_default="by device")
@@ -156,6 +169,12 @@ def finetune(
         typer.Option("--output", "-o", metavar="FOLDER", help="Where the run is kept.", show_default="runs/<SOURCE>"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    checkpoint_every: Annotated[
+        str | None,
+        typer.Option(
+            metavar="'N steps'|'N minutes'", help="Write the state that often too.", show_default="after each epoch"
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a run in --output.")] = False,
     report: options.Report = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's files too.")] = False,
@@ -256,8 +275,8 @@ def _ready(ctx: typer.Context, job: FinetuneJob, origin: ResolvedSource, folder:
 
 def _settled_options(ctx: typer.Context) -> dict[str, Any]:
     """The command's options, with the length and the learning rate that it takes where none was given."""
+    from ...finetuning.asked import EPOCHS
     from ...finetuning.engine.optimizer import default_rate
-    from ...finetuning.finetune import EPOCHS
 
     said = ctx.params
     batch = said["batch_size"] * said["accumulate"] * _processes()

@@ -31,10 +31,10 @@ PANELS = {
     "Norms": "to norms groups channels_per_group indivisible transfer eps zero_init_residual rule sources approximate",
     "Calibration": "calibrate calibrate_images method budget",
     "Training": "epochs steps lr optimizer weight_decay warmup clip_grad no_stabilize accumulate train freeze_stats "
-    "freeze_affine distil ema ema_decay label_smoothing num_classes temperature features precision "
+    "freeze_affine distil ema ema_decay label_smoothing num_classes patience monitor temperature features precision "
     "private federated inference",
     "Network": "reference weights arg input_shape source built_by trust_pickle trust_code allow_nonfinite",
-    "Run": "config device channels_last compile workers seed resume no_check no_undo dry_run",
+    "Run": "config device channels_last compile workers seed resume checkpoint_every no_check no_undo dry_run",
     "Result": "kind output opset force report license evaluation tensorboard show_all fail_below print_config json "
     "quiet verbose help",
     OTHER: "",

@@ -28,8 +28,8 @@ class RunState:
 
     best, best_at: the best validation figure, and its step; what training began with counts. best_loss: the validation
     loss then, which decides between equals. before: the figures of step 0. figures: the last ones; window: first and
-    last of the steps that those of training are over; validated_at: the step of those of validation. entry: what the
-    network's history says of the run so far.
+    last of the steps that those of training are over; validated_at: the step of those of validation. waited: how many
+    validations in a row had no better figure. entry: what the network's history says of the run so far.
     """
 
     best: float | None = None
@@ -39,13 +39,8 @@ class RunState:
     figures: dict[str, float] = field(default_factory=dict)
     window: tuple[int, int] | None = None
     validated_at: int | None = None
+    waited: int = 0
     entry: dict[str, Any] | None = None
-
-    def better(self, value: float, loss: float | None) -> bool:
-        """Whether a network with this validation figure and loss is to take the place of the best so far."""
-        if self.best is None or value != self.best:
-            return self.best is None or value > self.best
-        return loss is not None and self.best_loss is not None and loss < self.best_loss
 
 
 class Checkpointer:

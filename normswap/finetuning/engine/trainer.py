@@ -29,6 +29,8 @@ from .accelerator import Processes, compiled
 from .batches import Batches
 from .checkpointer import Checkpointer, RunState
 from .failures import explain, is_memory
+from .intervals import Due
+from .monitor import Monitor
 from .optimizer import averaged
 from .reporter import RunReporter
 
@@ -83,6 +85,8 @@ class Trainer:
         self._sets = job.sets
         self.batches = Batches(self.task, settings, place, job.sets, accelerator)
         self.state = RunState()
+        self.monitor = Monitor(settings, self.task.best)
+        self._between = Due(place.checkpoint_every, self.processes, LOOKS)
         self.engine = Engine(self, self.updates, settings.steps)
         self._samples, self._sums = 0, list[dict[str, Tensor]]()
         self._agreed = 0
@@ -105,7 +109,7 @@ class Trainer:
         finally:
             self.batches.close()
             self.reporter.end()
-        if self.step == self.settings.steps and self.average is not None:
+        if self.ended and self.average is not None:
             self.model.load_state_dict(self.average.module.state_dict())
         return self.report()
 
@@ -115,9 +119,14 @@ class Trainer:
         return self.updates.step
 
     @property
+    def ended(self) -> bool:
+        """Whether all steps are done, or no better network is expected of those that are left."""
+        return self.step == self.settings.steps or self.monitor.exhausted(self.state)
+
+    @property
     def stopped_by(self) -> int | None:
         """The signal that ended the run early, None for a run that is complete."""
-        return self.signals.received if self.step < self.settings.steps or self.engine.pending else None
+        return self.signals.received if not self.ended or self.engine.pending else None
 
     def _restore(self) -> None:
         """Go on from the last checkpoint."""
@@ -157,6 +166,7 @@ class Trainer:
         """
         self._look()
         figures = self.validate()
+        best = bool(figures) and self.monitor.judge(self.state, step, figures)
         if step == 0:
             if self.checkpointer.saved is None:
                 if self.place.output is not None and self.main:
@@ -167,21 +177,25 @@ class Trainer:
             self.reporter.validated(step, figures)
             self.state.figures |= figures
             self.state.validated_at = step
-            self._compare(figures)
+            if best:
+                self.checkpointer.keep_best(self.state)
         return figures is not None
 
     def keeps(self, step: int) -> bool:
-        return self.due(step)
+        return self.due(step) or self._between(step)
 
     def keep(self) -> None:
         self._look()
         self._write()
+        self._between.done()
 
     def tell(self) -> None:
         self.reporter.progress(self.step, self.state.figures)
 
     def stopping(self) -> bool:
-        """Whether a signal ends the run; all processes agree on it, at every look."""
+        """Whether a signal ends the run, on which all processes agree at every look, or patience does."""
+        if self.monitor.exhausted(self.state):
+            return True
         if not self.processes.together:
             return self.signals.received is not None
         if self.step % LOOKS == 0 or self.step == self.settings.steps:
@@ -230,7 +244,7 @@ class Trainer:
         self.reporter.clock.pause()
         self.checkpointer.keep(self.state, self.engine.measured)
         folder = self.place.output if self.main else None
-        ends = self.step == self.settings.steps or self.signals.received is not None
+        ends = self.ended or self.signals.received is not None
         if folder is not None and (ends or self.reporter.pages_due()):
             self.reporter.draw(folder, self.task.panels)
             self._draw_examples(folder / EXAMPLES)
@@ -254,13 +268,6 @@ class Trainer:
         self.reporter.clock.resume()
         return meter.result(self.processes.total)
 
-    def _compare(self, figures: dict[str, float]) -> None:
-        """Keep the network if it is the best so far; what training began with counts."""
-        standing, value, loss = self.state, figures.get(self.task.best), figures.get("val_loss")
-        if value is not None and standing.better(value, loss):
-            standing.best, standing.best_at, standing.best_loss = value, self.step, loss
-            self.checkpointer.keep_best(standing)
-
     def _draw_examples(self, path: Path) -> None:
         """A page of validation pictures, spread over the whole set, and what the network makes of them."""
         source = self._sets.validation
@@ -280,8 +287,8 @@ class Trainer:
         return FinetuneReport(
             self.step, settings.steps, self.step / settings.epoch, settings.processes, settings.global_batch,
             settings.lr, self.reporter.clock.total(), self.reporter.speed(self.step),
-            standing.figures, standing.before, self.task.best, standing.best, standing.best_at, **files,
-            interrupted=self.step < settings.steps, resumed_at=self.reporter.began,
+            standing.figures, standing.before, self.monitor.name, standing.best, standing.best_at, **files,
+            interrupted=not self.ended, resumed_at=self.reporter.began,
             window=standing.window, validated_at=standing.validated_at,
             validation_images=0 if self._sets.validation is None else len(self._sets.validation),
             bad=tuple(str(bad) for bad in self.batches.skipped.found.values()),
