@@ -9,9 +9,12 @@ from typing import Any
 
 from ..finetuning.output.layout import METRICS
 from ..finetuning.output.plots import canvas_of, save_canvas
-from ..finetuning.tasks.classification import Classification
 from .cells import CellResult
 
+_CURVES = {
+    "loss": "training loss", "val_loss": "validation loss",
+    "accuracy": "training accuracy", "val_accuracy": "validation accuracy",
+}  # fmt: skip
 GROUPS, BATCHES = "accuracy-over-groups.png", "error-over-batch-size.png"
 
 
@@ -81,15 +84,15 @@ def _curves(results: Sequence[CellResult], path: Path, title: str) -> Path | Non
     canvas.suptitle(title)
     places = canvas.subplots(2, 2, sharex=True)
     colours = _colours([result.cell.series for result in results])
-    for axes, panel in zip(places.flat, Classification.panels, strict=True):
-        axes.set_title(panel.title, fontsize=10)
+    for axes, (figure, told) in zip(places.flat, _CURVES.items(), strict=True):
+        axes.set_title(told, fontsize=10)
         axes.grid(alpha=0.3)
         for result in results:
             name = result.cell.series
-            points = [(line["epoch"], line[panel.names[0]]) for line in _lines(result) if panel.names[0] in line]
+            points = [(line["epoch"], line[figure]) for line in _lines(result) if figure in line]
             if points:
                 x, y = zip(*points, strict=True)
-                marker = "o" if panel.names[0].startswith("val_") else None
+                marker = "o" if figure.startswith("val_") else None
                 axes.plot(x, y, color=colours[name], marker=marker, ms=4, lw=1.5, label=name)
     places.flat[0].legend(fontsize=8)
     for axes in places[-1]:

@@ -56,21 +56,21 @@ def keep_command(folder: Path, asked: Mapping[str, Any], *, resume: bool) -> Non
 
 
 class Teller:
-    """Shows progress: a line above the bar for a validation, else the bar itself.
+    """Shows progress: the table of epochs above the bar, else the bar itself.
 
     command: noted with `keep_command` when the run has begun, None for one that goes on.
     """
 
     def __init__(self, bar: Line, folder: Path, command: Mapping[str, Any] | None) -> None:
-        self._bar, self._folder, self._command = bar, folder, command
+        from ...finetuning.output.report import Teller as Shown
+
+        self._show, self._folder, self._command = Shown(bar), folder, command
 
     def __call__(self, progress: Progress) -> None:
         if self._command is not None:
             keep_command(self._folder, self._command, resume=False)
             self._command = None
-        from ...finetuning.output.report import show as show_progress
-
-        show_progress(self._bar, progress)
+        self._show(progress)
 
 
 def _figure(report: FinetuneReport, name: str, value: float) -> tuple[str, str]:

@@ -51,7 +51,7 @@ class Stopwatch:
     def start(self) -> None:
         self._begin = self._lap = time.perf_counter()
         self._told = 0.0
-        self._drawn = self._begin
+        self._drawn = self._row = self._begin
         self._paused = self._stopped = 0.0
 
     def pause(self) -> None:
@@ -81,6 +81,11 @@ class Stopwatch:
 
     def drawn(self) -> None:
         self._drawn = time.perf_counter()
+
+    def since_row(self) -> float:
+        now = time.perf_counter()
+        since, self._row = now - self._row, now
+        return since
 
     def since_told(self) -> float:
         now = time.perf_counter()

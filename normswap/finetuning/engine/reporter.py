@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..output.epoch_table import Row
 from ..output.metrics_log import MetricsLog
 from ..output.panel import Panel
 from ..output.report import Progress
@@ -38,6 +40,7 @@ class RunReporter:
         self._place, self._device, self._tell = place, device, tell if main else None
         self._window = RunningMeans()
         self.window: tuple[int, int] | None = None
+        self._losses: list[tuple[float, int]] = []  # since the last row: mean losses, and over how many steps
         self._journal: MetricsLog | None = None
 
     def begin(self, step: int) -> None:
@@ -67,15 +70,25 @@ class RunReporter:
         figures = window.figures(total)
         speed = self.clock.lap(window.samples * self.settings.processes)
         self._write(step, {**figures, "lr": rate, "samples_per_second": round(speed, 2)})
+        self._losses.append((figures["loss"], window.steps))
         self.window = (window.last - window.steps + 1, window.last)
         self._window = RunningMeans()
         return figures
 
     def validated(self, step: int, figures: dict[str, float]) -> None:
-        """Write down and tell the figures of a validation."""
+        """Write down the figures of a validation."""
         self._write(step, figures)
+
+    def row(self, step: int, figures: dict[str, float], shown: Iterable[str], rate: float, best: bool) -> None:
+        """Tell of an epoch that ends. figures: of its validation, if there was one; shown: those for the table."""
+        steps = sum(count for _, count in self._losses)
+        loss = sum(loss * count for loss, count in self._losses) / steps if steps else None
+        self._losses = []
+        epoch, seconds = step / self.settings.epoch, self.clock.since_row()
+        picked = {name: figures[name] for name in dict.fromkeys(shown) if name in figures}
+        row = Row(epoch, step, loss, picked, rate if steps else None, seconds, best)
         if self._tell is not None:
-            self._tell(self._progress(step, figures, validation=True))
+            self._tell(replace(self._progress(step, figures), validation=bool(figures), row=row))
 
     def progress(self, step: int, figures: dict[str, float]) -> None:
         """Tell where the run stands, several times a second at most. figures: the last ones that were read."""
@@ -86,10 +99,10 @@ class RunReporter:
         """Whether it is time to draw again."""
         return self.clock.since_drawn() > _BETWEEN_PAGES
 
-    def draw(self, folder: Path, panels: tuple[Panel, ...]) -> None:
-        """Write curves.png."""
+    def draw(self, folder: Path, panels: tuple[Panel, ...], best: tuple[str, int] | None) -> None:
+        """Write curves.png. best: the figure and the step that get a star."""
         if self._journal is not None:
-            self._journal.draw(panels, folder.name)
+            self._journal.draw(panels, folder.name, best)
         self.clock.drawn()
 
     def speed(self, step: int) -> float:
@@ -100,9 +113,7 @@ class RunReporter:
         if self.main and self._journal is not None:
             self._journal.write({"step": step, "epoch": round(step / self.settings.epoch, 4), **figures})
 
-    def _progress(self, step: int, figures: dict[str, float], *, validation: bool = False) -> Progress:
+    def _progress(self, step: int, figures: dict[str, float]) -> Progress:
         left = self.clock.left(step - self.began, self.settings.steps - step)
         epoch = step / self.settings.epoch
-        return Progress(
-            step, self.settings.steps, epoch, figures, self.speed(step), memory(self._device), left, validation
-        )
+        return Progress(step, self.settings.steps, epoch, figures, self.speed(step), memory(self._device), left)

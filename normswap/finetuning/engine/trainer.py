@@ -179,6 +179,9 @@ class Trainer:
             self.state.validated_at = step
             if best:
                 self.checkpointer.keep_best(self.state)
+        if figures or (figures is not None and step):
+            shown = ("val_loss", self.task.best, self.monitor.name)
+            self.reporter.row(step, figures, shown, self.updates.rate, best)
         return figures is not None
 
     def keeps(self, step: int) -> bool:
@@ -246,7 +249,8 @@ class Trainer:
         folder = self.place.output if self.main else None
         ends = self.ended or self.signals.received is not None
         if folder is not None and (ends or self.reporter.pages_due()):
-            self.reporter.draw(folder, self.task.panels)
+            at = self.state.best_at
+            self.reporter.draw(folder, self.task.panels, None if at is None else (self.monitor.name, at))
             self._draw_examples(folder / EXAMPLES)
         self.reporter.clock.resume()
 

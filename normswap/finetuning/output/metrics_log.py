@@ -56,39 +56,50 @@ class MetricsLog:
         if self._board is not None:
             self._board.close()
 
-    def draw(self, panels: Sequence[Panel], title: str) -> bool:
-        """Write curves.png, two panels a row. False without matplotlib or a folder."""
+    def draw(self, panels: Sequence[Panel], title: str, best: tuple[str, int] | None = None) -> bool:
+        """Write curves.png, two panels a row. best: the figure and the step that get a star.
+
+        False without matplotlib or a folder.
+        """
         if self._path is None or not self.lines:
             return False
-        canvas = canvas_of(10, 6.4)
+        rows = -(-len(panels) // 2)
+        canvas = canvas_of(10, 0.4 + (3.6 if rows == 1 else 3 * rows))
         if canvas is None:
             return False
         canvas.suptitle(title)
-        axes = canvas.subplots(len(panels) // 2, 2, sharex=True)
+        axes = canvas.subplots(rows, 2, sharex=True, squeeze=False)
         for place, panel in zip(axes.flat, panels, strict=True):
-            _plot(place, self.lines, panel)
+            _plot(place, self.lines, panel, best)
         for place in axes[-1]:
             place.set_xlabel("epoch")
         save_canvas(canvas, self._path.with_name(CURVES))
         return True
 
 
-def _plot(axes: Any, lines: list[dict[str, Any]], panel: Panel) -> None:
-    names = dict.fromkeys(name for line in lines for name in line if any(fnmatchcase(name, n) for n in panel.names))
+def _plot(axes: Any, lines: list[dict[str, Any]], panel: Panel, best: tuple[str, int] | None) -> None:
+    """Training and validation of one figure in two colours; several figures in as many."""
+    found = dict.fromkeys(name for line in lines for name in line if any(fnmatchcase(name, n) for n in panel.names))
+    names = sorted(found, key=lambda name: name.startswith("val_"))
     axes.set_title(panel.title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.margins(y=0.12)  # room for the last value
     if not names:
         axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes, color="grey")
-    both = len(names) == 2 and sum(name.startswith("val_") for name in names) == 1
+    pair = len({name.removeprefix("val_") for name in names}) == 1
     for name in names:
-        points = [(line["epoch"], line[name]) for line in lines if name in line]
-        x, y = zip(*points, strict=True)
-        usual = "tab:orange" if name.startswith("val_") else "tab:blue"
-        colour = usual if len(names) == 1 or both else None
-        label = name.removeprefix("loss_").replace("_", " ")
-        marker = "o" if name.startswith("val_") or len(points) == 1 else None
-        axes.plot(x, y, color=colour, marker=marker, lw=1.5, label=label)
+        points = [(line["epoch"], line[name], line["step"]) for line in lines if name in line]
+        x, y, steps = zip(*points, strict=True)
+        measured = name.startswith("val_")
+        colour = ("tab:orange" if measured else "tab:blue") if pair else None
+        marker = "o" if measured or len(points) == 1 else None
+        label = ("validation" if measured else "training") if pair else name.removeprefix("loss_").replace("_", " ")
+        (drawn,) = axes.plot(x, y, color=colour, marker=marker, ms=4, lw=1.5, label=label, zorder=3 if measured else 2)
+        if best is not None and best[0] == name and best[1] in steps:
+            at = steps.index(best[1])
+            axes.plot(
+                x[at], y[at], "*", color=drawn.get_color(), mec="black", ms=13, zorder=4, label=f"best, {y[at]:.4g}"
+            )
         if len(points) < 30 and len(names) == 1:
             axes.annotate(
                 f"{y[-1]:.3g}", (x[-1], y[-1]), textcoords="offset points", xytext=(0, 6), ha="right", fontsize=8

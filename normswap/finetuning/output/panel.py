@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Panel:
-    """One of the four plots in curves.png: the figures whose names match one of `names`, which may have wildcards."""
+    """One of the plots in curves.png: the figures whose names match one of `names`, which may have wildcards."""
 
     title: str
     names: tuple[str, ...]

@@ -11,6 +11,7 @@ from typing import Any
 from ...display.overview import ReportInNotebook
 from ...display.progress import Line, shown
 from ...errors import plural
+from .epoch_table import EpochTable, Row
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Progress:
 
     step: of `steps`. epoch: passes over the training set so far. figures: means over the last steps (loss, accuracy),
     or, when `validation`, over the validation set. samples_per_second: over all processes, of the last steps.
-    memory: bytes, peak on the GPU or now on the CPU. seconds_left: None until it can be told.
+    memory: bytes, peak on the GPU or now on the CPU. seconds_left: None until it can be told. row: of the table of
+    epochs, at the end of one and at the start.
     """
 
     step: int
@@ -30,6 +32,7 @@ class Progress:
     memory: int
     seconds_left: float | None
     validation: bool = False
+    row: Row | None = None
 
 
 @contextmanager
@@ -39,15 +42,26 @@ def told(progress: Callable[[Progress], None] | bool | None) -> Iterator[Callabl
         yield progress
         return
     with shown(progress, "training") as line:
-        yield None if line is None else lambda now: show(line, now)
+        yield None if line is None else Teller(line)
+
+
+class Teller:
+    """The table of epochs above the line, all else in it."""
+
+    def __init__(self, line: Line) -> None:
+        self._line, self._table = line, EpochTable()
+
+    def __call__(self, now: Progress) -> None:
+        if now.row is None:
+            show(self._line, now)
+            return
+        for text in self._table.lines(now.row):
+            self._line.above(text)
 
 
 def show(line: Line, now: Progress) -> None:
-    """A validation above the line, all else in it."""
+    """Where the run stands, in a line."""
     figures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in now.figures.items())
-    if now.validation:
-        line.above(f"epoch {now.epoch:.3g}: {figures}")
-        return
     text = f"{figures}, {now.samples_per_second:.3g} images/s, {now.memory / 2**30:.2f} GiB"
     line(now.step, now.steps, text, left=now.seconds_left)
 

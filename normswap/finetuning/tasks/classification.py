@@ -49,10 +49,8 @@ class Classification:
     at_once: ClassVar[int] = 32
     compiled_part: ClassVar[str | None] = None
     panels: ClassVar[tuple[Panel, ...]] = (
-        Panel("training loss", ("loss",)),
-        Panel("validation loss", ("val_loss",)),
-        Panel("training accuracy", ("accuracy",)),
-        Panel("validation accuracy", ("val_accuracy",)),
+        Panel("loss", ("loss", "val_loss")),
+        Panel("accuracy", ("accuracy", "val_accuracy")),
     )
 
     def open(self, model: nn.Module, data: Any, eval_data: Any, *, seed: int) -> Sets:

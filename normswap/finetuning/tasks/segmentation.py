@@ -45,10 +45,10 @@ class Segmentation:
     at_once: ClassVar[int] = 1
     compiled_part: ClassVar[str | None] = None
     panels: ClassVar[tuple[Panel, ...]] = (
-        Panel("training loss", ("loss",)),
-        Panel("validation loss", ("val_loss",)),
-        Panel("validation mean IoU", ("val_miou",)),
+        Panel("loss", ("loss", "val_loss")),
         Panel("pixel accuracy", ("pixel_accuracy", "val_pixel_accuracy")),
+        Panel("validation mean IoU", ("val_miou",)),
+        Panel("learning rate", ("lr",)),
     )
 
     def open(self, model: nn.Module, data: Any, eval_data: Any, *, seed: int) -> Sets:
