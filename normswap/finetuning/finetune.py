@@ -28,6 +28,7 @@ from ..training.parameters import training_only
 from ..training.run_state import network_digest
 from ..training.teacher import original_of
 from .asked import Asked, monitored, name_of, settled
+from .datasets.mixing import Mixing
 from .datasets.splits import Sets
 from .engine.accelerator import processes
 from .engine.freezing import frozen, modes_kept
@@ -67,6 +68,9 @@ def finetune(
     reference: nn.Module | None = None,
     ema: float = 0.0,
     label_smoothing: float = 0.0,
+    mixup: float | None = None,
+    cutmix: float | None = None,
+    rand_augment: int | None = None,
     num_classes: int | None = None,
     augment: Augment = "auto",
     preprocess: Callable[[Any], torch.Tensor] | None = None,
@@ -112,6 +116,10 @@ def finetune(
     running statistics. freeze_stats, freeze_affine: freeze running statistics, or gamma and beta, of all norms.
     distil: share of the loss that follows the scores of the original network, `reference`, by default rebuilt.
     ema: decay of an average of the weights, such as 0.999; the average is then what is validated, saved and returned.
+    label_smoothing: share of the label that goes to all classes alike, of classification and segmentation.
+    mixup, cutmix: mix the pictures of every training batch of a classifier, and their labels; alpha of the share's Beta
+    distribution, such as 0.2 and 1; with both, each batch gets one of them. rand_augment: so many changes of
+    RandAugment, such as 2, for each of a classifier's training pictures in files.
     num_classes: a new head for another number of classes (detection: with the background, as in torchvision); by
     default where the data has another number.
     augment: "auto" (random crop, mirroring; detection: mirroring), "flip" or "none", for pictures in files; your own
@@ -146,9 +154,12 @@ def finetune(
         distil=distil, ema=ema, label_smoothing=label_smoothing, precision=precision, stabilize=stabilize, seed=seed,
         network="", task=task, augment=augment, prepare=name_of(preprocess),
         frozen=" ".join(name for name, on in (("statistics", freeze_stats), ("affine", freeze_affine)) if on),
-        patience=patience, monitor=monitored(task, monitor),
+        patience=patience, monitor=monitored(task, monitor), mixup=mixup or None, cutmix=cutmix or None,
+        rand_augment=rand_augment,
     )  # fmt: skip
-    doing = task_of(task, label_smoothing=label_smoothing, distil=distil)
+    doing = task_of(
+        task, label_smoothing=label_smoothing, distil=distil, mixup=mixup, cutmix=cutmix, rand_augment=rand_augment
+    )  # fmt: skip
     sets = data if isinstance(data, Sets) else doing.open(model, data, eval_data, seed=seed)
     if folder is not None:
         check_outside(folder, (getattr(part, "folder", None) for part in (sets.train, sets.validation)))
@@ -225,16 +236,35 @@ def _notes(
     return notes
 
 
-def task_of(name: str, *, label_smoothing: float = 0.0, distil: float = 0.0) -> Task:
+def task_of(
+    name: str,
+    *,
+    label_smoothing: float = 0.0,
+    distil: float = 0.0,
+    mixup: float | None = None,
+    cutmix: float | None = None,
+    rand_augment: int | None = None,
+) -> Task:
     """A task by its name. Raises OptionError for an unknown one, or an option that does not go with it."""
     one_of("task", name, TASKS)
+    of_classes = {"mixup": mixup, "cutmix": cutmix, "rand_augment": rand_augment}
+    asked = next((option for option, value in of_classes.items() if value), None)
+    if name != "classification" and asked is not None:
+        raise OptionError(
+            Text(
+                Fix(asked),
+                f" goes with classification, not with {name}: it would part pictures from what is true of them",
+            ),
+            hint=Text(Fix("augment"), " changes both together."),
+        )
     if name != "classification" and distil:
         raise OptionError(
             Text(Fix("distil"), f" goes with classification, not with {name}"),
             hint="normswap distil trains a detector or segmentation network after its original, without labels.",
         )
     if name == "classification":
-        return Classification(label_smoothing, distil=distil)
+        mixing = Mixing(mixup or None, cutmix or None)
+        return Classification(label_smoothing, distil=distil, mixing=mixing, random=rand_augment)
     if name == "segmentation":
         return Segmentation(label_smoothing)
     if label_smoothing:

@@ -32,6 +32,7 @@ class Settings:
     network: a digest of the converted network. task: what is learnt. frozen: which parts of all norms. augment,
     prepare: how pictures are changed and prepared. data: a digest of what is trained on. patience: validations in a row
     without a better figure after which the run ends. monitor: that figure, where it is not the task's usual one.
+    mixup, cutmix: see `datasets.mixing`. rand_augment: how many random changes of a picture.
 
     What came later is None where it is not in use, as it is for the state of a run of before.
     """
@@ -61,6 +62,9 @@ class Settings:
     data: str = ""
     patience: int | None = None
     monitor: str | None = None
+    mixup: float | None = None
+    cutmix: float | None = None
+    rand_augment: int | None = None
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -76,10 +80,22 @@ class Settings:
                 raise OptionError(f"{name} must be a share of 1, got {getattr(self, name)!r}")
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("precision", self.precision, tuple(PRECISIONS))
-        if self.patience is not None:
-            whole("patience", self.patience)
+        for name in ("patience", "rand_augment"):
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name))
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) is not None:
+                self._check_mixing(name, getattr(self, name))
         if self.monitor is not None:
             one_of("monitor", self.monitor, MONITORS[self.task])
+
+    def _check_mixing(self, name: str, alpha: float) -> None:
+        number(name, alpha)
+        if self.batch_size == 1:
+            raise OptionError(
+                Text(Fix(name), " mixes the pictures of a batch, and batches have a single one"),
+                hint=Text(Fix("batch_size", 2), " or more."),
+            )
 
     @property
     def schedule(self) -> Schedule:

@@ -101,6 +101,16 @@ def test_print_config_needs_no_network_and_comes_back_as_it_went(cli: Cli) -> No
     assert printed(cli, "--config", "run.yaml") == first
 
 
+def test_the_number_of_rand_augment_may_be_left_out(cli: Cli) -> None:
+    for said, number in (
+        (["--rand-augment"], 2),
+        (["--rand-augment", "5"], 5),
+        (["--rand-augment", "net"], 2),
+        ([], None),
+    ):
+        assert printed(cli, *said)["rand_augment"] == number
+
+
 def test_flags_win_over_the_file_and_drop_what_they_exclude(cli: Cli) -> None:
     Path("run.yaml").write_text(
         "source: net\ndata: photos\nepochs: 3\nto: gn\ngroups: 4\nbatch_size: 8\nrule: [a=gn]\n"

@@ -13,9 +13,10 @@ from ..arguments.networks import SourceRequest
 from ..arguments.preprocessing import PreprocessOverrides
 from ._finetune_network import ConversionRequest
 
+LEARNING = ("label_smoothing", "distil", "mixup", "cutmix", "rand_augment")
 _AS_GIVEN = (
     "task optimizer precision augment device batch_size epochs steps accumulate lr weight_decay warmup train "
-    "freeze_stats freeze_affine distil label_smoothing num_classes channels_last compile workers seed max_bad "
+    "freeze_stats freeze_affine num_classes channels_last compile workers seed max_bad "
     "patience monitor checkpoint_every tensorboard resume"
 ).split()
 EXCLUDE = ("epochs", "steps"), ("groups", "channels_per_group"), ("resume", "force")
@@ -45,7 +46,7 @@ class FinetuneJob:
         if said["ema_decay"] is not None and not said["ema"]:
             raise options.usage(ctx, "--ema-decay goes with --ema")
         decay = 0.999 if said["ema_decay"] is None else said["ema_decay"]
-        training = {name: said[name] for name in _AS_GIVEN}
+        training = {name: said[name] for name in (*_AS_GIVEN, *LEARNING)}
         training |= {"clip_grad": said["clip_grad"] or None, "ema": decay if said["ema"] else 0.0}
         training |= {"stabilize": not said["no_stabilize"]}
         return cls(SourceRequest.of(ctx, said["source"]), swap, data, asked, training)

@@ -20,7 +20,7 @@ from ..terminal import flags
 from ..terminal.errors import WRITTEN
 from ..terminal.output import Output, reporting
 from . import _finetune_report
-from ._finetune_job import EXCLUDE, FinetuneJob
+from ._finetune_job import EXCLUDE, LEARNING, FinetuneJob
 from ._finetune_network import converted, network_of, stem_of, transform_of
 
 if TYPE_CHECKING:
@@ -31,9 +31,15 @@ if TYPE_CHECKING:
 
 
 class Finetune(Configured):
-    """`finetune`, with options from a file."""
+    """`finetune`, with options from a file, and with --rand-augment, whose number may be left out."""
 
     exclusive = EXCLUDE
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give --rand-augment its usual number where none follows: typer has no options of this kind."""
+        following = [*args[1:], ""]
+        bare = [arg == "--rand-augment" and not after.isdecimal() for arg, after in zip(args, following, strict=True)]
+        return super().parse_args(ctx, [f"{arg}=2" if alone else arg for arg, alone in zip(args, bare, strict=True)])
 
 
 def finetune(
@@ -128,6 +134,20 @@ def finetune(
         float | None, typer.Option(metavar="DECAY", help="Decay of that average.", show_default="0.999")
     ] = None,
     label_smoothing: Annotated[float, typer.Option(min=0, metavar="SHARE", help="Label smoothing.")] = 0.0,
+    mixup: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="ALPHA", help="Mix the images of a batch, such as 0.2.", show_default=False),
+    ] = None,
+    cutmix: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="ALPHA", help="Paste parts of others into images, such as 1.", show_default=False),
+    ] = None,
+    rand_augment: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="[N]", help="N more random changes of each image; 2 without a number.", show_default=False
+        ),
+    ] = None,
     num_classes: Annotated[
         int | None,
         typer.Option(
@@ -257,7 +277,7 @@ def _ready(ctx: typer.Context, job: FinetuneJob, origin: ResolvedSource, folder:
     from ...finetuning.finetune import small_batch_note, task_of
 
     asked = job.training
-    task = task_of(job.data.task, label_smoothing=asked["label_smoothing"], distil=asked["distil"])
+    task = task_of(job.data.task, **{name: asked[name] for name in LEARNING})
     resumed = folder if asked["resume"] else None
     model, origin, preparation = network_of(job.wanted, origin, job.swap, job.asked, out, resumed)
     preprocess = transform_of(task, preparation)

@@ -27,7 +27,7 @@ _TERM = 30
 
 PANELS = {
     "Images": "data task eval_data annotations eval_annotations images batch_size batch_sizes size mean std max_bad "
-    "augment data_root download",
+    "augment rand_augment mixup cutmix data_root download",
     "Norms": "to norms groups channels_per_group indivisible transfer eps zero_init_residual rule sources approximate",
     "Calibration": "calibrate calibrate_images method budget",
     "Training": "epochs steps lr optimizer weight_decay warmup clip_grad no_stabilize accumulate train freeze_stats "

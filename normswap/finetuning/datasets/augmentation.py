@@ -26,23 +26,36 @@ class Augmented:
     is only the mirroring. Pictures up to 64 pixels are shifted by up to an eighth of their size (He et al. 2015,
     section 4.2), larger ones cropped to 0.35 to 1 of their area and resized (Szegedy et al. 2014, with a larger
     least area, as fine-tuning does). crop=False leaves that out: text and handwriting bear neither; see `augment`.
+    mirror=False leaves that out. random: so many changes of RandAugment (Cubuk et al. 2019) at torchvision's magnitude,
+    9 of 30, come last; they are of 8 bits.
     """
 
     prepare: Callable[[Any], Tensor]
     crop: bool = True
+    mirror: bool = True
+    random: int | None = None
 
     def __call__(self, image: Any) -> Tensor:
-        from torchvision.transforms import v2
-
         if not isinstance(self.prepare, Preprocess):
-            return self.prepare(v2.RandomHorizontalFlip()(eight_bit(image)))
+            return self.prepare(self._changed(eight_bit(image)))
         prepare = self.prepare.settled(*image.size)
         picture = canonical(image)
         if self.crop and not isinstance(prepare.size, str):
             picture = self._cropped(prepare, picture)
         else:
             picture = prepare.fitted(picture)
-        return prepare.normalised(v2.RandomHorizontalFlip()(picture))
+        return prepare.normalised(self._changed(picture))
+
+    def _changed(self, picture: Any) -> Any:
+        from torchvision.transforms import v2
+
+        if self.mirror:
+            picture = v2.RandomHorizontalFlip()(picture)
+        if self.random is None:
+            return picture
+        mode = picture.mode
+        picture = eight_bit(picture) if mode == "F" else picture
+        return v2.RandAugment(self.random)(picture if mode == "RGB" else picture.convert("L"))
 
     def _cropped(self, prepare: Preprocess, picture: Any) -> Any:
         from torchvision.transforms import InterpolationMode, v2
@@ -67,10 +80,14 @@ class Plain:
         return self.prepare(image if isinstance(self.prepare, Preprocess) else eight_bit(image))
 
 
-def training_transform(prepare: Callable[[Any], Tensor], augment: str) -> Callable[[Any], Tensor]:
+def training_transform(
+    prepare: Callable[[Any], Tensor], augment: str, random: int | None = None
+) -> Callable[[Any], Tensor]:
     """augment: "auto" (crop and mirror), "flip" (mirror only) or "none". Raises OptionError for another word."""
     one_of("augment", augment, AUGMENTS)
-    return Plain(prepare) if augment == "none" else Augmented(prepare, crop=augment == "auto")
+    if augment == "none" and random is None:
+        return Plain(prepare)
+    return Augmented(prepare, crop=augment == "auto", mirror=augment != "none", random=random)
 
 
 def settled(prepare: Callable[[Any], Tensor], files: tuple[Path, ...]) -> Callable[[Any], Tensor]:

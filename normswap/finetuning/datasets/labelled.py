@@ -55,6 +55,10 @@ class LabelledImages:
         return replace(self, files=tuple(self.files[i] for i in indices), labels=tuple(self.labels[i] for i in indices))
 
 
+PICTURES = (LabelledImages, TorchvisionSubset)
+"""Sets that normswap reads itself, and may change at random."""
+
+
 def open_sets(data: Any, eval_data: Any = None, *, seed: int = 0) -> Sets:
     """Read what the Python API accepts: training data, and validation data if there is any.
 
@@ -93,9 +97,7 @@ def open_one(data: Any) -> Sets:
 def transformed(sets: Sets, train: Transform, validation: Transform) -> Sets:
     """With these transforms of PIL images, where the sets are pictures in files."""
     pairs = ((sets.train, train), (sets.validation, validation))
-    first, second = (
-        replace(s, transform=t) if isinstance(s, (LabelledImages, TorchvisionSubset)) else s for s, t in pairs
-    )
+    first, second = (replace(s, transform=t) if isinstance(s, PICTURES) else s for s, t in pairs)
     return replace(sets, train=first, validation=second)
 
 
@@ -104,7 +106,7 @@ def some_inputs(sets: Sets, prepare: Transform, count: int, batch_size: int) -> 
     source = sets.train
     if isinstance(source, LabelledImages):
         prepare = settled(prepare, source.files)
-    if isinstance(source, (LabelledImages, TorchvisionSubset)):
+    if isinstance(source, PICTURES):
         source = replace(source, transform=Plain(prepare))
     found: list[Tensor] = []
     for item in spread(source, count):

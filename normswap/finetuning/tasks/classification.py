@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,8 +19,9 @@ from ...modules.tree import device_and_dtype
 from ...training.losses import divergence
 from ..datasets.augmentation import Plain, settled, training_transform
 from ..datasets.collate import collate
-from ..datasets.labelled import LabelledImages, open_one, open_sets, some_inputs, transformed
+from ..datasets.labelled import PICTURES, LabelledImages, open_one, open_sets, some_inputs, transformed
 from ..datasets.loader import Tensors, spread
+from ..datasets.mixing import Mixing
 from ..datasets.splits import Sets
 from ..output.panel import Panel
 from .base import Outcome, Reduce, on_device
@@ -38,11 +39,15 @@ class Classification:
 
     teacher: the original network, in eval mode, never changed; its share of the loss is
     `T^2 KL(softmax(teacher / T) || softmax(model / T))` at T = 2 (Hinton, Vinyals and Dean 2015).
+    mixing: of the training batches, whose accuracy is then that of the larger share. random: changes of RandAugment for
+    each training picture.
     """
 
     label_smoothing: float = 0.0
     teacher: nn.Module | None = None
     distil: float = 0.0
+    mixing: Mixing = field(default_factory=Mixing)
+    random: int | None = None
 
     name: ClassVar[str] = "classification"
     best: ClassVar[str] = "val_accuracy"
@@ -64,10 +69,15 @@ class Classification:
     def prepared(self, sets: Sets, preprocess: Callable[[Any], Tensor] | None, augment: str) -> Sets:
         """With random crops and mirroring in training, as `augment` says, for pictures in files."""
         prepare = preprocess or Preprocess()
-        train = training_transform(prepare, augment)  # its check of the word, also for data without pictures
+        train = training_transform(prepare, augment, self.random)  # checks the word, also for data without pictures
+        if self.random is not None and not isinstance(sets.train, PICTURES):
+            raise OptionError(
+                Text(Fix("rand_augment"), f" changes pictures in files, and the data is {type(sets.train).__name__}"),
+                hint="A Dataset of your own can draw v2.RandAugment() itself.",
+            )
         if isinstance(sets.train, LabelledImages):
             prepare = settled(prepare, sets.train.files)
-            train = training_transform(prepare, augment)
+            train = training_transform(prepare, augment, self.random)
         return transformed(sets, train, Plain(prepare))
 
     def inputs(self, sets: Sets, preprocess: Callable[[Any], Tensor] | None, count: int) -> Iterator[Tensor]:
@@ -80,6 +90,13 @@ class Classification:
         if not first:
             raise DataError("none of the training images that were tried can be read")
         inputs, _ = self.collate(first[:1])
+        if self.mixing and (inputs.dim() != 4 or not inputs.is_floating_point()):
+            raise OptionError(
+                Text(
+                    Fix("cutmix" if self.mixing.mixup is None else "mixup"),
+                    f" mixes pictures, float (C, H, W), and the inputs are {inputs.dtype} {tuple(inputs.shape[1:])}",
+                )
+            )
         device, dtype = device_and_dtype(model)
         if inputs.is_floating_point() and inputs.dtype != dtype:
             raise DataError(f"the network is {dtype}, its inputs are {inputs.dtype}", hint="model.float() trains best.")
@@ -115,9 +132,14 @@ class Classification:
     def outcome(self, forward: Callable[..., Any], content: Any) -> Outcome:
         """The loss on one batch, and how many are right. Raises DataError for labels without a score."""
         inputs, labels = content
+        shares = None
+        if self.mixing:
+            inputs, shares = self.mixing(inputs)
         output = forward(inputs)
         scores = scores_of(output).float()
         check_labels(labels, scores)
+        if shares is not None:
+            labels = shares @ F.one_hot(labels, scores.shape[1]).to(shares)
         loss = F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing)
         for more in _auxiliary(output):
             if more.shape[1] != scores.shape[1]:
@@ -127,7 +149,8 @@ class Classification:
             with torch.no_grad():
                 wanted = scores_of(self.teacher(inputs))
             loss = (1 - self.distil) * loss + self.distil * divergence(wanted.to(scores), scores, TEMPERATURE)
-        return Outcome(loss, {"accuracy": (scores.detach().argmax(1) == labels).sum()})
+        right = labels if shares is None else labels.argmax(1)
+        return Outcome(loss, {"accuracy": (scores.detach().argmax(1) == right).sum()})
 
     def meter(self) -> Accuracy:
         """Loss and accuracy over a validation set."""
