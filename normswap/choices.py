@@ -23,6 +23,7 @@ Optimizer = Literal["adamw", "sgd"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Augment = Literal["auto", "flip", "none"]
 Export = Literal["onnx", "torchscript", "exported"]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 # At PIL's numbers, which transformers stores as `resample`.
 Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic"]
@@ -47,6 +48,7 @@ OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 AUGMENTS: tuple[str, ...] = get_args(Augment)
 EXPORTS: tuple[str, ...] = get_args(Export)
+TRACKERS: tuple[str, ...] = get_args(Tracker)
 DEVICES: tuple[str, ...] = get_args(Device)
 INTERPOLATIONS: tuple[str, ...] = get_args(Interpolation)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .commands._finetune_job import Finetune
 from .commands.advise import advise
 from .commands.calibrate import calibrate
 from .commands.card import card
@@ -18,7 +19,7 @@ from .commands.demo import demo
 from .commands.distil import distil
 from .commands.evaluate import evaluate
 from .commands.export import export
-from .commands.finetune import Finetune, finetune
+from .commands.finetune import finetune
 from .commands.inspect import inspect
 from .commands.norms import norms
 from .commands.recipes import recipes

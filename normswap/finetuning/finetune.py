@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..arguments import one_of
-from ..choices import TASKS, Augment, Device, Optimizer, Precision
+from ..choices import TASKS, Augment, Device, Optimizer, Precision, Tracker
 from ..choices import Task as TaskName
 from ..conversion.composite import adopt_part_records
 from ..conversion.convert import convert
@@ -86,6 +86,7 @@ def finetune(
     monitor: str | None = None,
     checkpoint_every: int | str | None = None,
     tensorboard: bool = False,
+    track: Tracker | Sequence[Tracker] = (),
     resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[Progress], None] | bool | None = None,
@@ -129,6 +130,7 @@ def finetune(
     that decides this, and which network is the best: "accuracy" or "loss"; "map", "map_50", ...; "miou",
     "pixel_accuracy" or "loss"; the first is usual. checkpoint_every: "500 steps" or "10 minutes": write the state that
     often too.
+    track: "wandb", "mlflow" or several; they get the figures of metrics.jsonl, as "tensorboard" does in the folder.
     max_bad: so many unreadable images are skipped. progress: told of the run several times a second; by
     default a line on a terminal or in a notebook shows it, with True elsewhere too, with False nowhere.
 
@@ -145,8 +147,10 @@ def finetune(
         raise OptionError("resume needs the output folder of the run to go on with")
     check_module(model)
     _check_model(model, freeze_stats)
+    tracked = {track} if isinstance(track, str) else set(track)
     place = RunOptions(
-        folder, device, workers, channels_last, compile, max_bad, tensorboard, resume, overwrite, checkpoint_every
+        folder, device, workers, channels_last, compile, max_bad, tensorboard or "tensorboard" in tracked, resume,
+        overwrite, checkpoint_every, tuple(sorted(tracked - {"tensorboard"})),
     )  # fmt: skip
     settings = Settings(
         steps=1, batch_size=batch_size, accumulate=accumulate, processes=1, samples=1, optimizer=optimizer,
@@ -220,7 +224,7 @@ def _notes(
     scope: list[str], report: FinetuneReport, settings: Settings, fitted: Head | None, model: nn.Module | None
 ) -> list[str]:
     """What to say of a run. scope: what is known already. fitted: a head that is new. model: None if it was frozen."""
-    notes = list(scope)
+    notes = [*scope, *report.notes]
     if fitted is not None:
         where = f", {fitted.path}" if fitted.path else ""
         notes.insert(0, f"the network got a new head for {fitted.classes} classes{where}")

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import number, one_of, seed_value, whole
-from ..choices import DEVICES, MONITORS, OPTIMIZERS
+from ..choices import DEVICES, MONITORS, OPTIMIZERS, TRACKERS
 from ..errors import Fix, OptionError, Text
 from ..machine.limits import check_workers
 from ..training.schedule import Schedule
 from .output.layout import LAST
+from .output.trackers import check_installed
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _COUNTS = ("steps", "batch_size", "accumulate", "processes", "samples")
@@ -188,6 +189,7 @@ class RunOptions:
 
     output: the folder for its files, None to write none. resume: go on with the run that is in it; overwrite: replace
     that run. checkpoint_every: when the state is written besides the ends of epochs, see `Every`.
+    track: trackers that get the figures, beside TensorBoard. Raises NormswapError for one that is not installed.
     """
 
     output: Path | None = None
@@ -200,11 +202,15 @@ class RunOptions:
     resume: bool = False
     overwrite: bool = False
     checkpoint_every: int | str | None = None
+    track: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         one_of("device", self.device, DEVICES)
         whole("max_bad", self.max_bad, least=0)
         Every.of(self.checkpoint_every)
+        for name in self.track:
+            one_of("track", name, TRACKERS)
+        check_installed((*self.track, *(["tensorboard"] if self.tensorboard else [])))
         if self.workers is not None:
             whole("workers", self.workers, least=0)
             check_workers(self.workers)

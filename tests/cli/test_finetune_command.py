@@ -221,6 +221,7 @@ def test_a_torchvision_data_set_is_taken_by_name(cli: Cli, folder: Path) -> None
         (("--task", "segmentation", "--rand-augment"), 2, "--rand-augment goes with classification"),
         (("--mixup", "0.2", "--batch-size", "1"), 2, "batches have a single one"),
         (("--rand-augment", "0"), 2, "--rand-augment"),
+        (("--track", "neptune"), 2, "'neptune' is not one of tensorboard, wandb, mlflow"),
         (("--patience", "0"), 2, "--patience"),
         (("--monitor", "miou"), 2, "monitor must be"),
         (("--checkpoint-every", "often"), 2, "--checkpoint-every must be as 500 steps"),
@@ -236,6 +237,17 @@ def test_a_wrong_call_is_one_clear_message(cli: Cli, flags: tuple[str, ...], cod
     assert words in ran.err
     assert "Traceback" not in ran.err
     assert "bug" not in ran.err
+
+
+@pytest.mark.usefixtures("images")
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_tracker_that_is_not_installed_is_one_sentence(cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    ran = finetune(cli, "--track", "tensorboard", "--track", name)
+    assert ran.code == 1
+    assert ran.err.endswith(f"error: tracking with {name} needs its package\npip install {name}\n")
+    assert "building" not in ran.err
+    assert not Path("runs").exists()
 
 
 @pytest.mark.usefixtures("images")

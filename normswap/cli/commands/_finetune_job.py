@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from ..arguments import options
+from ..arguments.config import Configured
 from ..arguments.datasets import DataPlace
 from ..arguments.networks import SourceRequest
 from ..arguments.preprocessing import PreprocessOverrides
@@ -17,9 +18,21 @@ LEARNING = ("label_smoothing", "distil", "mixup", "cutmix", "rand_augment")
 _AS_GIVEN = (
     "task optimizer precision augment device batch_size epochs steps accumulate lr weight_decay warmup train "
     "freeze_stats freeze_affine num_classes channels_last compile workers seed max_bad "
-    "patience monitor checkpoint_every tensorboard resume"
+    "patience monitor checkpoint_every tensorboard track resume"
 ).split()
 EXCLUDE = ("epochs", "steps"), ("groups", "channels_per_group"), ("resume", "force")
+
+
+class Finetune(Configured):
+    """`finetune`, with options from a file, and with --rand-augment, whose number may be left out."""
+
+    exclusive = EXCLUDE
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give --rand-augment its usual number where none follows: typer has no options of this kind."""
+        following = [*args[1:], ""]
+        bare = [arg == "--rand-augment" and not after.isdecimal() for arg, after in zip(args, following, strict=True)]
+        return super().parse_args(ctx, [f"{arg}=2" if alone else arg for arg, alone in zip(args, bare, strict=True)])
 
 
 @dataclass(frozen=True)

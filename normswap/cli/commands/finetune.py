@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from ...choices import AUGMENTS, MONITORS, OPTIMIZERS, PARAMETERS, PRECISIONS, TASKS
+from ...choices import AUGMENTS, OPTIMIZERS, PARAMETERS, PRECISIONS, TASKS
 from ...errors import Interrupted
 from ...machine.limits import check_workers
-from ..arguments import options
-from ..arguments.config import Config, Configured, PrintConfig
+from ..arguments import options, training
+from ..arguments.config import Config, PrintConfig
 from ..arguments.datasets import DataPlace
 from ..arguments.networks import ResolvedSource, files_read, locate
 from ..terminal import flags
 from ..terminal.errors import WRITTEN
 from ..terminal.output import Output, reporting
 from . import _finetune_report
-from ._finetune_job import EXCLUDE, LEARNING, FinetuneJob
+from ._finetune_job import LEARNING, FinetuneJob
 from ._finetune_network import converted, network_of, stem_of, transform_of
 
 if TYPE_CHECKING:
@@ -28,18 +28,6 @@ if TYPE_CHECKING:
 
     from ...finetuning.datasets.splits import Sets
     from ...finetuning.output.report import FinetuneReport
-
-
-class Finetune(Configured):
-    """`finetune`, with options from a file, and with --rand-augment, whose number may be left out."""
-
-    exclusive = EXCLUDE
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Give --rand-augment its usual number where none follows: typer has no options of this kind."""
-        following = [*args[1:], ""]
-        bare = [arg == "--rand-augment" and not after.isdecimal() for arg, after in zip(args, following, strict=True)]
-        return super().parse_args(ctx, [f"{arg}=2" if alone else arg for arg, alone in zip(args, bare, strict=True)])
 
 
 def finetune(
@@ -134,20 +122,9 @@ def finetune(
         float | None, typer.Option(metavar="DECAY", help="Decay of that average.", show_default="0.999")
     ] = None,
     label_smoothing: Annotated[float, typer.Option(min=0, metavar="SHARE", help="Label smoothing.")] = 0.0,
-    mixup: Annotated[
-        float | None,
-        typer.Option(min=0, metavar="ALPHA", help="Mix the images of a batch, such as 0.2.", show_default=False),
-    ] = None,
-    cutmix: Annotated[
-        float | None,
-        typer.Option(min=0, metavar="ALPHA", help="Paste parts of others into images, such as 1.", show_default=False),
-    ] = None,
-    rand_augment: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="[N]", help="N more random changes of each image; 2 without a number.", show_default=False
-        ),
-    ] = None,
+    mixup: training.Mixup = None,
+    cutmix: training.Cutmix = None,
+    rand_augment: training.RandAugment = None,
     num_classes: Annotated[
         int | None,
         typer.Option(
@@ -164,19 +141,8 @@ def finetune(
     data_root: options.DataRoot = Path("data"),
     download: options.Download = False,
     device: options.Device = "auto",
-    patience: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="End after N validations without a better figure.", show_default="never"),
-    ] = None,
-    monitor: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FIGURE",
-            help="The validation figure that tells the best network, such as loss.",
-            show_default="accuracy, map or miou",
-            autocompletion=options.completing(*dict.fromkeys(name for names in MONITORS.values() for name in names)),
-        ),
-    ] = None,
+    patience: training.Patience = None,
+    monitor: training.Monitor = None,
     precision: Annotated[str, options.word(PRECISIONS, "What is computed in.")] = "fp32",
     channels_last: Annotated[
         bool | None, typer.Option("--channels-last/--channels-first", help="Memory layout.", show_default="by device")
@@ -189,15 +155,11 @@ def finetune(
         typer.Option("--output", "-o", metavar="FOLDER", help="Where the run is kept.", show_default="runs/<SOURCE>"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
-    checkpoint_every: Annotated[
-        str | None,
-        typer.Option(
-            metavar="'N steps'|'N minutes'", help="Write the state that often too.", show_default="after each epoch"
-        ),
-    ] = None,
+    checkpoint_every: training.CheckpointEvery = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a run in --output.")] = False,
     report: options.Report = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's files too.")] = False,
+    track: training.Track = None,
     weights: options.Weights = None,
     arg: options.Arg = None,
     built_by: options.BuiltBy = None,
@@ -231,7 +193,9 @@ def finetune(
             check_workers(workers)
         out.step("loading PyTorch")
         from ...finetuning.output.layout import STATE
+        from ...finetuning.output.trackers import check_installed
 
+        check_installed([*job.training["track"], *(["tensorboard"] if job.training["tensorboard"] else [])])
         job.swap.check()
         origin = locate(ctx, job.wanted)
         folder = output or Path("runs", stem_of(origin, job.swap))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..output.epoch_table import Row
 from ..output.metrics_log import MetricsLog
 from ..output.panel import Panel
 from ..output.report import Progress
+from ..output.trackers import Trackers
 from ..settings import RunOptions, Settings
 from .meters import BETWEEN, RunningMeans, Stopwatch, memory
 
@@ -24,7 +25,7 @@ class RunReporter:
     """main: whether this process is the one that tells; the others only sum up.
 
     began: the step at which the run began or was resumed. clock: stopped for what is not training. window: the first
-    and the last of the steps that the figures of the last look are over.
+    and the last of the steps that the figures of the last look are over. notes: what went wrong, at the end.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class RunReporter:
         self.window: tuple[int, int] | None = None
         self._losses: list[tuple[float, int]] = []  # since the last row: mean losses, and over how many steps
         self._journal: MetricsLog | None = None
+        self._trackers: Trackers | None = None
 
     def begin(self, step: int) -> None:
         """From now on the clock runs."""
@@ -50,13 +52,18 @@ class RunReporter:
 
     def open(self) -> None:
         """From now on figures are written down."""
-        folder = self._place.output if self.main else None
-        self._journal = MetricsLog(folder, step=self.began, tensorboard=self._place.tensorboard and self.main)
+        place, folder = self._place, self._place.output if self.main else None
+        if self.main and place.track:
+            self._trackers = Trackers(place.track, folder, asdict(self.settings), resume=place.resume)
+        self._journal = MetricsLog(
+            folder, step=self.began, tensorboard=place.tensorboard and self.main, trackers=self._trackers
+        )
 
     def end(self) -> None:
         """Close the files."""
         if self._journal is not None:
             self._journal.close()
+        self.notes = [] if self._trackers is None else list(self._trackers.failed)
 
     def step(self, step: int, loss: Tensor, sums: list[dict[str, Tensor]], samples: int) -> None:
         """One step is done; on a GPU its figures stay there until `look`."""

@@ -295,5 +295,6 @@ class Trainer:
             interrupted=not self.ended, resumed_at=self.reporter.began,
             window=standing.window, validated_at=standing.validated_at,
             validation_images=0 if self._sets.validation is None else len(self._sets.validation),
+            notes=tuple(self.reporter.notes),
             bad=tuple(str(bad) for bad in self.batches.skipped.found.values()),
         )  # fmt: skip

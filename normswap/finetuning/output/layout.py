@@ -16,8 +16,8 @@ from ...files.writing import check_kept
 STATE, LAST, BEST = "state.pt", "last.safetensors", "best.safetensors"
 METRICS, CURVES, EXAMPLES = "metrics.jsonl", "curves.png", "examples.png"
 COMMAND = "run.json"
-BOARD = "tensorboard"
-_FILES = (STATE, LAST, BEST, METRICS, CURVES, EXAMPLES, COMMAND)
+BOARD, TRACKED = "tensorboard", "trackers.json"
+_FILES = (STATE, LAST, BEST, METRICS, CURVES, EXAMPLES, COMMAND, TRACKED)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: metrics.jsonl, curves.png, TensorBoard's files."""
+"""What a run writes down as it goes: metrics.jsonl, curves.png, TensorBoard's files, figures for other trackers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from ...files.writing import atomic
 from .layout import BOARD, CURVES, METRICS
 from .panel import Panel
 from .plots import canvas_of, save_canvas
+from .trackers import Trackers
 
 
 class MetricsLog:
     """Figures of a run, one JSON object a line: `{"step": 40, "epoch": 0.4, "loss": 0.7, ...}`.
 
     Lines with `val_...` come from a validation. A resumed run first drops what lies beyond its step, so that the file
-    ends up as that of a run without interruption. With no folder, nothing is written.
+    ends up as that of a run without interruption. With no folder, nothing is written. trackers: get the same figures.
     """
 
-    def __init__(self, folder: Path | None, *, step: int = 0, tensorboard: bool = False) -> None:
+    def __init__(
+        self, folder: Path | None, *, step: int = 0, tensorboard: bool = False, trackers: Trackers | None = None
+    ) -> None:
         self.lines: list[dict[str, Any]] = []
+        self._trackers = trackers
         self._path = None if folder is None else folder / METRICS
         self._board: Any = None
         if self._path is not None:
@@ -46,15 +50,20 @@ class MetricsLog:
                     file.write(_text(line))
             except OSError as error:
                 raise OutputError(f"{self._path} cannot be written: {error.strerror or error}") from error
+        named = {name.replace("val_", "validation/"): value for name, value in line.items() if name != "step"}
         if self._board is not None:
-            for name, value in line.items():
-                if name not in ("step", "epoch"):
-                    self._board.add_scalar(name.replace("val_", "validation/"), value, line["step"])
+            for name, value in named.items():
+                if name != "epoch":
+                    self._board.add_scalar(name, value, line["step"])
+        if self._trackers is not None:
+            self._trackers.log(named, line["step"])
 
     def close(self) -> None:
-        """Let TensorBoard's file be complete."""
+        """Let TensorBoard's file be complete, and end the trackers' runs."""
         if self._board is not None:
             self._board.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
     def draw(self, panels: Sequence[Panel], title: str, best: tuple[str, int] | None = None) -> bool:
         """Write curves.png, two panels a row. best: the figure and the step that get a star.
