@@ -115,6 +115,17 @@ def test_how_often_must_make_sense(said: Any) -> None:
         Every.of(said)
 
 
+def test_the_state_of_a_version_without_these_options_goes_on(data: Any, tmp_path: Path) -> None:
+    said = {**IDLE, "epochs": 1, "output": tmp_path}
+    normswap.finetune(fresh(), *data, **said)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    for name in ("patience", "monitor", "mixup", "cutmix", "rand_augment"):
+        del state["settings"][name]
+    del state["standing"]["waited"]
+    torch.save(state, tmp_path / "state.pt")
+    assert normswap.finetune(fresh(), *data, **said, resume=True).resumed_at == 10
+
+
 class Crash(Exception):
     pass
 

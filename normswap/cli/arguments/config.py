@@ -57,7 +57,8 @@ class Configured(Command):
         for pair in self.exclusive:
             for one, other in (pair, pair[::-1]):
                 if _source(ctx, one) == "COMMANDLINE" and _source(ctx, other) == "DEFAULT_MAP":
-                    ctx.params[other] = next(p.default for p in self.params if p.name == other)
+                    flag = next(p for p in self.params if p.name == other).is_flag
+                    ctx.params[other] = False if flag else None
         if printing and not ctx.resilient_parsing:
             typer.echo(written(self, ctx.params))
             raise typer.Exit

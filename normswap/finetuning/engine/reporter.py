@@ -53,11 +53,13 @@ class RunReporter:
     def open(self) -> None:
         """From now on figures are written down."""
         place, folder = self._place, self._place.output if self.main else None
+        self.clock.pause()  # trackers take their time
         if self.main and place.track:
             self._trackers = Trackers(place.track, folder, asdict(self.settings), resume=place.resume)
         self._journal = MetricsLog(
             folder, step=self.began, tensorboard=place.tensorboard and self.main, trackers=self._trackers
         )
+        self.clock.resume()
 
     def end(self) -> None:
         """Close the files."""

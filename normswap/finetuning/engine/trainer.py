@@ -166,7 +166,7 @@ class Trainer:
         """
         self._look()
         figures = self.validate()
-        best = bool(figures) and self.monitor.judge(self.state, step, figures)
+        best = self.monitor.judge(self.state, step, figures) if figures else False
         if step == 0:
             if self.checkpointer.saved is None:
                 if self.place.output is not None and self.main:

@@ -17,7 +17,7 @@ from .layout import TRACKED
 PROJECT = "normswap"
 _WAYS_OUT = {
     "wandb": "`wandb login` once, or WANDB_MODE=offline in the environment, lets it begin.",
-    "mlflow": "MLFLOW_TRACKING_URI says where it writes, such as sqlite:///mlflow.db.",
+    "mlflow": "MLFLOW_TRACKING_URI says where it writes, such as a folder or a server.",
 }
 
 
