@@ -57,7 +57,7 @@ class Configured(Command):
         for pair in self.exclusive:
             for one, other in (pair, pair[::-1]):
                 if _source(ctx, one) == "COMMANDLINE" and _source(ctx, other) == "DEFAULT_MAP":
-                    flag = next(p for p in self.params if p.name == other).is_flag
+                    flag = getattr(next(p for p in self.params if p.name == other), "is_flag", False)
                     ctx.params[other] = False if flag else None
         if printing and not ctx.resilient_parsing:
             typer.echo(written(self, ctx.params))
