@@ -1,7 +1,8 @@
-"""Two small BN networks, trained on the spot: inverted residuals with depthwise convolutions, and deep bottlenecks.
+"""Small networks, trained on the spot: inverted residuals with depthwise convolutions, and deep bottlenecks.
 
 They exist to see whether a method that helps the public ResNet-20 helps others. Trained for seven epochs on the
 images of `cifar10/train` with flips and crops, with the ResNet-20 as teacher; about three minutes of a core each.
+Some have never had a BatchNorm: with GroupNorm (`-gn`, eight groups) or InstanceNorm (`-in`) from the first step.
 """
 
 from __future__ import annotations
@@ -74,16 +75,38 @@ def bottleneck() -> nn.Module:
     return Classifier(Bottleneck, 32, [*sizes, (128, 256, 2)] + [(256, 256, 1)] * 4)
 
 
+def never_batch(model: nn.Module, norm: str) -> nn.Module:
+    """A network that is yet to be trained, with GroupNorm ("gn", eight groups) or InstanceNorm ("in") for BatchNorm."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                groups = 8 if norm == "gn" else child.num_features
+                setattr(parent, name, nn.GroupNorm(groups, child.num_features))
+    return model
+
+
+def built(name: str) -> nn.Module:
+    """An untrained network: `depthwise`, `bottleneck` or `resnet20`, as it is or with `-gn` or `-in` behind it."""
+    from resnet20 import resnet20
+
+    kind, _, norm = name.partition("-")
+    model = {"depthwise": depthwise, "bottleneck": bottleneck, "resnet20": resnet20}[kind]()
+    return never_batch(model, norm) if norm else model
+
+
 def trained(build: str, teacher: nn.Module, x: Tensor, y: Tensor, file: Path, epochs: int = 7) -> nn.Module:
     """The network `build`, from `file` if it is there, else trained and kept there."""
     torch.manual_seed(0)
-    model = {"depthwise": depthwise, "bottleneck": bottleneck}[build]()
+    model = built(build)
     if file.exists():
         model.load_state_dict(torch.load(file, weights_only=True))
         return model.eval()
+    optimizer: torch.optim.Optimizer
     optimizer = torch.optim.SGD(model.parameters(), lr=0.08, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    if "-" in build:  # without BN, plain SGD goes nowhere in so few epochs
+        epochs, optimizer = 5 * epochs, torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
     steps = epochs * -(-len(x) // 64)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.08, steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], steps, pct_start=0.1)
     for _ in range(epochs):
         for part in torch.randperm(len(x)).split(64):
             batch = x[part].flip(3) if torch.rand(()) < 0.5 else x[part]

@@ -316,7 +316,10 @@ def _reference(model: nn.Module, reference: nn.Module | None) -> nn.Module | Non
         rebuilt = copied(model)
         return revert(rebuilt)
     except RevertError as error:
-        needed = any(not norm_named(s.target).fixed and s.transfer is not Transfer.EXACT for s in record.plan.steps)
+        steps = record.plan.steps
+        needed = any(
+            s.transfer.waits or not (norm_named(s.target).fixed or s.transfer is Transfer.EXACT) for s in steps
+        )
         if needed:
             raise RevertError(
                 error.message, hint=Text("Pass the original network as ", Fix("reference"), ".")

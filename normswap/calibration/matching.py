@@ -269,7 +269,7 @@ class Matching:
         if wanted.count == 0:
             return unchanged
         self.dead[target.path] = int((~(alive(wanted) & alive(now))).sum())
-        achieved = apply_repair(target, *repair(wanted, now))
+        achieved = apply_repair(target, *repair(wanted, now, silence=bool(target.carriers)))
         self.after[target.path] = distance(wanted, now.mapped(*achieved))
         return achieved
 

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..conversion.bound import inner_norm
+from ..conversion.exact_scaling import scale_layer
 from ..conversion.record import record_of
 from ..errors import Fix, NetworkError, NormswapError, Text
 from ..modules.precision import at_least_float32
 from ..modules.tree import module_at
-from ..norms._wrappers import per_channel
+from ..norms._wrappers import ChannelAffine, per_channel
 from ..norms.registry import identify
 from ..norms.spec import NormState
-from ..planning.plan import Transfer
+from ..planning.plan import Step, Transfer
 from .moments import Moments
 
 # A channel whose variance is below these shares of its squared mean and of the layer's mean variance is dead:
@@ -34,7 +35,8 @@ class Target:
 
     norm: the module that holds gamma and beta. original: its counterpart in the reference, None without a reference.
     statistics: whether it has running statistics to estimate. match: whether gamma and beta are
-    set so that the output has the original's moments.
+    set so that the output has the original's moments. carriers: where no norm is left, what holds its scale and shift:
+    the layers before it or a `ChannelAffine`.
     """
 
     path: str
@@ -43,33 +45,40 @@ class Target:
     original: nn.Module | None
     statistics: bool
     match: bool
+    carriers: tuple[Any, ...] = ()
 
     @property
     def state(self) -> NormState:
-        """The norm's tensors and options as they are now."""
+        """The norm's tensors and options as they are now; of what is no norm, how many channels it has."""
+        if self.carriers and self.original is not None:
+            return NormState(state_of(self.original).channels, eps=0.0)
         return state_of(self.norm)
 
 
 def targets_of(model: nn.Module, reference: nn.Module | None) -> list[Target]:
     """The converted norms that can be calibrated, in the order of the plan.
 
-    Frozen and fused norms need nothing and are left out, as are those set to zero on purpose (zero_init).
+    Frozen and fused norms need nothing and are left out, but where the original had no running statistics for them; so
+    are those set to zero on purpose (zero_init).
     """
     record = record_of(model)
     if record is None:
-        steps: list[tuple[str, Transfer | None]] = [(path, None) for path in _counterparts(model, reference)]
+        steps: list[tuple[str, Step | None]] = [(path, None) for path in _counterparts(model, reference)]
     else:
-        steps = [(s.path, s.transfer) for s in record.plan.steps if not s.zero_init]
+        steps = [(s.path, s) for s in record.plan.steps if not s.zero_init]
     found = []
-    for path, transfer in steps:
+    for path, step in steps:
         norm = inner_norm(module_at(model, path))
         spec = identify(norm)
-        if spec is None or spec.fixed:
-            continue
-        statistics = spec.read(norm).has_statistics
-        match = not (statistics and transfer is Transfer.EXACT)
-        original = _original(reference, path)
-        found.append(Target(path, spec.name, norm, original, statistics, match))
+        waits = step is not None and step.transfer.waits
+        if step is not None and waits and spec is None:
+            layers = (module_at(model, p) for p in step.producers)
+            carriers = (norm,) if isinstance(norm, ChannelAffine) else tuple(layers)
+            found.append(Target(path, step.target, norm, _original(reference, path), False, True, carriers))
+        elif spec is not None and (waits or not spec.fixed):
+            statistics = spec.read(norm).has_statistics
+            match = not (statistics and step is not None and step.transfer is Transfer.EXACT)
+            found.append(Target(path, spec.name, norm, _original(reference, path), statistics, match))
     return found
 
 
@@ -141,6 +150,16 @@ def bare_output(original: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
+def standardized(original: nn.Module, x: Tensor) -> Tensor:
+    """What a norm gives without its gamma and beta, and without the activation that is fused into it."""
+    affine = {name: original._parameters[name] for name in ("weight", "bias") if name in original._parameters}
+    original._parameters.update(dict.fromkeys(affine))
+    try:
+        return bare_output(original, x)
+    finally:
+        original._parameters.update(affine)
+
+
 def alive(moments: Moments) -> Tensor:
     """Channels that vary by more than rounding, `(C,)` bool."""
     var = moments.var
@@ -148,12 +167,13 @@ def alive(moments: Moments) -> Tensor:
     return var > floor
 
 
-def repair(original: Moments, now: Moments) -> tuple[Tensor, Tensor]:
+def repair(original: Moments, now: Moments, *, silence: bool = False) -> tuple[Tensor, Tensor]:
     """`k = sqrt(v_ref / v_new)` and `shift = m_ref - k m_new`, `(C,)` float64.
 
     `k y + shift` has the original's moments. A channel dead in either network keeps k = 1; its mean is matched.
+    silence: where nothing has brought gamma over, one that is dead in the original alone gets k = 0.
     """
-    both = alive(original) & alive(now)
+    both = alive(now) if silence else alive(original) & alive(now)
     k = torch.where(both, (original.var / torch.where(both, now.var, 1.0)).sqrt(), 1.0)
     return k, original.mean - k * now.mean
 
@@ -187,8 +207,13 @@ def set_parameter(norm: nn.Module, name: str, value: Tensor) -> Tensor:
 def apply_repair(target: Target, k: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """`gamma' = k gamma`, `beta' = k beta + shift`; a norm without them gets them, fixed. Returns what was achieved.
 
-    A norm that knows no beta (RMSNorm) gets k alone. The result is k and shift after rounding to the stored dtype.
+    A norm that knows no beta (RMSNorm) gets k alone. Where no norm is left, what holds its scale and shift is changed.
+    The result is k and shift after rounding to the stored dtype.
     """
+    for carrier in target.carriers:
+        _scale_carrier(carrier, k, shift)
+    if target.carriers:
+        return k, shift
     norm, state = target.norm, target.state
     k, shift = k.to(_device(state, k)), shift.to(_device(state, shift))
     gamma = torch.ones_like(k) if state.weight is None else state.weight.detach().double().clone()
@@ -197,7 +222,21 @@ def apply_repair(target: Target, k: Tensor, shift: Tensor) -> tuple[Tensor, Tens
     achieved = torch.where(gamma == 0, k, stored / torch.where(gamma == 0, 1.0, gamma))
     if "bias" not in norm._parameters and not hasattr(norm, "bias"):
         return achieved, torch.zeros_like(k)
-    return achieved, set_parameter(norm, "bias", beta * k + shift) - achieved * beta
+    added = set_parameter(norm, "bias", beta * k + shift) - achieved * beta
+    if callable(refresh := getattr(norm, "refresh", None)):
+        refresh()
+    return achieved, added
+
+
+@torch.no_grad()
+def _scale_carrier(carrier: Any, k: Tensor, shift: Tensor) -> None:
+    if isinstance(carrier, ChannelAffine):
+        k, shift = k.to(carrier.scale.device), shift.to(carrier.scale.device)
+        carrier.shift.copy_(k * carrier.shift + shift)
+        carrier.scale.copy_(k * carrier.scale)
+    else:
+        device = carrier.weight.device
+        scale_layer(carrier, "", at_least_float32(k).to(device), at_least_float32(shift).to(device), keep_undo=False)
 
 
 def _device(state: NormState, like: Tensor) -> torch.device:
@@ -213,6 +252,8 @@ def apply_statistics(target: Target, inputs: Moments) -> None:
     mean, var = statistics_of(target.norm)
     mean.copy_(inputs.mean)
     var.copy_(inputs.unbiased_var)
+    if callable(refresh := getattr(target.norm, "refresh", None)):
+        refresh()  # what a frozen norm has computed from them
 
 
 def statistics_output(target: Target, inputs: Moments) -> Moments:

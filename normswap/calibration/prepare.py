@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from ..arguments import one_of
 from ..choices import METHODS
 from ..comparison.layers import parts
+from ..conversion.exact_scaling import layer_digest, undo_layer
 from ..conversion.history import Calibrated
 from ..conversion.record import TOLERANCE, Record, record_of
 from ..conversion.self_check import bare, difference, observe, watched_paths
 from ..conversion.stabilize import Sizes
-from ..conversion.undo_record import LayerUndo, Order
+from ..conversion.undo_record import LayerUndo, Order, in_first_order
 from ..data.batches import placed
 from ..errors import Fix, OptionError, Text
 from ..modules.tree import device_and_dtype, module_at
@@ -55,6 +57,7 @@ class Preparation:
         self.softened: dict[str, Step] = {}
         self.records: list[LayerUndo] = []
         self.refits: dict[str, Refit] = {}
+        self.absorbed: dict[str, LayerUndo] = {}
         self.chains: list[Chain] = []
         self.example: Args = ()
         self.orders: dict[str, Order] = {} if self.undo is None else {order.path: order for order in self.undo.orders}
@@ -95,7 +98,8 @@ class Preparation:
         """Everything that calibration may change."""
         if self.balanced:
             return [self.model]
-        steps = self.steps if self.method == "refit" else self.balanced
+        waiting = {path: step for path, step in self.steps.items() if step.transfer.waits}
+        steps = self.steps if self.method == "refit" else self.balanced | waiting
         layers = [module_at(self.model, path) for step in steps.values() for path in (*step.producers, step.path)]
         return [*(target.norm for target in self.targets), *layers]
 
@@ -121,8 +125,19 @@ class Preparation:
                     weight.mul_(((1 + self._eps(target)) / (1 + old)) ** 0.5)
             if target.path in self.orders:
                 original.reorder(target.path, self.orders[target.path])
+        self._keep_absorbing()
         if self.method == "refit":
             self.refits = refits_of(self.model, self.targets, self.steps, self._records(), self.orders)
+
+    def _keep_absorbing(self) -> None:
+        """Copies of the original's layers that are going to take in what is estimated."""
+        records = self._records()
+        for step in self.steps.values():
+            for path in step.producers if step.transfer is Transfer.ABSORB else ():
+                layer, record = module_at(self.model, path), records.get(path)
+                original = None if record is None else undo_layer(layer, record)
+                if record is not None and original is not None:
+                    self.absorbed[path] = replace(record, correction=None, weight=original[0].clone())
 
     def _eps(self, target: Target) -> float:
         """The norm's eps as it is going to be."""
@@ -162,13 +177,22 @@ class Preparation:
     def _records(self) -> dict[str, LayerUndo]:
         """How to undo what was folded, and balanced since."""
         kept = self.undo.layers if self.undo is not None and self.undo.complete else []
-        return {record.path: record for record in (*kept, *self.records)}
+        return {record.path: record for record in (*kept, *self.records, *self.absorbed.values())}
+
+    def _now(self, undo: LayerUndo) -> LayerUndo:
+        """With a digest of the layer as it is now."""
+        layer = module_at(self.model, undo.path)
+        return replace(undo, given=layer_digest(*in_first_order(layer, None)))
 
     def note(self, record: Record) -> None:
         """Let the conversion's record know the new eps, by which `load` rebuilds, and how to undo the new scales."""
-        changed = self._records() | {refit.path: refit.undo() for refit in self.refits.values()}
+        changed = self._records() | {path: self._now(undo) for path, undo in self.absorbed.items()}
+        changed |= {refit.path: refit.undo() for refit in self.refits.values()}
         record.undo.orders = list(self.orders.values())
+        known = {layer.path for layer in record.undo.layers}
+        fitted = {refit.path for refit in self.refits.values()} - known if record.undo.complete else set()
         record.undo.layers = [changed.get(r.path, r) for r in record.undo.layers]
+        record.undo.layers += [changed[path] for path in sorted(fitted)]
         steps = tuple(
             dataclasses.replace(s, options=dataclasses.replace(s.options, eps=self.eps))
             if s.path in self.softened

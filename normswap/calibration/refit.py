@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from ..conversion.exact_scaling import layer_digest, undo_layer
 from ..conversion.undo_record import LayerUndo, Order, in_first_order
 from ..modules.tree import module_at
 from ..planning.plan import Step, Transfer
-from .norm_targets import Target, first_input
+from ..tracing.calls import out_channels
+from .norm_targets import Target, bare_output, first_input, standardized
 
 RIDGE = 0.1
 """Of the mean power of an input: how strongly a weight is held where it is."""
@@ -39,7 +41,8 @@ class Refit:
     """A layer to fit, and what has arrived for it: by batch, its inputs, and the original's value before the norm.
 
     record: what folding and balancing have multiplied the original layer's output with and added, `(C,)`; order: how
-    its channels have been put in another order since.
+    its channels have been put in another order since. aim: what is wanted instead, where the original has no running
+    statistics: from the value before its norm, what that makes of it by each image's own.
     """
 
     path: str
@@ -47,6 +50,7 @@ class Refit:
     target: Target
     record: LayerUndo
     order: Order | None = None
+    aim: Callable[[Tensor], Tensor] | None = None
     inputs: dict[int, Tensor] = field(default_factory=dict)
     wanted: dict[int, Tensor] = field(default_factory=dict)
 
@@ -66,7 +70,8 @@ class Refit:
             first_input(args, kwargs).copy_(self._again(i))  # in place: a second one would be held for all images
 
         def wanted(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self.wanted[job() - batches] = first_input(args, kwargs)
+            x = first_input(args, kwargs)
+            self.wanted[job() - batches] = x if self.aim is None else self.aim(x)
             arrive()
 
         with ExitStack() as stack:
@@ -91,9 +96,13 @@ class Refit:
         if batches and not (isinstance(self.layer, nn.Linear) and batches[0][0].dim() != 2):
             with torch.autocast(self.layer.weight.device.type, enabled=False):
                 rows = None if self.order is None else self.order.rows
-                weight, bias = fitted(self.layer, batches, self.record.scale, self.record.shift, rows)
+                scale, shift = self.record.scale, self.record.shift
+                if self.aim is not None:
+                    scale, shift = torch.ones_like(scale), torch.zeros_like(shift)
+                weight, bias = fitted(self.layer, batches, scale, shift, rows, level=self.aim is not None)
             self.layer.weight.copy_(weight)
-            self.layer.bias.copy_(bias)
+            if self.layer.bias is not None:  # else what follows, which takes the mean out, has no use for one
+                self.layer.bias.copy_(bias)
 
     def _again(self, i: int) -> Tensor:
         """What the layer makes of its input in batch i now."""
@@ -116,7 +125,16 @@ def refits_of(
         if not _ON_REGIONS.isdisjoint(target.path.split(".")):
             continue
         step = steps.get(target.path)
-        if step is None or step.transfer is not Transfer.FOLD or len(step.producers) != 1 or target.original is None:
+        if step is None or len(step.producers) != 1 or target.original is None:
+            continue
+        if step.transfer.waits:
+            layer = module_at(model, step.producers[0])
+            if can_fit(layer, bias=step.transfer is Transfer.ABSORB):
+                record = records.get(step.producers[0]) or untouched(step.producers[0], layer)
+                aim = partial(bare_output if target.carriers else standardized, target.original)
+                found[target.path] = Refit(record.path, layer, target, record, aim=aim)
+            continue
+        if step.transfer is not Transfer.FOLD:
             continue
         layer, record = module_at(model, step.producers[0]), records.get(step.producers[0])
         order = orders.get(step.producers[0])
@@ -127,9 +145,21 @@ def refits_of(
     return found
 
 
-def can_fit(layer: nn.Module) -> bool:
-    """Whether the layer is a sum over patches of its input: torch's own convolution (1d, 2d) or linear layer."""
-    own = isinstance(layer._parameters.get("weight"), nn.Parameter) and layer._parameters.get("bias") is not None
+def untouched(path: str, layer: Any) -> LayerUndo:
+    """How to get back to a layer as it is now."""
+    weight = layer.weight.detach().clone()
+    ones = weight.new_ones(out_channels(layer))
+    bias = None if layer.bias is None else layer.bias.detach().clone()
+    return LayerUndo(path, ones, torch.zeros_like(ones), bias, weight=weight)
+
+
+def can_fit(layer: nn.Module, *, bias: bool = True) -> bool:
+    """Whether the layer is a sum over patches of its input: torch's own convolution (1d, 2d) or linear layer.
+
+    bias: whether it must have one.
+    """
+    own = isinstance(layer._parameters.get("weight"), nn.Parameter)
+    own = own and not (bias and layer._parameters.get("bias") is None)
     plain = own and not layer._forward_hooks and not layer._forward_pre_hooks
     if isinstance(layer, nn.Linear):
         return plain
@@ -141,20 +171,28 @@ _FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward)
 
 
 def fitted(
-    layer: Any, batches: list[tuple[Tensor, Tensor]], scale: Tensor, shift: Tensor, order: Tensor | None = None
+    layer: Any,
+    batches: list[tuple[Tensor, Tensor]],
+    scale: Tensor,
+    shift: Tensor,
+    order: Tensor | None = None,
+    *,
+    level: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias that minimise `||layer(x) - (scale z + shift)||^2 + ridge ||weight - weight_now||^2`.
 
     batches: pairs of the layer's input x and the original layer's output z, `(N, C, *)` each. order: of the channels,
     where the layer has another one than z, scale and shift. Sums over few images each are pooled in float64; positions
-    are the same of each image, whatever its batch.
+    are the same of each image, whatever its batch. level: the weights to stay near to are those that give the wanted
+    values best with a scale and a shift of each channel.
     """
     # A layer is linear in what it sums over at a position, its patch, to which a 1 is added for the bias. With all
     # patches as columns of U, the change D of the weights solves `D (U U' + ridge) = E U'`, E being what the present
     # weights leave of the wanted values. The ridge then pulls towards the present weights, not towards 0. A grouped
     # convolution is one such system for each of its groups.
     groups = getattr(layer, "groups", 1)
-    weight, bias = layer.weight.detach(), layer.bias.detach()
+    weight = layer.weight.detach()
+    bias = weight.new_zeros(out_channels(layer)) if layer.bias is None else layer.bias.detach()
     now = torch.cat([weight.reshape(groups, -1, weight[0].numel()), bias.view(groups, -1, 1)], 2).float()
     size = now.shape[2]
     positions = max(ROWS // 8 * size, min(ROWS * size, LARGEST))
@@ -171,6 +209,8 @@ def fitted(
             aim = aim if order is None else aim[order.to(aim.device)]
             gram += (rows @ rows.mT).double()
             cross += (aim.reshape(groups, -1, rows.shape[2]) @ rows.mT).double()
+    if level:
+        now = _levelled(now.double(), gram, cross)
     cross -= now.double() @ gram  # what the present weights leave of it
     if not bool(torch.isfinite(gram).all() and torch.isfinite(cross).all()):
         return weight, bias
@@ -180,6 +220,21 @@ def fitted(
     change = _solved((gram + torch.diag_embed(held)).cpu(), cross.mT.cpu()).mT.to(gram.device)
     new = now + change
     return new[..., :-1].reshape(weight.shape).to(weight.dtype), new[..., -1].reshape(-1).to(bias.dtype)
+
+
+def _levelled(now: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
+    """Weights and biases, `(groups, channels, inputs + 1)`, with each channel scaled and shifted by least squares.
+
+    So that it comes nearest to what is wanted of it: they are the weights to stay near to.
+    """
+    count, given = gram[:, -1:, -1:], now @ gram
+    sums, aims = given[..., -1:], cross[..., -1:]
+    varies = (given * now).sum(2, keepdim=True) - sums.square() / count
+    together = (cross * now).sum(2, keepdim=True) - sums * aims / count
+    slope = torch.where(varies > 0, together / varies.clamp_min(1e-30), 1.0)
+    now = slope * now
+    now[..., -1:] += (aims - slope * sums) / count
+    return now
 
 
 def _column(vector: Tensor, like: Tensor) -> Tensor:

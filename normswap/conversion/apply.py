@@ -72,10 +72,21 @@ def gamma_factor(state: NormState | None, step: Step) -> Tensor | None:
 
 
 def folded_in(bound: BoundStep) -> tuple[Tensor, Tensor]:
-    """What a fold or a fuse multiplies the outputs of the layers before a norm by, and adds to them, each `(C,)`."""
+    """What is multiplied into the outputs of the layers before a norm, and added to them, each `(C,)`."""
+    if bound.step.transfer is Transfer.ABSORB:
+        sign = signs(bound.state, bound.producers[0].weight)
+        return sign, torch.zeros_like(sign)
     if bound.step.transfer is Transfer.FOLD:
         return standardization(bound.state, unit=bound.step.unit)
     return scale_and_shift(bound.state)
+
+
+def signs(state: NormState, like: Tensor) -> Tensor:
+    """The signs of gamma, `(C,)` of 1 and -1: all of a norm without statistics that a layer can take in before any are
+    known. like: a tensor of the dtype and device, where there is no gamma."""
+    if state.weight is None:
+        return at_least_float32(like.detach()).new_ones(state.channels)
+    return torch.where(at_least_float32(state.weight.detach()) < 0, -1.0, 1.0)
 
 
 def state_before(norm: NormUndo) -> NormState:
@@ -104,7 +115,8 @@ def apply(
         step, old = each.step, each.module
         if structure_only:
             _give_values(old)
-            _add_biases(each)
+            if step.transfer.edits_producer:
+                _add_biases(each)
             each = dataclasses.replace(each)  # to be read anew
         elif step.transfer.edits_producer:
             undo.layers += _fold(each, keep_undo=keep_undo)
@@ -170,11 +182,11 @@ def _replacement(bound: BoundStep, device: torch.device, dtype: torch.dtype) -> 
     if step.transfer is Transfer.RESET:
         state = _reset(state)
     target = bound.target
-    if target.updates_statistics and not state.has_statistics:
+    if target.needs_statistics and not state.has_statistics:
         state = _with_fresh_statistics(state, device, dtype)
     # Where no layer can take the running statistics in, a fixed map before the norm does.
     standardize = standardization(state, unit=step.unit) if step.transfer is Transfer.PRESCALE else None
-    if step.transfer is Transfer.FUSE:
+    if step.transfer.leaves_nothing:
         norm: nn.Module = nn.Identity()
         norm.training = state.training
     else:

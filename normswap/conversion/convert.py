@@ -172,5 +172,7 @@ def _why_unproved(model: nn.Module, plan: Plan, options: ConvertOptions) -> str:
     if not options.prove:
         return "not asked for"
     if not plan.provable:
+        if any(step.transfer.waits for step in plan.steps):
+            return "the statistics are estimated on images, which does not keep the outputs"
         return "gamma and beta alone were carried over, which does not keep the outputs"
     return "the model is on the meta device and cannot run" if any(p.is_meta for p in model.parameters()) else ""

@@ -21,8 +21,8 @@ from ..errors import DataError, Fix, NormswapError, SelfCheckError, Text, first_
 from ..modules.restore import seed_everything, trial_run
 from ..modules.tree import copied, device_and_dtype, module_at
 from ..norms._wrappers import per_channel
-from ..planning.plan import Plan
-from .apply import apply
+from ..planning.plan import Plan, Transfer
+from .apply import apply, signs
 from .bound import BoundPlan, BoundStep, bind, bound_after
 from .record import TOLERANCE, Check
 from .revert import reverted
@@ -227,6 +227,9 @@ def _bare(stack: ExitStack, bound: BoundStep, original: nn.Module | None) -> Non
             return y if norm.bias is None else y.add_(per_channel(norm.bias.to(x), x.dim()))
 
         _override(stack, norm, affine)
+    elif step.transfer is Transfer.ABSORB and original is not None:
+        sign = signs(BoundStep(step, original, ()).state, bound.producers[0].weight)
+        _override(stack, bound.module, lambda x: original.forward(x * per_channel(sign.to(x), x.dim())))
     elif not step.transfer.keeps_outputs and original is not None:
         _override(stack, bound.module, original.forward)
 

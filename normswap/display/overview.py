@@ -21,6 +21,8 @@ CARRIED = {
     "fuse": ("fused", "good"),
     "affine": ("scale and shift left", "bad"),
     "exact": ("exact", "good"),
+    "estimate": ("from images", ""),
+    "absorb": ("from images, fused", ""),
     "copy": ("γ and β copied", ""),
     "reset": ("reset", ""),
 }

@@ -151,10 +151,10 @@ class Changes:
             if step is not None:
                 own = name[end:].removeprefix(".")
                 yield _join(step.path, f"norm.{own}")
-                if step.transfer is Transfer.AFFINE and own in _REMAINDER:
+                if step.transfer in (Transfer.AFFINE, Transfer.ESTIMATE) and own in _REMAINDER:
                     yield from (_join(step.path, _REMAINDER[own]), _join(step.path, f"norm.{_REMAINDER[own]}"))
                 bias = _join(step.producers[0], "bias") if len(step.producers) == 1 else ""
-                if step.transfer is Transfer.FUSE and own == "bias" and bias not in self.known:
+                if step.transfer.leaves_nothing and own == "bias" and bias not in self.known:
                     yield bias  # it is beta and a constant, so its gradient is beta's
 
     def _scale_layers(self, record: Record) -> None:

@@ -57,7 +57,8 @@ class PlanOptions:
         """Whether it matters what feeds the norms."""
         folds = self.transfer == "fold" and any(spec.per_sample for spec in self.wanted)
         asked = self.zero_init_residual or self.example_inputs is not None
-        return asked or folds or any(spec.needs_dims or spec.fuses for spec in self.wanted)
+        fits = self.missing_statistics == "later" and any(spec.needs_statistics for spec in self.wanted)
+        return asked or folds or fits or any(spec.needs_dims or spec.fuses for spec in self.wanted)
 
     @property
     def say_what(self) -> bool:

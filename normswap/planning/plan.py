@@ -29,6 +29,10 @@ class Transfer(str, Enum):
     """Statistics, gamma and beta go into the layers before the norm."""
     AFFINE = "affine"
     """What remains of a fused norm, as one map per channel."""
+    ESTIMATE = "estimate"
+    """Gamma and beta are carried over; `calibrate` estimates the statistics, which the original does not have."""
+    ABSORB = "absorb"
+    """`calibrate` estimates the statistics; with gamma and beta they go into the layers before the norm."""
     EXACT = "exact"
     """The new norm computes the same in eval mode."""
     COPY = "copy"
@@ -42,7 +46,7 @@ class Transfer(str, Enum):
     @property
     def edits_producer(self) -> bool:
         """Whether the layers before the norm are changed."""
-        return self in (Transfer.FOLD, Transfer.FUSE)
+        return self in (Transfer.FOLD, Transfer.FUSE, Transfer.ABSORB)
 
     @property
     def standardizes(self) -> bool:
@@ -53,6 +57,16 @@ class Transfer(str, Enum):
     def fuses(self) -> bool:
         """Whether no norm is left, only what it computed."""
         return self in (Transfer.FUSE, Transfer.AFFINE)
+
+    @property
+    def leaves_nothing(self) -> bool:
+        """Whether not even a map of each channel is left in the norm's place."""
+        return self in (Transfer.FUSE, Transfer.ABSORB)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the new norm computes nothing sensible before `calibrate` has estimated its statistics."""
+        return self in (Transfer.ESTIMATE, Transfer.ABSORB)
 
     @property
     def needs_statistics(self) -> bool:

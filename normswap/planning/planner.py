@@ -49,7 +49,8 @@ def plan(
     unchanged. "auto" takes 1 where the norm's input is standardised so, and the norm's usual value elsewhere.
     sources: names of the norm types to convert; by default those with batch statistics, or, in a network without any,
     every channels-first norm. zero_init_residual: gamma 0 in the last norm of each residual branch.
-    missing_statistics: "error", or "later" when `calibrate` will estimate what a BN target needs.
+    missing_statistics: "error", or "later" when `calibrate` will estimate the running statistics that a target needs
+    and a source such as `gn` does not have: so a GroupNorm becomes `bn`, `frozen` or `fused`.
 
     Raises OptionError for options that make no sense, PlanError listing every layer that cannot be converted.
     """
@@ -193,8 +194,9 @@ class _Planner:
             return Transfer.RESET, (), ""
         if target.needs_statistics:
             if not state.has_statistics:
-                if self.options.missing_statistics == "later" and target.updates_statistics:
-                    return Transfer.COPY, (), "statistics to be estimated by calibrate"
+                if self.options.missing_statistics == "later":
+                    to_layer = target.fuses and feed.foldable
+                    return (Transfer.ABSORB if to_layer else Transfer.ESTIMATE), feed.producers, ""
                 self.no_statistics = True
                 raise DoesNotFit(f"{target.name} needs running statistics, which {layer.spec.name} does not have")
             if target.fuses:
@@ -237,7 +239,10 @@ def _problem_error(planner: _Planner, among: set[str]) -> PlanError:
         frozen = Fix("rules", {"PATH": "frozen"})
         hints.append(Text("A rule keeps such a layer or gives it another norm: ", frozen, ", or fewer groups."))
     if planner.no_statistics:
-        hints.append("calibrate estimates them from images: `normswap convert ... --calibrate FOLDER`.")
+        hints.append(
+            "calibrate estimates them from images: `normswap convert ... --calibrate FOLDER`.\n"
+            "In Python: convert(..., missing_statistics='later'), then calibrate(...)."
+        )
     if planner.inventory.suspects or planner.held:
         hints.append(Text("To leave a layer as it is: ", Fix("rules", {"PATH": "keep"}), "."))
     return PlanError(summary, planner.problems, hint=Text.joined("\n", hints) or None, indivisible=planner.indivisible)

@@ -131,7 +131,7 @@ def test_batch_norms_built_without_statistics_get_them_and_the_moments() -> None
     data = images(10)
     calibrate(model, net, data, batch_size=3)
     assert_same_moments(model, net, [data])
-    x = run(net[0], data).view(10, 4, 4, 4).double()
+    x = run(model[0], data).view(10, 4, 4, 4).double()
     torch.testing.assert_close(model[1].running_mean.double(), x.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model[1].running_var.double(), x.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
 

@@ -31,11 +31,11 @@ def test_a_target_that_needs_statistics_which_are_not_there_names_calibrate(targ
     assert "--calibrate FOLDER" in error.hint
 
 
-def test_calibration_later_is_allowed_where_the_norm_can_wait_for_it() -> None:
+@pytest.mark.parametrize(("to", "transfer"), [("bn", "estimate"), ("frozen", "estimate"), ("fused", "absorb")])
+def test_calibration_later_is_allowed_where_the_norm_can_wait_for_it(to: str, transfer: str) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4))
-    (step,) = plan(net, to="bn", missing_statistics="later").steps
-    assert (step.target, step.transfer, step.dims) == ("bn", "copy", 2)
-    problems(net, to="frozen", missing_statistics="later")
+    (step,) = plan(net, to=to, missing_statistics="later").steps
+    assert (step.target, step.transfer, step.producers, step.dims) == (to, transfer, ("0",), 2)
 
 
 def test_dimensions_that_are_not_known_ask_for_example_inputs() -> None:

@@ -27,6 +27,8 @@ _MEANING = {
     "fuse": "norm gone into the layer before",
     "affine": "norm left as a scale and shift",
     "exact": "computes the same",
+    "estimate": "statistics estimated on images",
+    "absorb": "estimated on images, norm gone into the layer before",
     "copy": "γ and β alone copied",
     "reset": "nothing carried over",
 }
