@@ -152,8 +152,9 @@ def bare_output(original: nn.Module, x: Tensor) -> Tensor:
 
 def standardized(original: nn.Module, x: Tensor) -> Tensor:
     """What a norm gives without its gamma and beta, and without the activation that is fused into it."""
-    affine = {name: original._parameters[name] for name in ("weight", "bias") if name in original._parameters}
-    original._parameters.update(dict.fromkeys(affine))
+    names: list[str] = [name for name in ("weight", "bias") if name in original._parameters]
+    affine: dict[str, nn.Parameter | None] = {name: original._parameters[name] for name in names}
+    original._parameters.update(dict.fromkeys(names))
     try:
         return bare_output(original, x)
     finally:

@@ -130,9 +130,9 @@ def refits_of(
         if step.transfer.waits:
             layer = module_at(model, step.producers[0])
             if can_fit(layer, bias=step.transfer is Transfer.ABSORB):
-                record = records.get(step.producers[0]) or untouched(step.producers[0], layer)
+                before = records.get(step.producers[0]) or untouched(step.producers[0], layer)
                 aim = partial(bare_output if target.carriers else standardized, target.original)
-                found[target.path] = Refit(record.path, layer, target, record, aim=aim)
+                found[target.path] = Refit(before.path, layer, target, before, aim=aim)
             continue
         if step.transfer is not Transfer.FOLD:
             continue

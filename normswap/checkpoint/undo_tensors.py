@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..conversion.undo_record import LayerUndo, Order, Undo
+from ..conversion.undo_record import LayerUndo, Order, ParameterUndo, Undo
 
 PREFIX = "normswap.undo."
 
@@ -21,6 +21,7 @@ def undo_index(undo: Undo) -> dict[str, Any] | None:
         "norms": [list(n.paths) for n in undo.norms],
         "layers": [layer.path for layer in undo.layers],
         "orders": [order.path for order in undo.orders],
+        **({"parameters": [each.name for each in undo.parameters]} if undo.parameters else {}),
         "no_grad": [
             [k for k, p in n.module._parameters.items() if p is not None and not p.requires_grad] for n in undo.norms
         ],
@@ -40,6 +41,9 @@ def undo_tensors(undo: Undo) -> dict[str, Tensor]:
     for i, order in enumerate(undo.orders):
         sides = {"rows": order.rows, "columns": order.columns}
         found |= {f"{PREFIX}order.{i}.{name}": t for name, t in sides.items() if t is not None}
+    for i, each in enumerate(undo.parameters if undo.complete else ()):
+        sides = {"value": each.value, "given": each.given}
+        found |= {f"{PREFIX}parameter.{i}.{name}": t for name, t in sides.items() if t is not None}
     return {name: tensor.clone() if tensor.numel() else tensor for name, tensor in found.items()}
 
 
@@ -56,16 +60,24 @@ def fill_undo(undo: Undo, tensors: Mapping[str, Tensor], index: Mapping[str, Any
             if parameter is not None:
                 parameter.requires_grad_(name not in index["no_grad"][i])
     undo.layers = [LayerUndo(path, **_layer_tensors(tensors, i)) for i, path in enumerate(index["layers"])]
+    undo.parameters = _parameters(tensors, index)
 
 
 def check_undo(tensors: Mapping[str, Tensor], index: Mapping[str, Any] | None) -> None:
     """Raise KeyError or TypeError when something to undo the conversion with is missing."""
     for i, path in enumerate(() if index is None else index["layers"]):
         LayerUndo(path, **_layer_tensors(tensors, i))
+    _parameters(tensors, index or {})
     for order in () if index is None else _orders(tensors, index):
         sides = [side for side in (order.rows, order.columns) if side is not None]
         if not sides or not all(torch.equal(side.sort().values, torch.arange(len(side))) for side in sides):
             raise ValueError(f"the order of {order.path} is none")
+
+
+def _parameters(tensors: Mapping[str, Tensor], index: Mapping[str, Any]) -> list[ParameterUndo]:
+    names = index.get("parameters", ())
+    parts = (_under(tensors, f"parameter.{i}.") for i in range(len(names)))
+    return [ParameterUndo(name, part.get("value"), part["given"]) for name, part in zip(names, parts, strict=True)]
 
 
 def _orders(tensors: Mapping[str, Tensor], index: Mapping[str, Any]) -> list[Order]:

@@ -22,6 +22,7 @@ from ..norms.spec import NormState
 from ..planning.plan import Step, Transfer
 from .bound import BoundPlan, BoundStep, inner_norm
 from .exact_scaling import scale_layer
+from .parameter_edits import add_parameters, edit
 from .undo_record import TENSORS, LayerUndo, NormUndo, Undo
 
 # What a norm of any type may hold that belongs to it, beside what its type names; all else was put there by its user.
@@ -111,6 +112,10 @@ def apply(
     # All copies are taken first: a gamma that two norms share is changed by the first one's step.
     copies = [_snapshot(each.module) if keep_undo else {} for each in bound]
     changed: set[int] = set()
+    if structure_only:
+        add_parameters(model, bound)
+    else:
+        undo.parameters = edit(model, bound, keep_undo=keep_undo)
     for each, before in zip(bound, copies, strict=True):
         step, old = each.step, each.module
         if structure_only:
@@ -179,6 +184,8 @@ def _replacement(bound: BoundStep, device: torch.device, dtype: torch.dtype) -> 
     """
     step, old = bound.step, bound.module
     state = dataclasses.replace(bound.state, dims=bound.state.dims or step.dims)
+    if step.readers:
+        state = dataclasses.replace(state, weight=None, bias=None)
     if step.transfer is Transfer.RESET:
         state = _reset(state)
     target = bound.target

@@ -128,8 +128,6 @@ def _misfits(bound: BoundStep) -> Iterator[str]:
     needed = step.transfer.needs_statistics or (step.transfer is Transfer.EXACT and target.needs_statistics)
     if needed and not state.has_statistics:
         yield "it has no running statistics"
-    if state.bias is not None and not target.bias:
-        yield f"it has a bias (beta), which {target.title} does not"
     if target.needs_dims and state.dims is None and step.dims is None:
         yield f"whether {target.title} must be 1d, 2d or 3d is not known"
 

@@ -10,6 +10,7 @@ from itertools import chain
 from torch import nn
 
 from ..planning.plan import Plan
+from ..tracing.readers import Reader
 from .record import Check, Note, Record, Rename, attach, detach, record_of
 from .undo_record import Undo
 
@@ -54,7 +55,13 @@ def renamed_record(record: Record, rename: Rename) -> Record:
     """A record with other paths. rename: old path -> new path, None for a module that is not there any more."""
     plan, undo = record.plan, record.undo
     steps = [
-        replace(step, path=path, aliases=_renamed(step.aliases, rename), producers=_renamed(step.producers, rename))
+        replace(
+            step,
+            path=path,
+            aliases=_renamed(step.aliases, rename),
+            producers=_renamed(step.producers, rename),
+            readers=tuple(_renamed_reader(reader, rename) for reader in step.readers),
+        )
         for step in plan.steps
         if (path := rename(step.path)) is not None
     ]
@@ -62,10 +69,12 @@ def renamed_record(record: Record, rename: Rename) -> Record:
     norms = [replace(norm, paths=paths) for norm in undo.norms if (paths := _renamed(norm.paths, rename))]
     layers = [replace(layer, path=path) for layer in undo.layers if (path := rename(layer.path)) is not None]
     orders = [replace(order, path=path) for order in undo.orders if (path := rename(order.path)) is not None]
+    parameters = [replace(p, name=name) for p in undo.parameters if (name := _renamed_parameter(p.name, rename))]
+    centred = [replace(c, parameter=name) for c in plan.centred if (name := _renamed_parameter(c.parameter, rename))]
     notes = {kind: new for kind, note in record.notes.items() if (new := note.renamed(rename)) is not None}
     return Record(
-        replace(plan, steps=tuple(steps), kept=tuple(kept)),
-        Undo(norms, layers, undo.complete, orders),
+        replace(plan, steps=tuple(steps), kept=tuple(kept), centred=tuple(centred)),
+        Undo(norms, layers, undo.complete, orders, parameters),
         record.check,
         history=list(record.history),
         previous=None if record.previous is None else renamed_record(record.previous, rename),
@@ -87,6 +96,18 @@ def _below(part: str, path: str) -> str:
     return f"{part}.{path}" if path else part
 
 
+def _renamed_parameter(name: str, rename: Rename) -> str:
+    """A parameter's new name; empty where its module is not there any more."""
+    owner, _, leaf = name.rpartition(".")
+    path = rename(owner)
+    return "" if path is None else f"{path}.{leaf}" if path else leaf
+
+
+def _renamed_reader(reader: Reader, rename: Rename) -> Reader:
+    weight, bias = (_renamed_parameter(name, rename) for name in (reader.weight, reader.bias))
+    return replace(reader, weight=weight, bias=bias)
+
+
 def _renamed(paths: tuple[str, ...], rename: Rename) -> tuple[str, ...]:
     return tuple(new for path in paths if (new := rename(path)) is not None)
 
@@ -102,9 +123,12 @@ def _joined(records: list[Record]) -> Record:
     check = Check(None, reason="each part was checked by itself", layers=layers, total=len(steps))
     complete = all(u.complete for u in undos)
     folded = [x for u in undos for x in u.layers]
-    undo = Undo([n for u in undos for n in u.norms], folded, complete, [o for u in undos for o in u.orders])
+    norms, orders = [n for u in undos for n in u.norms], [o for u in undos for o in u.orders]
+    undo = Undo(norms, folded, complete, orders, [p for u in undos for p in u.parameters])
+    centred = tuple(c for p in plans for c in p.centred)
     history = [entry for r in records for entry in r.history]
     notes: dict[type, Note] = {}
     for kind, note in (pair for record in records for pair in record.notes.items()):
         notes[kind] = notes[kind].joined(note) if kind in notes else note
-    return Record(Plan(steps, kept, plans[0].transfer), undo, check, history=history, notes=notes)
+    plan = Plan(steps, kept, plans[0].transfer, centred=centred)
+    return Record(plan, undo, check, history=history, notes=notes)

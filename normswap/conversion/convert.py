@@ -72,6 +72,7 @@ def convert(
     example_inputs: Any = None,
     zero_init_residual: bool = False,
     missing_statistics: MissingStatistics = "error",
+    fold_affine: bool = False,
     inplace: bool = False,
     check: bool = True,
     undo: bool = True,
@@ -79,7 +80,7 @@ def convert(
 ) -> nn.Module:
     """Replace the norm layers of `model` and carry over what they have learned. Returns the converted network.
 
-    The arguments up to `missing_statistics` are those of `plan`; `using` takes a ready plan instead of them.
+    The arguments up to `fold_affine` are those of `plan`; `using` takes a ready plan instead of them.
     inplace=True converts `model` itself, which saves a copy of it (the returned root is a new module only when the
     root itself is a norm). check=True proves the result: on `example_inputs`, or on a random input that the
     network is found to take, the converted network with bare norms must equal the original to a relative 1e-4, else
@@ -103,6 +104,7 @@ def convert(
         example_inputs,
         zero_init_residual,
         missing_statistics,
+        fold_affine,
         inplace,
         check,
         undo,

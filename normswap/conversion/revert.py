@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..errors import Fix, RevertError, Text
 from ..modules.hooks import hand_over_hooks
-from ..modules.tree import aliases, replace_module
+from ..modules.tree import aliases, module_at, replace_module
 from ..modules.wrappers import check_wrapper, rewrapped, unwrapped
 from .exact_scaling import restore_layer, undo_layer
+from .parameter_edits import digest_of, parameter
 from .record import Record, attach, detach, record_of
 from .stabilize import Sizes
-from .undo_record import NormUndo, Undo, reorder
+from .undo_record import NormUndo, ParameterUndo, Undo, reorder
 
 
 def revert(model: nn.Module, *, strict: bool = True) -> nn.Module:
@@ -39,7 +42,9 @@ def reverted(model: nn.Module, *, strict: bool = True) -> nn.Module:
     moved = [] if record.calibrated else [n.paths[0] for n in undo.norms if _norm_changed(modules[n.paths[0]], n)]
     orders = {order.path: order for order in undo.orders}
     originals = {layer.path: undo_layer(modules[layer.path], layer, orders.get(layer.path)) for layer in undo.layers}
-    changed = [*(path for path, original in originals.items() if original is None), *moved]
+    edited = [p.name for p in undo.parameters if not _as_given(model, p)]
+    changed = [*(path for path, original in originals.items() if original is None), *moved, *edited]
+    readers = {step.path for step in record.plan.steps if step.readers}
     if changed and strict:
         raise RevertError(
             f"{len(changed)} layer{'s' * (len(changed) != 1)} changed since the conversion (trained?), the first is "
@@ -52,6 +57,8 @@ def reverted(model: nn.Module, *, strict: bool = True) -> nn.Module:
         )
     for path, order in orders.items():
         reorder(modules[path], order, back=True)
+    for each in () if edited else undo.parameters:
+        _restore_parameter(model, each)
     for layer in undo.layers:
         restore_layer(modules[layer.path], layer, originals[layer.path])
     for norm in undo.norms:
@@ -59,6 +66,8 @@ def reverted(model: nn.Module, *, strict: bool = True) -> nn.Module:
         _restore_tensors(norm, now)
         norm.module.training = now.training
         hand_over_hooks(norm.module, now)
+        if edited and norm.paths[0] in readers:  # gamma and beta stay where they are
+            _neutral(norm.module)
         model = replace_module(model, norm.paths, norm.module)
     detach(model)
     if record.previous is not None:
@@ -85,8 +94,29 @@ def _changed_modules(model: nn.Module, record: Record) -> dict[str, nn.Module]:
     return modules
 
 
+def _as_given(model: nn.Module, undo: ParameterUndo) -> bool:
+    return torch.equal(digest_of(parameter(model, undo.name)), undo.given.cpu())
+
+
+@torch.no_grad()
+def _neutral(norm: Any) -> None:
+    for name, value in (("weight", 1.0), ("bias", 0.0)):
+        if (tensor := getattr(norm, name, None)) is not None:
+            tensor.fill_(value)
+
+
+def _restore_parameter(model: nn.Module, undo: ParameterUndo) -> None:
+    now = parameter(model, undo.name)
+    if undo.value is None:
+        owner, _, leaf = undo.name.rpartition(".")
+        module_at(model, owner)._parameters[leaf] = None
+    elif now is not None:
+        now.data.copy_(undo.value)
+
+
 def _paths_of(undo: Undo) -> list[str]:
     changed = [*(layer.path for layer in undo.layers), *(order.path for order in undo.orders)]
+    changed += [each.name.rpartition(".")[0] for each in undo.parameters]
     return [*changed, *(path for norm in undo.norms for path in norm.paths)]
 
 

@@ -88,7 +88,8 @@ def _sample(tensor: Tensor) -> Tensor:
 def watched_paths(model: nn.Module, plan: Plan) -> list[str]:
     """What to observe: the converted norms, and every other layer with weights that the plan does not change."""
     folded = {producer for step in plan.steps for producer in step.producers}
-    norms = {step.path for step in plan.steps}
+    norms = {step.path for step in plan.steps if not step.readers}
+    folded |= {name.rpartition(".")[0] for name in plan.edited}
     layers = (nn.modules.conv._ConvNd, nn.Linear)
     others = [n for n, m in model.named_modules() if isinstance(m, layers) and n not in folded]
     return [*sorted(norms - {""}), *others]

@@ -56,6 +56,16 @@ class Order:
 
 
 @dataclass
+class ParameterUndo:
+    """A parameter that was changed where it is, by its name: its original, None where there was none, and the digest of
+    what it became."""
+
+    name: str
+    value: Tensor | None
+    given: Tensor
+
+
+@dataclass
 class Undo:
     """Everything `revert` needs. `complete` is False when it was not asked for, or did not survive."""
 
@@ -63,6 +73,7 @@ class Undo:
     layers: list[LayerUndo] = field(default_factory=list)
     complete: bool = True
     orders: list[Order] = field(default_factory=list)
+    parameters: list[ParameterUndo] = field(default_factory=list)
 
 
 def ordered(tensor: Tensor, order: Order, *, back: bool = False) -> Tensor:

@@ -21,6 +21,7 @@ CARRIED = {
     "fuse": ("fused", "good"),
     "affine": ("scale and shift left", "bad"),
     "exact": ("exact", "good"),
+    "centre": ("exact, centred", "good"),
     "estimate": ("from images", ""),
     "absorb": ("from images, fused", ""),
     "copy": ("γ and β copied", ""),

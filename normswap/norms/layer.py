@@ -69,6 +69,10 @@ def _read_channel(module: Any) -> NormState:
 
 
 def _build_all(state: NormState, options: Options) -> nn.Module:
+    if state.channel_dim == -1:
+        module = nn.LayerNorm(state.channels, 1e-5 if options.eps is None else options.eps, elementwise_affine=False)
+        module.elementwise_affine = state.affine
+        return with_affine(module, state)
     return build_group_norm(state, 1, 1e-5 if options.eps is None else options.eps)
 
 

@@ -12,6 +12,22 @@ from .registry import register
 from .spec import NormSpec, NormState, Options
 
 
+class ShiftedRMSNorm(nn.RMSNorm):
+    """RMSNorm with a beta: `y = x / sqrt(mean(x^2) + eps) * weight + bias`, the mean over the last dimension.
+
+    Input and output `(*, C)`, of the same dtype. What a LayerNorm's gamma and beta are kept in.
+    """
+
+    bias: nn.Parameter
+
+    def __init__(self, channels: int, eps: float | None = None, *, elementwise_affine: bool = True) -> None:
+        super().__init__(channels, eps=eps, elementwise_affine=elementwise_affine)
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.bias.to(x.dtype)
+
+
 def _usual_eps(weight: Tensor | None) -> float:
     """What torch adds where a module's eps is None."""
     double = weight is not None and weight.dtype is torch.float64
@@ -23,6 +39,7 @@ def _read(module: Any) -> NormState:
         channels=module.normalized_shape[-1] if len(module.normalized_shape) == 1 else 0,
         eps=_usual_eps(module.weight) if module.eps is None else module.eps,
         weight=module.weight,
+        bias=module.bias if isinstance(module, ShiftedRMSNorm) else None,
         channel_dim=-1,
         training=module.training,
     )
@@ -31,7 +48,8 @@ def _read(module: Any) -> NormState:
 def _build(state: NormState, options: Options) -> nn.Module:
     eps = 1e-5 if options.eps is None else options.eps
     unsaid = eps == _usual_eps(state.weight)  # None goes on following the dtype
-    module = nn.RMSNorm(state.channels, eps=None if unsaid else eps, elementwise_affine=False)
+    kind = nn.RMSNorm if state.bias is None else ShiftedRMSNorm
+    module = kind(state.channels, eps=None if unsaid else eps, elementwise_affine=False)
     module.elementwise_affine = state.affine
     return with_affine(module, state)
 
@@ -40,17 +58,17 @@ register(
     NormSpec(
         name="rms",
         title="RMSNorm",
-        formula="y = x / sqrt(mean(x^2) + eps) * weight, the mean over the channels at each position; channels last",
+        formula="y = x / sqrt(mean(x^2) + eps) * weight (+ bias), the mean over channels, which come last",
         axes="channels, per sample and position",
         source="Zhang and Sennrich 2019; torch.nn.RMSNorm",
         read=_read,
         build=_build,
         aliases=("rmsnorm",),
-        classes=(nn.RMSNorm,),
+        classes=(nn.RMSNorm, ShiftedRMSNorm),
         attributes=("normalized_shape", "elementwise_affine"),
         channel_dim=-1,
-        bias=False,
         elements=lambda channels, positions, options: channels,
         exact_from=("rms",),
+        centred_from=("ln",),
     )
 )

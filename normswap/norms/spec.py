@@ -145,7 +145,7 @@ class NormSpec:
     folded into what comes before; `batch`, running ones that follow the batches in training; `fixed`, running ones as
     they are at the conversion, for good.
     small_batch: whose samples its statistics suffer from if they are few: those of the `process`, of `all` processes.
-    channel_dim: as in `NormState`, of what it builds. bias: whether it has a beta. needs_dims: whether its class
+    channel_dim: as in `NormState`, of what it builds. needs_dims: whether its class
     depends on the number of spatial dimensions. fuses: gamma, beta and all go into the layer before it; what is built
     is what remains where that cannot be.
 
@@ -153,6 +153,7 @@ class NormSpec:
     the options of a norm yet to be built; norms with as many groups compute the same. None: it alone computes what it
     does. elements: how many values one statistic is taken over, from (channels, positions, options).
     exact_from: types from which the conversion computes the same in eval mode, beside what `registry.exact_from` adds.
+    centred_from: types that compute the same wherever the mean over the channels of their input is 0.
     """
 
     name: str
@@ -173,13 +174,13 @@ class NormSpec:
     statistics: str = "sample"
     small_batch: str | None = None
     channel_dim: int = 1
-    bias: bool = True
     needs_dims: bool = False
     fuses: bool = False
     takes_groups: bool = False
     groups: Callable[[NormState, Any], int | None] | None = None
     elements: Callable[[int, int, Any], int] | None = None
     exact_from: tuple[str, ...] = ()
+    centred_from: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         one_of("statistics", self.statistics, STATISTICS)

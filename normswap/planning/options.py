@@ -30,6 +30,7 @@ class PlanOptions:
     example_inputs: Any = None
     zero_init_residual: bool = False
     missing_statistics: str = "error"
+    fold_affine: bool = False
 
     @cached_property
     def request(self) -> NormRequest:

@@ -13,6 +13,7 @@ from ..display.overview import Table, counted, kept_table, steps_table
 from ..errors import CheckpointError, OptionError
 from ..norms.registry import norm_named
 from ..norms.spec import Options
+from ..tracing.readers import Reader
 
 SOFT = 1.0
 """The eps at which a norm of standardised channels follows half of a sample's own variance; `auto` stands for it."""
@@ -33,6 +34,8 @@ class Transfer(str, Enum):
     """Gamma and beta are carried over; `calibrate` estimates the statistics, which the original does not have."""
     ABSORB = "absorb"
     """`calibrate` estimates the statistics; with gamma and beta they go into the layers before the norm."""
+    CENTRE = "centre"
+    """The mean over channels is taken out of what writes the norm's input, by which the new norm computes the same."""
     EXACT = "exact"
     """The new norm computes the same in eval mode."""
     COPY = "copy"
@@ -76,7 +79,7 @@ class Transfer(str, Enum):
     @property
     def keeps_outputs(self) -> bool:
         """Whether the network's outputs are to be the same, once every new norm is bare: what a run can prove."""
-        return self.needs_statistics or self is Transfer.EXACT
+        return self.needs_statistics or self in (Transfer.EXACT, Transfer.CENTRE)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ class Step:
     """One layer's change.
 
     transfer: what becomes of its statistics, gamma and beta; a plain text will do. unit: whether channels quieter than
-    the old `eps` are brought to variance 1 too, gamma making up for it.
+    the old `eps` are brought to variance 1 too, gamma making up for it. readers: the layers behind it that gamma and
+    beta go into, where they do.
     """
 
     path: str
@@ -100,9 +104,23 @@ class Step:
     zero_init: bool = False
     note: str = ""
     unit: bool = False
+    readers: tuple[Reader, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "transfer", Transfer(self.transfer))
+
+
+@dataclass(frozen=True)
+class Centred:
+    """A parameter that the mean over channels is taken out of.
+
+    dim: its dimension of channels. scales: parameters `(C,)` that multiply the channels before they are a stream's, by
+    whose product the mean is weighed.
+    """
+
+    parameter: str
+    dim: int
+    scales: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,12 +138,20 @@ class Plan:
 
     meta: JSON values; under "rules", the pattern and target of each rule and how many layers it was the first to match;
         under "eps", "auto" where it was not the caller who chose it, so that `calibrate` may choose another.
+    centred: of all steps together, what `Transfer.CENTRE` changes.
     """
 
     steps: tuple[Step, ...]
     kept: tuple[Kept, ...] = ()
     transfer: str = "fold"
     meta: Mapping[str, Any] = field(default_factory=dict)
+    centred: tuple[Centred, ...] = ()
+
+    @property
+    def edited(self) -> list[str]:
+        """The names of the parameters that it changes beside those of norms and of layers that are folded into."""
+        read = (name for step in self.steps for reader in step.readers for name in (reader.weight, reader.bias))
+        return list(dict.fromkeys([*read, *(each.parameter for each in self.centred)]))
 
     def __repr__(self) -> str:
         changes = counted(self.steps, lambda step: f"{step.source} to {step.target}")
@@ -153,7 +179,11 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         values = asdict(self)
-        return {**values, "steps": [{**step, "transfer": str(step["transfer"])} for step in values["steps"]]}
+        values["steps"] = [{**step, "transfer": str(step["transfer"])} for step in values["steps"]]
+        for holder, name in ((values, "centred"), *((step, "readers") for step in values["steps"])):
+            if not holder[name]:  # as before there were such
+                del holder[name]
+        return values
 
     def to_json(self) -> str:
         """The plan as a JSON text that `Plan.from_json` reads back to an equal plan."""
@@ -170,12 +200,14 @@ class Plan:
                         "aliases": tuple(step["aliases"]),
                         "producers": tuple(step["producers"]),
                         "options": norm_named(step["target"]).options(**step["options"]),
+                        "readers": tuple(Reader(**reader) for reader in step.get("readers", ())),
                     }
                 )
                 for step in values["steps"]
             )
             kept = tuple(Kept(**k) for k in values["kept"])
-            return cls(steps, kept, values["transfer"], values["meta"])
+            centred = tuple(Centred(**{**c, "scales": tuple(c["scales"])}) for c in values.get("centred", ()))
+            return cls(steps, kept, values["transfer"], values["meta"], centred)
         except (KeyError, TypeError, AttributeError, ValueError, OptionError) as error:
             raise CheckpointError(f"this is not a normswap plan: {type(error).__name__}: {error}") from error
 

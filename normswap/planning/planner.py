@@ -20,6 +20,7 @@ from ..norms.spec import DoesNotFit, NormSpec, Options
 from .options import PlanOptions
 from .plan import SOFT, Kept, Plan, Step, Transfer
 from .rules import Rules, assigned, check_rules, selected
+from .streams import Streams
 
 
 def plan(
@@ -36,6 +37,7 @@ def plan(
     example_inputs: Any = None,
     zero_init_residual: bool = False,
     missing_statistics: MissingStatistics = "error",
+    fold_affine: bool = False,
 ) -> Plan:
     """Plan how to replace the norm layers of `model`. Changes nothing.
 
@@ -51,6 +53,7 @@ def plan(
     every channels-first norm. zero_init_residual: gamma 0 in the last norm of each residual branch.
     missing_statistics: "error", or "later" when `calibrate` will estimate the running statistics that a target needs
     and a source such as `gn` does not have: so a GroupNorm becomes `bn`, `frozen` or `fused`.
+    fold_affine: gamma and beta of `ln` and `rms` go into the linear layers that read them, and none are left.
 
     Raises OptionError for options that make no sense, PlanError listing every layer that cannot be converted.
     """
@@ -66,6 +69,7 @@ def plan(
         example_inputs,
         zero_init_residual,
         missing_statistics,
+        fold_affine,
     )
     return planned(unwrapped(model), options)
 
@@ -76,7 +80,8 @@ def planned(model: nn.Module, options: PlanOptions) -> Plan:
     inventory = inventory_of(model, options.example_inputs, feeds=options.needs_feeds)
     if not inventory.layers and not inventory.suspects:
         raise PlanError(f"{type(model).__name__} has no norm layer", [])
-    planner = _Planner(inventory, options, partial(positions, model, inventory))
+    streams = Streams(model, options.example_inputs)
+    planner = _Planner(inventory, options, partial(positions, model, inventory), streams)
     return planner.run(selected(inventory, options.sources))
 
 
@@ -88,12 +93,14 @@ class _Planner:
     inventory: Inventory
     options: PlanOptions
     guess_positions: Callable[[], Mapping[str, int]]
+    streams: Streams
     problems: list[str] = field(default_factory=list)
     indivisible: bool = False
     degenerate: bool = False
     unshown: bool = False
     positions: Mapping[str, int] | None = None
     no_statistics: bool = False
+    not_centred: bool = False
     held: bool = False
 
     def run(self, among: set[str]) -> Plan:
@@ -126,7 +133,7 @@ class _Planner:
         used = Counter(chosen.values())
         matched = [{"pattern": r.pattern, "target": r.target, "layers": used[r]} for r in self.options.ordered]
         meta = {"rules": matched, **({"eps": "auto"} if self.options.soft else {})}
-        return Plan(tuple(steps), tuple(kept), self.options.transfer, meta)
+        return Plan(tuple(steps), tuple(kept), self.options.transfer, meta, self.streams.centred())
 
     def _step(self, layer: Layer, target: NormSpec) -> Step:
         state, feed = layer.state, layer.feed
@@ -136,6 +143,9 @@ class _Planner:
             options = replace(options, eps=state.eps)  # so that gn(1) = ln stays exact
         self._check_elements(layer, target, options)
         transfer, producers, note = self._transfer(layer, target, options)
+        if transfer is Transfer.CENTRE:
+            options = replace(options, eps=state.eps)
+        readers = self.streams.readers(layer.path) if self.options.fold_affine and state.affine else ()
         if self.options.soft and target.per_sample and transfer.standardizes:
             options = replace(options, eps=SOFT)
         return Step(
@@ -152,6 +162,7 @@ class _Planner:
             self.options.zero_init_residual and feed.last_of_branch,
             note,
             unit=transfer.standardizes and layer.free_gamma,
+            readers=readers,
         )
 
     def _check_elements(self, layer: Layer, target: NormSpec, options: Options) -> None:
@@ -177,11 +188,9 @@ class _Planner:
                 "it normalizes over several dimensions with one weight per element; no per-channel norm can"
             )
         vectors = self.inventory.recorded and feed.kind == "linear" and feed.positions == 1
-        if state.channel_dim != target.channel_dim and not vectors:
+        if state.channel_dim != target.channel_dim and layer.spec is not target and not vectors:
             mine, new = _PLACES[state.channel_dim], _PLACES[target.channel_dim]
             raise DoesNotFit(f"its channels are the {mine} dimension, the new norm's the {new}")
-        if state.bias is not None and not target.bias:
-            raise DoesNotFit(f"it has a bias (beta), which {target.title} does not")
         if layer.held_by:
             self.held = True
             raise DoesNotFit(f"{', '.join(layer.held_by)} holds it too, outside the children, where no swap reaches it")
@@ -202,6 +211,13 @@ class _Planner:
             if target.fuses:
                 return (Transfer.FUSE, feed.producers, "") if feed.foldable else (Transfer.AFFINE, (), feed.reason)
             return Transfer.EXACT, (), ""
+        if layer.spec.name in target.centred_from and self.options.transfer == "fold":
+            if options.eps not in (None, state.eps):
+                raise DoesNotFit(f"with another eps than its {state.eps:g}, {target.title} computes something else")
+            self.not_centred = True
+            self.streams.centre(layer.path)
+            self.not_centred = False
+            return Transfer.CENTRE, (), ""
         if not state.has_statistics:
             if not (layer.spec.per_sample and _same_groups(layer, target, options)):
                 return Transfer.COPY, (), "no running statistics to carry over"
@@ -214,8 +230,12 @@ class _Planner:
 
 def _same_groups(layer: Layer, target: NormSpec, options: Options) -> bool:
     """Whether a norm without running statistics and its target normalize over the same values."""
+    if layer.spec is target:
+        return layer.spec.groups is None or layer.spec.groups(layer.state, None) == layer.spec.groups(
+            layer.state, options
+        )
     if layer.spec.groups is None or target.groups is None:
-        return layer.spec is target
+        return False
     return layer.spec.groups(layer.state, None) == target.groups(layer.state, options)
 
 
@@ -242,6 +262,14 @@ def _problem_error(planner: _Planner, among: set[str]) -> PlanError:
         hints.append(
             "calibrate estimates them from images: `normswap convert ... --calibrate FOLDER`.\n"
             "In Python: convert(..., missing_statistics='later'), then calibrate(...)."
+        )
+    if planner.not_centred:
+        hints.append(
+            Text(
+                "It is not exact there. ",
+                Fix("transfer", "copy"),
+                " carries gamma and beta over alone; then calibrate or distil, with images.",
+            )
         )
     if planner.inventory.suspects or planner.held:
         hints.append(Text("To leave a layer as it is: ", Fix("rules", {"PATH": "keep"}), "."))

@@ -64,7 +64,8 @@ def selected(inventory: Inventory, sources: Collection[str] | None = None) -> se
     batch = {x.path for x in inventory.layers if x.spec.needs_statistics}
     if batch or inventory.suspects:
         return batch
-    return {x.path for x in inventory.layers if x.state.channel_dim == 1}
+    first = {x.path for x in inventory.layers if x.state.channel_dim == 1}
+    return first or {x.path for x in inventory.layers}
 
 
 def assigned(inventory: Inventory, rules: Sequence[Rule], among: Collection[str]) -> dict[str, Rule]:

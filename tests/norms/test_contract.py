@@ -128,7 +128,7 @@ def test_what_is_built_reads_back_as_it_was(name: str, affine: bool) -> None:
     assert state.eps == (2e-3 if keeps_eps else 1e-5)
     if affine:
         assert torch.equal(state.weight, bn.weight)
-        assert torch.equal(state.bias, bn.bias) if norm_named(name).bias else state.bias is None
+        assert torch.equal(state.bias, bn.bias)
     elif not norm_named(name).fixed:  # a frozen BN always has gamma and beta
         assert state.weight is None
         assert state.bias is None
@@ -151,11 +151,8 @@ def test_gamma_and_beta_stay_the_same_parameters(name: str) -> None:
     built = build(name, bn)
     assert built.weight is bn.weight
     assert not built.weight.requires_grad
-    if norm_named(name).bias:
-        assert built.bias is bn.bias
-        assert built.bias.requires_grad
-    else:
-        assert getattr(built, "bias", None) is None
+    assert built.bias is bn.bias
+    assert built.bias.requires_grad
 
 
 @pytest.mark.parametrize("name", targets())

@@ -18,7 +18,8 @@ def by_hand(x: Tensor, bn: nn.Module, eps: float = 1e-5) -> Tensor:
     """What the layer built with a batch norm's gamma computes of `(N, C, *)`, in float64."""
     wide = x.double().movedim(1, -1)
     y = wide / ((wide**2).sum(-1, keepdim=True) / wide.shape[-1] + eps) ** 0.5
-    return (y if bn.weight is None else y * bn.weight.double()).movedim(-1, 1)
+    y = y if bn.weight is None else y * bn.weight.double()
+    return (y if bn.bias is None else y + bn.bias.double()).movedim(-1, 1)
 
 
 EXPECTED = {"rms": by_hand}
@@ -122,23 +123,23 @@ def test_frozen_its_gamma_stays() -> None:
     assert normswap.unfreeze(converted)[1].weight.requires_grad
 
 
-def test_maps_with_channels_second_and_betas_are_refused_by_name() -> None:
+def test_maps_with_channels_second_are_refused_by_name() -> None:
     with pytest.raises(
         PlanError, match=r"1 \(BatchNorm2d\): its channels are the second dimension, the new norm's the"
     ):
         normswap.plan(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), to="rms")
-    with pytest.raises(PlanError, match=r"1 \(LayerNorm\): it has a bias \(beta\), which RMSNorm does not"):
-        normswap.plan(nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8)), to="rms", sources=["ln"])
     with pytest.raises(
         PlanError, match=r"1 \(RMSNorm\): its channels are the last dimension, the new norm's the second"
     ):
         normswap.plan(tokens(), to="gn", sources=["rms"])
 
 
-def test_a_layer_norm_without_beta_becomes_one() -> None:
-    net = nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8, bias=False)).eval()
-    converted = normswap.convert(net, to="rms", sources=["ln"])
-    assert converted[1].weight is not None
+@pytest.mark.parametrize("beta", [True, False])
+def test_gamma_and_beta_of_a_layer_norm_can_be_copied_alone(beta: bool) -> None:
+    net = nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8, bias=beta)).eval()
+    nn.init.normal_(net[1].weight)
+    converted = normswap.convert(net, to="rms", sources=["ln"], transfer="copy")
+    assert torch.equal(converted[0].weight, net[0].weight)
     expected = by_hand(net[0](X).movedim(-1, 1), net[1]).movedim(1, -1)
     torch.testing.assert_close(converted(X).double(), expected, rtol=1e-5, atol=1e-6)
 

@@ -27,6 +27,7 @@ _MEANING = {
     "fuse": "norm gone into the layer before",
     "affine": "norm left as a scale and shift",
     "exact": "computes the same",
+    "centre": "mean over channels taken out of what writes the norm's input",
     "estimate": "statistics estimated on images",
     "absorb": "estimated on images, norm gone into the layer before",
     "copy": "γ and β alone copied",

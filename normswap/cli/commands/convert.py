@@ -50,6 +50,12 @@ def convert(
             "--zero-init-residual", help="γ = 0 in the last norm of each residual branch, to train from there."
         ),
     ] = False,
+    fold_affine: Annotated[
+        bool,
+        typer.Option(
+            "--fold-affine", help="γ and β of ln and rms go into the linear layers that read them; none are left."
+        ),
+    ] = False,
     rule: options.Rule = None,
     sources: Annotated[
         list[str] | None,
@@ -109,6 +115,8 @@ def convert(
     normswap convert resnet50 --rule 'layer4.*=frozen' --rule '*=gn'
     normswap convert fasterrcnn_resnet50_fpn_v2 --rule 'role:backbone=frozen' --rule 'role:head=gn'
     normswap convert nets.py:build --arg width=64 --weights mine.pth --to ln
+    normswap convert vit_b_16 --to rms --fold-affine
+    normswap convert nets.py:build_gn --to fused --calibrate photos/
     normswap convert resnet50-gn.safetensors --to original
     """
     place = options.calibration(ctx, calibrate)
@@ -120,6 +128,7 @@ def convert(
         "eps": options.eps(ctx, eps) or "auto",
         "sources": sources or None,
         "zero_init_residual": zero_init_residual,
+        "fold_affine": fold_affine,
         "missing_statistics": "error" if place is None or options.stands_in(place) else "later",
     }
     asked = PreprocessOverrides.of(ctx)

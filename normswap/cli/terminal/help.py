@@ -28,7 +28,8 @@ _TERM = 30
 PANELS = {
     "Images": "data task eval_data annotations eval_annotations images batch_size batch_sizes size mean std max_bad "
     "augment rand_augment mixup cutmix data_root download",
-    "Norms": "to norms groups channels_per_group indivisible transfer eps zero_init_residual rule sources approximate",
+    "Norms": "to norms groups channels_per_group indivisible transfer eps zero_init_residual fold_affine rule sources "
+    "approximate",
     "Calibration": "calibrate calibrate_images method budget",
     "Training": "epochs steps lr optimizer weight_decay warmup clip_grad no_stabilize accumulate train freeze_stats "
     "freeze_affine distil ema ema_decay label_smoothing num_classes patience monitor temperature features precision "

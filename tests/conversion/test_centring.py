@@ -1,0 +1,222 @@
+"""`ln` to `rms` by centring what writes to the stream, and gamma and beta taken in by what reads the norm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import bits, contents, relative, run
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import normswap
+from normswap.conversion.record import record_of
+from normswap.errors import PlanError, RevertError
+from normswap.norms.rms import ShiftedRMSNorm
+from normswap.planning.plan import Plan
+
+C = 8
+
+
+class Block(nn.Module):
+    def __init__(self, scale: bool) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(C), nn.MultiheadAttention(C, 2, batch_first=True)
+        self.norm2, self.up, self.down = nn.LayerNorm(C), nn.Linear(C, 12, bias=False), nn.Linear(12, C)
+        self.scale = nn.Parameter(torch.rand(C) + 0.5) if scale else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        y = self.down(F.gelu(self.up(self.norm2(x))))
+        return x + (y if self.scale is None else y * self.scale)
+
+
+class Transformer(nn.Module):
+    """A small pre-norm vision transformer."""
+
+    def __init__(self, scale: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch, self.position = nn.Conv2d(3, C, 2, 2), nn.Parameter(torch.randn(1, 4, C))
+        self.blocks = nn.Sequential(Block(scale), Block(scale))
+        self.norm, self.head = nn.LayerNorm(C), nn.Linear(C, 3)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                nn.init.normal_(module.weight, 1, 0.4)
+                nn.init.normal_(module.bias, 0, 0.4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2) + self.position
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
+X = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+
+
+def convert(model: nn.Module, to: str | None = "rms", **options: Any) -> nn.Module:
+    return normswap.convert(model, to, example_inputs=X, **options)
+
+
+@pytest.mark.parametrize("scale", [False, True], ids=["plain", "layer scale"])
+@pytest.mark.parametrize("fold", [False, True], ids=["shifted", "folded"])
+@pytest.mark.parametrize("to", ["rms", "ln"])
+def test_the_outputs_stay_the_same(scale: bool, fold: bool, to: str) -> None:
+    net = Transformer(scale).double()
+    made = normswap.convert(net, to, example_inputs=X.double(), fold_affine=fold)
+    assert relative(run(net, X.double()), run(made, X.double())) < 1e-12
+    norms = [m for m in made.modules() if "Norm" in type(m).__name__]
+    kind = nn.LayerNorm if to == "ln" else nn.RMSNorm if fold else ShiftedRMSNorm
+    assert [type(norm) for norm in norms] == [kind] * 5
+    assert all((norm.weight is None) == fold for norm in norms)
+    check = record_of(made).check
+    assert check.passed
+    assert check.error < 1e-10
+
+
+def test_the_stream_has_no_mean_any_more() -> None:
+    made = convert(Transformer())
+    seen = []
+    made.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    run(made, X)
+    assert float(seen[0].mean(-1).abs().max()) < 1e-6
+    assert float(seen[0].abs().max()) > 0.5
+
+
+def test_writers_are_the_originals_without_their_mean() -> None:
+    net = Transformer(scale=True)
+    made = convert(net)
+    weight = net.blocks[0].attention.out_proj.weight.double()
+    torch.testing.assert_close(
+        made.blocks[0].attention.out_proj.weight, (weight - weight.mean(0)).float(), rtol=1e-6, atol=1e-7
+    )
+    scaled = net.blocks[0].scale.double()[:, None] * net.blocks[0].down.weight.double()
+    expected = (scaled - scaled.mean(0)) / net.blocks[0].scale.double()[:, None]
+    torch.testing.assert_close(made.blocks[0].down.weight, expected.float(), rtol=1e-6, atol=1e-7)
+    assert torch.equal(made.blocks[0].up.weight, net.blocks[0].up.weight)
+
+
+def test_readers_take_gamma_and_beta_and_get_a_bias_where_they_have_none() -> None:
+    net = Transformer()
+    made = convert(net, fold_affine=True)
+    norm, up = net.blocks[0].norm2, net.blocks[0].up
+    torch.testing.assert_close(made.blocks[0].up.weight, up.weight * norm.weight)
+    torch.testing.assert_close(made.blocks[0].up.bias, up.weight @ norm.bias)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_the_file_loads_the_same_and_the_original_comes_back_to_the_bit(tmp_path: Path, fold: bool) -> None:
+    net = Transformer(scale=True)
+    made = convert(net, fold_affine=fold)
+    normswap.save(made, tmp_path / "made.safetensors")
+    loaded = normswap.load(tmp_path / "made.safetensors", model=Transformer(scale=True))
+    assert bits(run(loaded, X)) == bits(run(made, X))
+    assert contents(normswap.revert(loaded)) == contents(net)
+    assert contents(normswap.revert(made)) == contents(net)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_one_that_was_trained_is_not_taken_for_the_original(fold: bool) -> None:
+    made = convert(Transformer(), fold_affine=fold)
+    step = 0.1 * torch.randn(C, 12)
+    made.blocks[1].down.weight.data += step - step.mean(0)  # the stream stays without a mean
+    before = run(made, X)
+    with pytest.raises(RevertError, match=r"blocks\.1\.down\.weight"):
+        normswap.revert(made)
+    made = normswap.revert(made, strict=False)
+    assert all(isinstance(m, nn.LayerNorm) for m in made.modules() if "Norm" in type(m).__name__)
+    assert relative(before, run(made, X)) < 1e-5
+
+
+def test_a_plan_says_all_of_it_and_survives_json() -> None:
+    made = normswap.plan(Transformer(True), "rms", example_inputs=X, fold_affine=True)
+    assert {step.transfer for step in made.steps} == {"centre"}
+    assert "blocks.0.scale" in {name for each in made.centred for name in each.scales}
+    assert Plan.from_json(made.to_json()) == made
+    assert relative(run(convert(Transformer(True)), X), run(convert(Transformer(True), None, using=made), X)) < 1e-5
+
+
+class PostNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm1 = nn.Linear(3, C), nn.LayerNorm(C)
+        self.second, self.norm2 = nn.Linear(C, C), nn.LayerNorm(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.first(x))
+        return self.norm2(x + self.second(x))
+
+
+def test_a_post_norm_network_is_refused_with_the_node_and_copied_on_request() -> None:
+    net, x = PostNorm(), torch.randn(4, 5, 3)
+    with pytest.raises(PlanError) as caught:
+        normswap.convert(net, "rms", example_inputs=x)
+    (problem,) = caught.value.problems
+    assert problem.startswith("norm2 (LayerNorm): its input cannot be centred: ")
+    assert "native_layer_norm in norm1" in problem
+    assert "transfer" in str(caught.value.hint)
+    copied = normswap.convert(net, "rms", example_inputs=x, transfer="copy")
+    report = normswap.calibrate(copied, net, x, method="moments", progress=False)
+    assert report.drift_after < report.drift_before
+
+
+def test_one_layer_may_stay_a_layer_norm_in_a_centred_stream() -> None:
+    net = Transformer()
+    made = convert(net, rules={"blocks.0.norm1": "keep"})
+    assert type(made.blocks[0].norm1) is nn.LayerNorm
+    assert relative(run(net, X), run(made, X)) < 1e-5
+
+
+def test_a_layer_scale_with_a_zero_is_refused_by_name() -> None:
+    net = Transformer(scale=True)
+    net.blocks[1].scale.data[3] = 0
+    with pytest.raises(PlanError, match=r"the layer scale blocks\.1\.scale holds 0"):
+        convert(net)
+
+
+def test_another_eps_is_refused() -> None:
+    with pytest.raises(PlanError, match="with another eps than its 1e-05"):
+        convert(Transformer(), eps=0.1)
+
+
+def test_the_self_check_notices_a_mean_that_was_left_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    from normswap.conversion import parameter_edits
+
+    def lazy(tensor: Tensor, dim: int, scale: Tensor | None = None) -> Tensor:
+        return tensor.detach()
+
+    monkeypatch.setattr(parameter_edits, "centred", lazy)
+    with pytest.raises(normswap.SelfCheckError):
+        convert(Transformer())
+
+
+def test_without_inputs_they_are_guessed_and_where_that_fails_asked_for() -> None:
+    class Odd(Transformer):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            assert mask.dtype is torch.bool
+            return super().forward(x)
+
+    net, x = Mlp().eval(), torch.randn(2, 4)
+    assert relative(run(net, x), run(normswap.convert(net, "rms"), x)) < 1e-5
+    with pytest.raises(PlanError, match="give example inputs"):
+        normswap.convert(Odd(), "rms")
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, C), nn.LayerNorm(C), nn.Linear(C, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_centred_in_float64_and_keeps_its_dtype(dtype: torch.dtype) -> None:
+    net = Transformer().to(dtype)
+    made = normswap.convert(net, "rms", example_inputs=X.to(dtype), check=False)
+    assert made.patch.weight.dtype is dtype
+    expected = net.patch.weight.double()
+    assert torch.equal(made.patch.weight, (expected - expected.mean(0)).to(dtype))
