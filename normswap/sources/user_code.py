@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 from ..errors import Fix, SourceError, Text, did_you_mean, first_line
 from .spec import Source
+
+_FILE = "normswap_source_"  # and what is the same in any process: classes are pickled under the module's name
 
 
 def architecture(source: Source) -> Any:
@@ -41,6 +44,21 @@ def beside(source: Source, file: Path) -> Source:
         f"{file} is built by {source}, and {place} is neither in the current folder nor beside the file",
         hint=Text(Fix("source"), f" says where it is: FOLDER/{Path(place).name}:{name}"),
     )
+
+
+def files_in(pickled: bytes) -> list[str]:
+    """The Python files of those whose classes are in a pickle, for `run_again` in another process."""
+    return [
+        str(Path(module.__file__).resolve())
+        for name, module in list(sys.modules.items())
+        if name.startswith(_FILE) and module.__file__ and name.encode() in pickled
+    ]
+
+
+def run_again(files: Iterable[str]) -> None:
+    """Let what is of these files be unpickled. Raises SourceError."""
+    for file in files:
+        _module_from_file(file)
 
 
 def _factory(source: Source) -> Callable[..., Any]:
@@ -72,7 +90,7 @@ def _module_from_file(place: str) -> Any:
     path = Path(place)
     if not path.is_file():
         raise SourceError(f"{place} does not exist" if not path.exists() else f"{place} is not a file")
-    name = f"normswap_source_{path.stem}_{abs(hash(str(path.resolve())))}"
+    name = f"{_FILE}{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

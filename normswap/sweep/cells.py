@@ -15,6 +15,8 @@ from ..norms.registry import norm_named
 
 RESULT = "cell.json"
 GROUPS = (1, 2, 4, 8, 16, 32)
+FIGURES = ("accuracy", "map", "miou")
+"""What is compared, by task, as `evaluate` calls it."""
 Groups = Sequence[int | str]
 
 
@@ -72,13 +74,14 @@ def cells_of(norms: Sequence[str], groups: Groups, batch_sizes: Sequence[int]) -
 class CellResult:
     """What became of a cell.
 
-    accuracy: on the validation images, at the end; best: the best validation on the way (trained cells). converted:
-    right after the conversion, before any repair (calibrated cells). images: seen in training, or calibrated on.
-    folder: of its run. error: one sentence where it failed.
+    score: of the validation images, at the end; figure says what it is, `accuracy`, `map` or `miou`. best: the best
+    validation on the way (trained cells). converted: right after the conversion, before any repair (calibrated cells).
+    images: seen in training, or calibrated on. evaluated: validation images that the score rests on. folder: of its
+    run. note: what was done otherwise than asked. error: one sentence where it failed.
     """
 
     cell: Cell
-    accuracy: float | None = None
+    score: float | None = None
     best: float | None = None
     converted: float | None = None
     loss: float | None = None
@@ -86,18 +89,29 @@ class CellResult:
     seconds: float = 0.0
     folder: Path | None = None
     error: str = ""
+    figure: str = "accuracy"
+    evaluated: int = 0
+    note: str = ""
+
+    @property
+    def accuracy(self) -> float | None:
+        """The score, where that is an accuracy."""
+        return self.score if self.figure == "accuracy" else None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, in one level."""
-        values = {**asdict(self.cell), **asdict(self), "folder": None if self.folder is None else str(self.folder)}
-        return {name: value for name, value in values.items() if name != "cell"}
+        """JSON values, in one level; the score under the name of the figure."""
+        values = {**asdict(self), "folder": None if self.folder is None else str(self.folder)}
+        del values["cell"], values["score"], values["figure"]
+        return {**asdict(self.cell), self.figure: self.score, **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CellResult:
         """The inverse of `to_dict`."""
         cell = {name: values[name] for name in ("norm", "groups", "batch_size")}
-        rest = {name: value for name, value in values.items() if name not in cell}
-        return cls(Cell(**cell), **{**rest, "folder": None if rest["folder"] is None else Path(rest["folder"])})
+        figure = next(name for name in FIGURES if name in values)
+        rest = {name: value for name, value in values.items() if name not in (*cell, figure)}
+        rest["folder"] = None if rest["folder"] is None else Path(rest["folder"])
+        return cls(Cell(**cell), values[figure], figure=figure, **rest)
 
     def keep(self, folder: Path) -> None:
         """Write it, so that it need not be made again. Raises OutputError."""
@@ -108,10 +122,33 @@ class CellResult:
 
 def kept_results(cells: Sequence[Cell], folder: Path) -> Iterator[CellResult]:
     """Those of the cells that were finished before; failed ones are to be tried again."""
-    for cell in cells:
-        try:
-            found = CellResult.from_dict(json.loads((folder / cell.name / RESULT).read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if not found.error and found.cell == cell:
-            yield found
+    found = (_read(folder / cell.name) for cell in cells)
+    wanted = set(cells)
+    yield from (result for result in found if result is not None and not result.error and result.cell in wanted)
+
+
+def cells_kept(folder: Path) -> list[Cell]:
+    """All cells that were finished in this folder, whoever asked for them."""
+    found = (_read(place.parent) for place in sorted(folder.glob(f"*/{RESULT}")))
+    return [one.cell for one in found if one is not None and not one.error and (folder / one.cell.name).is_dir()]
+
+
+def _read(folder: Path) -> CellResult | None:
+    """What is kept in the folder of one cell; None where nothing is, or what is there cannot be read."""
+    try:
+        return CellResult.from_dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        return None
+
+
+def joined(asked: Sequence[Cell], kept: Sequence[Cell]) -> list[Cell]:
+    """The cells asked for, and those of before: by batch size, norm and number of groups where there are such."""
+    more = [cell for cell in kept if cell not in set(asked)]
+    if not more:
+        return list(asked)
+    norms = list(dict.fromkeys(cell.norm for cell in (*asked, *more)))
+
+    def place(cell: Cell) -> tuple[int, int, int]:
+        return cell.batch_size or 0, norms.index(cell.norm), cell.groups if isinstance(cell.groups, int) else 0
+
+    return sorted((*asked, *more), key=place)

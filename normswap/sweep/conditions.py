@@ -12,9 +12,12 @@ from torch import Tensor
 
 from ..arguments import number, one_of, seed_value, whole
 from ..choices import AUGMENTS, OPTIMIZERS
+from ..choices import Task as TaskName
 from ..errors import OptionError
 from ..files.writing import atomic
 from ..finetuning.datasets.splits import Sets
+from ..finetuning.finetune import task_of
+from ..finetuning.tasks.base import Task
 
 CONDITIONS = "compare.json"
 
@@ -23,8 +26,9 @@ CONDITIONS = "compare.json"
 class Conditions:
     """Seed, images and settings, the same in every cell. Checks itself.
 
-    images: how many to calibrate on. epochs, lr, optimizer, augment: of training; lr None is scaled by the batch, the
-    same for every norm. network, data: digests, so that no other network or data is taken for the same.
+    task: that of `finetune`. images: how many to calibrate on. epochs, lr, optimizer, augment: of training; lr None is
+    scaled by the batch, the same for every norm. network, data: digests, so that no other network or data is taken for
+    the same.
     """
 
     seed: int = 0
@@ -35,6 +39,7 @@ class Conditions:
     augment: str = "auto"
     network: str = ""
     data: str = ""
+    task: TaskName = "classification"
 
     def __post_init__(self) -> None:
         seed_value("seed", self.seed)
@@ -54,6 +59,8 @@ class Conditions:
         path = folder / CONDITIONS
         now = json.loads(json.dumps(asdict(self)))
         was = None if overwrite else _read(path)
+        if was is not None:
+            was = {"task": "classification", **was}  # of before there were others
         differing = [name for name, value in now.items() if was is not None and was.get(name) != value]
         if was is not None and differing:
             found = ", ".join(f"{name} {was.get(name)!r} (now {now[name]!r})" for name in differing)
@@ -74,7 +81,10 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where cells are made: their conditions, the sets, and what turns a picture into an input."""
+    """Where cells are made: their conditions, the sets, and what turns a picture into an input.
+
+    class_names: what the network's classes are called, where that is known.
+    """
 
     conditions: Conditions
     sets: Sets
@@ -83,6 +93,17 @@ class Setting:
     device: str = "auto"
     workers: int | None = None
     max_bad: int = 10
+    class_names: tuple[str, ...] | None = None
+
+    @property
+    def task(self) -> Task:
+        """A new one, which knows nothing yet."""
+        return task_of(self.conditions.task)
+
+    @property
+    def figure(self) -> str:
+        """What is compared, one of `FIGURES`."""
+        return self.task.best.removeprefix("val_")
 
     def of(self, cell: str) -> Path:
         """The folder of one cell."""

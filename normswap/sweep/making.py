@@ -1,54 +1,71 @@
-"""Make one cell: convert, calibrate, and either look at the accuracy or train."""
+"""Make one cell: convert, calibrate, and either look at the figure or train."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from ..calibration.calibrate import calibrate
 from ..conversion.convert import convert
 from ..conversion.record import record_of
 from ..data.preprocess import Preprocess
-from ..errors import DataError
-from ..finetuning.datasets.loader import Loader, Samples, Skipped
-from ..finetuning.datasets.sampler import ValidationSampler
+from ..display.progress import Line
+from ..errors import NormswapError, first_line, plural
 from ..finetuning.finetune import finetune
 from ..finetuning.output.layout import STATE
 from ..finetuning.output.report import FinetuneReport, Progress
-from ..finetuning.tasks.base import on_device
-from ..finetuning.tasks.classification import Classification
-from ..heads.classifier import find_head
+from ..finetuning.output.report import show as show_run
 from ..machine.devices import device_of
-from ..modules.restore import evaluating, undisturbed
+from ..modules.restore import moved
 from ..norms.registry import identify, norm_named
 from ..norms.spec import NormSpec
 from .cells import Cell, CellResult
 from .conditions import Setting
+from .measuring import Measure
 
 Tell = Callable[[Progress], None]
 
 
 @dataclass
 class Maker:
-    """Makes cells of one network, which stays as it is. source: what builds it, as files note it."""
+    """Makes cells of one network, which stays as it is. source: what builds it, as files note it.
+
+    measure: for cells that are not trained.
+    """
 
     model: nn.Module
     setting: Setting
     source: Mapping[str, Any] | None = None
+    measure: Measure | None = None
     batches: list[Any] | None = None
 
-    def make(self, cell: Cell, tell: Tell) -> CellResult:
+    def in_turn(self, cells: Sequence[Cell], of: int, bar: Line) -> Iterator[CellResult]:
+        """One after the other, in this process. of: how many there are with those that are finished."""
+        for number, cell in enumerate(cells, of - len(cells) + 1):
+            bar.above(f"{cell.shown} ({number} of {of})")
+            yield self.result(cell, lambda now: show_run(bar, now) if not now.validation else None)
+
+    def result(self, cell: Cell, tell: Tell | None = None) -> CellResult:
+        """What becomes of a cell, kept in its folder; whatever one norm does to one network is its error."""
+        setting = self.setting
+        try:
+            result = self.make(cell, tell)
+        except Exception as error:
+            result = CellResult(cell, error=_told(error), figure=setting.figure)
+        result.keep(setting.of(cell.name))
+        return result
+
+    def make(self, cell: Cell, tell: Tell | None = None) -> CellResult:
         """One cell, from the start or from where it was stopped. Raises what convert, calibrate and finetune raise."""
         begun = time.monotonic()
-        result = self._calibrated(cell) if cell.batch_size is None else self._trained(cell, tell)
-        return CellResult(cell, **result, seconds=round(time.monotonic() - begun, 1))
+        made = self._calibrated(cell) if cell.batch_size is None else self._trained(cell, tell)
+        return CellResult(cell, **made, figure=self.setting.figure, seconds=round(time.monotonic() - begun, 1))
 
     def _converted(self, cell: Cell) -> tuple[nn.Module, NormSpec]:
         target = norm_named(cell.norm)
@@ -64,68 +81,76 @@ class Maker:
 
     def _calibrated(self, cell: Cell) -> dict[str, Any]:
         model, target = self._converted(cell)
-        figures = self.evaluate(model)
-        found: dict[str, Any] = {"converted": figures["val_accuracy"]}
+        note = _other_groups(cell, model)
+        measure = self.measure or Measure.of(self.model, self.setting, self.inputs())
+        found = measure(model)
+        best, figures = f"val_{self.setting.figure}", found.figures
+        values: dict[str, Any] = {"converted": figures[best], "evaluated": found.images, "note": note}
         if target.per_sample:
-            found["images"] = calibrate(model, self.model, self.inputs(), progress=False).images
-            figures = self.evaluate(model)
-        return {**found, "accuracy": figures["val_accuracy"], "loss": figures["val_loss"]}
+            values["images"] = self._calibrate(model)
+            figures = measure(model).figures
+        return {**values, "score": figures[best], "loss": figures.get("val_loss")}
 
-    def _trained(self, cell: Cell, tell: Tell) -> dict[str, Any]:
-        folder, conditions = self.setting.of(cell.name), self.setting.conditions
+    def _trained(self, cell: Cell, tell: Tell | None) -> dict[str, Any]:
+        setting = self.setting
+        folder, conditions = setting.of(cell.name), setting.conditions
         resume = (folder / STATE).is_file()
         model, target = self._converted(cell)
+        note = _other_groups(cell, model)
         if target.per_sample:  # also where it goes on: a run knows its network by what became of it
-            calibrate(model, self.model, self.inputs(), progress=False)
+            self._calibrate(model)
         report: FinetuneReport = finetune(
-            model, self.setting.sets, output=folder, batch_size=cast(int, cell.batch_size), epochs=conditions.epochs,
-            lr=conditions.lr, optimizer=cast(Any, conditions.optimizer), augment=cast(Any, conditions.augment),
-            preprocess=self.setting.preprocess, device=cast(Any, self.setting.device), workers=self.setting.workers,
-            seed=conditions.seed, max_bad=self.setting.max_bad, resume=resume, overwrite=True, progress=tell,
+            model, setting.sets, task=conditions.task, output=folder, batch_size=cast(int, cell.batch_size),
+            epochs=conditions.epochs, lr=conditions.lr, optimizer=cast(Any, conditions.optimizer),
+            augment=cast(Any, conditions.augment), preprocess=setting.preprocess, device=cast(Any, setting.device),
+            workers=setting.workers, seed=conditions.seed, max_bad=setting.max_bad, resume=resume, overwrite=True,
+            progress=False if tell is None else tell,
         )  # fmt: skip
         figures = report.figures
         return {
-            "accuracy": figures.get("val_accuracy"),
+            "score": figures.get(f"val_{setting.figure}"),
             "loss": figures.get("val_loss"),
             "best": report.best,
             "images": report.steps * report.global_batch,
+            "evaluated": len(setting.sets.validation),
             "folder": folder,
+            "note": note,
         }
+
+    def _calibrate(self, model: nn.Module) -> int:
+        """On the device of the comparison. How many images it took."""
+        device = device_of(self.setting.device)
+        with moved(self.model, device):
+            model.to(device)
+            count = calibrate(model, self.model, self.inputs(), progress=False).images
+        model.cpu()
+        return count
 
     def inputs(self) -> list[Any]:
         """The training images to calibrate on, the same for every cell."""
         if self.batches is None:
             setting = self.setting
-            read = Classification().inputs(setting.sets, setting.preprocess or Preprocess(), setting.conditions.images)
+            usual = Preprocess() if setting.conditions.task == "classification" else None
+            read = setting.task.inputs(setting.sets, setting.preprocess or usual, setting.conditions.images)
             self.batches = list(read)
         return self.batches
 
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """`val_accuracy` and `val_loss` on the validation images."""
-        setting, task = self.setting, Classification()
-        sets = task.prepared(setting.sets, setting.preprocess, "none")
-        samples = Samples(sets.validation, task.collate, seed=setting.conditions.seed, replace=False)
-        sampler = ValidationSampler(len(sets.validation), task.at_once)
-        meter, device = task.meter(), device_of(setting.device)
-        with undisturbed(model), evaluating(model):
-            model.to(device)
-            for batch in Loader(samples, sampler, 0, Skipped(setting.max_bad), pin=False):
-                if batch.count:
-                    meter.add(model, on_device(batch.content, device))
-            model.cpu()
-        return meter.result(partial(torch.clone))
+
+def _other_groups(cell: Cell, model: nn.Module) -> str:
+    """Which numbers of groups were taken where the one asked for does not divide the channels."""
+    record = record_of(model)
+    steps = [] if record is None or not isinstance(cell.groups, int) else record.plan.steps
+    taken = Counter(getattr(step.options, "num_groups", cell.groups) for step in steps)
+    others = ", ".join(
+        f"{groups} in {plural(count, 'layer')}" for groups, count in sorted(taken.items()) if groups != cell.groups
+    )
+    return f"does not divide all channels: {others}" if others else ""
 
 
-def check_classes(model: nn.Module, setting: Setting, inputs: list[Any]) -> None:
-    """Raise DataError where the data has other classes than the network, so that it has no accuracy untrained."""
-    classes = setting.sets.count
-    known = find_head(model, (inputs[0],)).classes
-    if classes is not None and classes != known:
-        raise DataError(
-            f"the data has {classes} classes and the network tells {known} apart, so that it has no accuracy untrained",
-            hint="Batch sizes have each cell trained, with a head for these classes.",
-        )
+def _told(error: Exception) -> str:
+    if isinstance(error, NormswapError):
+        return str(error.message).replace("\n", " ")
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _batch_norms(model: nn.Module) -> list[NormSpec]:

@@ -11,28 +11,40 @@ from ..finetuning.output.layout import METRICS
 from ..finetuning.output.plots import canvas_of, save_canvas
 from .cells import CellResult
 
+_LOSSES = {"loss": "training loss", "val_loss": "validation loss"}
 _CURVES = {
-    "loss": "training loss", "val_loss": "validation loss",
-    "accuracy": "training accuracy", "val_accuracy": "validation accuracy",
-}  # fmt: skip
-GROUPS, BATCHES = "accuracy-over-groups.png", "error-over-batch-size.png"
+    "accuracy": {**_LOSSES, "accuracy": "training accuracy", "val_accuracy": "validation accuracy"},
+    "map": {
+        "loss": "training loss",
+        "val_map": "validation mAP",
+        "val_map_50": "validation mAP at IoU 0.5",
+        "val_map_75": "validation mAP at IoU 0.75",
+    },
+    "miou": {**_LOSSES, "val_miou": "validation mean IoU", "val_pixel_accuracy": "validation pixel accuracy"},
+}
+"""What the four panels show, by what is compared."""
 
 
-def draw(results: Sequence[CellResult], folder: Path, title: str) -> tuple[Path, ...]:
-    """Those pictures that there is something to show of; none without matplotlib. Raises OutputError."""
-    done = [result for result in results if result.accuracy is not None]
+def draw(results: Sequence[CellResult], folder: Path, title: str, told: str) -> tuple[Path, ...]:
+    """Those pictures that there is something to show of; none without matplotlib. told: what the figure is called.
+
+    Raises OutputError.
+    """
+    done = [result for result in results if result.score is not None]
     calibrated = [result for result in done if result.cell.batch_size is None]
     trained = [result for result in done if result.cell.batch_size is not None]
-    found = [_over_groups(calibrated, folder / GROUPS, title)] if calibrated else []
+    figure = done[0].figure if done else ""
+    found = [_over_groups(calibrated, folder / f"{figure}-over-groups.png", title, told)] if calibrated else []
     if trained:
-        found.append(_over_batches(trained, folder / BATCHES, title))
+        name = "error" if figure == "accuracy" else figure
+        found.append(_over_batches(trained, folder / f"{name}-over-batch-size.png", title, told))
         for size in sorted({result.cell.batch_size or 0 for result in trained}):
             group = [result for result in trained if result.cell.batch_size == size]
             found.append(_curves(group, folder / f"curves-batch-{size}.png", f"{title}, batch size {size}"))
     return tuple(path for path in found if path is not None)
 
 
-def _over_groups(results: Sequence[CellResult], path: Path, title: str) -> Path | None:
+def _over_groups(results: Sequence[CellResult], path: Path, title: str, told: str) -> Path | None:
     """Lines over the number of groups, converted and calibrated; a level line for each norm without groups."""
     canvas = canvas_of(7, 4.4)
     if canvas is None:
@@ -46,19 +58,19 @@ def _over_groups(results: Sequence[CellResult], path: Path, title: str) -> Path 
         if numbered:
             x = [count for count, _ in numbered]
             counts |= set(x)
-            axes.plot(x, [r.accuracy for _, r in numbered], "o-", color=colours[norm], label=f"{norm}, calibrated")
+            axes.plot(x, [r.score for _, r in numbered], "o-", color=colours[norm], label=f"{norm}, calibrated")
             style = {"ls": ":", "marker": "o", "mfc": "white"}
             axes.plot(x, [r.converted for _, r in numbered], color=colours[norm], label=f"{norm}, converted", **style)
         for result in mine:
-            if not isinstance(result.cell.groups, int) and result.accuracy is not None:
-                axes.axhline(result.accuracy, color=colours[norm], ls="--", lw=1.2, label=result.cell.series)
-    _finish(axes, title, "groups", "accuracy on the validation images", sorted(counts))
+            if not isinstance(result.cell.groups, int) and result.score is not None:
+                axes.axhline(result.score, color=colours[norm], ls="--", lw=1.2, label=result.cell.series)
+    _finish(axes, title, "groups", f"{told} on the validation images", sorted(counts))
     save_canvas(canvas, path)
     return path
 
 
-def _over_batches(results: Sequence[CellResult], path: Path, title: str) -> Path | None:
-    """After the first figure of Wu and He 2018: error in per cent, batches growing smaller to the right."""
+def _over_batches(results: Sequence[CellResult], path: Path, title: str, told: str) -> Path | None:
+    """After the first figure of Wu and He 2018: batches growing smaller to the right, and of accuracies the error."""
     canvas = canvas_of(7, 4.4)
     if canvas is None:
         return None
@@ -66,25 +78,29 @@ def _over_batches(results: Sequence[CellResult], path: Path, title: str) -> Path
     names = list(dict.fromkeys(result.cell.series for result in results))
     colours = _colours(names)
     for name in names:
-        points = [(r.cell.batch_size or 0, 100 * (1 - (r.accuracy or 0))) for r in results if r.cell.series == name]
+        mine = [result for result in results if result.cell.series == name]
+        points = [(r.cell.batch_size or 0, 100 * (1 - r.accuracy) if r.accuracy is not None else r.score) for r in mine]
         x, y = zip(*sorted(points), strict=True)
         axes.plot(x, y, "o-", color=colours[name], label=name)
     sizes = sorted({result.cell.batch_size or 0 for result in results})
-    _finish(axes, title, "batch size (images a GPU)", "error on the validation images, %", sizes)
+    what = (
+        "error on the validation images, %" if results[0].figure == "accuracy" else f"{told} on the validation images"
+    )
+    _finish(axes, title, "batch size (images a GPU)", what, sizes)
     axes.invert_xaxis()
     save_canvas(canvas, path)
     return path
 
 
 def _curves(results: Sequence[CellResult], path: Path, title: str) -> Path | None:
-    """Loss and accuracy in training and validation, four panels with a line for each norm."""
+    """Four panels with a line for each norm."""
     canvas = canvas_of(10, 6.4)
     if canvas is None:
         return None
     canvas.suptitle(title)
     places = canvas.subplots(2, 2, sharex=True)
     colours = _colours([result.cell.series for result in results])
-    for axes, (figure, told) in zip(places.flat, _CURVES.items(), strict=True):
+    for axes, (figure, told) in zip(places.flat, _CURVES[results[0].figure].items(), strict=True):
         axes.set_title(told, fontsize=10)
         axes.grid(alpha=0.3)
         for result in results:

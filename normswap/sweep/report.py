@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..display.overview import ReportInNotebook, Table
+from ..errors import plural
+from ..evaluation.report import FIGURES
 from ..files.writing import atomic
 from .cells import CellResult
 
@@ -21,8 +23,9 @@ TABLES = ("table.csv", "table.json", "table.md")
 class ComparisonReport(ReportInNotebook):
     """results: of all cells in their order, failed ones with an error. folder: what was written lies there.
 
-    baseline: accuracy of the network as it came, where it was measured. pictures: files. planned: how many cells were
-    asked for; fewer results where it was stopped.
+    figure: what was compared, `accuracy`, `map` or `miou`. baseline: that of the network as it came, where it was
+    measured. pictures: files. planned: how many cells there are, those of before included; fewer results where it was
+    stopped. notes: how the data was taken.
     """
 
     results: tuple[CellResult, ...]
@@ -31,6 +34,26 @@ class ComparisonReport(ReportInNotebook):
     baseline: float | None = None
     pictures: tuple[Path, ...] = ()
     interrupted: bool = False
+    figure: str = "accuracy"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def told(self) -> str:
+        """What the figure is called."""
+        return FIGURES[self.figure]
+
+    @property
+    def rests_on(self) -> str:
+        """How many images the figures rest on; empty where there is none."""
+        counts = {result.evaluated for result in self.results if result.evaluated}
+        if not counts:
+            return ""
+        images = plural(min(counts), "validation image") + f" to {max(counts)}" * (len(counts) > 1)
+        text = f"{self.told} on {images}"
+        if self.figure == "accuracy":
+            text += f", of which one makes {1 / min(counts):.4f}"
+        used = {result.images for result in self.results if result.images and result.cell.batch_size is None}
+        return text + (f"; calibrated on {max(used)} training images" if used else "")
 
     @property
     def failed(self) -> tuple[CellResult, ...]:
@@ -41,7 +64,11 @@ class ComparisonReport(ReportInNotebook):
         """JSON values."""
         return {
             "folder": str(self.folder),
+            "figure": self.figure,
             "baseline": self.baseline,
+            "images": max((result.evaluated for result in self.results), default=0),
+            "rests_on": self.rests_on,
+            "notes": list(self.notes),
             "planned": self.planned,
             "interrupted": self.interrupted,
             "cells": [result.to_dict() for result in self.results],
@@ -51,12 +78,12 @@ class ComparisonReport(ReportInNotebook):
     def table(self) -> Table:
         """One row for each cell; columns that no cell has are left out."""
         trained = any(result.cell.batch_size is not None for result in self.results)
-        columns = ["norm", ">groups", *([">batch"] if trained else [">converted"]), ">accuracy"]
+        columns = ["norm", ">groups", *([">batch"] if trained else [">converted"]), f">{self.told}"]
         columns += [">best", ">images"] if trained else []
         return Table((*columns, "note"), tuple(_row(result, trained) for result in self.results))
 
     def __str__(self) -> str:
-        return str(self.table())
+        return "\n".join(filter(None, [str(self.table()), self.rests_on]))
 
 
 def _row(result: CellResult, trained: bool) -> tuple[str, ...]:
@@ -64,7 +91,7 @@ def _row(result: CellResult, trained: bool) -> tuple[str, ...]:
     groups = "" if cell.groups is None else str(cell.groups)
     middle = [str(cell.batch_size)] if trained else [_share(result.converted)]
     more = [_share(result.best), str(result.images or "")] if trained else []
-    return (cell.norm, groups, *middle, _share(result.accuracy), *more, result.error)
+    return (cell.norm, groups, *middle, _share(result.score), *more, result.error or result.note)
 
 
 def _share(value: float | None) -> str:

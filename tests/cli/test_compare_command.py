@@ -32,6 +32,49 @@ def test_with_batch_sizes_every_cell_is_a_run_that_can_be_opened(cli: Cli, image
     assert len(json.loads((folder / "out" / "table.json").read_text())["cells"]) == 2
 
 
+OWN = """
+import torch
+from nets import trained
+from torch import nn
+
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def own():
+    print("a user's own words")
+    return trained(Own())
+"""
+
+
+def test_several_devices_take_classes_of_the_users_own_file_and_say_the_same(
+    cli: Cli, images: Path, folder: Path
+) -> None:
+    (folder / "own.py").write_text(OWN, encoding="utf-8")
+    ask = ("compare", "own.py:own", *BASE[2:], "--groups", "2", "--json")
+    alone, both = cli(*ask, "-o", "one"), cli(*ask, "-o", "two", "--devices", "cpu,cpu")
+    assert both.code == 0, both.err
+    assert "gn, groups 2 (2 of 2) on cpu" in both.err
+    dropped = {"seconds"}
+    rows = [
+        [{k: v for k, v in cell.items() if k not in dropped} for cell in ran.json["cells"]] for ran in (alone, both)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_how_many_images_the_figures_rest_on_and_what_was_held_back_is_said(cli: Cli, images: Path) -> None:
+    ran = cli(*BASE, "--norms", "bn")
+    assert "accuracy on 4 validation images, of which one makes 0.2500" in ran.out
+    assert "note: no validation images: 4 of the 12 images are held back for it (seed 0)" in ran.out
+
+
 def test_data_of_other_classes_needs_training(cli: Cli, images: Path) -> None:
     (images / "red").rename(images.parent / "red")
     ran = cli(*BASE)
@@ -47,6 +90,10 @@ def test_data_of_other_classes_needs_training(cli: Cli, images: Path) -> None:
         (("--groups", "0"), "'0' is not like 1,2,4"),
         (("--batch-sizes", "auto"), "'auto' is not like 1,2,4"),
         (("--epochs", "2"), "--epochs goes with --batch-sizes"),
+        (("--devices", "cpu,tpu"), "'tpu' is not like cuda:0,cuda:1 or cpu,cpu"),
+        (("--devices", "cpu,cpu", "--device", "cpu"), "--device and --devices exclude each other"),
+        (("--devices", "cuda:9"), "device 'cuda:9' cannot be used"),
+        (("--annotations", "a.json"), "go with --task detection"),
         (("-o", "photos/out"), "is within the data"),
     ],
 )

@@ -132,6 +132,10 @@ Annotations = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="COCO's JSON file, where --data is its images.", show_default=False),
 ]
+EvalAnnotations = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="The same for --eval-data, or more of --data.", show_default=False),
+]
 DataRoot = Annotated[Path, typer.Option(metavar="FOLDER", help="Where torchvision's data sets are stored.")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch torchvision's data set.")]
 Workers = Annotated[

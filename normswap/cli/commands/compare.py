@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...choices import AUGMENTS, NORMS, OPTIMIZERS
+from ...choices import AUGMENTS, NORMS, OPTIMIZERS, TASKS
 from ...errors import Interrupted, plural
 from ...machine.limits import check_workers
 from ..arguments import options
+from ..arguments.class_names import class_names
+from ..arguments.datasets import DataPlace
 from ..arguments.networks import SourceRequest, locate, open_network
 from ..arguments.preprocessing import PreprocessOverrides, prepare
+from ..terminal import flags
 from ..terminal.errors import WRITTEN
 from ..terminal.output import reporting
 
@@ -25,17 +29,23 @@ def compare(
     ctx: typer.Context,
     source: options.Source,
     data: Annotated[
-        Path,
+        str,
         typer.Option(
-            metavar="FOLDER",
-            help="One subfolder of images for each class, or train and val folders of such.",
+            metavar="FOLDER|torchvision:NAME",
+            help="Labelled data as --task has it, or train and val folders of such; or a data set of torchvision.",
             show_default=False,
         ),
     ],
+    task: Annotated[
+        str,
+        options.word(TASKS, "One subfolder for each class; COCO boxes and masks; or a mask beside each image."),
+    ] = "classification",
     eval_data: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="What to validate on.", show_default="val/ in --data, or a tenth of it"),
     ] = None,
+    annotations: options.Annotations = None,
+    eval_annotations: options.EvalAnnotations = None,
     norms: Annotated[
         str | None,
         typer.Option(
@@ -61,19 +71,33 @@ def compare(
     ] = None,
     optimizer: Annotated[str, options.word(OPTIMIZERS, "The optimizer.")] = "adamw",
     calibrate_images: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Calibrate on so many training images.")
-    ] = 256,
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Calibrate on so many training images.",
+            show_default="256, or 32 with boxes or masks",
+        ),
+    ] = None,
     augment: Annotated[str, options.word(AUGMENTS, "Random changes: crop and mirror, mirror only, or none.")] = "auto",
     size: options.Size = None,
     mean: options.Mean = None,
     std: options.Std = None,
     max_bad: options.MaxBad = 10,
+    data_root: options.DataRoot = Path("data"),
+    download: options.Download = False,
     weights: options.Weights = None,
     arg: options.Arg = None,
     device: options.Device = "auto",
-    workers: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Processes that read images.", show_default="by device")
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE,DEVICE",
+            help="Several, such as cuda:0,cuda:1 or cpu,cpu: each makes one cell at a time, in a process of its own.",
+            show_default="one cell after the other, on --device",
+        ),
     ] = None,
+    workers: options.Workers = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -92,37 +116,48 @@ def compare(
 ) -> None:
     """Compare norms, numbers of groups and batch sizes on labelled images, with the same seed, order and images seen.
 
-    Without --batch-sizes the networks are converted and calibrated only: accuracy over the number of groups. With it,
-    each cell is a run of finetune too, kept in --output with its curves. Writes table.csv, table.json, table.md and
-    pictures. Ctrl-C keeps finished cells; the same command goes on, also with more cells.
+    --task classification compares the accuracy, detection the mAP, segmentation the mean IoU.
+    Without --batch-sizes the networks are converted and calibrated only: that figure over the number of groups. With
+    it, each cell is a run of finetune too, kept in --output with its curves. Writes table.csv, table.json, table.md
+    and pictures. Ctrl-C keeps finished cells; the same command goes on, also with more cells.
 
     \b
     normswap compare resnet50 --data photos/
     normswap compare resnet50 --data photos/ --norms bn,frozen,gn --batch-sizes 2,4,8,16,32 --epochs 5
+    normswap compare fasterrcnn_resnet50_fpn --task detection --data coco/ --devices cuda:0,cuda:1
     """
+    place = DataPlace(task, data, eval_data, annotations, eval_annotations, data_root, download)
+    place.check(ctx)
     asked = PreprocessOverrides.of(ctx)
     wanted_norms = None if norms is None else _words(ctx, norms)
     counts = None if groups is None else _counts(ctx, "--groups", groups, auto=True)
     sizes = () if batch_sizes is None else _counts(ctx, "--batch-sizes", batch_sizes)
     if not sizes and (epochs is not None or lr is not None):
         raise options.usage(ctx, f"{'--epochs' if epochs is not None else '--lr'} goes with --batch-sizes")
+    places = None if devices is None else _devices(ctx, devices, device)
     wanted = SourceRequest.of(ctx, source)
     with reporting(ctx) as out:
         if workers is not None:
             check_workers(workers)
         out.step("loading PyTorch")
+        from ...finetuning.finetune import task_of
         from ...sweep.compare import compare as compare_norms
+        from ...sweep.parallel import check_devices
 
+        if places is not None:
+            check_devices(places)
         model, origin = open_network(locate(ctx, wanted), wanted, out)
-        preparation = prepare(model, origin, asked)
+        preparation = None if task == "detection" else prepare(model, origin, asked)
+        sets = place.open(task_of(task), model, seed)
         folder = output or Path("runs", f"{origin.stem}-compare")
-        words: Any = {"optimizer": optimizer, "augment": augment, "device": device}
+        words: Any = {"task": task, "optimizer": optimizer, "augment": augment, "device": device}
         with out.bar("comparing") as bar:
             try:
                 report = compare_norms(
-                    model, data, eval_data, output=folder, norms=wanted_norms, groups=counts, batch_sizes=sizes,
-                    epochs=epochs, lr=lr, images=calibrate_images, preprocess=preparation.transform, workers=workers,
-                    seed=seed, max_bad=max_bad, overwrite=force, title=origin.stem, progress=bar,
+                    model, sets, output=folder, norms=wanted_norms, groups=counts, batch_sizes=sizes, epochs=epochs,
+                    lr=lr, images=calibrate_images, class_names=class_names(model, origin), devices=places,
+                    preprocess=None if preparation is None else preparation.transform, workers=workers, seed=seed,
+                    max_bad=max_bad, overwrite=force, title=origin.stem, progress=bar,
                     source=None if origin.source is None else origin.source.to_dict(), **words,
                 )  # fmt: skip
             except Interrupted as stop:
@@ -152,10 +187,24 @@ def _counts(ctx: typer.Context, flag: str, text: str, *, auto: bool = False) -> 
     return found
 
 
+def _devices(ctx: typer.Context, text: str, device: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    wrong = next((name for name in names if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name)), None)
+    if wrong is not None:
+        raise typer.BadParameter(f"{wrong!r} is not like cuda:0,cuda:1 or cpu,cpu", ctx=ctx, param_hint="--devices")
+    if device != "auto":
+        raise options.usage(ctx, "--device and --devices exclude each other")
+    return names
+
+
 def _render(page: Page, report: ComparisonReport) -> None:
     table = report.table()
     page.table(table.columns, table.rows)
     page.gap()
+    if report.rests_on:
+        page.line((report.rests_on, "dim"))
+    for note in report.notes:
+        page.line(("note: ", "dim"), flags.told(note))
     if report.failed:
         page.line((f"{plural(len(report.failed), 'cell')} failed; the same command tries again", "bad"))
     from ...sweep.report import TABLES

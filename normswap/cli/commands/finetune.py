@@ -50,10 +50,7 @@ def finetune(
         typer.Option(metavar="FOLDER", help="What to validate on.", show_default="val/ in --data, or a tenth of it"),
     ] = None,
     annotations: options.Annotations = None,
-    eval_annotations: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The same for --eval-data, or more of --data.", show_default=False),
-    ] = None,
+    eval_annotations: options.EvalAnnotations = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images in a batch of each process.")] = 2,
     epochs: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Passes over the images.", show_default="10")

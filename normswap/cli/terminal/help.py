@@ -35,7 +35,7 @@ PANELS = {
     "freeze_affine distil ema ema_decay label_smoothing num_classes patience monitor temperature features precision "
     "private federated inference",
     "Network": "reference weights arg input_shape source built_by trust_pickle trust_code allow_nonfinite",
-    "Run": "config device channels_last compile workers seed resume checkpoint_every no_check no_undo dry_run",
+    "Run": "config device devices channels_last compile workers seed resume checkpoint_every no_check no_undo dry_run",
     "Result": "kind output opset force report license evaluation tensorboard track show_all fail_below print_config "
     "json quiet verbose help",
     OTHER: "",
