@@ -109,6 +109,7 @@ class Advice(ReportInNotebook):
         """JSON values."""
         return {
             "situation": asdict(self.situation),
+            "facts": [list(fact) for fact in self.facts],
             "norm": self.norm,
             "groups": self.groups,
             "transfer": self.transfer,

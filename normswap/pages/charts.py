@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 400, 220
+COLOURS = 6
+"""How many the page has."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 16, 30
 _SMALLEST = 1e-9  # what a logarithmic axis shows for 0
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line. points: (x, y), y finite. names: of the points, for who points at one; colour: 1 to 4."""
+    """One line. points: (x, y), y finite. names: of the points, for who points at one; colour: 1 to `COLOURS`."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -32,15 +34,25 @@ class Mark:
 
 
 def line_chart(
-    series: Sequence[Series], *, x: str, y: str, log: bool = False, mark: Mark | None = None, dots: bool = False
+    series: Sequence[Series],
+    *,
+    x: str,
+    y: str,
+    log: bool = False,
+    mark: Mark | None = None,
+    dots: bool = False,
+    labels: Sequence[tuple[float, str]] = (),
 ) -> Markup:
-    """Lines over numbers; x, y: what the axes are of. An empty text where no line has a point."""
+    """Lines over numbers; x, y: what the axes are of. An empty text where no line has a point.
+
+    labels: places on the x axis and what stands there; by default round numbers.
+    """
     points = [point for each in series for point in each.points]
     if not points:
         return Markup("")
     across = _Axis.of([px for px, _ in points], _LEFT, WIDTH - _RIGHT)
     up = _Axis.of([py for _, py in points], HEIGHT - _BOTTOM, _TOP, log=log)
-    parts = [_grid(up), _x_labels(across, x), _drawn("text", y, x=4, y=10, cls="axis")]
+    parts = [_grid(up), _x_labels(across, x, labels), _drawn("text", y, x=4, y=10, cls="axis")]
     if mark is not None:
         parts.append(_marked(across(mark.x), mark.text))
     for each in series:
@@ -133,10 +145,10 @@ def _grid(up: _Axis) -> Markup:
     return lines
 
 
-def _x_labels(across: _Axis, name: str) -> Markup:
+def _x_labels(across: _Axis, name: str, given: Sequence[tuple[float, str]]) -> Markup:
     labels = Markup("")
-    for value in across.ticks():
-        labels += _drawn("text", f"{value:g}", x=across(value), y=HEIGHT - 16, cls="axis middle")
+    for value, text in given or [(tick, f"{tick:g}") for tick in across.ticks()]:
+        labels += _drawn("text", text, x=across(value), y=HEIGHT - 16, cls="axis middle")
     return labels + _drawn("text", name, x=WIDTH - _RIGHT, y=HEIGHT - 3, cls="axis end")
 
 

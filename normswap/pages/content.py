@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,6 @@ from markupsafe import Markup
 
 from ..checkpoint.manifest import read_manifest
 from ..conversion.history import Entry
-from ..display.printable import printable
 from ..errors import CheckpointError, plural
 from ..evaluation.report import COUNTED, FIGURES, OF_CLASSES
 from ..finetuning.output.layout import METRICS
@@ -20,22 +20,13 @@ from ..finetuning.output.metrics_log import read_lines
 from ..planning.plan import Plan
 from ..sources.spec import Source
 from .charts import Mark, Series, line_chart, matrix_chart
+from .comparison import comparison_charts, comparison_table
 from .layer_tree import Node, layer_tree
+from .parts import Chart, number
 
 _MATRIX = 30  # classes up to which the confusion matrix is drawn
 _WORST = 20
 _NAMES = {"drift": "output, relative error", "agreement": "agreement with the original", "eval_loss": "loss"}
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A picture, and the numbers in it for whoever cannot see it."""
-
-    title: str
-    text: str
-    svg: Markup
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
 
 
 @dataclass(frozen=True)
@@ -49,11 +40,13 @@ class Content:
     rules: list[str]
     check: Mapping[str, Any] | None
     charts: list[Chart]
+    risks: list[str]
     notes: list[str]
     bad: list[str]
     file: str | None
     history: list[str]
     undo: str | None
+    next: str | None
     trained: bool
     versions: Mapping[str, str]
     manifest: Mapping[str, Any] | None = field(repr=False, default=None)
@@ -78,11 +71,17 @@ def content_of(values: Mapping[str, Any]) -> Content:
         ],
         check=_check(values, manifest),
         charts=[chart for chart in _charts(values, report) if chart.svg or chart.rows],
-        notes=[*report.get("notes", ()), *(values.get("notes", ()) if report is not values else ())],
+        risks=[_risk(risk) for risk in values.get("risks", ())],
+        notes=[
+            *filter(None, [values.get("problem")]),
+            *report.get("notes", ()),
+            *(values.get("notes", ()) if report is not values else ()),
+        ],
         bad=list(report.get("bad", ())),
         file=None if manifest is None else str(file),
         history=[_told(entry) for entry in history],
         undo=None if manifest is None or values.get("undone") else _undo(file, manifest, trained),
+        next=values.get("command"),
         trained=trained,
         versions=(manifest or {}).get("versions", {}),
         manifest=manifest,
@@ -140,10 +139,11 @@ _PREFIX = {"timm": "timm:", "hf": "hf:"}
 
 def _facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     report = values.get("calibration") or values
-    found = [("data", values.get("data")), ("images", report.get("images")), ("stand-ins", report.get("stand_ins"))]
-    if "planned" in values:
+    found = [*values.get("facts", ()), ("data", values.get("data")), ("figures", values.get("rests_on"))]
+    found += [("images", report.get("images")), ("stand-ins", report.get("stand_ins"))]
+    if "planned" in values and "steps" in values:
         steps = f"{values['steps']} of {values['planned']}" + ", interrupted" * bool(values.get("interrupted"))
-        found += [("steps", steps), ("learning rate", _number(values.get("lr"))), ("batch", values.get("global_batch"))]
+        found += [("steps", steps), ("learning rate", number(values.get("lr"))), ("batch", values.get("global_batch"))]
     if values.get("kept") is not None and values.get("kept") != values.get("steps"):
         found.append(("state kept", f"of step {values['kept']}"))
     found += [("written", values.get("output")), ("size", _size(values.get("bytes")))]
@@ -156,30 +156,32 @@ def _facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _figures(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """A table: column titles and rows."""
+    if "cells" in report:
+        return comparison_table(report)
     if isinstance(report.get("figures"), dict):
         return _of_run(report)
     if "accuracy_a" in report:
         pairs = [("accuracy", report["accuracy_a"], report["accuracy_b"])] if report["accuracy_a"] is not None else []
         between = {"agreement": "agreement", "error": "output, relative error", "kl": "KL(A, B), nats"}
-        shared = [[text, "", "", _number(report[name])] for name, text in between.items() if report[name] is not None]
-        rows = [[name, _number(a), _number(b), ""] for name, a, b in pairs]
+        shared = [[text, "", "", number(report[name])] for name, text in between.items() if report[name] is not None]
+        rows = [[name, number(a), number(b), ""] for name, a, b in pairs]
         return ["", "A", "B", "of both"], rows + shared
     rows = []
     if report.get("accuracy_after") is not None:
-        rows.append(["accuracy", *(_number(report[f"accuracy_{which}"]) for which in ("original", "before", "after"))])
+        rows.append(["accuracy", *(number(report[f"accuracy_{which}"]) for which in ("original", "before", "after"))])
     for name, text in _NAMES.items():
         if report.get(f"{name}_before") is not None:
-            rows.append([text, "", _number(report[f"{name}_before"]), _number(report.get(f"{name}_after"))])
+            rows.append([text, "", number(report[f"{name}_before"]), number(report.get(f"{name}_after"))])
     return ["", "original", "before", "after"], rows
 
 
 def _of_run(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     before = report.get("before")
     if before is None:
-        return ["", ""], [[FIGURES.get(name, name), _number(value)] for name, value in report["figures"].items()]
-    rows = [[_words(name), _number(before.get(name)), _number(value)] for name, value in report["figures"].items()]
+        return ["", ""], [[FIGURES.get(name, name), number(value)] for name, value in report["figures"].items()]
+    rows = [[_words(name), number(before.get(name)), number(value)] for name, value in report["figures"].items()]
     if report.get("best") is not None:
-        rows.append([f"best {_words(report['best_name'])}, step {report['best_at']}", "", _number(report["best"])])
+        rows.append([f"best {_words(report['best_name'])}, step {report['best_at']}", "", number(report["best"])])
     return ["", "before", "after"], rows
 
 
@@ -197,7 +199,13 @@ def _check(values: Mapping[str, Any], manifest: Mapping[str, Any] | None) -> Map
 
 
 def _charts(values: Mapping[str, Any], report: Mapping[str, Any]) -> Iterable[Chart]:
+    if "cells" in values:
+        yield from comparison_charts(values)
+    if values.get("drift_by_groups"):
+        yield _by_groups(values)
     layers = report.get("layers") or ()
+    if not isinstance(layers, (list, tuple)):  # of advise, how many
+        return
     if layers and "error" in layers[0]:
         yield _drift(layers, values.get("first_jump"))
     if layers and "error_before" in layers[0]:
@@ -219,8 +227,19 @@ def _drift(layers: Sequence[Mapping[str, Any]], jump: str | None) -> Chart:
     text = "The relative error of each layer's output, in the order in which the network runs them. "
     text += "No layer jumps." if jump is None else f"The networks part at {jump}."
     svg = line_chart([series], x="layer", y="relative error", log=True, mark=mark, dots=True)
-    rows = [[layer["path"], _number(layer["error"]), _number(layer["max_abs"])] for layer in layers]
+    rows = [[layer["path"], number(layer["error"]), number(layer["max_abs"])] for layer in layers]
     return Chart("Drift of each layer", text, svg, ("layer", "relative error", "largest difference"), rows)
+
+
+def _by_groups(values: Mapping[str, Any]) -> Chart:
+    """Of GroupNorm, as advise expects it."""
+    drifts = {int(groups): drift for groups, drift in values["drift_by_groups"].items()}
+    labels = [(math.log2(groups), str(groups)) for groups in drifts]
+    series = Series("drift", [(math.log2(groups), drift) for groups, drift in drifts.items()])
+    svg = line_chart([series], x="groups", y="relative error of the output", dots=True, labels=labels)
+    rows = [[str(groups), number(drift)] for groups, drift in drifts.items()]
+    text = "Right after a swap to GroupNorm, before any repair, told from the weights alone."
+    return Chart("Drift to expect, over the number of groups", text, svg, ("groups", "drift"), rows)
 
 
 def _moments(layers: Sequence[Mapping[str, Any]]) -> Chart:
@@ -231,7 +250,7 @@ def _moments(layers: Sequence[Mapping[str, Any]]) -> Chart:
     ]
     text = "How far the mean and variance of each norm's output are from the original's, before its repair and after."
     svg = line_chart(series, x="layer", y="moment error", log=True, dots=True)
-    rows = [[x["path"], _number(x["error_before"]), _number(x["error_after"])] for x in layers]
+    rows = [[x["path"], number(x["error_before"]), number(x["error_after"])] for x in layers]
     return Chart("Moments of each layer", text, svg, ("layer", "before", "after"), rows)
 
 
@@ -267,7 +286,7 @@ def _measured(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _classes(report: Mapping[str, Any]) -> Chart:
     known = sorted(report["classes"], key=lambda each: -1.0 if each["value"] is None else each["value"])
-    rows = [[each["name"], str(each["count"]), _number(each["value"])] for each in known]
+    rows = [[each["name"], str(each["count"]), number(each["value"])] for each in known]
     what = OF_CLASSES[report["task"]]
     svg = Markup("")
     if len(known) > _MATRIX:
@@ -291,6 +310,10 @@ def _confusion(report: Mapping[str, Any]) -> Chart:
     return Chart("Confusion", "A row for each true class.", drawn, ("true", "predicted", "times"), rows)
 
 
+def _risk(risk: Mapping[str, Any]) -> str:
+    return f"{risk['text']}: {', '.join(risk['layers'])}" if risk["layers"] else str(risk["text"])
+
+
 def _told(entry: Mapping[str, Any]) -> str:
     """One thing that was done to the network since its conversion."""
     shown = {name: value for name, value in entry.items() if isinstance(value, (int, float, str)) and value != ""}
@@ -298,14 +321,6 @@ def _told(entry: Mapping[str, Any]) -> str:
     return f"{action}: " + ", ".join(
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
     )
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, float):
-        return printable(str(value))
-    return f"{value:.4f}" if 0.01 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
 
 
 def _size(count: int | None) -> str:

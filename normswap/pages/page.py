@@ -26,6 +26,7 @@ def write_page(path: Path, command: str, line: str, values: Mapping[str, Any]) -
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
         raise NormswapError("a report needs jinja2", hint="pip install jinja2") from error
+    from .charts import COLOURS
     from .content import content_of
 
     environment = Environment(
@@ -34,7 +35,7 @@ def write_page(path: Path, command: str, line: str, values: Mapping[str, Any]) -
     )  # fmt: skip
     content = content_of(values)
     text = environment.get_template(_TEMPLATE).render(
-        command=command, line=line, content=content, normswap=__version__,
+        command=command, line=line, content=content, normswap=__version__, colours=COLOURS,
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         manifest=None if content.manifest is None else json.dumps(content.manifest, indent=1, ensure_ascii=False),
     )  # fmt: skip

@@ -66,7 +66,6 @@ class ComparisonReport(ReportInNotebook):
             "folder": str(self.folder),
             "figure": self.figure,
             "baseline": self.baseline,
-            "images": max((result.evaluated for result in self.results), default=0),
             "rests_on": self.rests_on,
             "notes": list(self.notes),
             "planned": self.planned,

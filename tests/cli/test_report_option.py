@@ -216,3 +216,42 @@ def test_the_report_and_the_exit_code_3_go_together(cli: Cli, images: Path) -> N
     ran = cli("evaluate", "nets.py:tiny", "--data", "photos", "--fail-below", "1", "--report", "page.html", "--quiet")
     assert ran.code == 3
     assert Page(Path("page.html")).check().charts()
+
+
+def test_compare_shows_its_curves_its_table_and_what_they_rest_on(cli: Cli, images: Path) -> None:
+    fixed = ("nets.py:tiny", "--data", "photos", "--size", "20", "--calibrate-images", "8")
+    ran, page = reported(cli, "compare", *fixed, "--groups", "1,3,4", "-o", "groups")
+    (chart,) = page.charts()
+    assert chart.get("aria-label") == "accuracy over groups"
+    assert [text for text in ("1", "3", "4") if text in {each.text for each in chart.iter("text")}] == ["1", "3", "4"]
+    titles = [title.text for title in chart.iter("title")]
+    for cell in ran.json["cells"]:
+        assert f"{cell['accuracy']:.4f}" in page.text
+        told = cell["norm"] if cell["groups"] is None else "gn, calibrated"
+        assert f"{told}: {cell['accuracy']:.3g}" in titles
+    assert "accuracy on 4 validation images, of which one makes 0.2500" in page.text
+    assert "does not divide all channels: 2 in 2 layers" in page.text
+    assert "normswap compare nets.py:tiny --data photos" in page.text
+    again = cli("compare", *fixed, "--groups", "1,3,4,8", "-o", "groups", "--report", "page.html")
+    assert again.code == 0, again.err
+    assert len(Page(Path("page.html")).check().charts()) == 1
+
+
+def test_compare_shows_the_curves_of_its_trainings(cli: Cli, images: Path) -> None:
+    fixed = ("nets.py:tiny", "--data", "photos", "--size", "20", "--calibrate-images", "8", "--epochs", "2")
+    _, page = reported(cli, "compare", *fixed, "--norms", "bn,frozen", "--batch-sizes", "2,4", "-o", "all")
+    labels = [chart.get("aria-label") for chart in page.charts()]
+    curves = ["loss over epoch", "loss over epoch", "accuracy over epoch", "accuracy over epoch"]
+    assert labels == ["error over batch size", *curves, *curves]
+    assert all(len(list(chart.iter("polyline"))) == 2 for chart in page.charts())
+    assert "Batch size 4: validation accuracy" in page.text
+
+
+def test_advise_shows_reason_risks_drift_and_the_command(cli: Cli) -> None:
+    ran, page = reported(cli, "advise", "nets.py:tiny", "--private")
+    (chart,) = page.charts()
+    assert chart.get("aria-label") == "relative error of the output over groups"
+    for text in (ran.json["reason"], ran.json["command"], *(risk["text"] for risk in ran.json["risks"])):
+        assert text in page.text
+    for drift in ran.json["drift_by_groups"].values():
+        assert f"{drift:.4f}" in page.text

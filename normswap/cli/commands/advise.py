@@ -52,6 +52,8 @@ def advise(
     trust_code: options.TrustCode = False,
     allow_nonfinite: options.AllowNonfinite = False,
     seed: options.Seed = 0,
+    force: options.Force = False,
+    report: options.Report = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,

@@ -104,7 +104,8 @@ def compare(
             "--output", "-o", metavar="FOLDER", help="Where all is kept.", show_default="runs/<SOURCE>-compare"
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Begin anew in --output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Begin anew in --output, and replace the report.")] = False,
+    report: options.Report = None,
     built_by: options.BuiltBy = None,
     trust_pickle: options.TrustPickle = False,
     trust_code: options.TrustCode = False,
@@ -153,7 +154,7 @@ def compare(
         words: Any = {"task": task, "optimizer": optimizer, "augment": augment, "device": device}
         with out.bar("comparing") as bar:
             try:
-                report = compare_norms(
+                found = compare_norms(
                     model, sets, output=folder, norms=wanted_norms, groups=counts, batch_sizes=sizes, epochs=epochs,
                     lr=lr, images=calibrate_images, class_names=class_names(model, origin), devices=places,
                     preprocess=None if preparation is None else preparation.transform, workers=workers, seed=seed,
@@ -161,15 +162,15 @@ def compare(
                     source=None if origin.source is None else origin.source.to_dict(), **words,
                 )  # fmt: skip
             except Interrupted as stop:
-                report = stop.report
+                found = stop.report
         out.show(
-            lambda: {"network": origin.to_dict(), **report.to_dict()},
-            lambda page: _render(page, report),
+            lambda: {"network": origin.to_dict(), "data": data, **found.to_dict()},
+            lambda page: _render(page, found),
         )
-        if report.interrupted:
+        if found.interrupted:
             ctx.meta[WRITTEN] = folder / "table.md"
             raise KeyboardInterrupt
-        if report.failed and len(report.failed) == len(report.results):
+        if found.failed and len(found.failed) == len(found.results):
             raise typer.Exit(1)
 
 

@@ -43,14 +43,21 @@ class Report:
 
         if path.suffix.lower() not in (".html", ".htm") and not path.is_dir():
             raise OutputError(f"{path} is not a name for a report", hint=f"Name it {path.with_suffix('.html')}.")
-        check_writable(path, overwrite=bool(ctx.params.get("force") or ctx.params.get("resume")))
-        return cls(path, ctx.command.name or "", shlex.join(["normswap", *ctx.meta.get(ARGS, ())]))
+        name = ctx.command.name or ""
+        goes_on = ctx.params.get("resume") or (name == "compare" and _is_of(path, name))  # as its tables do
+        check_writable(path, overwrite=bool(ctx.params.get("force") or goes_on))
+        return cls(path, name, shlex.join(["normswap", *ctx.meta.get(ARGS, ())]))
 
     def write(self, values: Mapping[str, Any]) -> None:
         """values: what the command prints with --json."""
         from ...pages.page import write_page
 
         write_page(self.path, self.command, self.line, _with_flags(values))
+
+
+def _is_of(path: Path, command: str) -> bool:
+    """Whether that is a page that this command wrote."""
+    return path.is_file() and f"<h1>normswap {command}</h1>".encode() in path.read_bytes()
 
 
 def _with_flags(value: Any) -> Any:
