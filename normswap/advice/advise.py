@@ -88,6 +88,7 @@ def advise(
         drift=drift,
         drift_by_groups=by_groups,
         inputs=tuple(tuple(x.shape) for x in noise or ()),
+        guessed=example_inputs is None,
         fit=found,
         problem=problem,
     )
@@ -163,7 +164,9 @@ def _drift(
         {path: bare_norm(inventory[path], norm_named(step.target), step.options) for path, step in per_sample.items()}
     ]
     grouped = [path for path, step in per_sample.items() if norm_named(step.target).takes_groups]
-    for groups in GROUPS if grouped else ():
+    channels = {per_sample[path].channels for path in grouped}
+    counts = [groups for groups in GROUPS if any(count % groups == 0 for count in channels)]
+    for groups in counts:
         request = NormRequest(groups=groups, indivisible="nearest")
         swap: dict[str, Callable[[Tensor], Tensor]] = {}
         for path in grouped:
@@ -173,5 +176,5 @@ def _drift(
             swap[path] = bare_norm(layer, target, fitted)
         swaps.append(swap)
     drift, *others = expected_drift(model, swaps, noise)
-    known = zip(GROUPS if grouped else (), others, strict=True)
+    known = zip(counts, others, strict=True)
     return drift, {groups: value for groups, value in known if value is not None}

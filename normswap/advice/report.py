@@ -21,7 +21,7 @@ class Advice(ReportInNotebook):
     where it cannot be, which `problem` then says. layers: how many the swap changes, of `norms`. risks: the worst
     first. drift: expected relative error of the output right after the swap, before any repair; None where it cannot
     be told. drift_by_groups: of GroupNorm, by the number of groups. inputs: what the noise that these come from looks
-    like. fit: how near the user's images are to what the network was trained on.
+    like; guessed: since nobody said it. fit: how near the user's images are to what the network was trained on.
     """
 
     situation: Situation
@@ -34,6 +34,7 @@ class Advice(ReportInNotebook):
     drift: float | None = None
     drift_by_groups: Mapping[int, float] = field(default_factory=dict)
     inputs: tuple[tuple[int, ...], ...] = ()
+    guessed: bool = False
     fit: Fit | None = None
     problem: str = ""
 
@@ -97,7 +98,9 @@ class Advice(ReportInNotebook):
             found.append(("drift", "none expected: in inference the outputs stay as they are"))
         elif self.drift is not None:
             size = " and ".join("x".join(map(str, shape[1:])) for shape in self.inputs)
-            found.append(("drift", f"{self.drift:.2g} expected at the output before any repair, inputs {size}"))
+            guess = Text(", a guess: ", Fix("example_inputs"), " says another") if self.guessed else ""
+            text = f"{self.drift:.2g} expected at the output before any repair, inputs {size}"
+            found.append(("drift", Text(text, guess)))
             found += [("by groups", self._by_groups)] if self.drift_by_groups else []
         return found
 
@@ -123,6 +126,7 @@ class Advice(ReportInNotebook):
             "drift": self.drift,
             "drift_by_groups": {str(groups): drift for groups, drift in self.drift_by_groups.items()},
             "inputs": [list(shape) for shape in self.inputs],
+            "guessed": self.guessed,
             "fit": None if self.fit is None else {**asdict(self.fit), "verdict": self.fit.verdict},
             "problem": self.problem,
         }

@@ -87,6 +87,8 @@ class VerificationReport(ReportInNotebook):
 
     def _about_outputs(self) -> list[str]:
         parts = [] if self.error is None else [f"relative error {self.error:.3g}, largest {self.max_abs:.3g}"]
+        if self.random_inputs and self.error is not None:  # of no class, so that nothing is decided alike or not
+            return ["output: " + ", ".join(parts)]
         if self.agreement is not None:
             parts.append(f"{'agreement' if self.error is not None else 'boxes agree: F1'} {self.agreement:.4f}")
         if self.kl is not None:

@@ -29,8 +29,17 @@ class Classes:
     def note(self, known: int) -> str:
         """How classes were found, where the order alone does not say it. known: how many the network tells apart."""
         found, how = self._found(known)
+        count = len(self.data or ())
+        if found is None and self.data is not None and not self._numbers_of_places():
+            names = "no names" if self.network is None or len(self.network) != known else "other names"
+            return f"the network's classes have {names}: the {count} of the data are taken for them in their order"
         plain = found is None or found == [*range(self.first, known)]
-        return "" if plain else f"the {len(self.data or ())} classes of the data are found by their {how}"
+        return "" if plain else f"the {count} classes of the data are found by their {how}"
+
+    def _numbers_of_places(self) -> bool:
+        """Whether the data's classes are called by the numbers that they get, so that no name is passed over."""
+        data = self.data or ()
+        return all(name.isdecimal() and int(name) == i for i, name in enumerate(data, self.first))
 
     def names(self, known: int) -> tuple[str, ...]:
         """Of the network's classes."""

@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 from ..errors import NormswapError, OptionError
+from ..files.spreadsheets import cell
 from ..files.writing import atomic
 from ..finetuning.output.plots import canvas_of, save_canvas
 from .report import EvaluationReport, matrix
@@ -26,8 +27,8 @@ def write_csv(report: EvaluationReport, path: Path) -> None:
     names, rows = matrix(report)
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["true \\ predicted", *names])
-        writer.writerows([name, *row] for name, row in zip(names, rows, strict=True))
+        writer.writerow(["true \\ predicted", *map(cell, names)])
+        writer.writerows([cell(name), *row] for name, row in zip(names, rows, strict=True))
 
 
 def write_picture(report: EvaluationReport, path: Path) -> None:

@@ -80,7 +80,7 @@ def content_of(values: Mapping[str, Any]) -> Content:
         bad=list(report.get("bad", ())),
         file=None if manifest is None else str(file),
         history=[_told(entry) for entry in history],
-        undo=None if manifest is None or values.get("undone") else _undo(file, manifest, trained),
+        undo=None if manifest is None or values.get("undone") else undo_command(file, manifest, trained),
         next=values.get("command"),
         trained=trained,
         versions=(manifest or {}).get("versions", {}),
@@ -102,7 +102,7 @@ def _manifest(file: Path | None) -> dict[str, Any] | None:
         return None
 
 
-def _undo(file: Path | None, manifest: Mapping[str, Any], trained: bool) -> str | None:
+def undo_command(file: Path | None, manifest: Mapping[str, Any], trained: bool) -> str | None:
     """The command that undoes the conversion; None where the file does not hold what that takes."""
     kept = manifest["undo"]
     if not kept or not kept.get("complete", True) or not manifest["plan"]["steps"]:
@@ -163,6 +163,8 @@ def _figures(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     if "accuracy_a" in report:
         pairs = [("accuracy", report["accuracy_a"], report["accuracy_b"])] if report["accuracy_a"] is not None else []
         between = {"agreement": "agreement", "error": "output, relative error", "kl": "KL(A, B), nats"}
+        if report.get("random_inputs"):  # of no class, so that nothing is decided alike or not
+            between = {"error": between["error"]}
         shared = [[text, "", "", number(report[name])] for name, text in between.items() if report[name] is not None]
         rows = [[name, number(a), number(b), ""] for name, a, b in pairs]
         return ["", "A", "B", "of both"], rows + shared

@@ -21,7 +21,7 @@ from ..files.writing import atomic
 from ..planning.plan import Plan
 from ..sources.spec import Source
 from ..sources.user_code import beside
-from .content import content_of
+from .content import content_of, undo_command
 
 MODEL, CARD, SCRIPT = "model.safetensors", "README.md", "load.py"
 _TAGS = {"gn": "group-norm", "ln": "layer-norm", "in": "instance-norm", "frozen": "frozen-batch-norm"}
@@ -44,6 +44,8 @@ class Evaluation:
         """Raises CheckpointError for anything else."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
+            if "cells" in values:
+                raise ValueError("it is of normswap compare, and of several networks")
             figures = {name: float(value) for name, value in values["figures"].items() if name in FIGURES}
             if values["task"] in _PIPELINES and figures:
                 source = (values.get("network") or {}).get("source")
@@ -53,7 +55,7 @@ class Evaluation:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path} is not what normswap evaluate writes ({first_line(error)})",
-                hint=f"normswap evaluate FILE --data FOLDER -o {path}",
+                hint="normswap evaluate FILE --data FOLDER -o evaluation.json writes what is shown.",
             ) from error
 
 
@@ -134,7 +136,7 @@ def card_text(
     if content.history:
         parts.append("## Since the conversion\n\n" + "\n".join(f"1. {_text(entry)}" for entry in content.history))
     if content.undo is not None:
-        undo = content.undo.replace(str(file), MODEL)
+        undo = undo_command(Path(MODEL), manifest, content.trained)
         parts.append(f"## Undoing it\n\n```console\n$ {printable(undo)}\n```")
     versions = ", ".join(f"{_text(name)} {_text(version)}" for name, version in content.versions.items())
     parts.append(f"Written with {versions}. `{MODEL}` holds the plan, layer by layer, in its metadata.")
@@ -188,9 +190,17 @@ def _summary(plan: Plan, source: Source | None) -> str:
         counts[step.source, step.target] = counts.get((step.source, step.target), 0) + 1
     changes = ", ".join(f"{count} {was} to {becomes}" for (was, becomes), count in counts.items())
     weights = ((source.weights if source is not None else None) or {}).get("name")
-    name = "A network" if source is None else _code_span(str(source))
+    name = "A network" if source is None else _code_span(_without_folders(source))
     with_weights = f" ({_text(Path(weights).name)})" if weights else ""
     return f"{name}{with_weights} with its normalization layers converted by normswap: {_text(changes)}."
+
+
+def _without_folders(source: Source) -> str:
+    """As SOURCE has it, but of a file or folder the name alone: where it lay is nobody's business."""
+    name = str(source)
+    if source.kind == "file" or (source.kind == "hf" and (source.name.count("/") > 1 or Path(source.name).exists())):
+        return name.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return name
 
 
 def _usage(manifest: Mapping[str, Any], source: Source | None) -> Iterator[str]:

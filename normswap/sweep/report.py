@@ -13,6 +13,7 @@ from typing import Any
 from ..display.overview import ReportInNotebook, Table
 from ..errors import plural
 from ..evaluation.report import FIGURES
+from ..files.spreadsheets import cell
 from ..files.writing import atomic
 from .cells import CellResult
 
@@ -110,7 +111,7 @@ def _csv(results: Sequence[CellResult]) -> str:
     rows = [result.to_dict() for result in results]
     writer = csv.DictWriter(out, list(rows[0]) if rows else ["norm"], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
     return out.getvalue()
 
 

@@ -34,6 +34,17 @@ def test_the_page_says_norm_reason_source_and_drift(cli: Cli) -> None:
         assert what in out
 
 
+def test_a_size_that_was_guessed_is_called_a_guess_and_one_that_was_given_is_not(cli: Cli) -> None:
+    assert "inputs 3x64x64, a guess: --input says another" in cli("advise", "nets.py:tiny").out
+    asked = cli("advise", "nets.py:tiny", "--input", "1,3,32,32").out
+    assert "inputs 3x32x32\n" in asked
+    assert "guess" not in asked
+
+
+def test_only_numbers_of_groups_that_some_norm_can_have_are_listed(cli: Cli) -> None:
+    assert list(cli("advise", "nets.py:tiny", "--json").json["drift_by_groups"]) == ["1", "2", "4", "8", "16"]
+
+
 def test_json_holds_the_command(cli: Cli) -> None:
     values = cli("advise", "nets.py:tiny", "--json").json
     assert values["norm"] == "gn"
@@ -72,7 +83,8 @@ def test_a_detector_is_advised_without_a_drift(cli: Cli) -> None:
             2,
             "for a network that is not trained; --ema is of one",
         ),
-        (("nets.py:tiny", "--mean", "0"), 2, "--size, --mean and --std go with --data"),
+        (("nets.py:tiny", "--mean", "0"), 2, "--mean goes with --data: add --data FOLDER"),
+        (("nets.py:tiny", "--size", "32"), 2, "or say --input 1,3,32,32 for the drift at that size"),
         (("nets.py:tiny", "--data", "nowhere"), 1, "nowhere"),
     ],
 )

@@ -45,6 +45,33 @@ def test_license_task_and_figures_are_shown(cli: Cli, images: Path) -> None:
     assert f"On 12 images of `photos`:\n\n| figure | value |\n|---|---:|\n| accuracy | {figure:.4f} |" in found.text
 
 
+def test_no_path_of_this_machine_is_in_the_card_and_its_undo_line_names_a_file_that_is_there(
+    cli: Cli, folder: Path, images: Path
+) -> None:
+    (folder / "a b").mkdir()
+    (folder / "a b" / "own nets.py").write_text((folder / "nets.py").read_text())
+    file = folder / "a b" / "my net.safetensors"
+    source = f"{folder}/a b/own nets.py:tiny"
+    assert cli("convert", source, "--to", "gn", "--groups", "2", "-o", file).code == 0
+    assert cli("evaluate", file, "--trust-code", "--data", images, "-o", "all.json").code == 0
+    assert cli("card", file, "--evaluation", "all.json", "-o", "hub").code == 0
+    text = Path("hub/README.md").read_text()
+    assert "`own nets.py:tiny`" in text
+    assert str(folder) not in text
+    assert "a b" not in text
+    assert "$ normswap convert --to original --trust-code model.safetensors\n" in text
+    assert Path("hub/model.safetensors").exists()
+
+
+def test_a_comparison_in_the_place_of_an_evaluation_is_told_and_not_written_over(cli: Cli) -> None:
+    Path("table.json").write_text('{"cells": []}')
+    ran = cli("card", converted(cli), "--evaluation", "table.json")
+    assert ran.code == 1
+    assert "table.json is not what normswap evaluate writes (it is of normswap compare, and of several" in ran.err
+    assert "-o evaluation.json" in ran.err
+    assert "-o table.json" not in ran.err
+
+
 def test_figures_of_another_network_are_refused(cli: Cli, images: Path) -> None:
     file = converted(cli)
     assert cli("evaluate", "nets.py:real", "--data", "photos", "-o", "other.json").code == 0

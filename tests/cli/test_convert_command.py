@@ -43,6 +43,27 @@ def files(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.name not in ("nets.py", "__pycache__"))
 
 
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        (("--budget", "0.1"), "--budget goes with --calibrate: add --calibrate FOLDER, photos or synthetic"),
+        (("--size", "32", "--mean", "0"), "--size and --mean go with --calibrate: add --calibrate FOLDER"),
+    ],
+)
+def test_the_flag_that_is_missing_is_named_with_those_that_were_given(cli: Cli, given: Any, what: str) -> None:
+    ran = cli("convert", "nets.py:tiny", "--to", "gn", *given)
+    assert (ran.code, ran.out) == (2, "")
+    assert what in " ".join(ran.err.split())
+
+
+def test_random_weights_and_stand_ins_are_one_contradiction_and_one_sentence(cli: Cli) -> None:
+    ran = cli("convert", "nets.py:fresh", "--weights", "none", "--to", "gn", "--groups", "2", "--calibrate", "photos")
+    assert ran.code == 1
+    assert "nets.py:fresh has random weights and the statistics of a new network: no photos can keep" in ran.err
+    assert "FOLDER estimates" not in ran.err
+    assert cli("convert", "nets.py:fresh", "--weights", "none", "--to", "gn", "--groups", "2").code == 0
+
+
 def test_the_file_holds_the_network_that_the_formulas_give(cli: Cli, nets: Any, folder: Path) -> None:
     ran = cli("convert", "nets.py:tiny", "--to", "gn", "--groups", 4, "--eps", "1e-5")
     assert ran.code == 0, ran.err

@@ -34,7 +34,7 @@ def test_the_accuracy_of_all_and_of_each_class_is_shown(cli: Cli, nets: Any, ima
     hits = right(nets, images)
     assert ran.code == 0, ran.err
     assert f"accuracy  {sum(hits) / 12:.4f}" in ran.out
-    assert "photos: 12 images; size auto, mean 0.5 0.5 0.5" in ran.out
+    assert "photos: 12 images; size 20x20, mean 0.5 0.5 0.5" in ran.out
     for i, name in enumerate(sorted(COLOURS)):
         line = next(line for line in ran.out.splitlines() if line.startswith(name))
         assert line.split()[1:3] == ["3", f"{sum(hits[3 * i : 3 * i + 3]) / 3:.4f}"]

@@ -31,7 +31,39 @@ def test_a_converted_file_that_is_not_there_is_told_as_such(cli: Cli, command: s
     assert "Convert" not in ran.err
 
 
-def test_layers_that_do_not_fit_are_collapsed_with_the_way_out_first(cli: Cli, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("convert", "broken.py:net", "--to", "gn", "--calibrate", "nowhere"), "there is no folder nowhere"),
+        (("convert", "broken.py:net", "--to", "gn", "--weights", "nowhere.pth"), "nowhere.pth does not exist"),
+        (("finetune", "broken.py:net", "--data", "nowhere"), "there is no folder nowhere"),
+        (("finetune", "broken.py:net", "--data", ".", "--eval-data", "nowhere"), "there is no folder nowhere"),
+        (("finetune", "broken.py:net", "--data", ".", "--to", "gn", "--calibrate", "nowhere"), "no folder nowhere"),
+        (
+            ("finetune", "broken.py:net", "--task", "detection", "--data", ".", "--annotations", "no.json"),
+            "no.json does",
+        ),
+        (("evaluate", "broken.py:net", "--data", "nowhere"), "there is no folder nowhere"),
+        (("compare", "broken.py:net", "--data", "nowhere"), "there is no folder nowhere"),
+        (("verify", "broken.py:net", "broken.py:net", "--data", "nowhere"), "there is no folder nowhere"),
+        (("advise", "broken.py:net", "--data", "nowhere"), "there is no folder nowhere"),
+        (("calibrate", "tiny-gn.safetensors", "--data", "nowhere"), "there is no folder nowhere"),
+        (("distil", "tiny-gn.safetensors", "--data", "nowhere"), "there is no folder nowhere"),
+        (("card", "tiny-gn.safetensors", "--evaluation", "no.json"), "no.json does not exist"),
+    ],
+)
+def test_what_is_not_there_is_told_before_a_network_is_built(
+    cli: Cli, folder: Path, arguments: tuple[str, ...], what: str
+) -> None:
+    (folder / "broken.py").write_text("raise SystemExit('built')\n")
+    (folder / "tiny-gn.safetensors").write_text("never read")
+    ran = cli(*arguments)
+    assert (ran.code, ran.out) == (1, "")
+    assert f"{what}" in ran.err
+    assert "PyTorch" not in ran.err
+
+
+def test_layers_that_do_not_fit_are_collapsed_and_the_way_out_comes_after_them(cli: Cli, folder: Path) -> None:
     (folder / "deep.py").write_text(
         "from torch import nn\n"
         "def build():\n"
@@ -41,8 +73,8 @@ def test_layers_that_do_not_fit_are_collapsed_with_the_way_out_first(cli: Cli, f
     ran = cli("convert", "deep.py:build", "--weights", "none", "--to", "gn", "--groups", "5")
     told = ran.err.partition("error: ")[2].splitlines()
     assert told[0] == "200 layers cannot be converted as asked:"
-    assert "--indivisible nearest" in told[2]
-    assert told[-1] == (
+    assert "--indivisible nearest" in told[3]
+    assert told[1] == (
         "  {0..199}.1 (BatchNorm2d): 12 channels do not divide into 5 groups; allowed groups: 1, 2, 3, 4, 6, 12"
     )
     assert len(told) < 8
@@ -60,7 +92,7 @@ def test_layers_that_are_not_alike_are_cut_short_unless_all_are_wanted(cli: Cli,
     )
     asked = ("convert", "odd.py:build", "--weights", "none", "--to", "gn", "--groups", "5")
     ran = cli(*asked)
-    assert ran.err.splitlines()[-1] == "  and 81 more lines; --verbose shows them all"
+    assert "\n  and 81 more lines; --verbose shows them all\n--indivisible nearest" in ran.err
     assert ran.err.count("(BatchNorm2d)") == 19
     every = cli(*asked, "--verbose").err
     assert all(f"  {name} (BatchNorm2d): 12 channels" in every for name in names)

@@ -33,6 +33,23 @@ def test_random_inputs_are_said_to_be_random(cli: Cli) -> None:
     assert "--data" in ran.out
 
 
+def test_random_inputs_say_nothing_about_agreement_and_the_drift_is_shown(cli: Cli) -> None:
+    assert cli("convert", "nets.py:tiny", "--to", "gn", "--groups", 2).code == 0
+    ask = ("verify", "tiny-gn.safetensors", "--trust-code")
+    shown, values = cli(*ask).out, cli(*ask, "--json").json
+    assert "agreement   random inputs are of no class, and say nothing about it; --data FOLDER does\n" in shown
+    assert f"drift       relative error {values['error']:.3g}" in shown
+    assert "KL(A, B)" not in shown
+    assert f"agreement   {values['agreement']:.4f}" in cli(*ask, "--fail-below", "0").out
+
+
+def test_the_size_taken_is_shown(cli: Cli, images: Path) -> None:
+    for ask in (("verify", "nets.py:tiny", "nets.py:tiny"), ("evaluate", "nets.py:tiny")):
+        ran = cli(*ask, "--data", images)
+        assert "; size 20x20, mean" in ran.out
+        assert cli(*ask, "--data", images, "--json").json["preprocess"]["size"] == [20, 20]
+
+
 def test_a_converted_file_alone_is_compared_with_its_original(cli: Cli, nets: Any) -> None:
     assert cli("convert", "nets.py:tiny", "--to", "gn", "--groups", 2).code == 0
     alone = cli("verify", "tiny-gn.safetensors", "--trust-code", "--json")

@@ -107,7 +107,12 @@ def test_a_folder_of_the_networks_classes_is_taken_in_order(tmp_path: Path) -> N
     report = normswap.evaluate(Brightness(3), folder, preprocess=RAW)
     assert [(each.name, each.value) for each in report.classes] == [("a", 1.0), ("b", 1.0), ("c", 0.0)]
     assert report.taken_for() == {"c": ("a", 2)}
-    assert report.notes == ()
+    told = "the network's classes have no names: the 3 of the data are taken for them in their order"
+    assert report.notes == (told,)
+    known = normswap.evaluate(Brightness(3), folder, preprocess=RAW, class_names=["x", "y", "z"])
+    assert known.notes == (told.replace("no names", "other names"),)
+    numbers = coloured(tmp_path / "n", {"0": 0, "1": 10, "2": 0})
+    assert normswap.evaluate(Brightness(3), numbers, preprocess=RAW).notes == ()
 
 
 def test_names_that_the_network_knows_count_more_than_the_order(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -299,6 +299,14 @@ def eps(ctx: typer.Context, text: str | None) -> float | str | None:
     if not 0 <= value < math.inf:
         raise typer.BadParameter(f"{text!r} is neither a number from 0 nor auto", ctx=ctx, param_hint="--eps")
     return value
+
+
+def check_alone(ctx: typer.Context, names: Iterable[str], other: str) -> None:
+    """Raise the error of a wrong call for options, by their names, that were given without the one they go with."""
+    given = [name for name in names if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    if given:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise usage(ctx, f"{flags} go{'es' * (len(given) == 1)} with {other.split()[0]}: add {other}")
 
 
 def choice(ctx: typer.Context, flag: str, value: str, allowed: tuple[str, ...]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -75,6 +76,12 @@ class Preparation:
         size = size if isinstance(size, str) else f"{size[0]}x{size[1]}"
         mean, std = (" ".join(f"{v:g}" for v in values) for values in (self.transform.mean, self.transform.std))
         return f"size {size}, mean {mean}, std {std}"
+
+    def settled(self, files: Sequence[Path]) -> Preparation:
+        """With the size that the first of these pictures gives, where it is theirs to decide."""
+        from ...finetuning.datasets.augmentation import settled
+
+        return replace(self, transform=settled(self.transform, tuple(files)))
 
     def to_dict(self) -> dict[str, Any] | None:
         """JSON values; None for a library's own callable."""

@@ -46,6 +46,12 @@ def mend_statistics(
         "--calibrate FOLDER estimates them first, from images without labels. --transfer copy carries γ and β "
         "over alone, if the network is meant to be used with its statistics as they are."
     )
+    untrained = origin.weights is not None and origin.weights.random and not affine_moved(states_in(model))
+    if wish is not None and standardises and untrained:
+        raise NetworkError(
+            f"{origin} has random weights and the statistics of a new network: no {wish.data} can keep anything",
+            hint="Leave --calibrate out, or give trained weights: --weights FILE.",
+        )
     named = origin.file is None and origin.weights is not None and not origin.weights.random
     if standardises and (named or wish is not None):
         raise NetworkError(text, hint=ways)

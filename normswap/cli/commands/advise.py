@@ -70,8 +70,10 @@ def advise(
     """
     asked = PreprocessOverrides.of(ctx)
     shapes = options.shapes(ctx, input_shape)
-    if data is None and asked.given():
-        raise options.usage(ctx, "--size, --mean and --std go with --data")
+    if data is None:
+        if size is not None and not input_shape:
+            raise options.usage(ctx, _size_alone(asked.size))
+        options.check_alone(ctx, ("size", "mean", "std"), "--data FOLDER")
     wanted = SourceRequest.of(ctx, source)
     situation: dict[str, Any] = {
         "task": task, "batch_size": batch_size, "private": private, "federated": federated, "ema": ema,
@@ -101,6 +103,12 @@ def advise(
         )
 
 
+def _size_alone(size: Any) -> str:
+    """Without images there is nothing to resize: what the user means is the size that the drift is for."""
+    shape = ",".join(map(str, size)) if isinstance(size, tuple) else "H,W"
+    return f"--size goes with --data: add --data FOLDER, or say --input 1,3,{shape} for the drift at that size"
+
+
 def command_of(advice: Advice, wanted: SourceRequest, data: Path | None, asked: PreprocessOverrides) -> list[str]:
     """The words of the command line that does it; none where there is nothing to do."""
     if not advice.options:
@@ -113,7 +121,7 @@ def command_of(advice: Advice, wanted: SourceRequest, data: Path | None, asked: 
 
 def _render(page: Page, origin: ResolvedSource, advice: Advice, words: list[str], bad: tuple[str, ...]) -> None:
     page.line((origin.told, "strong"))
-    page.facts(*advice.facts, indent=0)
+    page.facts(*((label, flags.told(text)) for label, text in advice.facts), indent=0)
     for risk in advice.risks:
         page.line(("risk: ", "bad"), str(risk))
     page.skipped(bad)

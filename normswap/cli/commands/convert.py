@@ -132,8 +132,9 @@ def convert(
         "missing_statistics": "error" if place is None or options.stands_in(place) else "later",
     }
     asked = PreprocessOverrides.of(ctx)
-    if place is None and (calibrate_images is not None or method != "refit" or budget is not None or asked.given()):
-        raise options.usage(ctx, "--calibrate-images, --method, --budget, --size, --mean and --std go with --calibrate")
+    if place is None:
+        needing = ("calibrate_images", "method", "budget", "size", "mean", "std")
+        options.check_alone(ctx, needing, "--calibrate FOLDER, photos or synthetic")
     if budget is not None and (groups not in (None, "auto") or channels_per_group is not None):
         raise options.usage(ctx, "--budget chooses the number of groups; it goes with --groups auto")
     wish = None

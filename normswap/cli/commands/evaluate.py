@@ -113,6 +113,8 @@ def evaluate(
         model, origin = open_network(origin, wanted, out)
         sets = place.open_one(task_of(task), model)
         preparation = None if task == "detection" else prepare(model, origin, asked)
+        if task == "classification" and preparation is not None:
+            preparation = preparation.settled(getattr(sets.validation, "files", ()))
         with out.bar("evaluating") as bar:
             found = measure(
                 model, sets, **words, class_names=class_names(model, origin), images=images, batch_size=batch_size,

@@ -90,8 +90,8 @@ def verify(
     """
     asked = PreprocessOverrides.of(ctx)
     shapes = options.shapes(ctx, input_shape)
-    if data is None and (images is not None or asked.given()):
-        raise options.usage(ctx, "--images, --size, --mean and --std go with --data")
+    if data is None:
+        options.check_alone(ctx, ("images", "size", "mean", "std"), "--data FOLDER")
     if data is not None and shapes:
         raise options.usage(ctx, "--input and --data exclude each other")
     wanted = SourceRequest.of(ctx, a)
@@ -102,7 +102,7 @@ def verify(
 
         folder = None if data is None else open_images(data, limit=images)
         first, second, origins = _pair(ctx, wanted, b, out)
-        preparation = prepare(first, origins[0], asked)
+        preparation = prepare(first, origins[0], asked).settled(() if folder is None else folder.files)
         read = None
         if folder is not None:
             read = folder.batches(preparation.transform, batch_size, stack=preparation.stack, max_bad=max_bad)
@@ -115,7 +115,7 @@ def verify(
         used = preparation if folder is not None else None
         out.show(
             lambda: _values(found, origins, used, data),
-            lambda page: _render(page, found, origins, _description(folder, used), show_all),
+            lambda page: _render(page, found, origins, _description(folder, used), show_all, fail_below is not None),
         )
         _check_agreement(found, fail_below)
 
@@ -212,7 +212,12 @@ def _values(
 
 
 def _render(
-    page: Page, report: VerificationReport, origins: tuple[ResolvedSource, ResolvedSource], inputs: str, show_all: bool
+    page: Page,
+    report: VerificationReport,
+    origins: tuple[ResolvedSource, ResolvedSource],
+    inputs: str,
+    show_all: bool,
+    limited: bool,
 ) -> None:
     page.facts(
         ("A", origins[0].told),
@@ -222,7 +227,7 @@ def _render(
     )
     _layers(page, report, show_all)
     page.gap()
-    page.facts(*_figures(report), indent=0)
+    page.facts(*_figures(report, limited), indent=0)
     for note in report.notes:
         page.line(("note: ", "dim"), flags.told(note))
     page.skipped(report.bad)
@@ -244,14 +249,18 @@ def _layers(page: Page, report: VerificationReport, show_all: bool) -> None:
         page.line((f"{plural(hidden, 'layer')} more; --all shows every layer in order", "dim"))
 
 
-def _figures(report: VerificationReport) -> list[tuple[str, str]]:
+def _figures(report: VerificationReport, limited: bool) -> list[tuple[str, str]]:
+    """limited: whether the agreement is what --fail-below judges, so that it is shown whatever the inputs are."""
     figures = []
     jump = next((layer for layer in report.layers if layer.path == report.first_jump), None)
     if report.layers:
         where = "none" if jump is None else f"{jump.path}, relative error {jump.error:.3g}"
         figures.append(("first jump", where))
     if report.error is not None and report.max_abs is not None:
-        figures.append(("output", f"relative error {report.error:.3g}, largest difference {report.max_abs:.3g}"))
+        what = "drift" if report.random_inputs else "output"
+        figures.append((what, f"relative error {report.error:.3g}, largest difference {report.max_abs:.3g}"))
+    if report.random_inputs and report.agreement is not None and not limited:
+        return [*figures, ("agreement", "random inputs are of no class, and say nothing about it; --data FOLDER does")]
     if report.agreement is not None:
         figures.append(("agreement" if report.error is not None else "boxes agree", f"{report.agreement:.4f}"))
     if report.kl is not None:

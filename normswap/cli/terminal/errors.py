@@ -92,11 +92,11 @@ def report(error: BaseException, meta: Mapping[str, Any]) -> int | None:
 
 
 def _of_plan(error: PlanError, known: Collection[str] | None, verbose: bool) -> NormswapError:
-    """The way out before the layers, of which there may be hundreds: alike ones in a line, and not all of them."""
+    """The layers before the way out. There may be hundreds of them: alike ones in a line, and not all of them."""
     lines = problem_lines(Text(problem).written(lambda fix: flags.written(fix, known)) for problem in error.problems)
     if len(lines) > _LAYERS and not verbose:
         lines = [*lines[: _LAYERS - 1], f"and {len(lines) - _LAYERS + 1} more lines; --verbose shows them all"]
-    hint = Text.joined("\n", [*([error.hint] if error.hint else []), *(f"  {line}" for line in lines)])
+    hint = Text.joined("\n", [*(f"  {line}" for line in lines), *([error.hint] if error.hint else [])])
     return NormswapError(error.summary, hint=hint)
 
 

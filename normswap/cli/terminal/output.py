@@ -19,6 +19,7 @@ from ...display.printable import printable
 from ...display.progress import Line, Lines, Silent
 from ...errors import OutputError, Text
 from ..arguments.options import usage
+from ..arguments.places import check_places
 from .flags import told
 from .streams import Lasting, is_terminal
 
@@ -163,6 +164,7 @@ def reporting(ctx: typer.Context, *, silent: bool = False) -> Iterator[Output]:
     if quiet and verbose:
         raise usage(ctx, "--quiet and --verbose exclude each other")
     ctx.meta[VERBOSE] = verbose
+    check_places(ctx)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a narrow encoding must not stop the work
             stream.reconfigure(errors="backslashreplace")
