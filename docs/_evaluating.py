@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from PIL import Image
@@ -25,13 +26,17 @@ CARD = "normswap card digits-gn.safetensors --license apache-2.0 --evaluation al
 EXPORT = "normswap export digits-gn.safetensors --trust-code --to onnx --input 1,1,8,8"
 
 
-def write_digits(folder: Path) -> None:
-    """The held-out digits as `digits/test/<class>/<number>.png`."""
-    _, test = split()
-    for number, (image, label) in enumerate(zip(test.images, test.labels, strict=True)):
-        place = folder / "digits" / "test" / str(int(label))
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((image[0] * 255).round().byte().numpy()).save(place / f"{number}.png")
+def write_digits(folder: Path, *, train: int = 0) -> None:
+    """The held-out digits as `digits/test/<class>/<number>.png`, and of the others `train` of each class."""
+    others, test = split()
+    for part, digits, most in (("train", others, train), ("test", test, len(test.labels))):
+        seen: Counter[int] = Counter()
+        for number, (image, label) in enumerate(zip(digits.images, digits.labels.tolist(), strict=True)):
+            seen[label] += 1
+            if seen[label] <= most:
+                place = folder / "digits" / part / str(label)
+                place.mkdir(parents=True, exist_ok=True)
+                Image.fromarray((image[0] * 255).round().byte().numpy()).save(place / f"{number}.png")
 
 
 def main() -> None:

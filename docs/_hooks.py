@@ -13,14 +13,15 @@ from pathlib import PurePosixPath
 from typing import Any
 
 MARKER = "<!-- generated -->"
-NORMS = "Norms"
+NORMS, COMMANDS = "Norms", "Commands"
 
 
 def on_config(config: Any) -> Any:
-    """The hook that mkdocs calls first: the pages of the norms take their place in `nav`, in the order of the norms."""
+    """The hook that mkdocs calls first: the pages of norms and commands take their places in `nav`, in their order."""
     for entry in config.nav:
-        if NORMS in entry:
-            entry[NORMS] = norm_pages()
+        for title, pages in ((NORMS, norm_pages), (COMMANDS, command_pages)):
+            if title in entry:
+                entry[title] = pages()
     return config
 
 
@@ -30,37 +31,54 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         return markdown
     path = PurePosixPath(page.file.src_uri)
     references = {"cli": command_reference, "api": api_reference, "recipes": recipe_headers, "index": norm_links}
-    generated = references.get(path.stem) or (lambda: norm_facts(path.stem))
-    return markdown.replace(MARKER, generated())
+    of_folder = {"commands": command_page, "norms": norm_facts}.get(path.parent.name)
+    return markdown.replace(MARKER, of_folder(path.stem) if of_folder else references[path.stem]())
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
 
 
 def command_reference() -> str:
-    """Every command with its usage, help, arguments and options, read from the command tree."""
+    """What goes for all commands, and the page of each with what it does."""
+    context, root, commands = _commands()
+    links = [f"- [`normswap {name}`](commands/{name}.md): {_escape(c.get_short_help_str(200))}" for name, c in commands]
+    return "\n\n".join([*_options(context, root), "\n".join(links)])
+
+
+def command_page(name: str) -> str:
+    """One command with its usage, help, arguments and options, read from the command tree."""
+    context, _, commands = _commands()
+    command = dict(commands)[name]
+    own = context.__class__(command, info_name=name, parent=context)
+    usage = " ".join([own.command_path, *command.collect_usage_pieces(own)])
+    return "\n\n".join([_help_text(command.help or ""), f"```text\n{usage}\n```", *_options(own, command)])
+
+
+def command_pages() -> list[dict[str, str]]:
+    """The page of each command, by its name, in the order of --help."""
+    return [{name: f"commands/{name}.md"} for name, _ in _commands()[2]]
+
+
+def _commands() -> tuple[Any, Any, list[tuple[str, Any]]]:
+    """The context of the whole, the whole, and the commands that are shown, by name."""
     import typer
 
     from normswap.cli import app
 
     root = app if hasattr(app, "list_commands") else typer.main.get_command(app)
     context = root.context_class(root, info_name="normswap")
-    commands = [root.get_command(context, name) for name in root.list_commands(context)]
-    sections = [_command(context, root)]
-    sections += [_command(context.__class__(c, info_name=c.name, parent=context), c) for c in commands if not c.hidden]
-    return "\n\n".join(sections)
+    found = [(name, root.get_command(context, name)) for name in root.list_commands(context)]
+    return context, root, [(name, command) for name, command in found if not command.hidden]
 
 
-def _command(context: Any, command: Any) -> str:
-    parts = [f"## {context.command_path}", _help_text(command.help or "")]
-    usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
-    parts.append(f"```text\n{usage}\n```")
+def _options(context: Any, command: Any) -> list[str]:
+    parts = []
     for title, kind in (("Arguments", "argument"), ("Options", "option")):
         records = [p.get_help_record(context) for p in command.get_params(context) if p.param_type_name == kind]
         lines = [f"`{names}`\n:   {_escape(text) or '—'}" for names, text in filter(None, records) if names != "--help"]
         if lines:
             parts += [f"**{title}**", "\n\n".join(lines)]
-    return "\n\n".join(filter(None, parts))
+    return parts
 
 
 def _help_text(text: str) -> str:

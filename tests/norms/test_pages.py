@@ -14,6 +14,7 @@ from normswap.norms.registry import specs
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 NAMES = [spec.name for spec in specs()]
+COMMANDS = [f"commands/{path.name}" for path in (DOCS / "commands").glob("*.md")]
 
 
 @pytest.fixture(scope="module")
@@ -90,4 +91,4 @@ def test_every_field_that_has_a_default_is_explained() -> None:
 
 def test_no_other_page_has_the_comment_that_stands_for_the_facts(hooks: ModuleType) -> None:
     having = {p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md") if hooks.MARKER in p.read_text("utf-8")}
-    assert having == {"api.md", "cli.md", "index.md", "recipes.md", *(f"norms/{name}.md" for name in NAMES)}
+    assert having == {"api.md", "cli.md", "index.md", "recipes.md", *(f"norms/{name}.md" for name in NAMES), *COMMANDS}

@@ -67,7 +67,9 @@ def compare(
     ] = None,
     lr: Annotated[
         float | None,
-        typer.Option(metavar="RATE", help="Largest learning rate, of every cell.", show_default="scaled by the batch"),
+        typer.Option(
+            min=0, metavar="RATE", help="Largest learning rate, of every cell.", show_default="scaled by the batch"
+        ),
     ] = None,
     optimizer: Annotated[str, options.word(OPTIMIZERS, "The optimizer.")] = "adamw",
     calibrate_images: Annotated[
@@ -142,9 +144,11 @@ def compare(
             check_workers(workers)
         out.step("loading PyTorch")
         from ...finetuning.finetune import task_of
+        from ...sweep.cells import GROUPS, cells_of
         from ...sweep.compare import compare as compare_norms
         from ...sweep.parallel import check_devices
 
+        cells_of(wanted_norms or ["bn"], counts or GROUPS, sizes)  # its checks, before a network is built
         if places is not None:
             check_devices(places)
         model, origin = open_network(locate(ctx, wanted), wanted, out)

@@ -76,6 +76,7 @@ def convert(
     budget: Annotated[
         float | None,
         typer.Option(
+            min=0,
             metavar="DRIFT",
             help="With --groups auto and --calibrate: as many groups as each layer bears if it alone may change the "
             "output by this share.",

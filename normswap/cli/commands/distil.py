@@ -46,7 +46,7 @@ def distil(
             show_default="0.02; less below 300 steps",
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(metavar="T", help="Temperature of the class scores.")] = 2.0,
+    temperature: Annotated[float, typer.Option(min=0, metavar="T", help="Temperature of the class scores.")] = 2.0,
     features: Annotated[
         float, typer.Option(min=0, metavar="W", help="Weight of the norms' outputs at first; 0: none.")
     ] = 2.0,

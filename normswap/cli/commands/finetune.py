@@ -91,13 +91,15 @@ def finetune(
     ] = None,
     lr: Annotated[
         float | None,
-        typer.Option(metavar="RATE", help="Largest learning rate.", show_default="scaled by the global batch"),
+        typer.Option(min=0, metavar="RATE", help="Largest learning rate.", show_default="scaled by the global batch"),
     ] = None,
     optimizer: Annotated[str, options.word(OPTIMIZERS, "The optimizer.")] = "adamw",
     weight_decay: Annotated[
         float, typer.Option(min=0, metavar="VALUE", help="Decay of weights; γ, β and biases do not decay.")
     ] = 0.01,
-    warmup: Annotated[float, typer.Option(metavar="SHARE", help="Share of the steps in which the rate rises.")] = 0.05,
+    warmup: Annotated[
+        float, typer.Option(min=0, max=1, metavar="SHARE", help="Share of the steps in which the rate rises.")
+    ] = 0.05,
     clip_grad: Annotated[
         float, typer.Option(min=0, metavar="NORM", help="Largest norm of the gradient; 0 for no limit.")
     ] = 1.0,
