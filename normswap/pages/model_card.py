@@ -135,8 +135,7 @@ def card_text(
         )
     if content.history:
         parts.append("## Since the conversion\n\n" + "\n".join(f"1. {_text(entry)}" for entry in content.history))
-    if content.undo is not None:
-        undo = undo_command(Path(MODEL), manifest, content.trained)
+    if (undo := undo_command(Path(MODEL), manifest, content.trained)) is not None:
         parts.append(f"## Undoing it\n\n```console\n$ {printable(undo)}\n```")
     versions = ", ".join(f"{_text(name)} {_text(version)}" for name, version in content.versions.items())
     parts.append(f"Written with {versions}. `{MODEL}` holds the plan, layer by layer, in its metadata.")

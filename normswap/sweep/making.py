@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -45,7 +45,7 @@ class Maker:
     measure: Measure | None = None
     batches: list[Any] | None = None
 
-    def in_turn(self, cells: Sequence[Cell], of: int, bar: Line) -> Iterator[CellResult]:
+    def in_turn(self, cells: Sequence[Cell], of: int, bar: Line) -> Generator[CellResult, None, None]:
         """One after the other, in this process. of: how many there are with those that are finished."""
         for number, cell in enumerate(cells, of - len(cells) + 1):
             bar.above(f"{cell.shown} ({number} of {of})")

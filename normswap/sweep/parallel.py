@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -42,7 +42,7 @@ def check_devices(devices: Sequence[str]) -> None:
 
 def in_parallel(
     maker: Maker, cells: Sequence[Cell], of: int, bar: Line, devices: Sequence[str]
-) -> Iterator[CellResult]:
+) -> Generator[CellResult, None, None]:
     """What becomes of the cells, as they are finished; of: how many there are with those finished before.
 
     A process that dies, for want of memory say, is the error of its cell, and another takes its place. Ctrl-C, and

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 import normswap
 from normswap.sweep.cells import Cell
+from normswap.sweep.parallel import _alone
 
 
 class Deadly(Dataset[Any]):
@@ -73,6 +74,15 @@ def test_a_device_that_is_not_there_is_told_before_anything_is_written(tmp_path:
     with pytest.raises(normswap.OptionError, match="device 'cuda:7' cannot be used"):
         normswap.compare(network(), **DATA, output=tmp_path / "out", norms=["bn"], devices=["cpu", "cuda:7"])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_process_sees_no_gpu_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the parent numbers them, which may see a part of them itself."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert (_alone("cpu"), os.environ.get("CUDA_VISIBLE_DEVICES")) == ("cpu", None)
+    assert (_alone("cuda:1"), os.environ["CUDA_VISIBLE_DEVICES"]) == ("cuda", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert (_alone("cuda:1"), os.environ["CUDA_VISIBLE_DEVICES"]) == ("cuda", "7")
 
 
 SCRIPT = """
