@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .box_data import BoxData as BoxData
     from .coco import CocoData as CocoData
     from .coco import open_coco as open_coco
     from .image_folder import ImageBatches as ImageBatches
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
     from .synthetic_shapes import Shapes as Shapes
     from .synthetic_shapes import shapes as shapes
     from .synthetic_shapes import write_shapes as write_shapes
+    from .voc import open_voc as open_voc
+    from .yolo import open_yolo as open_yolo
 
 _HOME = {
+    "BoxData": "box_data",
     "CocoData": "coco",
     "ImageBatches": "image_folder",
     "ImageData": "image_folder",
@@ -28,11 +32,14 @@ _HOME = {
     "open_coco": "coco",
     "open_images": "image_folder",
     "open_masks": "segmentation_masks",
+    "open_voc": "voc",
+    "open_yolo": "yolo",
     "shapes": "synthetic_shapes",
     "write_shapes": "synthetic_shapes",
 }
 
 __all__ = [
+    "BoxData",
     "CocoData",
     "ImageBatches",
     "ImageData",
@@ -42,6 +49,8 @@ __all__ = [
     "open_coco",
     "open_images",
     "open_masks",
+    "open_voc",
+    "open_yolo",
     "shapes",
     "write_shapes",
 ]

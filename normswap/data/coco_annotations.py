@@ -1,16 +1,13 @@
-"""COCO's annotation file: its three lists, read, checked, and with boxes as they can be used."""
+"""COCO's annotation file: its three lists, read and checked."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ..errors import DataError, listed
 
@@ -72,7 +69,7 @@ def _bad_image(entry: dict[str, Any]) -> str:
     return "" if all(type(s) is int and 0 < s < _LARGEST for s in sizes) else f"its width and height are {sizes}"
 
 
-def check_links(file: Path, annotations: list[dict[str, Any]], images: dict[int, Any], labels: dict[int, int]) -> None:
+def check_links(file: Path, annotations: list[dict[str, Any]], images: dict[int, Any], labels: dict[int, Any]) -> None:
     """Raise DataError for annotations of images or categories that are not listed."""
     for key, known in (("image_id", images), ("category_id", labels)):
         what = "images" if known is images else "categories"
@@ -83,30 +80,14 @@ def _dangling(key: str, known: dict[int, Any], annotation: dict[str, Any]) -> st
     return "" if annotation[key] in known else f"{key} {annotation[key]}"
 
 
-def kept_of(
-    file: Path, annotations: list[dict[str, Any]], images: dict[int, Any], masks: bool
-) -> tuple[dict[int, list[dict[str, Any]]], list[str]]:
-    """The annotations of each image with their boxes clipped, and notes on what became of the others."""
+def check_boxes(file: Path, annotations: list[dict[str, Any]]) -> None:
+    """Raise DataError for boxes that are not four numbers."""
     _refuse(file, annotations, _bad_box, "annotations have no usable box")
-    kept: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    clipped = dropped = 0
-    for annotation in annotations:
-        image = images[annotation["image_id"]]
-        whole = _corners(annotation["bbox"])
-        box = _clipped(whole, image["width"], image["height"])
-        if box[2] <= box[0] or box[3] <= box[1]:
-            dropped += 1
-            continue
-        clipped += any(abs(a - b) > 0.5 for a, b in zip(whole, box, strict=True))
-        kept[annotation["image_id"]].append({**annotation, "bbox": box})
-    if masks:
-        listed = [a for found in kept.values() for a in found]
-        _refuse(file, listed, lambda a: "" if a.get("segmentation") else "no segmentation", "annotations have no mask")
-    counts = {
-        "boxes of zero size inside their image are left out": dropped,
-        "boxes reached outside their image and are clipped": clipped,
-    }
-    return kept, [f"{count} {what}" for what, count in counts.items() if count]
+
+
+def check_masks(file: Path, annotations: list[dict[str, Any]]) -> None:
+    """Raise DataError for annotations without a mask."""
+    _refuse(file, annotations, lambda a: "" if a.get("segmentation") else "no segmentation", "annotations have no mask")
 
 
 def _bad_box(annotation: dict[str, Any]) -> str:
@@ -118,28 +99,6 @@ def _bad_box(annotation: dict[str, Any]) -> str:
 def is_number(value: Any) -> bool:
     """A number that a pixel may have, which JSON's `true` and `NaN` are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -_FARTHEST <= value <= _FARTHEST
-
-
-def _corners(box: list[float]) -> tuple[float, float, float, float]:
-    x, y, width, height = box
-    return x, y, x + width, y + height
-
-
-def _clipped(box: tuple[float, float, float, float], width: int, height: int) -> tuple[float, float, float, float]:
-    """As float32 has it, which is what tensors hold."""
-    x1, y1, x2, y2 = (float(np.float32(value)) for value in box)
-    return max(0.0, x1), max(0.0, y1), min(float(width), x2), min(float(height), y2)
-
-
-def check_files(folder: Path, names: list[str]) -> None:
-    """Raise DataError for images that are not there."""
-    if not folder.is_dir():
-        raise DataError(f"there is no folder {folder}", hint="Give the folder that holds the images.")
-    present = {entry.name for entry in os.scandir(folder)}  # one look instead of one for each image
-    missing = [name for name in names if name not in present and not (folder / name).is_file()]
-    if missing:
-        summary = f"{len(missing)} of {len(names)} images are not in {folder}:"
-        raise DataError(listed(summary, missing), hint="Give the folder that the file_names are relative to.")
 
 
 def _refuse(file: Path, entries: Iterable[Any], wrong_with: Callable[[Any], str], what: str) -> None:

@@ -38,6 +38,18 @@ def files_in(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
     return here, below
 
 
+def boxed_images(folder: Path, below: dict[str, list[Path]]) -> list[Path]:
+    """The images of a folder that describes their boxes beside them, so that its subfolders are no classes."""
+    beside = {"JPEGImages": ("Annotations",), "images": ("labels", "Annotations", "annotations")}
+    for images, others in beside.items():
+        described = any(other in below and not below[other] for other in others) or any(
+            (folder / name).is_file() for name in ("annotations.json", "_annotations.coco.json")
+        )
+        if described and below.get(images):
+            return below[images]
+    return []
+
+
 def _refuse_twice(folder: Path, name: str, below: dict[str, list[Path]]) -> None:
     for other in below:
         if os.path.samefile(folder / other, folder / name):

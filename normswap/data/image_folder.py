@@ -16,7 +16,7 @@ from torch import Tensor
 from ..arguments import whole
 from ..errors import DataError, Fix, Text, listed, plural
 from .decoding import Unreadable, decode
-from .image_files import check_usable, files_in
+from .image_files import boxed_images, check_usable, files_in
 from .preprocess import Preprocess, eight_bit
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ def open_images(folder: str | os.PathLike[str], *, limit: int | None = None, see
     """List the images of a folder: one subfolder for each class, or images alone. Reads none of them.
 
     limit: take at most so many, spread evenly over the classes, chosen at random by `seed`, always the same ones.
+    Of images with boxes, in the formats of COCO, YOLO or Pascal VOC, the images are taken, without labels.
     Names that begin with a dot are left out. Links to folders are followed, each real folder once.
 
     Raises DataError, saying what was found instead, when the folder does not hold images in one of the two ways, and
@@ -159,6 +160,8 @@ def open_images(folder: str | os.PathLike[str], *, limit: int | None = None, see
         whole("the number of images", limit)
     folder = Path(folder)
     here, below = files_in(folder)
+    if not here and (boxed := boxed_images(folder, below)):
+        here, below = boxed, {}
     filled = {name: files for name, files in below.items() if files}
     check_usable(folder, here, below, filled)
     if here:

@@ -98,8 +98,9 @@ def finetune(
     "classification": one subfolder of images for each class; samples are (input, label). Also a pair of tensors,
     inputs `(N, *)` and int64 labels `(N,)`, batches of such, or a DataLoader, of which the data set is used.
     "detection", for networks in torchvision's convention, `model(images, targets)` -> a dict of losses: what
-    `normswap.data.open_coco` reads; in a folder, `annotations.json` with the images beside it or in `images/`, or
-    COCO's own layout. Samples are (image, target); see `CocoData`.
+    `normswap.data.open_coco`, `open_yolo` or `open_voc` reads; in a folder, `annotations.json` with the images beside
+    it or in `images/`, COCO's own layout, YOLO's (or its data.yaml), or Pascal VOC's. Samples are (image, target); see
+    `BoxData`.
     "segmentation", for networks that give scores `(N, K, H, W)`, or a dict with them as `out`: what
     `normswap.data.open_masks` reads. Samples are (image, mask); see `MaskData`.
     output: a folder for metrics.jsonl, curves.png, last.safetensors, best.safetensors and the state of the run, which

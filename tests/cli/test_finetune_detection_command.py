@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from box_formats import as_voc, as_yolo
 from ran import Cli
 
 import normswap
@@ -64,6 +66,27 @@ def test_a_detector_is_converted_by_role_calibrated_and_trained(cli: Cli) -> Non
     assert names >= {"best.safetensors", "last.safetensors", "state.pt", "metrics.jsonl", "curves.png", "examples.png"}
     model = normswap.load("run/last.safetensors", trust_code=True)
     assert model.roi_heads.box_predictor.cls_score.out_features == 4
+
+
+@pytest.mark.parametrize("write", [as_yolo, as_voc])
+def test_yolo_and_voc_are_trained_and_measured_on(cli: Cli, write: Callable[[Path, Path, str], Path]) -> None:
+    for part in ("train", "val"):
+        write(Path("shapes", part), Path("boxes"), part)
+    data = "boxes/data.yaml" if write is as_yolo else "boxes"
+    ran = cli(*FIXED, "own.py:tiny", "--task", "detection", "--data", data, "-o", "run", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["validation_images"] == 2
+    found = cli("evaluate", "run/last.safetensors", "--trust-code", "--task", "detection", "--data", data, "--json")
+    assert found.json["images"] == 2
+    assert {each["name"] for each in found.json["classes"]} <= {"circle", "square", "triangle"}
+
+
+def test_a_broken_label_is_one_sentence_with_file_and_line(cli: Cli) -> None:
+    labels = as_yolo(Path("shapes/train"), Path("boxes")) / "labels" / "train" / "000002.txt"
+    labels.write_text("7 0.5 0.5 0.1 0.1\n")
+    ran = cli("evaluate", "own.py:tiny", "--weights", "none", "--task", "detection", "--data", "boxes")
+    assert ran.code == 1
+    assert "boxes/labels/train/000002.txt, line 1: class 7 is not one of the 3 that are named" in ran.err
 
 
 @pytest.mark.usefixtures("pictures")

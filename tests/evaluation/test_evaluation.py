@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from box_formats import as_voc, as_yolo
 from detectors import build
 from helpers import fingerprint
 from PIL import Image
@@ -234,6 +235,16 @@ def test_the_ap_of_each_class_is_that_of_pycocotools(tmp_path: Path, capsys: pyt
     assert 0.05 < report.score[1] < 0.95
     assert [each.name for each in report.classes] == list(data.categories)
     assert sum(each.count for each in report.classes) == sum(len(p.boxes) for p in data.pictures)
+
+
+def test_the_same_set_in_every_format_gives_the_same_map(tmp_path: Path) -> None:
+    folder = write_shapes(tmp_path / "shapes", 8, size=64, seed=3)
+    model = Noisy(normswap.data.open_coco(folder / "annotations.json", folder / "images"))
+    places = (folder, as_yolo(folder, tmp_path / "yolo"), as_voc(folder, tmp_path / "voc"))
+    reports = [normswap.evaluate(model, place, task="detection") for place in places]
+    assert 0.05 < reports[0].score[1] < 0.95
+    for report in reports[1:]:
+        assert (report.figures, report.classes) == (reports[0].figures, reports[0].classes)
 
 
 class Noisy(nn.Module):

@@ -18,7 +18,7 @@ import normswap
 from normswap.conversion.record import record_of
 from normswap.data import open_coco, shapes, write_shapes
 from normswap.errors import DataError, NormswapError, OptionError
-from normswap.finetuning.datasets.coco import flipped
+from normswap.finetuning.datasets.boxes import flipped
 from normswap.finetuning.tasks.detection import Detection, MeanPrecision
 from normswap.heads.classifier import Head, resize_head
 from normswap.heads.dense import find_predictor

@@ -42,7 +42,9 @@ def evaluate(
     ],
     task: Annotated[
         str,
-        options.word(TASKS, "One subfolder for each class; COCO boxes and masks; or a mask beside each image."),
+        options.word(
+            TASKS, "One subfolder for each class; boxes of COCO, YOLO or Pascal VOC; or a mask beside each image."
+        ),
     ] = "classification",
     annotations: options.Annotations = None,
     images: options.Images = None,

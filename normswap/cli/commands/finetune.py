@@ -43,7 +43,9 @@ def finetune(
     ],
     task: Annotated[
         str,
-        options.word(TASKS, "One subfolder for each class; COCO boxes and masks; or a mask beside each image."),
+        options.word(
+            TASKS, "One subfolder for each class; boxes of COCO, YOLO or Pascal VOC; or a mask beside each image."
+        ),
     ] = "classification",
     eval_data: Annotated[
         Path | None,
@@ -175,7 +177,8 @@ def finetune(
     """Train a network on labelled images, boxes or masks, at small batches. With --to, convert and calibrate it first.
 
     --task detection reads FOLDER/annotations.json with FOLDER/images, train and val folders of such, COCO's own
-    layout, or --annotations FILE. --task segmentation reads images/ and masks/, or NAME_mask.png beside each image.
+    layout, YOLO's data.yaml, Pascal VOC's Annotations/, or --annotations FILE. --task segmentation reads images/ and
+    masks/, or NAME_mask.png beside each image.
     Writes to the folder runs/<SOURCE>, or --output: best.safetensors and last.safetensors, metrics.jsonl and
     curves.png, and after every epoch the state from which --resume goes on. Ctrl-C saves it too. For many GPUs:
     torchrun --nproc-per-node=N -m normswap finetune ...

@@ -15,7 +15,7 @@ from ...choices import AUGMENTS
 from ...errors import DataError, NetworkError, NormswapError, OptionError, first_line
 from ...heads.classifier import Head
 from ...training.distributed import gathered
-from ..datasets.coco import DetectionImages, check_sample, open_boxes, open_one
+from ..datasets.boxes import DetectionImages, check_sample, open_boxes, open_one
 from ..datasets.loader import spread
 from ..datasets.splits import Sets
 from ..output.panel import Panel
@@ -61,7 +61,7 @@ class Detection:
         return open_boxes(data, eval_data, masks=self.masks, seed=seed)
 
     def open_one(self, model: nn.Module, data: Any) -> Sets:
-        """See `coco.open_one`."""
+        """See `boxes.open_one`."""
         self.masks = predicts_masks(model)
         return open_one(data, masks=self.masks)
 
@@ -232,7 +232,7 @@ def _on_cpu(dicts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _is_ours(data: Any) -> bool:
-    from ...data.coco import CocoData
+    from ...data.box_data import BoxData
     from ...data.synthetic_shapes import Shapes
 
-    return isinstance(data, (str, Path, CocoData, Shapes))
+    return isinstance(data, (str, Path, BoxData, Shapes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,25 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.coco import CocoData, Picture, open_coco
+from ...data.box_data import BoxData, Picture
 from ...data.decoding import Unreadable
 from ...data.synthetic_shapes import Shapes
 from ...errors import DataError, Fix, Text
-from .splits import TRAIN, VALIDATION, Sets, check_apart, held_note, held_out, part_of, sized, split
+from .box_folders import opened, single
+from .splits import Sets, check_apart, held_note, held_out, sized, split
 
-ANNOTATIONS = ("annotations.json", "_annotations.coco.json")
-_LAYOUT = (
-    "Give a folder with annotations.json and images/, one with train/ and val/ of such, COCO's own "
-    "(annotations/instances_train2017.json and train2017/)."
+_CONVENTION = (
+    "normswap.data.open_coco, open_yolo and open_voc read files into it; labels begin with 1, 0 being the background."
 )
-_CONVENTION = "normswap.data.open_coco reads COCO files into it; labels begin with 1, 0 being the background."
 
 
 @dataclass(frozen=True)
 class DetectionImages:
     """Images with boxes that normswap reads or draws itself. flip: mirror half of them, boxes and masks too."""
 
-    data: CocoData | Shapes
+    data: BoxData | Shapes
     flip: bool = False
 
     def __len__(self) -> int:
@@ -84,29 +82,29 @@ def flipped(image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, An
 def open_boxes(data: Any, eval_data: Any = None, *, masks: bool = False, seed: int = 0) -> Sets:
     """Training data, and validation data if there is any. masks: read masks too.
 
-    data: a folder (see `finetune`), a `CocoData` or `Shapes`, or a map-style Dataset in torchvision's convention;
-    eval_data: likewise. Of a CocoData without validation data a tenth becomes that, always the same by `seed`.
+    data: a folder (see `finetune`), a `BoxData` or `Shapes`, or a map-style Dataset in torchvision's convention;
+    eval_data: likewise. Of a BoxData without validation data a tenth becomes that, always the same by `seed`.
 
     Raises DataError, saying what was found, for data that cannot be used.
     """
     train, validation = data, eval_data
     if isinstance(data, (str, os.PathLike)):
-        train, found = _opened(Path(data), masks)
+        train, found = opened(Path(data), masks)
         validation = found if eval_data is None else eval_data
     if isinstance(validation, (str, os.PathLike)):
-        validation = _single(Path(validation), masks)
+        validation = single(Path(validation), masks)
     note: list[str] = []
-    if isinstance(train, CocoData):
+    if isinstance(train, BoxData):
         note += train.notes
         _check_objects(train)
         if validation is None:
             train, validation, said = _split(train, seed)
             note.append(said)
-        elif isinstance(validation, CocoData):
+        elif isinstance(validation, BoxData):
             note += [f"{validation.annotations.name}: {text}" for text in validation.notes]
             check_apart(*(DetectionImages(part).files for part in (train, validation)))
             validation = _aligned(train, validation)
-    if isinstance(validation, CocoData):
+    if isinstance(validation, BoxData):
         _check_objects(validation)
         validation = replace(validation, crowds=True)
     sets = [None if part is None else _set(name, part) for name, part in (("data", train), ("eval_data", validation))]
@@ -120,11 +118,11 @@ def open_one(data: Any, *, masks: bool = False) -> Sets:
     data: as in `open_boxes`. Raises DataError.
     """
     if isinstance(data, (str, os.PathLike)):
-        data, held = _opened(Path(data), masks)
+        data, held = opened(Path(data), masks, training=False)
         if held is not None:
             return held_out(open_boxes(data, held, masks=masks))
     notes: tuple[str, ...] = ()
-    if isinstance(data, CocoData):
+    if isinstance(data, BoxData):
         _check_objects(data)
         notes, data = data.notes, replace(data, crowds=True)
     found, classes = _set("data", data), getattr(data, "categories", None)
@@ -167,48 +165,10 @@ def check_sample(image: Any, target: Any, classes: int) -> None:
         )
 
 
-# --- folders ------------------------------------------------------------------------------------------------------
+# --- sets ----------------------------------------------------------------------------------------------------------
 
 
-def _opened(folder: Path, masks: bool) -> tuple[CocoData, CocoData | None]:
-    """The training data in a folder, and the validation data where there is some."""
-    first, second = part_of(folder, TRAIN), part_of(folder, VALIDATION)
-    if first is not None and _files_in(first):
-        return _single(first, masks), None if second is None else _single(second, masks)
-    original = [_of_coco(folder, names) for names in (TRAIN, VALIDATION)]
-    if original[0]:
-        train, validation = (None if place is None else open_coco(*place, masks=masks) for place in original)
-        if train is not None:
-            return train, validation
-    return _single(folder, masks), None
-
-
-def _single(folder: Path, masks: bool) -> CocoData:
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.is_file() else "is not there"
-        raise DataError(f"{folder} {what}", hint=_LAYOUT)
-    place = _files_in(folder)
-    if place is None:
-        raise DataError(f"{folder} holds no {' or '.join(ANNOTATIONS)}", hint=_LAYOUT)
-    return open_coco(*place, masks=masks)
-
-
-def _files_in(folder: Path) -> tuple[Path, Path] | None:
-    """An annotation file and the folder of its images."""
-    file = next((folder / name for name in ANNOTATIONS if (folder / name).is_file()), None)
-    if file is None:
-        return None
-    return file, folder / "images" if (folder / "images").is_dir() else folder
-
-
-def _of_coco(folder: Path, names: Sequence[str]) -> tuple[Path, Path] | None:
-    """`annotations/instances_train2017.json` and `train2017/`, as COCO comes."""
-    files = [f for name in names for f in sorted((folder / "annotations").glob(f"instances_{name}*.json"))]
-    places = [(file, folder / file.stem.removeprefix("instances_")) for file in files]
-    return next(((file, images) for file, images in places if images.is_dir()), None)
-
-
-def _split(data: CocoData, seed: int) -> tuple[CocoData, CocoData | None, str]:
+def _split(data: BoxData, seed: int) -> tuple[BoxData, BoxData | None, str]:
     count = len(data)
     if count < 2:
         return data, None, "a single image, so there is nothing to validate on"
@@ -217,7 +177,7 @@ def _split(data: CocoData, seed: int) -> tuple[CocoData, CocoData | None, str]:
     return parts[0], parts[1], held_note(len(held), count, seed)
 
 
-def _aligned(train: CocoData, validation: CocoData) -> CocoData:
+def _aligned(train: BoxData, validation: BoxData) -> BoxData:
     """With the training data's labels; categories are told by their names."""
     if validation.categories == train.categories:
         return validation
@@ -225,7 +185,7 @@ def _aligned(train: CocoData, validation: CocoData) -> CocoData:
     if unknown:
         raise DataError(
             f"{validation.annotations} has categories that {train.annotations} lacks: {', '.join(unknown[:10])}",
-            hint="Both files need the same list of categories.",
+            hint="Both parts need the same categories.",
         )
     number = {i + 1: train.categories.index(name) + 1 for i, name in enumerate(validation.categories)}
     pictures = tuple(_relabelled(p, number) for p in validation.pictures)
@@ -237,12 +197,12 @@ def _relabelled(picture: Picture, number: Mapping[int, int]) -> Picture:
     return replace(picture, labels=tuple(number[label] for label in picture.labels), crowds=crowds)
 
 
-def _check_objects(data: CocoData) -> None:
+def _check_objects(data: BoxData) -> None:
     if not any(p.boxes for p in data.pictures):
         raise DataError(f"none of the {len(data)} images of {data.annotations} has an object")
 
 
 def _set(name: str, data: Any) -> Any:
-    if isinstance(data, (CocoData, Shapes)):
+    if isinstance(data, (BoxData, Shapes)):
         return DetectionImages(data)
-    return sized(name, data, "Give a folder, a CocoData, or a Dataset with __len__ and __getitem__.")
+    return sized(name, data, "Give a folder, a BoxData, or a Dataset with __len__ and __getitem__.")
