@@ -88,7 +88,7 @@ def evaluate(
     found = meter.result()
     bad = tuple(str(each) for each in skipped.found.values())
     notes = tuple(filter(None, [sets.note, found.note]))
-    return EvaluationReport(task, done, found.figures, found.classes, found.names, found.confusion, notes, bad)
+    return EvaluationReport(task, done, found.figures, **vars(found.of), notes=notes, bad=bad)
 
 
 def _measured(

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import DataError
+from ..finetuning.output.by_class import Answers, ByClass, accuracies, overlaps, precisions
 from ..finetuning.tasks.classification import check_labels
 from ..finetuning.tasks.detection import MeanPrecision
 from ..finetuning.tasks.segmentation import Overlap
 from ..heads.classifier import scores_of
 from .labels import Classes
-from .report import ClassFigure, named
 
 _BEST = 5
-Cells = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -26,9 +22,7 @@ class Counted:
     """What a meter has found; see `EvaluationReport`."""
 
     figures: dict[str, float]
-    classes: tuple[ClassFigure, ...]
-    names: tuple[str, ...]
-    confusion: Cells = ()
+    of: ByClass
     note: str = ""
 
 
@@ -47,45 +41,30 @@ class Classified:
 
     def __init__(self, classes: Classes) -> None:
         self._classes = classes
-        self._known = self._best = self._right = self._images = 0
-        self._pairs: list[Tensor] = []
+        self._answers = Answers()
+        self._best = self._right = self._images = 0
 
     def add(self, model: nn.Module, content: Any) -> None:
         """One batch: inputs `(N, *)` and labels `(N,)`."""
         inputs, labels = content
         scores = scores_of(model(inputs)).float()
-        self._known = scores.shape[1]
-        labels = self._classes.numbered(labels.cpu(), self._known)
+        labels = self._classes.numbered(labels.cpu(), scores.shape[1])
         check_labels(labels, scores)
         labels = labels.to(scores.device)
         usable = ~scores.isnan().any(1)
-        best = scores.topk(min(_BEST, self._known)).indices == labels[:, None]
+        best = scores.topk(min(_BEST, scores.shape[1])).indices == labels[:, None]
         self._best += int((best.any(1) & usable).sum())
         self._right += int((best[:, 0] & usable).sum())
         self._images += len(labels)
-        predicted = torch.where(usable, scores.argmax(1), self._known)
-        self._pairs.append((labels * (self._known + 1) + predicted).cpu())
+        self._answers.add(scores, labels)
 
     def result(self) -> Counted:
         """`accuracy`, and `accuracy_top5` where there are more classes than that."""
-        figures = {"accuracy": self._right / self._images}
-        if self._known > _BEST:
+        figures, known = {"accuracy": self._right / self._images}, self._answers.known
+        if known > _BEST:
             figures["accuracy_top5"] = self._best / self._images
-        codes, counts = torch.cat(self._pairs).unique(return_counts=True)
-        cells = tuple(
-            (*divmod(code, self._known + 1), count) for code, count in zip(codes.tolist(), counts.tolist(), strict=True)
-        )
-        names = (*self._classes.names(self._known), "NaN")
-        return Counted(figures, _accuracies(cells, names), names, cells, self._classes.note(self._known))
-
-
-def _accuracies(cells: Cells, names: tuple[str, ...]) -> tuple[ClassFigure, ...]:
-    total: dict[int, int] = {}
-    right: dict[int, int] = {}
-    for true, predicted, count in cells:
-        total[true] = total.get(true, 0) + count
-        right[true] = right.get(true, 0) + count * (true == predicted)
-    return tuple(ClassFigure(names[true], total[true], right[true] / total[true]) for true in sorted(total))
+        names = (*self._classes.names(known), "NaN")
+        return Counted(figures, accuracies(self._answers.cells(), names), self._classes.note(known))
 
 
 class Overlapped:
@@ -101,17 +80,9 @@ class Overlapped:
     def result(self) -> Counted:
         """`miou` and `pixel_accuracy`; a class that is neither there nor predicted has no IoU."""
         found = self._overlap.result(lambda value: value)
-        counts = self._overlap.confusion.round().long()
-        names = self._classes.names(len(counts))
-        both, rows = counts.diag(), counts.sum(1)
-        either = rows + counts.sum(0) - both
-        classes = (
-            ClassFigure(name, count, one / union if union else None)
-            for name, count, one, union in zip(names, rows.tolist(), both.tolist(), either.tolist(), strict=True)
-        )
-        cells = tuple((i, j, int(counts[i, j])) for i, j in counts.nonzero().tolist())
+        confusion = self._overlap.confusion
         figures = {name: found[f"val_{name}"] for name in ("miou", "pixel_accuracy")}
-        return Counted(figures, tuple(each for each in classes if each.value is not None), names, cells)
+        return Counted(figures, overlaps(confusion, self._classes.names(len(confusion))))
 
 
 class Detected:
@@ -122,38 +93,19 @@ class Detected:
 
     def __init__(self, classes: Classes, known: int | None) -> None:
         self._classes, self._known = classes, known
-        self._precision = MeanPrecision(per_class=True)
-        self._boxes: dict[int, int] = {}
+        self._precision = MeanPrecision()
 
     def add(self, model: nn.Module, content: Any) -> None:
         """One batch: lists of images and of targets."""
         images, targets = content
         if self._known is not None:
             targets = [{**t, "labels": self._classes.numbered(t["labels"], self._known)} for t in targets]
-        for target in targets:
-            for label in _objects(target).tolist():
-                self._boxes[label] = self._boxes.get(label, 0) + 1
         self._precision.add(model, (images, targets))
 
     def result(self) -> Counted:
         """`map`, `map_50`, `map_75`; with masks also `mask_map`, `mask_map_50`."""
-        found = self._precision.compute()
+        found = self._precision.compute(per_class=True)
         figures = {name.removeprefix("val_"): value for name, value in found.figures.items()}
-        data = self._classes.data or ()
-        names = self._classes.names(self._known) if self._known is not None else ("", *data)
-        if not self._boxes:
-            raise DataError("no image has an object, so there is no mAP")
-        numbers = sorted(self._boxes)
-        classes = (
-            ClassFigure(name, self._boxes[number], found.by_class.get(number))
-            for number, name in zip(numbers, named(numbers, names), strict=True)
-        )
+        names = self._classes.names(self._known) if self._known is not None else ("", *(self._classes.data or ()))
         note = "" if self._known is None else self._classes.note(self._known)
-        return Counted(figures, tuple(classes), names, note=note)
-
-
-def _objects(target: Mapping[str, Tensor]) -> Tensor:
-    """The labels of what counts: regions with many objects do not."""
-    labels = target["labels"]
-    crowd = target.get("iscrowd")
-    return labels if crowd is None else labels[crowd == 0]
+        return Counted(figures, precisions(found.by_class, found.boxes, names), note)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..display.overview import ReportInNotebook
 from ..errors import plural
+from ..finetuning.output.by_class import ClassFigure, ToldByClass
 
 FIGURES = {
     "accuracy": "accuracy",
@@ -22,23 +21,10 @@ FIGURES = {
     "pixel_accuracy": "pixel accuracy",
 }
 """What each figure is called."""
-OF_CLASSES = {"classification": "accuracy", "detection": "AP", "segmentation": "IoU"}
-"""What each class has, by task."""
-COUNTED = {"classification": "images", "detection": "boxes", "segmentation": "pixels"}
-"""What `ClassFigure.count` counts, by task."""
 
 
 @dataclass(frozen=True)
-class ClassFigure:
-    """One class. count: its images, boxes or pixels in the data. value: its accuracy, AP or IoU; None without any."""
-
-    name: str
-    count: int
-    value: float | None
-
-
-@dataclass(frozen=True)
-class EvaluationReport(ReportInNotebook):
+class EvaluationReport(ToldByClass, ReportInNotebook):
     """The result of `evaluate`.
 
     figures: of all `images`, by the names in `FIGURES`, shares from 0 to 1; `score` is the first. classes: those that
@@ -62,29 +48,12 @@ class EvaluationReport(ReportInNotebook):
         name, value = next(iter(self.figures.items()))
         return FIGURES[name], value
 
-    @property
-    def worst(self) -> tuple[ClassFigure, ...]:
-        """The classes that the data has, the worst first."""
-        known = [each for each in self.classes if each.value is not None]
-        return tuple(sorted(known, key=lambda each: each.value or 0.0))
-
-    def taken_for(self) -> dict[str, tuple[str, int]]:
-        """For each class some of which is told wrongly: the other that it is most often taken for, and how often."""
-        wrong: dict[int, Counter[int]] = {}
-        for true, predicted, count in self.confusion:
-            if true != predicted:
-                wrong.setdefault(true, Counter())[predicted] += count
-        most = {true: counts.most_common(1)[0] for true, counts in wrong.items()}
-        return {self.names[true]: (self.names[other], count) for true, (other, count) in most.items()}
-
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
             **asdict(self),
             "score": self.score[1],
-            "classes": [asdict(each) for each in self.classes],
-            "names": list(self.names),
-            "confusion": [list(cell) for cell in self.confusion],
+            **self.classes_to_dict(),
             "notes": list(self.notes),
             "bad": list(self.bad),
         }
@@ -92,22 +61,5 @@ class EvaluationReport(ReportInNotebook):
     def __str__(self) -> str:
         lines = [f"{FIGURES[name]}: {value:.4f}" for name, value in self.figures.items()]
         lines[0] += f" on {plural(self.images, 'image')}"
-        if self.worst and len(self.classes) > 1:
-            worst = self.worst[0]
-            lines.append(f"worst of {len(self.classes)} classes: {worst.name} ({worst.value:.4f})")
+        lines += self.told_worst()
         return "\n".join([*lines, *self.notes])
-
-
-def matrix(report: EvaluationReport) -> tuple[list[str], list[list[int]]]:
-    """The confusion matrix over the classes that are there or predicted: names, and a row for each true class."""
-    numbers = sorted({number for cell in report.confusion for number in cell[:2]})
-    place = {number: i for i, number in enumerate(numbers)}
-    rows = [[0] * len(numbers) for _ in numbers]
-    for true, predicted, count in report.confusion:
-        rows[place[true]][place[predicted]] = count
-    return named(numbers, report.names), rows
-
-
-def named(numbers: Sequence[int], names: Sequence[str]) -> list[str]:
-    """What classes are called; a number where nobody says it."""
-    return [names[number] if number < len(names) else str(number) for number in numbers]

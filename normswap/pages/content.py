@@ -14,7 +14,8 @@ from markupsafe import Markup
 from ..checkpoint.manifest import read_manifest
 from ..conversion.history import Entry
 from ..errors import CheckpointError, plural
-from ..evaluation.report import COUNTED, FIGURES, OF_CLASSES
+from ..evaluation.report import FIGURES
+from ..finetuning.output.by_class import COUNTED, OF_CLASSES
 from ..finetuning.output.layout import METRICS
 from ..finetuning.output.metrics_log import read_lines
 from ..planning.plan import Plan

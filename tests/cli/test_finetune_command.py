@@ -42,8 +42,8 @@ def test_one_command_converts_calibrates_and_trains(cli: Cli) -> None:
     assert "calibrated on 8 training images" in ran.err
     assert "4 of the 12 images are held back" in ran.err
     names = {p.name for p in Path("runs/tiny-gn").iterdir()}
-    files = {"best.safetensors", "last.safetensors", "state.pt", "metrics.jsonl", "curves.png", "run.json"}
-    assert names == files
+    files = {"best.safetensors", "last.safetensors", "state.pt", "metrics.jsonl", "curves.png", "confusion.png"}
+    assert names == {*files, "run.json"}
     history = normswap.load("runs/tiny-gn/last.safetensors", trust_code=True)._normswap.history
     assert [entry.action for entry in history] == ["calibrate", "finetune"]
 
@@ -58,7 +58,25 @@ def test_the_page_names_figures_and_files(cli: Cli) -> None:
     assert "(before " in ran.out
     assert ", over steps 1 to 3" in ran.out
     assert ", over 4 images at step 3" in ran.out
-    assert "best.safetensors, last.safetensors, curves.png" in ran.out
+    assert "best.safetensors, last.safetensors, curves.png, confusion.png" in ran.out
+
+
+@pytest.mark.usefixtures("images")
+def test_the_end_of_a_run_tells_the_worst_classes_and_what_they_are_taken_for(cli: Cli) -> None:
+    ran = finetune(cli, "--output", "run", "--report", "page.html")
+    assert ran.code == 0, ran.err
+    assert "worst classes  images  accuracy" in ran.out
+    ran = finetune(cli, "--output", "run", "--force", "--json")
+    noted = json.loads(Path("run/run.json").read_text())
+    assert noted["options"]["steps"] == 3
+    for found in (ran.json, noted["result"]):
+        assert {each["name"] for each in found["classes"]} <= set(found["names"])
+        assert sum(each["count"] for each in found["classes"]) == ran.json["validation_images"]
+        right = sum(count for true, predicted, count in found["confusion"] if true == predicted)
+        assert right / ran.json["validation_images"] == ran.json["figures"]["val_accuracy"]
+    page = Path("page.html").read_text()
+    assert 'aria-label="confusion matrix"' in page
+    assert "From the worst to the best" in page
 
 
 @pytest.mark.usefixtures("images")

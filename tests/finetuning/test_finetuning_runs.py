@@ -23,7 +23,7 @@ def test_a_run_leaves_its_files(gn: nn.Module, data: Any, tmp_path: Path) -> Non
     report = normswap.finetune(gn, *data, batch_size=4, epochs=2, output=tmp_path / "run")
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {
-        "best.safetensors", "curves.png", "last.safetensors", "metrics.jsonl", "state.pt",
+        "best.safetensors", "confusion.png", "curves.png", "last.safetensors", "metrics.jsonl", "state.pt",
     }  # fmt: skip
     last = normswap.load(report.last_file, model=pretrained())
     assert not changed(last, tensors(gn))

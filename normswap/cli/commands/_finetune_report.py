@@ -14,10 +14,15 @@ from ...errors import OptionError, plural
 from ..arguments.config import NOT_OF_A_RUN
 from ..arguments.networks import ResolvedSource
 from ..terminal import flags
+from ._classes import show_classes
 
 if TYPE_CHECKING:
     from ...finetuning.output.report import FinetuneReport, Progress
     from ..terminal.render import Page
+
+
+_WORST = 5
+_RESULT = ("steps", "figures", "best_name", "best", "best_at", "validated_at", "task", "classes", "names", "confusion")
 
 
 def options_of(ctx: typer.Context, **settled: Any) -> dict[str, Any]:
@@ -55,6 +60,22 @@ def keep_command(folder: Path, asked: Mapping[str, Any], *, resume: bool) -> Non
         raise OptionError(f"{folder} is a run with {found}", hint="Resume with the command that it began with.")
 
 
+def keep_result(folder: Path, report: FinetuneReport) -> None:
+    """Add what the run came to, class by class, to what was noted of its command. Raises OutputError."""
+    from ...files.writing import atomic
+    from ...finetuning.output.layout import COMMAND
+
+    path = folder / COMMAND
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        noted = {}  # of a run that Python started
+    values = report.to_dict()
+    noted["result"] = {name: values[name] for name in _RESULT}
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(noted, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
 class Teller:
     """Shows progress: the table of epochs above the bar, else the bar itself.
 
@@ -83,6 +104,8 @@ def _figure(report: FinetuneReport, name: str, value: float) -> tuple[str, str]:
 
 def show(page: Page, report: FinetuneReport, folder: Path, origin: ResolvedSource) -> None:
     """What a run came to."""
+    from ...finetuning.output.layout import COMMAND
+
     cut = f" of {report.planned}, interrupted" if report.interrupted else ""
     facts = [
         (
@@ -98,10 +121,15 @@ def show(page: Page, report: FinetuneReport, folder: Path, origin: ResolvedSourc
     if report.resumed_at == report.steps and not report.interrupted:
         facts[:2] = [("trained", f"nothing: the run was complete, with {plural(report.steps, 'step')}")]
     page.facts(*facts, indent=0)
+    if len(report.classes) > 1:
+        hidden = show_classes(page, report, _WORST)
+        if hidden > 0:
+            page.line((f"{hidden} more class{'es' * (hidden != 1)} in {folder / COMMAND}", "dim"))
+        page.gap()
     for note in report.notes:
         page.line(("note: ", "dim"), flags.told(note))
     page.skipped(report.bad)
-    files = (report.best_file, report.last_file, report.curves, report.examples)
+    files = (report.best_file, report.last_file, report.curves, report.matrix, report.examples)
     page.line(("Written: ", "strong"), (str(folder), "path"), ": ", ", ".join(f.name for f in files if f is not None))
     if report.interrupted:
         page.line(("Next: ", "strong"), "the same command with --resume goes on from there")

@@ -20,6 +20,7 @@ from ..arguments.preprocessing import Preparation, PreprocessOverrides, prepare
 from ..terminal import flags
 from ..terminal.errors import WRITTEN, BelowLimit
 from ..terminal.output import reporting
+from ._classes import show_classes
 
 if TYPE_CHECKING:
     from ...evaluation.report import EvaluationReport
@@ -189,33 +190,11 @@ def _page(
         *((FIGURES[name], f"{value:.4f}") for name, value in report.figures.items()),
         indent=0,
     )
-    _classes(page, report, show_all)
+    hidden = show_classes(page, report, None if show_all else _WORST)
+    if hidden > 0:
+        page.line((f"{hidden} more class{'es' * (hidden != 1)}; --all shows every one in order", "dim"))
     for note in report.notes:
         page.line(("note: ", "dim"), flags.told(note))
     page.skipped(report.bad)
     if output is not None:
         page.line(("Written: ", "strong"), (str(output), "path"))
-
-
-def _classes(page: Page, report: EvaluationReport, show_all: bool) -> None:
-    from ...evaluation.report import COUNTED, OF_CLASSES
-
-    rows = report.classes if show_all else report.worst[:_WORST]
-    taken = report.taken_for()
-    titles = ["class" if show_all else "worst classes", f">{COUNTED[report.task]}", f">{OF_CLASSES[report.task]}"]
-    page.gap()
-    page.table(
-        [*titles, *(["most often taken for"] if taken else [])],
-        (
-            [
-                (each.name, "path"),
-                str(each.count),
-                "none" if each.value is None else f"{each.value:.4f}",
-                *(["{} ({})".format(*taken[each.name]) if each.name in taken else ""] if taken else []),
-            ]
-            for each in rows
-        ),
-    )
-    hidden = len(report.classes) - len(rows)
-    if hidden > 0:
-        page.line((f"{hidden} more class{'es' * (hidden != 1)}; --all shows every one in order", "dim"))

@@ -210,6 +210,8 @@ def finetune(
         ctx.meta[WRITTEN] = None
         asked = None if resume else {**command, "options": _settled_options(ctx)}
         found = _trained(ctx, job, ready, folder, asked, out)
+        if found.classes and not helper:
+            _finetune_report.keep_result(folder, found)
         out.show(
             lambda: {"network": ready.origin.to_dict(), "output": str(folder), **found.to_dict()},
             lambda page: _finetune_report.show(page, found, folder, ready.origin),

@@ -21,10 +21,12 @@ from ...training.signals import Signals
 from ...training.updates import NonFinite, Updates
 from ..datasets.loader import Loaded, spread
 from ..datasets.splits import Sets
-from ..output.layout import BEST, CURVES, EXAMPLES, LAST, STATE, clear
+from ..output.by_class import ByClass
+from ..output.layout import BEST, CONFUSION, CURVES, EXAMPLES, LAST, STATE, clear
+from ..output.plots import write_matrix
 from ..output.report import FinetuneReport, Progress
 from ..settings import RunOptions, Settings
-from ..tasks.base import Task, on_device
+from ..tasks.base import Meter, Task, on_device
 from .accelerator import Processes, compiled
 from .batches import Batches
 from .checkpointer import Checkpointer, RunState
@@ -90,6 +92,7 @@ class Trainer:
         self.engine = Engine(self, self.updates, settings.steps)
         self._samples, self._sums = 0, list[dict[str, Tensor]]()
         self._agreed = 0
+        self._meter: Meter | None = None  # of the last validation
         self.reporter = RunReporter(settings, place, self.device, main=self.main, tell=progress)
 
     # --- the run ------------------------------------------------------------------------------------------------
@@ -270,7 +273,9 @@ class Trainer:
                 if self.signals.received is not None and not self.processes.together:
                     return None
         self.reporter.clock.resume()
-        return meter.result(self.processes.total)
+        figures = meter.result(self.processes.total)
+        self._meter = meter
+        return figures
 
     def _draw_examples(self, path: Path) -> None:
         """A page of validation pictures, spread over the whole set, and what the network makes of them."""
@@ -286,7 +291,11 @@ class Trainer:
         """What the run came to."""
         folder, settings, standing = self.place.output, self.settings, self.state
         names = {"last_file": LAST, "best_file": BEST, "state": STATE, "curves": CURVES, "examples": EXAMPLES}
+        names |= {"matrix": CONFUSION}
         places = {} if folder is None else {k: folder / name for k, name in names.items()}
+        of = ByClass() if self._meter is None else self._meter.by_class(self._sets.classes or ())
+        if folder is not None and self.main:
+            write_matrix(folder, of)
         files: dict[str, Any] = {k: place for k, place in places.items() if place.is_file()}
         return FinetuneReport(
             self.step, settings.steps, self.step / settings.epoch, settings.processes, settings.global_batch,
@@ -295,6 +304,6 @@ class Trainer:
             interrupted=not self.ended, resumed_at=self.reporter.began,
             window=standing.window, validated_at=standing.validated_at,
             validation_images=0 if self._sets.validation is None else len(self._sets.validation),
-            notes=tuple(self.reporter.notes),
+            task=self.task.name, **vars(of), notes=tuple(self.reporter.notes),
             bad=tuple(str(bad) for bad in self.batches.skipped.found.values()),
         )  # fmt: skip

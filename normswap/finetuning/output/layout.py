@@ -14,10 +14,10 @@ from ...files.locking import locked
 from ...files.writing import check_kept
 
 STATE, LAST, BEST = "state.pt", "last.safetensors", "best.safetensors"
-METRICS, CURVES, EXAMPLES = "metrics.jsonl", "curves.png", "examples.png"
+METRICS, CURVES, EXAMPLES, CONFUSION = "metrics.jsonl", "curves.png", "examples.png", "confusion.png"
 COMMAND = "run.json"
 BOARD, TRACKED = "tensorboard", "trackers.json"
-_FILES = (STATE, LAST, BEST, METRICS, CURVES, EXAMPLES, COMMAND, TRACKED)
+_FILES = (STATE, LAST, BEST, METRICS, CURVES, EXAMPLES, CONFUSION, COMMAND, TRACKED)
 
 
 @contextmanager

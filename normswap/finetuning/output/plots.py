@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from ...files.writing import atomic
+from .by_class import ByClass, matrix
+from .layout import CONFUSION
 
 SURE = 0.5
 """The least score of a box that is drawn."""
 _PAIRS = 2  # pictures in a row
+_NAMED, _WRITTEN = 60, 20  # classes up to which a matrix has their names, and the number of each cell
 
 
 def canvas_of(width: float, height: float) -> Any:
@@ -90,6 +93,47 @@ def masks_page(
     _legend(canvas, sorted(shown), names)
     save_canvas(canvas, path)
     return True
+
+
+def confusion_page(path: Path, names: Sequence[str], rows: Sequence[Sequence[int]]) -> bool:
+    """A confusion matrix, a row for each true class, in shares of it. False without matplotlib."""
+    side = min(14.0, 2.5 + 0.4 * len(names))
+    canvas = canvas_of(side + 0.8, side)
+    if canvas is None:
+        return False
+    axes = canvas.subplots()
+    shares = [[count / max(sum(row), 1) for count in row] for row in rows]
+    drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    canvas.colorbar(drawn, label="share of the true class", shrink=0.8)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if len(names) <= _NAMED:
+        axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=90, parse_math=False)
+        axes.set_yticks(range(len(names)), [_short(name) for name in names], parse_math=False)
+    if len(names) <= _WRITTEN:
+        for i, row in enumerate(rows):
+            for j, count in enumerate(row):
+                colour = "white" if shares[i][j] > 0.5 else "black"
+                axes.text(j, i, _brief(count), ha="center", va="center", color=colour, fontsize=8)
+    save_canvas(canvas, path)
+    return True
+
+
+def write_matrix(folder: Path, found: ByClass) -> None:
+    """confusion.png, where there is a matrix and matplotlib."""
+    if found.confusion:
+        confusion_page(folder / CONFUSION, *matrix(found))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else name[:23] + "…"
+
+
+def _brief(count: int) -> str:
+    """At most five characters, as pixels are many."""
+    if count < 10_000:
+        return str(count)
+    return f"{count / 1e3:.0f}k" if count < 1_000_000 else f"{count / 1e6:.3g}M"
 
 
 def _in_colour(image: Tensor) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...display.overview import ReportInNotebook
 from ...display.progress import Line, shown
 from ...errors import plural
+from .by_class import Cells, ClassFigure, ToldByClass
 from .epoch_table import EpochTable, Row
 
 
@@ -67,14 +68,15 @@ def show(line: Line, now: Progress) -> None:
 
 
 @dataclass(frozen=True)
-class FinetuneReport(ReportInNotebook):
+class FinetuneReport(ToldByClass, ReportInNotebook):
     """The result of `finetune`.
 
     steps: how many were done, of `planned`; processes: how many trained together. figures: the last of training, means
     over the steps from the first to the last of `window`, and of validation, over `validation_images` at the step
     `validated_at`, which after an interruption is an earlier one; best: the best validation figure, `best_at`: the step
-    it was reached at. last_file, best_file, state, curves, examples: the files written, None where there is no output
-    folder. bad: samples that could not be read.
+    it was reached at. last_file, best_file, state, curves, examples, matrix: the files written, None where there is no
+    output folder. classes, names, confusion: of that validation (see `ByClass`; `worst` has the worst class first);
+    matrix is its picture. bad: samples that could not be read.
     """
 
     steps: int
@@ -95,11 +97,16 @@ class FinetuneReport(ReportInNotebook):
     state: Path | None = None
     curves: Path | None = None
     examples: Path | None = None
+    matrix: Path | None = None
     interrupted: bool = False
     resumed_at: int = 0
     window: tuple[int, int] | None = None
     validated_at: int | None = None
     validation_images: int = 0
+    task: str = "classification"
+    classes: tuple[ClassFigure, ...] = field(default=(), repr=False)
+    names: tuple[str, ...] = field(default=(), repr=False)
+    confusion: Cells = field(default=(), repr=False)
     bad: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -113,7 +120,7 @@ class FinetuneReport(ReportInNotebook):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        values = asdict(self) | {"bad": list(self.bad), "notes": list(self.notes)}
+        values = asdict(self) | self.classes_to_dict() | {"bad": list(self.bad), "notes": list(self.notes)}
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
     def __str__(self) -> str:
@@ -123,4 +130,4 @@ class FinetuneReport(ReportInNotebook):
         lines += [f"{name}: {value:.4g}, {self.over(name)}" for name, value in self.figures.items()]
         if self.best is not None:
             lines.append(f"best {self.best_name}: {self.best:.4f} at step {self.best_at}")
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *self.told_worst(), *self.notes])

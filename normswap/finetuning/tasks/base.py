@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...heads.classifier import Head
 from ...inspection.roles import roles_of
 from ..datasets.splits import Sets
+from ..output.by_class import ByClass
 from ..output.panel import Panel
 
 Reduce = Callable[[Tensor], Tensor]
@@ -38,6 +39,9 @@ class Meter(Protocol):
 
     def result(self, total: Reduce) -> dict[str, float]:
         """The figures over all processes; each of them calls this."""
+
+    def by_class(self, names: Sequence[str]) -> ByClass:
+        """Of each class, after `result`; each process calls this. names: of the data's classes, as far as known."""
 
 
 class Task(Protocol):

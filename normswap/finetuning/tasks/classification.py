@@ -16,6 +16,7 @@ from ...errors import DataError, Fix, OptionError, Text
 from ...heads.classifier import Head, find_head, scores_of
 from ...modules.path_ranges import matches
 from ...modules.tree import device_and_dtype
+from ...training.distributed import gathered
 from ...training.losses import divergence
 from ..datasets.augmentation import Plain, settled, training_transform
 from ..datasets.collate import collate
@@ -23,6 +24,7 @@ from ..datasets.labelled import PICTURES, LabelledImages, open_one, open_sets, s
 from ..datasets.loader import Tensors, spread
 from ..datasets.mixing import Mixing
 from ..datasets.splits import Sets
+from ..output.by_class import Answers, ByClass, accuracies, named, summed
 from ..output.panel import Panel
 from .base import Outcome, Reduce, on_device
 from .head import fitted
@@ -167,6 +169,7 @@ class Accuracy:
     def __init__(self) -> None:
         self._right: Any = None
         self._loss = torch.zeros(2, dtype=torch.float64)
+        self._answers = Answers()
 
     def add(self, model: nn.Module, content: Any) -> None:
         """One batch."""
@@ -176,6 +179,7 @@ class Accuracy:
         if self._right is None:
             self._right = metric("MulticlassAccuracy", scores.shape[1], average="micro").to(scores.device)
         self._right.update(scores, labels)
+        self._answers.add(scores, labels)
         loss = F.cross_entropy(scores, labels, reduction="sum")
         self._loss += torch.tensor([float(loss), len(labels)], dtype=torch.float64)
 
@@ -186,6 +190,12 @@ class Accuracy:
             raise DataError("no validation image could be read")
         right = self._right or metric("MulticlassAccuracy", 1, average="micro")  # of a process without images
         return {"val_loss": loss / count, "val_accuracy": over_all(right, total)}
+
+    def by_class(self, names: Sequence[str]) -> ByClass:
+        """The accuracy of each, and what it is taken for."""
+        parts = gathered((self._answers.known, self._answers.cells()))
+        known = max(known for known, _ in parts)
+        return accuracies(summed(cells for _, cells in parts), (*named(range(known), names), "NaN"))
 
 
 def _auxiliary(output: Any) -> list[Tensor]:

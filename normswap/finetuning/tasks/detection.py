@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from ...training.distributed import gathered
 from ..datasets.boxes import DetectionImages, check_sample, open_boxes, open_one
 from ..datasets.loader import spread
 from ..datasets.splits import Sets
+from ..output.by_class import ByClass, precisions
 from ..output.panel import Panel
 from ..output.plots import boxes_page
 from .base import Outcome, Reduce, parameters_of_head
@@ -125,18 +127,23 @@ class Detection:
 
 @dataclass(frozen=True)
 class Precision:
-    """What a `MeanPrecision` comes to. by_class: the AP of the boxes of each label, where that was asked for."""
+    """What a `MeanPrecision` comes to. by_class: the AP of the boxes of each label, where that was asked for.
+
+    boxes: how many of each label the images have.
+    """
 
     figures: dict[str, float]
     by_class: dict[int, float]
+    boxes: dict[int, int]
 
 
 class MeanPrecision:
     """COCO's mean average precision (torchmetrics), of boxes and, where the network gives them, of masks."""
 
-    def __init__(self, *, per_class: bool = False) -> None:
+    def __init__(self) -> None:
         self._metric: Any = None
-        self._masks, self._per_class = False, per_class
+        self._masks = False
+        self._boxes: Counter[int] = Counter()
 
     def add(self, model: nn.Module, content: Any) -> None:
         """One batch."""
@@ -147,7 +154,9 @@ class MeanPrecision:
         found, targets = _on_cpu(found), _on_cpu(targets)
         if self._metric is None:
             self._masks = all("masks" in each for each in (*found, *targets))
-            self._metric = _metric(self._masks, self._per_class)
+            self._metric = _metric(self._masks)
+        for target in targets:
+            self._boxes.update(_objects(target).tolist())
         keys = _PREDICTED if self._masks else _PREDICTED[:3]
         predictions = [{k: v for k, v in each.items() if k in keys} for each in found]
         for each in predictions if self._masks else ():
@@ -161,20 +170,25 @@ class MeanPrecision:
         """`val_map` (IoU 0.5 to 0.95), `val_map_50`, `val_map_75`; with masks also `val_mask_map`, `..._50`."""
         return self.compute().figures
 
-    def compute(self) -> Precision:
-        """Over all processes, each of which calls this.
+    def by_class(self, names: Sequence[str]) -> ByClass:
+        """The AP of the boxes of each."""
+        found = self.compute(per_class=True)
+        return precisions(found.by_class, found.boxes, ("", *names))
+
+    def compute(self, *, per_class: bool = False) -> Precision:
+        """Over all processes, each of which calls this. per_class: of each class too, which takes a while.
 
         Each process has looked at its own images, so their parts are simply put together.
         """
-        parts = gathered((self._masks, None if self._metric is None else self._metric.metric_state))
+        parts = gathered((self._masks, None if self._metric is None else self._metric.metric_state, self._boxes))
         parts = [part for part in parts if part[1] is not None]
         if not parts:
             raise DataError("no validation image could be read")
         masks = parts[0][0]
-        whole = _metric(masks, self._per_class)
+        whole = _metric(masks, per_class)
         whole.update([], [])
         for name in parts[0][1]:
-            setattr(whole, name, [value for _, state in parts for value in state[name]])
+            setattr(whole, name, [value for _, state, _ in parts for value in state[name]])
         figures = whole.compute()
         boxes, shapes = ("bbox_", "segm_") if masks else ("", "")
         found = {f"val_{k}": float(figures[boxes + k]) for k in ("map", "map_50", "map_75")}
@@ -183,7 +197,15 @@ class MeanPrecision:
         if found["val_map"] < 0:
             raise DataError("no validation image has an object, so there is no mAP", hint="Validate on others.")
         columns = (figures[name].reshape(-1).tolist() for name in ("classes", f"{boxes}map_per_class"))
-        return Precision(found, dict(zip(*columns, strict=True)) if self._per_class else {})
+        counts = sum((count for _, _, count in parts), Counter[int]())
+        return Precision(found, dict(zip(*columns, strict=True)) if per_class else {}, counts)
+
+
+def _objects(target: Mapping[str, Tensor]) -> Tensor:
+    """The labels of what counts: regions with many objects do not."""
+    labels = target["labels"]
+    crowd = target.get("iscrowd")
+    return labels if crowd is None else labels[crowd == 0]
 
 
 def _called(network: Callable[..., Any], *args: Any) -> Any:
@@ -207,7 +229,7 @@ def predicts_masks(model: nn.Module) -> bool:
     return getattr(getattr(model, "roi_heads", None), "mask_head", None) is not None
 
 
-def _metric(masks: bool, per_class: bool) -> Any:
+def _metric(masks: bool, per_class: bool = False) -> Any:
     try:
         from torchmetrics.detection import MeanAveragePrecision
 

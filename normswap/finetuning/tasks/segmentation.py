@@ -18,6 +18,7 @@ from ...heads.classifier import Head, scores_of
 from ..datasets.loader import spread
 from ..datasets.masks import open_mask_sets, open_one, plain, prepared_masks
 from ..datasets.splits import Sets
+from ..output.by_class import ByClass, named, overlaps
 from ..output.panel import Panel
 from ..output.plots import masks_page
 from .base import Outcome, Reduce, parameters_of_head
@@ -173,7 +174,12 @@ class Overlap:
         if not pixels:
             raise DataError("all pixels of the validation masks are ignored (255)")
         right = float(own.confmat.diag().sum())
+        self._overlap = own
         return {"val_loss": loss / pixels, "val_miou": overlap, "val_pixel_accuracy": right / pixels}
+
+    def by_class(self, names: Sequence[str]) -> ByClass:
+        """The IoU of each, and what its pixels are taken for."""
+        return overlaps(self.confusion, named(range(len(self.confusion)), names))
 
 
 def _overlap_of(classes: int) -> Any:
