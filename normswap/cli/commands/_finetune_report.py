@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,10 @@ def keep_result(folder: Path, report: FinetuneReport) -> None:
     values = report.to_dict()
     noted["result"] = {name: values[name] for name in _RESULT}
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(noted, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(noted, indent=2, allow_nan=False)
+        temporary.write_text(
+            re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", text) + "\n", encoding="utf-8"
+        )
 
 
 class Teller:
