@@ -5,9 +5,11 @@ A cell is a text, or a text with a style (see `cli.terminal.render`). A title th
 
 from __future__ import annotations
 
+import base64
 import html
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import plural
@@ -57,10 +59,23 @@ class Table:
 
 
 class ReportInNotebook:
-    """A report shows its text in a notebook."""
+    """A report shows its text in a notebook, and below it its tables and pictures."""
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        parts = [f"<pre>{html.escape(str(self))}</pre>", *(table.to_html() for table in self._tables())]
+        return "".join([*parts, *(_inline(path) for path in self._pictures() if path is not None and path.is_file())])
+
+    def _tables(self) -> Iterable[Table]:
+        return ()
+
+    def _pictures(self) -> Iterable[Path | None]:
+        """PNG files; None for one that was not written."""
+        return ()
+
+
+def _inline(picture: Path) -> str:
+    data = base64.b64encode(picture.read_bytes()).decode("ascii")
+    return f'<img alt="{html.escape(picture.stem)}" style="max-width: 100%" src="data:image/png;base64,{data}">'
 
 
 def layers_table(layers: Sequence[Any], *, rule: Mapping[str, str] | None = None, show_all: bool = False) -> Table:

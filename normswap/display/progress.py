@@ -88,17 +88,24 @@ class Line:
 
 
 class _Notebook(Line):
-    """The same below a notebook's cell."""
+    """The same below a notebook's cell, in one output with the lines that stay, which scroll where they are many."""
 
     def __init__(self, what: str, display: Any) -> None:
         super().__init__(what, sys.stderr)
         self._display, self._handle = display, None
+        self._kept: list[str] = []
+
+    def above(self, text: str) -> None:
+        self._kept.append(text)
+        self._draw(self._shown)
 
     def _columns(self) -> int:
         return 100
 
     def _draw(self, text: str) -> None:
-        shown = {"text/plain": text, "text/html": f"<pre>{html.escape(text)}</pre>" if text else ""}
+        lines = "\n".join([*self._kept, *filter(None, [text])])
+        style = "max-height: 24em; overflow-y: auto"
+        shown = {"text/plain": lines, "text/html": f'<pre style="{style}">{html.escape(lines)}</pre>' if lines else ""}
         if self._handle is None:
             self._handle = self._display(shown, raw=True, display_id=True)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..display.overview import ReportInNotebook
+from ..display.overview import ReportInNotebook, Table
 from ..errors import plural
 from ..finetuning.output.by_class import ClassFigure, ToldByClass
 
@@ -21,6 +21,7 @@ FIGURES = {
     "pixel_accuracy": "pixel accuracy",
 }
 """What each figure is called."""
+_WORST = 10  # classes in a notebook
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ class EvaluationReport(ToldByClass, ReportInNotebook):
             "notes": list(self.notes),
             "bad": list(self.bad),
         }
+
+    def _tables(self) -> list[Table]:
+        return [self.classes_table(self.task, _WORST)] * (len(self.classes) > 1)
 
     def __str__(self) -> str:
         lines = [f"{FIGURES[name]}: {value:.4f}" for name, value in self.figures.items()]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import normswap
-from normswap.display.progress import Line, duration, line
+from normswap.display.progress import Line, _Notebook, duration, line
 
 
 class Terminal(io.StringIO):
@@ -107,3 +107,40 @@ def test_calibrate_tells_a_function_of_batches_and_norms() -> None:
     told: list[tuple[int, int]] = []
     calibrate(progress=lambda done, total: told.append((done, total)))
     assert told == [(done, 4) for done in range(1, 5)]
+
+
+class Cell:
+    """What a notebook shows below a cell: outputs, each of which may be replaced."""
+
+    def __init__(self) -> None:
+        self.outputs: list[dict[str, str]] = []
+
+    def __call__(self, shown: dict[str, str], *, raw: bool, display_id: bool) -> Cell:
+        self.outputs.append(shown)
+        return self
+
+    def update(self, shown: dict[str, str], *, raw: bool) -> None:
+        self.outputs[-1] = shown
+
+
+def test_a_notebooks_cell_has_one_output_which_keeps_what_is_to_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    cell = Cell()
+    told = _Notebook("training", cell)
+    for step in range(1, 200):
+        told(step, 200, "loss 0.5")
+        if step % 50 == 0:
+            told.above(f"epoch {step // 50}: <accuracy>")
+    assert len(cell.outputs) == 1
+    assert "training" in cell.outputs[0]["text/plain"]
+    told.close()
+    assert cell.outputs[0]["text/plain"] == "\n".join(f"epoch {n}: <accuracy>" for n in (1, 2, 3))
+    assert "epoch 3: &lt;accuracy&gt;</pre>" in cell.outputs[0]["text/html"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_work_that_leaves_nothing_leaves_an_empty_output() -> None:
+    cell = Cell()
+    told = _Notebook("calibrating", cell)
+    told(1, 2)
+    told.close()
+    assert cell.outputs == [{"text/plain": "", "text/html": ""}]

@@ -41,6 +41,9 @@ def test_the_matrix_is_drawn_beside_the_curves_and_anew_when_a_run_goes_on(
     report = normswap.finetune(gn, *data, batch_size=4, steps=2, output=tmp_path / "run", device="cpu")
     assert report.matrix == tmp_path / "run" / "confusion.png"
     assert report.matrix.read_bytes().startswith(b"\x89PNG")
+    shown = report._repr_html_()
+    assert shown.count("data:image/png;base64,") == 2
+    assert "<th>worst classes</th>" in shown
     again = normswap.finetune(gn, *data, batch_size=4, steps=2, output=tmp_path / "run", device="cpu", resume=True)
     assert (again.classes, again.matrix) == ((), report.matrix)  # nothing was measured; the picture is of before
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...display.overview import Table
+
 OF_CLASSES = {"classification": "accuracy", "detection": "AP", "segmentation": "IoU"}
 """What each class has, by task."""
 COUNTED = {"classification": "images", "detection": "boxes", "segmentation": "pixels"}
@@ -69,12 +71,27 @@ class ToldByClass:
             "confusion": [list(cell) for cell in self.confusion],
         }
 
+    def classes_table(self, task: str, most: int | None) -> Table:
+        """The worst, `most` of them, or with None all in their order."""
+        taken = self.taken_for()
+        columns = ("class" if most is None else "worst classes", f">{COUNTED[task]}", f">{OF_CLASSES[task]}")
+        rows = (
+            ((each.name, "path"), str(each.count), "none" if each.value is None else f"{each.value:.4f}",
+             *[_other(taken.get(each.name))] * bool(taken))
+            for each in (self.classes if most is None else self.worst[:most])
+        )  # fmt: skip
+        return Table((*columns, *["most often taken for"] * bool(taken)), tuple(rows))
+
     def told_worst(self) -> list[str]:
         """A sentence on the worst class, where there are several."""
         if not self.worst or len(self.classes) < 2:
             return []
         worst = self.worst[0]
         return [f"worst of {len(self.classes)} classes: {worst.name} ({worst.value:.4f})"]
+
+
+def _other(taken: tuple[str, int] | None) -> str:
+    return "" if taken is None else "{} ({})".format(*taken)
 
 
 class Answers:

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...display.overview import ReportInNotebook
+from ...display.overview import ReportInNotebook, Table
 from ...display.progress import Line, shown
 from ...errors import plural
 from .by_class import Cells, ClassFigure, ToldByClass
 from .epoch_table import EpochTable, Row
+
+_WORST = 10  # classes in a notebook
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,12 @@ class FinetuneReport(ToldByClass, ReportInNotebook):
         """JSON values."""
         values = asdict(self) | self.classes_to_dict() | {"bad": list(self.bad), "notes": list(self.notes)}
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+    def _tables(self) -> list[Table]:
+        return [self.classes_table(self.task, _WORST)] * (len(self.classes) > 1)
+
+    def _pictures(self) -> tuple[Path | None, ...]:
+        return self.curves, self.matrix, self.examples
 
     def __str__(self) -> str:
         cut = f" of {self.planned}, interrupted" if self.interrupted else ""
