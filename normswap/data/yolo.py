@@ -85,8 +85,7 @@ def find_yolo(place: Path) -> YoloFolder | None:
         file = data_file(folder)
         if file is not None:
             return YoloFolder(file, names_in(file), parts)
-        if (folder / CLASSES).is_file():
-            names = (folder / CLASSES).read_text("utf-8-sig").split("\n")
+        if (folder / CLASSES).is_file() and (names := (folder / CLASSES).read_text("utf-8-sig").split("\n")) != [""]:
             return YoloFolder(folder / CLASSES, tuple(name.strip() for name in names if name.strip()), parts)
     raise DataError(f"{place / LABELS} holds labels, but nothing names their classes", hint=_SEE)
 
@@ -96,7 +95,9 @@ def _pairs(folder: Path) -> dict[str, tuple[Path, ...]]:
     images, labels = folder / IMAGES, folder / LABELS
     if not images.is_dir() or not labels.is_dir() or next(labels.rglob("*.txt"), None) is None:
         return {}
-    parts = {each.name: (each,) for each in sorted(images.iterdir()) if (labels / each.name).is_dir()}
+    parts: dict[str, tuple[Path, ...]] = {
+        each.name: (each,) for each in sorted(images.iterdir()) if (labels / each.name).is_dir()
+    }
     return parts or {"": (images,)}
 
 

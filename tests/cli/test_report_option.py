@@ -158,7 +158,11 @@ def test_finetune_shows_its_curves(cli: Cli, images: Path) -> None:
     assert cli("convert", "nets.py:tiny", "--to", "gn", "--groups", "2").code == 0
     fixed = ("tiny-gn.safetensors", "--trust-code", "--data", "photos", "--device", "cpu")
     _, page = reported(cli, "finetune", *fixed, "--epochs", "1", "-o", "run")
-    assert [chart.get("aria-label") for chart in page.charts()] == ["loss over epoch", "accuracy over epoch"]
+    assert [chart.get("aria-label") for chart in page.charts()] == [
+        "loss over epoch",
+        "accuracy over epoch",
+        "confusion matrix",
+    ]
     assert re.search(r"normswap convert --to original( --approximate)? --trust-code run/best.safetensors", page.text)
     assert "report" not in json.loads(Path("run/run.json").read_text())["options"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...display.overview import Table
+from ...display.overview import Cell, Table
 
 OF_CLASSES = {"classification": "accuracy", "detection": "AP", "segmentation": "IoU"}
 """What each class has, by task."""
@@ -75,11 +75,10 @@ class ToldByClass:
         """The worst, `most` of them, or with None all in their order."""
         taken = self.taken_for()
         columns = ("class" if most is None else "worst classes", f">{COUNTED[task]}", f">{OF_CLASSES[task]}")
-        rows = (
-            ((each.name, "path"), str(each.count), "none" if each.value is None else f"{each.value:.4f}",
-             *[_other(taken.get(each.name))] * bool(taken))
-            for each in (self.classes if most is None else self.worst[:most])
-        )  # fmt: skip
+        rows: list[tuple[Cell, ...]] = []
+        for each in self.classes if most is None else self.worst[:most]:
+            value = "none" if each.value is None else f"{each.value:.4f}"
+            rows.append(((each.name, "path"), str(each.count), value, *[_other(taken.get(each.name))] * bool(taken)))
         return Table((*columns, *["most often taken for"] * bool(taken)), tuple(rows))
 
     def told_worst(self) -> list[str]:
