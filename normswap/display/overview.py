@@ -63,19 +63,23 @@ class ReportInNotebook:
 
     def _repr_html_(self) -> str:
         parts = [f"<pre>{html.escape(str(self))}</pre>", *(table.to_html() for table in self._tables())]
-        return "".join([*parts, *(_inline(path) for path in self._pictures() if path is not None and path.is_file())])
+        return "".join([*parts, *(_inline(*each) for each in self._pictures())])
 
     def _tables(self) -> Iterable[Table]:
         return ()
 
-    def _pictures(self) -> Iterable[Path | None]:
-        """PNG files; None for one that was not written."""
+    def _pictures(self) -> Iterable[tuple[str, Path | bytes | None]]:
+        """What is to be seen, and a PNG, or the file with it, if there is one."""
         return ()
 
 
-def _inline(picture: Path) -> str:
-    data = base64.b64encode(picture.read_bytes()).decode("ascii")
-    return f'<img alt="{html.escape(picture.stem)}" style="max-width: 100%" src="data:image/png;base64,{data}">'
+def _inline(alt: str, picture: Path | bytes | None) -> str:
+    if isinstance(picture, Path):
+        picture = picture.read_bytes() if picture.is_file() else None
+    if picture is None:
+        return ""
+    data = base64.b64encode(picture).decode("ascii")
+    return f'<img alt="{html.escape(alt)}" style="max-width: 100%" src="data:image/png;base64,{data}">'
 
 
 def layers_table(layers: Sequence[Any], *, rule: Mapping[str, str] | None = None, show_all: bool = False) -> Table:

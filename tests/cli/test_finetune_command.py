@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -77,6 +78,22 @@ def test_the_end_of_a_run_tells_the_worst_classes_and_what_they_are_taken_for(cl
     page = Path("page.html").read_text()
     assert 'aria-label="confusion matrix"' in page
     assert "From the worst to the best" in page
+
+
+@pytest.mark.usefixtures("images")
+@pytest.mark.parametrize(("lr", "best_at"), [("10", "0"), ("1e-4", "3")])
+def test_classes_of_another_network_than_the_best_say_so(cli: Cli, lr: str, best_at: str) -> None:
+    ran = finetune(cli, "--lr", lr, "--monitor", "loss")
+    assert re.findall(r"best +val loss \S+ at step (\d+)", ran.out) == [best_at]
+    assert ("at step 3, not of the best network" in ran.out) == (best_at != "3")
+
+
+@pytest.mark.usefixtures("images")
+def test_a_figure_that_cannot_be_monitored_is_refused_before_anything_takes_time(cli: Cli) -> None:
+    ran = finetune(cli, "--to", "gn", "--groups", "4", "--task", "detection", "--monitor", "loss")
+    assert ran.code == 2
+    assert "--monitor must be one of map, map_50" in ran.err
+    assert "building" not in ran.err
 
 
 @pytest.mark.usefixtures("images")

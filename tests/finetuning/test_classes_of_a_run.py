@@ -48,6 +48,17 @@ def test_the_matrix_is_drawn_beside_the_curves_and_anew_when_a_run_goes_on(
     assert (again.classes, again.matrix) == ((), report.matrix)  # nothing was measured; the picture is of before
 
 
+@pytest.mark.usefixtures("pictures")
+def test_a_notebook_shows_the_curves_and_the_matrix_of_a_run_without_a_folder_too(gn: nn.Module, data: Any) -> None:
+    report = normswap.finetune(gn, *data, batch_size=4, steps=2, device="cpu")
+    assert (report.curves, report.matrix) == (None, None)
+    assert [name for name in ("curves", "confusion", "examples") if f'alt="{name}"' in report._repr_html_()] == [
+        "curves", "confusion",
+    ]  # fmt: skip
+    assert [line["step"] for line in report.history if "val_accuracy" in line] == [0, 2]
+    assert not {"history", "panels"} & set(report.to_dict())
+
+
 def test_without_validation_there_are_no_classes(gn: nn.Module, data: Any, tmp_path: Path) -> None:
     single = [(data[0][0][0], 1)]
     report = normswap.finetune(gn, single, batch_size=1, steps=1, output=tmp_path / "run", device="cpu")

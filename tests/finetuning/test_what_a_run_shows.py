@@ -14,6 +14,7 @@ import normswap
 from normswap.display.progress import Lines
 from normswap.finetuning.output.epoch_table import EpochTable, Row
 from normswap.finetuning.output.metrics_log import _plot
+from normswap.finetuning.output.panel import Panel
 from normswap.finetuning.output.report import Progress, Teller
 from normswap.finetuning.tasks.classification import Classification
 from normswap.finetuning.tasks.segmentation import Segmentation
@@ -101,3 +102,13 @@ def test_training_and_validation_share_their_axes(task: Any) -> None:
     _plot(axes, lines, panel, ("val_loss", 4))
     shown = {line.get_label(): list(line.get_xdata()) for line in axes.get_lines()}
     assert shown == {"training": [0, 0.5, 1, 1.5, 2], "validation": [0, 1, 2], "best, 0": [2]}
+
+
+@pytest.mark.usefixtures("pictures")
+def test_a_star_has_its_legend_beside_a_single_line_too() -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    measured = [{"epoch": float(i), "step": 2 * i, "val_map": i / 4} for i in range(3)]
+    _plot(axes, measured, Panel("mAP", ("val_map",)), ("val_map", 4))
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["validation", "best, 0.5"]

@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from ...arguments import one_of
+from ...choices import MONITORS
 from ..arguments import options
 from ..arguments.config import Configured
 from ..arguments.datasets import DataPlace
@@ -63,6 +65,12 @@ class FinetuneJob:
         training |= {"clip_grad": said["clip_grad"] or None, "ema": decay if said["ema"] else 0.0}
         training |= {"stabilize": not said["no_stabilize"]}
         return cls(SourceRequest.of(ctx, said["source"]), swap, data, asked, training)
+
+    def check(self) -> None:
+        """What would else be refused only when the network is converted and calibrated. Raises OptionError."""
+        self.swap.check()
+        if self.training["monitor"] is not None:
+            one_of("monitor", self.training["monitor"].removeprefix("val_"), MONITORS[self.data.task])
 
 
 def _flag(name: str) -> str:

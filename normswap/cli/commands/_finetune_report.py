@@ -127,8 +127,11 @@ def show(page: Page, report: FinetuneReport, folder: Path, origin: ResolvedSourc
     page.facts(*facts, indent=0)
     if len(report.classes) > 1:
         hidden = show_classes(page, report, _WORST)
-        if hidden > 0:
-            page.line((f"{hidden} more class{'es' * (hidden != 1)} in {folder / COMMAND}", "dim"))
+        past = report.best_at is not None and report.best_at != report.validated_at
+        told = [f"at step {report.validated_at}, not of the best network"] * past
+        told += [f"{hidden} more class{'es' * (hidden != 1)} in {folder / COMMAND}"] * (hidden > 0)
+        if told:
+            page.line(("; ".join(told), "dim"))
         page.gap()
     for note in report.notes:
         page.line(("note: ", "dim"), flags.told(note))

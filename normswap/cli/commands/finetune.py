@@ -198,7 +198,7 @@ def finetune(
         from ...finetuning.output.trackers import check_installed
 
         check_installed([*job.training["track"], *(["tensorboard"] if job.training["tensorboard"] else [])])
-        job.swap.check()
+        job.check()
         origin = locate(ctx, job.wanted)
         folder = output or Path("runs", stem_of(origin, job.swap))
         if not helper:

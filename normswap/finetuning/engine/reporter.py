@@ -104,6 +104,11 @@ class RunReporter:
         if self._tell is not None and self.clock.since_told() > BETWEEN:
             self._tell(self._progress(step, self._window.now() or figures))
 
+    @property
+    def history(self) -> tuple[dict[str, Any], ...]:
+        """The lines of metrics.jsonl, also where none is written."""
+        return () if self._journal is None else tuple(self._journal.lines)
+
     def pages_due(self) -> bool:
         """Whether it is time to draw again."""
         return self.clock.since_drawn() > _BETWEEN_PAGES

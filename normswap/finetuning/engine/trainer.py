@@ -306,4 +306,5 @@ class Trainer:
             validation_images=0 if self._sets.validation is None else len(self._sets.validation),
             task=self.task.name, **vars(of), notes=tuple(self.reporter.notes),
             bad=tuple(str(bad) for bad in self.batches.skipped.found.values()),
+            history=self.reporter.history, panels=self.task.panels,
         )  # fmt: skip

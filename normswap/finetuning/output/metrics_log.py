@@ -70,23 +70,31 @@ class MetricsLog:
 
         False without matplotlib or a folder.
         """
-        if self._path is None or not self.lines:
+        canvas = None if self._path is None else curves(self.lines, panels, title, best)
+        if self._path is None or canvas is None:
             return False
-        rows = -(-len(panels) // 2)
-        canvas = canvas_of(10, 0.4 + (3.6 if rows == 1 else 3 * rows))
-        if canvas is None:
-            return False
-        canvas.suptitle(title)
-        axes = canvas.subplots(rows, 2, sharex=True, squeeze=False)
-        for place, panel in zip(axes.flat, panels, strict=True):
-            _plot(place, self.lines, panel, best)
-        for place in axes[-1]:
-            place.set_xlabel("epoch")
         save_canvas(canvas, self._path.with_name(CURVES))
         return True
 
 
-def _plot(axes: Any, lines: list[dict[str, Any]], panel: Panel, best: tuple[str, int] | None) -> None:
+def curves(
+    lines: Sequence[dict[str, Any]], panels: Sequence[Panel], title: str, best: tuple[str, int] | None = None
+) -> Any:
+    """The figure of matplotlib that `MetricsLog.draw` writes; None without matplotlib or lines."""
+    rows = -(-len(panels) // 2)
+    canvas = canvas_of(10, 0.4 + (3.6 if rows == 1 else 3 * rows)) if lines else None
+    if canvas is None:
+        return None
+    canvas.suptitle(title)
+    axes = canvas.subplots(rows, 2, sharex=True, squeeze=False)
+    for place, panel in zip(axes.flat, panels, strict=True):
+        _plot(place, lines, panel, best)
+    for place in axes[-1]:
+        place.set_xlabel("epoch")
+    return canvas
+
+
+def _plot(axes: Any, lines: Sequence[dict[str, Any]], panel: Panel, best: tuple[str, int] | None) -> None:
     """Training and validation of one figure in two colours; several figures in as many."""
     found = dict.fromkeys(name for line in lines for name in line if any(fnmatchcase(name, n) for n in panel.names))
     names = sorted(found, key=lambda name: name.startswith("val_"))
@@ -104,16 +112,17 @@ def _plot(axes: Any, lines: list[dict[str, Any]], panel: Panel, best: tuple[str,
         marker = "o" if measured or len(points) == 1 else None
         label = ("validation" if measured else "training") if pair else name.removeprefix("loss_").replace("_", " ")
         (drawn,) = axes.plot(x, y, color=colour, marker=marker, ms=4, lw=1.5, label=label, zorder=3 if measured else 2)
-        if best is not None and best[0] == name and best[1] in steps:
+        starred = best is not None and best[0] == name and best[1] in steps
+        if best is not None and starred:
             at = steps.index(best[1])
             axes.plot(
                 x[at], y[at], "*", color=drawn.get_color(), mec="black", ms=13, zorder=4, label=f"best, {y[at]:.4g}"
             )
-        if len(points) < 30 and len(names) == 1:
+        if len(points) < 30 and len(names) == 1 and not starred:
             axes.annotate(
                 f"{y[-1]:.3g}", (x[-1], y[-1]), textcoords="offset points", xytext=(0, 6), ha="right", fontsize=8
             )
-    if len(names) > 1:
+    if len(axes.lines) > 1:  # several figures, or one with a star
         axes.legend(fontsize=8)
 
 

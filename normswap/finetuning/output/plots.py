@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ def save_canvas(canvas: Any, path: Path) -> None:
     """As a PNG, whole or not at all. Raises OutputError."""
     with atomic(path) as temporary:
         canvas.savefig(temporary, format="png", dpi=110)
+
+
+def png(canvas: Any) -> bytes:
+    """The same in memory."""
+    file = BytesIO()
+    canvas.savefig(file, format="png", dpi=110)
+    return file.getvalue()
 
 
 def boxes_page(
@@ -97,10 +105,18 @@ def masks_page(
 
 def confusion_page(path: Path, names: Sequence[str], rows: Sequence[Sequence[int]]) -> bool:
     """A confusion matrix, a row for each true class, in shares of it. False without matplotlib."""
+    canvas = confusion(names, rows)
+    if canvas is not None:
+        save_canvas(canvas, path)
+    return canvas is not None
+
+
+def confusion(names: Sequence[str], rows: Sequence[Sequence[int]]) -> Any:
+    """The figure of matplotlib that `confusion_page` writes; None without matplotlib."""
     side = min(14.0, 2.5 + 0.4 * len(names))
     canvas = canvas_of(side + 0.8, side)
     if canvas is None:
-        return False
+        return None
     axes = canvas.subplots()
     shares = [[count / max(sum(row), 1) for count in row] for row in rows]
     drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -115,8 +131,7 @@ def confusion_page(path: Path, names: Sequence[str], rows: Sequence[Sequence[int
             for j, count in enumerate(row):
                 colour = "white" if shares[i][j] > 0.5 else "black"
                 axes.text(j, i, _brief(count), ha="center", va="center", color=colour, fontsize=8)
-    save_canvas(canvas, path)
-    return True
+    return canvas
 
 
 def write_matrix(folder: Path, found: ByClass) -> None:

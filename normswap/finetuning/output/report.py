@@ -11,8 +11,11 @@ from typing import Any
 from ...display.overview import ReportInNotebook, Table
 from ...display.progress import Line, shown
 from ...errors import plural
-from .by_class import Cells, ClassFigure, ToldByClass
+from .by_class import Cells, ClassFigure, ToldByClass, matrix
 from .epoch_table import EpochTable, Row
+from .metrics_log import curves
+from .panel import Panel
+from .plots import confusion, png
 
 _WORST = 10  # classes in a notebook
 
@@ -78,7 +81,8 @@ class FinetuneReport(ToldByClass, ReportInNotebook):
     `validated_at`, which after an interruption is an earlier one; best: the best validation figure, `best_at`: the step
     it was reached at. last_file, best_file, state, curves, examples, matrix: the files written, None where there is no
     output folder. classes, names, confusion: of that validation (see `ByClass`; `worst` has the worst class first);
-    matrix is its picture. bad: samples that could not be read.
+    matrix is its picture. bad: samples that could not be read. history: the lines of metrics.jsonl, written or not,
+    which a notebook shows in `panels`.
     """
 
     steps: int
@@ -111,6 +115,8 @@ class FinetuneReport(ToldByClass, ReportInNotebook):
     confusion: Cells = field(default=(), repr=False)
     bad: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    history: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    panels: tuple[Panel, ...] = field(default=(), repr=False)
 
     def over(self, name: str) -> str:
         """What one of the figures is over, as `steps 181 to 200`."""
@@ -123,13 +129,26 @@ class FinetuneReport(ToldByClass, ReportInNotebook):
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         values = asdict(self) | self.classes_to_dict() | {"bad": list(self.bad), "notes": list(self.notes)}
-        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+        shown = {k: v for k, v in values.items() if k not in ("history", "panels")}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in shown.items()}
 
     def _tables(self) -> list[Table]:
         return [self.classes_table(self.task, _WORST)] * (len(self.classes) > 1)
 
-    def _pictures(self) -> tuple[Path | None, ...]:
-        return self.curves, self.matrix, self.examples
+    def _pictures(self) -> Iterator[tuple[str, Path | bytes | None]]:
+        """Those of the output folder; what needs nothing but figures is drawn where there is none."""
+        yield "curves", self.curves or self._drawn_curves()
+        yield "confusion", self.matrix or self._drawn_matrix()
+        yield "examples", self.examples
+
+    def _drawn_curves(self) -> bytes | None:
+        best = None if self.best_at is None else (self.best_name, self.best_at)
+        canvas = curves(self.history, self.panels, "", best)
+        return None if canvas is None else png(canvas)
+
+    def _drawn_matrix(self) -> bytes | None:
+        canvas = confusion(*matrix(self)) if self.confusion else None
+        return None if canvas is None else png(canvas)
 
     def __str__(self) -> str:
         cut = f" of {self.planned}, interrupted" if self.interrupted else ""
