@@ -130,11 +130,18 @@ class Run:
         for operation in self.operations:
             if operation.kind == LAYER_NORM:
                 self.norms.setdefault(operation.where, []).append(operation.inputs[0])
+        self._streams: dict[Value, Stream] = {}
+        self._readers: dict[int, list[Operation]] = {}
+        for operation in self.operations:
+            for value in operation.inputs:
+                self._readers.setdefault(value.memory, []).append(operation)
 
     def stream(self, norm: str) -> Stream:
         """The stream that the layer norm at that path reads."""
         if norm not in self.norms:
             return Stream(problem="no layer norm runs there")
+        if all(value in self._streams for value in self.norms[norm]):
+            return self._streams[self.norms[norm][0]]
         shares: dict[Value, Share] = {}
         todo = [(value, Share(len(value.shape) - 1)) for value in self.norms[norm]]
         try:
@@ -147,7 +154,9 @@ class Run:
                     todo += self._neighbours(value, share)
         except Offence as offence:
             return Stream(problem=str(offence))
-        return Stream({value.name: share for value, share in shares.items() if value.name})
+        found = Stream({value.name: share for value, share in shares.items() if value.name})
+        self._streams.update(dict.fromkeys(shares, found))
+        return found
 
     def _neighbours(self, value: Value, share: Share) -> Iterator[tuple[Value, Share]]:
         """What else must be in a stream that a value is in. Raises Offence for what cannot be."""
@@ -181,10 +190,10 @@ class Run:
         if not operation.kind.endswith("_") or operation.kind.endswith("__"):
             return
         memory = operation.inputs[0].memory
-        for other in self.operations:
+        for other in self._readers.get(memory, ()) if memory else ():
             for value in other.inputs if other.index > operation.index else ():
                 made = -1 if value.made is None else value.made.index
-                if value.memory == memory and memory and made < operation.index:
+                if value.memory == memory and made < operation.index:
                     raise Offence("it is written over while something else reads it", operation)
 
 
