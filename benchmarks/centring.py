@@ -1,11 +1,11 @@
 """LayerNorm to RMSNorm, exactly: which families of transformers can be centred, and how near the outputs stay.
 
-    python benchmarks/centring.py [--fold-affine] [--models vit_tiny_patch16_224 ...]
+    python benchmarks/centring.py [--fold-affine] [--models vit_tiny_patch16_224 ...] [--write docs/coverage.md]
 
 Every network is built with random weights, and with gamma and beta of its norms drawn at random, so that each matters:
 torchvision's `vit_*`, one small model of every family of timm that is a vision transformer, and language models of
 transformers from a configuration of two blocks. Prints how many layer norms became RMSNorm, the relative difference of
-the outputs in float32 and in float64, or the first reason why not.
+the outputs in float32 and in float64, or the first reason why not. `--write` puts the table between the marks of a page.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 import normswap
 
+BEGIN, END = "<!-- centring:begin -->", "<!-- centring:end -->"
 TIMM = """
 vit_tiny_patch16_224 vit_small_patch16_dinov3 vit_base_patch16_clip_224 vit_tiny_r_s16_p8_224
 deit_tiny_patch16_224 deit3_small_patch16_224 beit_base_patch16_224 beitv2_base_patch16_224 cait_xxs24_224
@@ -103,33 +105,44 @@ def difference(model: nn.Module, x: Any, fold: bool) -> float:
     return float((a - b).norm() / a.norm())
 
 
+def rows(wanted: list[str] | None, fold: bool) -> Iterator[str]:
+    for name, build in networks(wanted):
+        try:
+            model, x = build()
+        except Exception as error:  # a model that this version of the library has not
+            yield f"| {name} | cannot be built: {type(error).__name__} | | |"
+            continue
+        model = drawn(model)
+        count = sum(layer.spec.name == "ln" for layer in normswap.inspect(model, feeds=False).layers)
+        try:
+            error = difference(model, x, fold) if count else 0.0
+            wide = copy.deepcopy(model).double()
+            same = difference(wide, x.double() if x.is_floating_point() else x, fold) if count else 0.0
+            yield f"| {name} | {count} | {error:.1g} | {same:.1g} |" if count else f"| {name} | none | | |"
+        except normswap.PlanError as error:
+            reason = error.problems[0].replace(": its input cannot be centred", "")
+            yield f"| {name} | {len(error.problems)} of {count} refused, the first: {reason} | | |"
+        except normswap.NormswapError as error:
+            yield f"| {name} | {type(error).__name__}: {error.message} | | |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fold-affine", action="store_true")
     parser.add_argument("--models", nargs="+")
+    parser.add_argument("--write", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    print("| network | layer norms | float32 | float64 |\n|---|---:|---:|---:|")
-    for name, build in networks(args.models):
-        try:
-            model, x = build()
-        except Exception as error:  # a model that this version of the library has not
-            print(f"| {name} | cannot be built: {type(error).__name__} | | |", flush=True)
-            continue
-        model = drawn(model)
-        count = sum(isinstance(m, nn.LayerNorm) for m in model.modules())
-        try:
-            error = difference(model, x, args.fold_affine)
-            wide = difference(
-                copy.deepcopy(model).double(), x.double() if x.is_floating_point() else x, args.fold_affine
-            )
-            print(f"| {name} | {count} | {error:.1g} | {wide:.1g} |", flush=True)
-        except normswap.PlanError as error:
-            told = f"{len(error.problems)} of {count} refused: {error.problems[0]}" if error.problems else str(error)
-            print(f"| {name} | {told} | | |", flush=True)
-        except normswap.NormswapError as error:
-            print(f"| {name} | {type(error).__name__}: {error.message} | | |", flush=True)
+    lines = ["| network | layer norms | float32 | float64 |", "|---|---:|---:|---:|"]
+    print("\n".join(lines))
+    for line in rows(args.models, args.fold_affine):
+        print(line, flush=True)
+        lines.append(line)
+    if args.write:
+        before, _, rest = args.write.read_text("utf-8").partition(BEGIN)
+        _, _, after = rest.partition(END)
+        args.write.write_text(before + BEGIN + "\n\n" + "\n".join(lines) + "\n\n" + END + after, "utf-8")
 
 
 if __name__ == "__main__":

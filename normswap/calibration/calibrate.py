@@ -118,7 +118,7 @@ def calibrate(
     reference = _reference(model, None if reference is None else unwrapped(reference))
     with teller(progress, "making inputs") as tell:
         made = _stand_ins(data, model, reference, example_inputs, images, seed, tell)
-    batches, labels, source = collected(made.batches if made else data, images, batch_size, preprocess, max_bad)
+    batches, labels, source = collected(model, made.batches if made else data, images, batch_size, preprocess, max_bad)
     targets = targets_of(model, reference)
     if images is None and made is None and method == "refit" and not any(target.statistics for target in targets):
         batches, labels = fewer_of_large(batches, labels)
@@ -167,7 +167,7 @@ def estimate_statistics(
     targets = [Target(path, spec.name, m, None, True, False) for path, m, spec in moving if spec.read(m).has_statistics]
     if not targets:
         raise NetworkError(f"{type(model).__name__} has no running statistics to estimate")
-    batches, labels, source = collected(data, images, batch_size, preprocess, max_bad)
+    batches, labels, source = collected(model, data, images, batch_size, preprocess, max_bad)
     check_enough(targets, sum(map(images_in, batches)) + len(source.bad), images)
     given = batches, labels, source.classes
     with told(progress, len(targets), "estimating running statistics") as step:

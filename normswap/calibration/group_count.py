@@ -60,7 +60,7 @@ def choose_groups(
         raise OptionError(f"budget must be a positive number, got {budget!r}")
     if isinstance(data, str) and data in STAND_INS:
         data = stand_ins(data, model, images=_STAND_INS).batches
-    args = next(parts(next(iter(as_batches(data, batch_size, once=True)))[0], None, images))[0]
+    args = next(parts(next(iter(as_batches(data, batch_size, once=True, network=model)))[0], None, images))[0]
     if images_in(args) < 2:
         raise DataError("a single image does not show how images differ", hint="Give at least two in the first batch.")
     steps = {step.path: step for step in plan.steps if _is_open(model, step)}

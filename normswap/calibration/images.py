@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..arguments import whole
-from ..data.batches import Batches, as_batches, images_in
+from ..data.batches import Batches, as_batches, images_in, rows
 from ..errors import DataError, Fix, OptionError, Text
 from .moments import Args
 from .norm_targets import Target
 
 
 def collected(
-    data: Any, images: int | None, batch_size: int, preprocess: Callable[[Any], Tensor] | None, max_bad: int
+    model: nn.Module,
+    data: Any,
+    images: int | None,
+    batch_size: int,
+    preprocess: Callable[[Any], Tensor] | None,
+    max_bad: int,
 ) -> tuple[list[Args], list[Tensor | None], Batches]:
     """The batches to use, the last one cut to what was asked for, in memory: both networks see the same ones.
 
@@ -29,7 +34,7 @@ def collected(
         )
     most = images or (len(data) if isinstance(data, Tensor) else 256)
     batches, labels, left = [], [], most
-    source = as_batches(data, batch_size, once=True, preprocess=preprocess, max_bad=max_bad)
+    source = as_batches(data, batch_size, once=True, preprocess=preprocess, max_bad=max_bad, network=model)
     for args, y in source:
         part, part_y = first_images(args, y, left)
         batches.append(part)
@@ -44,8 +49,7 @@ def first_images(args: Args, labels: Tensor | None, most: int) -> tuple[Args, Te
     count = images_in(args)
     if count <= most:
         return args, labels
-    counted = (list, Tensor)
-    part = tuple(a[:most] if isinstance(a, counted) and len(a) == count else a for a in args)
+    part = tuple(rows(arg, slice(most), count) for arg in args)
     return part, None if labels is None else labels[:most]
 
 
@@ -64,7 +68,7 @@ def fewer_of_large(batches: list[Args], labels: list[Tensor | None]) -> tuple[li
 
 def _every(args: Args, step: int) -> Args:
     count = images_in(args)
-    return tuple(a[::step] if isinstance(a, (list, Tensor)) and len(a) == count else a for a in args)
+    return tuple(rows(arg, slice(None, None, step), count) for arg in args)
 
 
 def check_enough(targets: Sequence[Target], count: int, asked: int | None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..conversion.convert import back_in_order
 from ..conversion.record import record_of
-from ..data.batches import CHECK_IMAGES, Batch, images_in, placed
+from ..data.batches import CHECK_IMAGES, Batch, images_in, placed, rows
 from ..errors import DataError, Fix, Text, first_line, plural
 from ..inspection.inventory import inspect
 from ..modules.tree import aliases, device_and_dtype, module_at
@@ -155,9 +155,8 @@ def parts(args: tuple[Any, ...], labels: Tensor | None, most: int) -> Iterator[B
     count = images_in(args)
     size = math.ceil(count / math.ceil(count / most))
 
-    def part(value: Any, start: int) -> Any:
-        counts = isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)
-        return value[start : start + size] if counts and len(value) == count else value
-
     for start in range(0, count, size):
-        yield tuple(part(value, start) for value in args), None if labels is None else labels[start : start + size]
+        yield (
+            tuple(rows(value, slice(start, start + size), count) for value in args),
+            None if labels is None else labels[start : start + size],
+        )

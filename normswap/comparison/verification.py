@@ -127,7 +127,7 @@ def verify(
     if data is None:
         batches = _random_batches(a)
     else:
-        batches = as_batches(data, batch_size, once=True, preprocess=preprocess, max_bad=max_bad)
+        batches = as_batches(data, batch_size, once=True, preprocess=preprocess, max_bad=max_bad, network=a)
     tally = OutputTally(None if batches.classes is None else len(batches.classes), _same_layers(a, b))
     layers = LayerTally(comparable_paths(a, b))
     images = 0

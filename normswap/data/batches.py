@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ _INPUTS = ("pixel_values", "pixel_values_videos", "image", "images", "input", "i
 _LABELS = ("label", "labels", "target", "targets", "y", "class", "fine_label")
 _ACCEPTED = (
     "data takes a tensor (N, C, H, W), a pair of it and labels (N,), a Dataset, a DataLoader or another iterable of "
-    "batches, or a folder; a batch is a tensor, (x, y), a dict with a key such as 'pixel_values' or 'image', or a list "
-    "of images (C, H, W)"
+    "batches, or a folder; a batch is a tensor, (x, y), a dict with a key such as 'pixel_values' or 'image', or with "
+    "those of the forward's arguments, or a list of images (C, H, W)"
 )
 
 
@@ -37,10 +38,12 @@ class Batches:
     args: the positional arguments of the network's forward; labels: int64 `(N,)`, or None where there are none, or
     what comes with the inputs is not one class for each of them (boxes, masks, several labels). Nothing is moved
     to another device or dtype: see `placed`. classes: the names the labels count, where the source knows them.
+    network: whose arguments a dict's keys are, by their names.
     """
 
     source: Iterable[Any]
     classes: tuple[str, ...] | None = None
+    network: nn.Module | None = None
 
     @property
     def bad(self) -> tuple[str, ...]:
@@ -51,7 +54,7 @@ class Batches:
         """Raises DataError for a batch it cannot read, and when there is none."""
         empty = True
         for item in self.source:
-            args, labels = _split(item)
+            args, labels = _split(item, self.network)
             if images_in(args) > 0:
                 empty = False
                 yield args, labels
@@ -68,6 +71,7 @@ def as_batches(
     once: bool = False,
     preprocess: Transform | None = None,
     max_bad: int = MAX_BAD,
+    network: nn.Module | None = None,
 ) -> Batches:
     """Read what the Python API accepts as `data=`.
 
@@ -77,14 +81,20 @@ def as_batches(
     `Preprocess()`), where `max_bad` images that cannot be read are left out.
     A batch is a tensor, `(x, y)`, a dict (the values of the first known keys, such as "pixel_values" and "labels"),
     or a list of images `(C, H, W)` with 1, 3 or 4 channels, as torchvision's detectors take; x may be any of these,
-    or a tuple of tensors for a forward with several arguments.
+    or a tuple of tensors for a forward with several arguments, or a list of one dict for each image.
+    network: what the batches are for. A dict gives it all arguments that have the names of its keys; where none has,
+    and no key is known, the dict itself.
     once: the caller iterates a single time. Otherwise a generator, which can be read only once, is read into memory.
 
     Raises OptionError for a batch size below 1, and DataError, saying what is accepted, for anything else.
     """
     whole("batch_size", batch_size)
     if isinstance(data, Batches):
-        return data
+        return data if network is None else replace(data, network=network)
+    return replace(_batches(data, batch_size, once, preprocess, max_bad), network=network)
+
+
+def _batches(data: Any, batch_size: int, once: bool, preprocess: Transform | None, max_bad: int) -> Batches:
     data = opened(data, batch_size, preprocess, max_bad)
     if is_pair(data):
         inputs, labels = data
@@ -136,8 +146,20 @@ def _has_boxes(target: Any) -> bool:
 
 def images_in(args: Sequence[Any]) -> int:
     """How many images (samples) one batch's arguments hold."""
-    first = args[0]
-    return len(first) if isinstance(first, (list, Tensor)) else 1
+    for arg in args:
+        if isinstance(arg, (list, Tensor)):
+            return len(arg)
+        if isinstance(arg, Mapping):
+            return images_in(tuple(arg.values()))
+    return 1
+
+
+def rows(value: Any, which: slice, count: int) -> Any:
+    """Those images of an argument that holds `count`; anything else goes with every part."""
+    if isinstance(value, Mapping):
+        return {key: rows(each, which, count) for key, each in value.items()}
+    counts = isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)
+    return value[which] if counts and len(value) == count else value
 
 
 def placed(args: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -146,6 +168,8 @@ def placed(args: Any, device: torch.device, dtype: torch.dtype) -> Any:
         return args.to(device, dtype if args.is_floating_point() else args.dtype)
     if isinstance(args, (list, tuple)):
         return type(args)(placed(item, device, dtype) for item in args)
+    if isinstance(args, Mapping):
+        return {key: placed(item, device, dtype) for key, item in args.items()}
     return args
 
 
@@ -155,22 +179,43 @@ def _classes_of(data: Any) -> tuple[str, ...] | None:
     return tuple(map(str, names)) if isinstance(names, (list, tuple)) else None
 
 
-def _split(item: Any) -> Batch:
+def _split(item: Any, network: nn.Module | None = None) -> Batch:
     """One item of an iterable -> (args, labels)."""
     if isinstance(item, Tensor) or _are_images(item):
         return _args(item), None
     if isinstance(item, Mapping):
         labels = next((item[key] for key in _LABELS if key in item), None)
-        args = _args(item)
+        args = _named(item, network)
         return args, _labels(labels, images_in(args))
+    if isinstance(item, list) and item and all(isinstance(one, Mapping) for one in item):
+        return (item,), None
     if isinstance(item, (list, tuple)):
         if len(item) == 1:
-            return _split(item[0])
+            return _split(item[0], network)
         if len(item) == 2:
-            args = _args(item[0])
+            args = _named(item[0], network) if isinstance(item[0], Mapping) else _args(item[0])
             return args, _labels(item[1], images_in(args))
         raise DataError(f"a batch of data is {_described(item)}; expected x or (x, y)", hint=_ACCEPTED)
     raise DataError(f"a batch of data is {_described(item)}", hint=_ACCEPTED)
+
+
+def _named(batch: Mapping[str, Any], network: nn.Module | None) -> tuple[Any, ...]:
+    """The arguments of a network's forward, in their order, by their names; else what has a usual name."""
+    known = any(key in batch for key in _INPUTS)
+    if network is None:
+        return _args(batch)
+    given = {key: value for key, value in batch.items() if isinstance(value, (Tensor, list, tuple))}
+    parameters = [p for p in inspect.signature(network.forward).parameters.values() if p.kind in _BY_POSITION]
+    needed = {p.name for p in parameters if p.default is inspect.Parameter.empty}
+    taken = [p.name for p in parameters if p.name in given and p.name not in _LABELS]
+    if taken and needed.issubset(given):
+        until = max(i for i, p in enumerate(parameters) if p.name in taken or p.name in needed)
+        args = [given[p.name] if p.name in taken or p.name in needed else p.default for p in parameters[: until + 1]]
+        return tuple(_one(_args(arg)) if isinstance(arg, Tensor) and arg.dim() > 2 else arg for arg in args)
+    return _args(batch) if known or len(needed) != 1 else (dict(batch),)
+
+
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def _args(x: Any) -> tuple[Any, ...]:

@@ -124,8 +124,8 @@ def distil(
     reference = original_of(model, None if reference is None else unwrapped(reference))
     data = list(data) if isinstance(data, Iterator) else data
     reading: dict[str, Any] = {"preprocess": preprocess, "max_bad": max_bad}
-    stream = stream_of(opened(data, batch_size, **reading), batch_size, seed, hold=eval_data is None)
-    given = None if eval_data is None else as_batches(eval_data, batch_size, **reading)
+    stream = stream_of(opened(data, batch_size, **reading), batch_size, seed, hold=eval_data is None, network=model)
+    given = None if eval_data is None else as_batches(eval_data, batch_size, network=model, **reading)
     alone = nullcontext() if kept.file is None else locked(kept.file)
     work: DistillationRun | None = None
     try:

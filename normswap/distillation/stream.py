@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..data.batches import Batch, Batches, as_batches, collated, images_in, is_pair
@@ -94,7 +94,7 @@ def held_of(count: int) -> int:
     return min(MOST_HELD, max(count // 10, min(32, count // 4)))
 
 
-def stream_of(data: Any, batch_size: int, seed: int, *, hold: bool = True) -> Stream:
+def stream_of(data: Any, batch_size: int, seed: int, *, hold: bool = True, network: nn.Module | None = None) -> Stream:
     """Read `data` in random order, each image once per pass.
 
     hold: keep some of the images apart, `held_of` as many as there are, always the same ones by `seed`; of a list of
@@ -104,6 +104,8 @@ def stream_of(data: Any, batch_size: int, seed: int, *, hold: bool = True) -> St
     pass, in batches of one size (the rest of a pass is left out; an `ImageBatches` keeps its own batch size). A
     DataLoader or another iterable of batches decides on its own order and is iterated again and again; a generator
     is read into memory.
+
+    network: whose arguments a dict's keys name.
 
     Raises OptionError for a batch size below 1, and DataError for data that `as_batches` does not take.
     """
@@ -121,22 +123,33 @@ def stream_of(data: Any, batch_size: int, seed: int, *, hold: bool = True) -> St
         samples: Dataset[Any] = data
         # No DataLoader: starting one takes a random number, at a step that depends on where a run was resumed.
         return _indexed(
-            len(data), batch_size, seed, lambda parts: (collated([samples[i] for i in p]) for p in parts), hold=hold
+            len(data),
+            batch_size,
+            seed,
+            lambda parts: (collated([samples[i] for i in p]) for p in parts),
+            hold=hold,
+            network=network,
         )
     last: list[Any] = []
     if hold and isinstance(data, (list, tuple)) and len(data) > 1:
         apart = len(data) - max(1, len(data) // 10)
         data, last = data[:apart], list(data[apart:])
-    batches = as_batches(data, batch_size)
+    batches = as_batches(data, batch_size, network=network)
     return Stream(
         seed,
         lambda number, first: (args for args, _ in batches),
-        held=lambda: (args for args, _ in as_batches(last, batch_size)) if last else iter(()),
+        held=lambda: (args for args, _ in as_batches(last, batch_size, network=network)) if last else iter(()),
     )
 
 
 def _indexed(
-    count: int, batch_size: int, seed: int, read: Callable[[list[list[int]]], Iterator[Any]], *, hold: bool
+    count: int,
+    batch_size: int,
+    seed: int,
+    read: Callable[[list[list[int]]], Iterator[Any]],
+    *,
+    hold: bool,
+    network: nn.Module | None = None,
 ) -> Stream:
     """A stream over data that can be read in any order: `read` gives the batches of the given indices."""
     if count == 0:
@@ -147,7 +160,7 @@ def _indexed(
     size = min(batch_size, len(kept))
 
     def given(parts: list[list[int]]) -> Iterator[Args]:
-        return (args for args, _ in Batches(_once(read(parts)))) if parts else iter(())
+        return (args for args, _ in Batches(_once(read(parts)), network=network)) if parts else iter(())
 
     def epoch(number: int, first: int) -> Iterator[Args]:
         generator = torch.Generator().manual_seed(mixed_seed(seed, plus=number))

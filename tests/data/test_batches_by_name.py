@@ -1,0 +1,137 @@
+"""Batches that are dicts: each key the argument of its name, or a dict that the network takes whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import randomized, relative, run
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import normswap
+from normswap.data.batches import as_batches
+
+
+class Two(nn.Module):
+    """Takes maps and how much of each counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, pixels: Tensor, scale: float = 1.0, mask: Tensor | None = None, **rest: Any) -> Tensor:
+        x = torch.relu(self.norm(self.conv(pixels * scale)))
+        x = x if mask is None else x * mask[:, None]
+        return self.head(x.mean((2, 3)))
+
+
+class Whole(Two):
+    """Takes a dict."""
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return super().forward(batch["frames"], mask=batch["valid"])
+
+
+class PerImage(Two):
+    """Takes a list of a dict for each image, as detectron2's networks do."""
+
+    def forward(self, inputs: list[dict[str, Any]]) -> Tensor:
+        return super().forward(torch.stack([one["image"] for one in inputs]))
+
+
+PIXELS, MASK = torch.randn(12, 3, 6, 6), (torch.rand(12, 4, 4) > 0.4).float()
+LABELS = torch.randint(4, (12,))
+
+
+def dicts(names: tuple[str, str] = ("pixels", "mask")) -> list[dict[str, Any]]:
+    pairs = zip(PIXELS.split(4), MASK.split(4), LABELS.split(4), strict=True)
+    return [{names[1]: m, "labels": y, names[0]: x, "idle": "text"} for x, m, y in pairs]
+
+
+def per_image() -> list[list[dict[str, Any]]]:
+    return [[{"image": one, "height": 6} for one in part] for part in PIXELS.split(4)]
+
+
+CASES: dict[str, tuple[Any, Any]] = {
+    "by name": (Two, dicts()),
+    "dict and labels": (Two, [({"pixels": d["pixels"], "mask": d["mask"]}, d["labels"]) for d in dicts()]),
+    "whole": (Whole, dicts(("frames", "valid"))),
+    "one for each image": (PerImage, per_image()),
+}
+
+
+def direct(net: nn.Module, kind: str) -> Tensor:
+    if kind == "one for each image":
+        return torch.cat([net(batch) for batch in per_image()])
+    if kind == "whole":
+        return net({"frames": PIXELS, "valid": MASK})
+    return net(PIXELS, mask=MASK)
+
+
+def networks(kind: str) -> tuple[nn.Module, nn.Module]:
+    net = randomized(CASES[kind][0]()).eval()
+    inputs = PIXELS[:2], 1.0, MASK[:2]
+    example: Any = inputs if kind in ("by name", "dict and labels") else None
+    return net, normswap.convert(net, "gn", groups=2, example_inputs=example, check=example is not None)
+
+
+def test_arguments_go_to_the_names_that_forward_has() -> None:
+    (args, labels), *_ = as_batches(dicts(), network=Two())
+    assert torch.equal(args[0], PIXELS[:4])
+    assert args[1] == 1.0
+    assert torch.equal(args[2], MASK[:4])
+    assert torch.equal(labels, LABELS[:4])
+    assert len(args) == 3
+
+
+def test_usual_names_go_on_meaning_the_input() -> None:
+    (args, _), *_ = as_batches([{"image": PIXELS, "mask": MASK}], network=nn.Sequential(nn.Flatten()))
+    assert len(args) == 1
+    assert torch.equal(args[0], PIXELS)
+
+
+@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("method", ["moments", "refit"])
+def test_calibrating_sees_all_that_the_network_takes(kind: str, method: Any) -> None:
+    net, model = networks(kind)
+    with torch.no_grad():
+        wanted, before = direct(net, kind), direct(model, kind)
+        report = normswap.calibrate(model, data=CASES[kind][1], reference=net, method=method, images=10, progress=False)
+        after = direct(model.eval(), kind)
+    assert report.images == 10
+    assert relative(wanted, after) < 0.8 * relative(wanted, before)
+    assert (report.accuracy_after is not None) == (kind not in ("one for each image",))
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_verify_compares_what_the_networks_give(kind: str) -> None:
+    net, model = networks(kind)
+    report = normswap.verify(net, model, CASES[kind][1])
+    with torch.no_grad():
+        wanted = relative(direct(net, kind), direct(model, kind))
+    assert report.images == 12
+    assert report.outputs[0].error == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_distilling_comes_nearer(kind: str) -> None:
+    net, model = networks(kind)
+    report = normswap.distil(model, net, CASES[kind][1], steps=24, progress=False)
+    assert report.drift_after < report.drift_before
+
+
+def test_samples_of_a_dataset_may_be_dicts_too() -> None:
+    class Samples(Dataset[Any]):
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, i: int) -> dict[str, Any]:
+            return {"pixels": PIXELS[i], "mask": MASK[i]}
+
+    net, model = networks("by name")
+    normswap.calibrate(model, net, Samples(), batch_size=4, progress=False)
+    report = normswap.distil(model, net, Samples(), steps=8, batch_size=4, progress=False)
+    assert report.steps == 8
+    assert run(model, PIXELS, 1.0, MASK).isfinite().all()
