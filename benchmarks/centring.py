@@ -5,7 +5,7 @@
 Every network is built with random weights, and with gamma and beta of its norms drawn at random, so that each matters:
 torchvision's `vit_*`, one small model of every family of timm that is a vision transformer, and language models of
 transformers from a configuration of two blocks. Prints how many layer norms became RMSNorm, the relative difference of
-the outputs in float32 and in float64, or the first reason why not. `--write` puts the table between the marks of a page.
+the outputs in float32 and in float64, or the first reason why not. `--write` puts the table into a page.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..errors import DataError, Fix, NormswapError, SelfCheckError, Text, first_
 from ..modules.restore import seed_everything, trial_run
 from ..modules.tree import copied, device_and_dtype, module_at
 from ..norms._wrappers import per_channel
+from ..norms.spec import NormState
 from ..planning.plan import Plan, Transfer
 from .apply import apply, signs
 from .bound import BoundPlan, BoundStep, bind, bound_after
@@ -32,11 +34,15 @@ Observations = dict[str, list[Tensor]]
 
 
 def observe(
-    model: nn.Module, inputs: tuple[Any, ...], watched: Iterable[str], beside: Iterable[nn.Module] = ()
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    watched: Iterable[str],
+    beside: Iterable[nn.Module] = (),
+    seen_as: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
 ) -> Observations:
     """Run the model in eval mode and keep a sample of each watched module's output and of the network's own.
 
-    beside: modules outside of the model that run too.
+    beside: modules outside of the model that run too. seen_as: what is kept of some outputs instead.
 
     Random numbers are the same each time. The sample is taken inside the hook, because what follows often changes the
     tensor in place.
@@ -45,7 +51,8 @@ def observe(
 
     def hook_for(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
-            seen.setdefault(path, []).extend(_sample(t) for t in _floats(out))
+            told = seen_as.get(path, lambda t: t)
+            seen.setdefault(path, []).extend(_sample(told(t)) for t in _floats(out))
 
         return hook
 
@@ -88,8 +95,8 @@ def _sample(tensor: Tensor) -> Tensor:
 def watched_paths(model: nn.Module, plan: Plan) -> list[str]:
     """What to observe: the converted norms, and every other layer with weights that the plan does not change."""
     folded = {producer for step in plan.steps for producer in step.producers}
-    norms = {step.path for step in plan.steps if not step.readers}
-    folded |= {name.rpartition(".")[0] for name in plan.edited}
+    norms = {step.path for step in plan.steps}
+    folded |= {each.parameter.rpartition(".")[0] for each in plan.centred}
     layers = (nn.modules.conv._ConvNd, nn.Linear)
     others = [n for n, m in model.named_modules() if isinstance(m, layers) and n not in folded]
     return [*sorted(norms - {""}), *others]
@@ -175,10 +182,25 @@ def compare(
 ) -> Check:
     """Run the converted model with bare norms and compare with what `observe` saw of the original."""
     with bare(model, plan, originals):
-        seen = observe(model, inputs, [path for path in reference if path != "(output)"], originals.values())
+        watched = [path for path in reference if path != "(output)"]
+        seen = observe(model, inputs, watched, originals.values(), _with_affine(plan, originals))
     error, where = difference(reference, seen)
     exercised = sum(bool(reference.get(step.path)) or step.path == "" for step in plan.steps)
     return Check(error, where, exercised, len(plan.steps))
+
+
+def _with_affine(plan: Plan, originals: Mapping[str, nn.Module]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """For norms whose gamma and beta have gone into what reads them: what they would give with these."""
+
+    def told(state: NormState) -> Callable[[Tensor], Tensor]:
+        def with_both(x: Tensor) -> Tensor:
+            x = x if state.weight is None else x * state.weight.to(x)
+            return x if state.bias is None else x + state.bias.to(x)
+
+        return with_both
+
+    steps = [s for s in plan.steps if s.readers and s.path in originals]
+    return {s.path: told(BoundStep(s, originals[s.path], ()).state) for s in steps}
 
 
 @contextmanager

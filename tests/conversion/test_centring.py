@@ -74,6 +74,8 @@ def test_the_outputs_stay_the_same(scale: bool, fold: bool, to: str) -> None:
     check = record_of(made).check
     assert check.passed
     assert check.error < 1e-10
+    assert check.error > 0 or (to == "ln" and not fold)
+    assert (check.layers, check.total) == (5, 5)
 
 
 def test_the_stream_has_no_mean_any_more() -> None:
@@ -190,6 +192,21 @@ def test_the_self_check_notices_a_mean_that_was_left_in(monkeypatch: pytest.Monk
     monkeypatch.setattr(parameter_edits, "centred", lazy)
     with pytest.raises(normswap.SelfCheckError):
         convert(Transformer())
+
+
+def test_the_self_check_notices_a_beta_that_no_reader_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    from normswap.conversion import parameter_edits
+
+    taken = parameter_edits._take_in
+
+    def forgetful(model: nn.Module, reader: Any, state: Any) -> None:
+        if reader.weight != "head.weight":
+            taken(model, reader, state)
+
+    monkeypatch.setattr(parameter_edits, "_take_in", forgetful)
+    net = Transformer()
+    with pytest.raises(normswap.SelfCheckError, match=r"at \(output\)|at head"):
+        convert(net, fold_affine=True)
 
 
 def test_without_inputs_they_are_guessed_and_where_that_fails_asked_for() -> None:
