@@ -4,8 +4,9 @@
 
 The networks are those of small_networks.py that never had a BatchNorm; they are trained first (some minutes each) and
 kept in build/. `--data` is as for accuracy.py. Each is converted and calibrated on 256 of its training images, with
-`--methods`, mean over `--seeds` draws of them. Prints top-1 accuracy on the test images before and after, how far the
-features of a tile are from those of the whole image where the border cannot be seen, and the time of a forward pass.
+`--methods`, mean over `--seeds` draws of them; "distil" refits and then distils on all training images, once. Prints
+top-1 accuracy on the test images before and after, how far the features of a tile are from those of the whole image
+where the border cannot be seen, and the time of a forward pass.
 """
 
 from __future__ import annotations
@@ -22,11 +23,16 @@ from torch import Tensor, nn
 
 import normswap
 
+STEPS = 600
 
-def converted(model: nn.Module, to: str, method: str, own: Tensor) -> nn.Module:
+
+def converted(model: nn.Module, to: str, method: str, x: Tensor, seed: int) -> nn.Module:
+    own = drawn(x, seed)
     made = normswap.convert(model, to, missing_statistics="later", example_inputs=own[:2])
-    normswap.calibrate(made, model, own, method=method, progress=False)
-    return made
+    normswap.calibrate(made, model, own, method="refit" if method == "distil" else method, progress=False)
+    if method == "distil":
+        normswap.distil(made, model, x, steps=STEPS, progress=False)
+    return made.eval()
 
 
 @torch.no_grad()
@@ -67,7 +73,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--networks", nargs="+", default=["resnet20-gn", "depthwise-gn", "resnet20-in"])
     parser.add_argument("--to", nargs="+", default=["fused"])
-    parser.add_argument("--methods", nargs="+", default=["moments", "refit"])
+    parser.add_argument("--methods", nargs="+", default=["moments", "refit", "distil"])
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -80,7 +86,8 @@ def main() -> None:
         made = {}
         for to in args.to:
             for method in args.methods:
-                each = [converted(model, to, method, drawn(x, seed)) for seed in range(args.seeds)]
+                seeds = range(1 if method == "distil" else args.seeds)
+                each = [converted(model, to, method, x, seed) for seed in seeds]
                 made[to, method] = each[0], statistics.mean(accuracy(one, *test) for one in each)
         times = seconds([model, *(one for one, _ in made.values())], x[:16])
         print(f"| {name} | - | - | {accuracy(model, *test):.3f} | {tile_gap(model, x):.2g} | {times[0] * 1e3:.1f} |")

@@ -13,7 +13,7 @@ from ..modules.tree import module_at
 from ..norms.spec import DoesNotFit
 from ..tracing.readers import Reader, readers_of
 from ..tracing.stream import Run
-from ..tracing.stream_links import Offence
+from ..tracing.stream_moves import Offence
 from .plan import Centred
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .stream import Operation, Run, Value
-from .stream_links import CARRIERS, Link, Offence, Share, links
+from .stream_links import links
+from .stream_moves import CARRIERS, Link, Offence, Share
 
 _PRODUCTS = {"mm": (0, 1), "addmm": (1, 2)}
 """Which input of a product the values are, and which the weight."""

@@ -21,7 +21,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..modules.attributes import tensors_kept_by
 from ..modules.restore import evaluating, undisturbed
-from .stream_links import CARRIERS, LAYER_NORM, Link, Offence, Share, links
+from .stream_links import LAYER_NORM, links
+from .stream_moves import CARRIERS, Link, Offence, Share
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normswap.tracing.readers import readers_of
 from normswap.tracing.stream import Run, Stream
-from normswap.tracing.stream_links import Offence, Share
+from normswap.tracing.stream_moves import Offence, Share
 
 C = 6
 
