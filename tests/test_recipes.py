@@ -32,6 +32,8 @@ FIGURES = {
     "groupnorm_at_batch_2": r"(?:BatchNorm|GroupNorm) +(0\.\d{4}) +(0\.\d{4})",
     "large_model_fsdp": r"accuracy (0\.\d{4})",
     "segmentation_groupnorm": r"(?:BatchNorm|GroupNorm), batch [12]: mean IoU (0\.\d{4})",
+    "test_time_adaptation": r"(?:BatchNorm|GroupNorm): accuracy .*, (0\.\d{4}) adapted with batches of 1,",
+    "transformers_trainer": r"(?:BatchNorm|GroupNorm): accuracy .* (0\.\d{4}) after",
     "train_digits": r"held-out accuracy (0\.\d{4})",
 }
 """What a run prints, at least once for each thing it compares."""
