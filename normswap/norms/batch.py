@@ -1,11 +1,14 @@
 """BatchNorm1d/2d/3d (`bn`) and SyncBatchNorm (`sync`).
 
 Ioffe and Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
-Shift"; modules of torch.nn, and timm's fused BatchNormAct2d and SyncBatchNormAct.
+Shift"; modules of torch.nn, timm's fused BatchNormAct2d and SyncBatchNormAct, inplace_abn's ABN, InPlaceABN and InPlaceABNSync,
+and the synchronised ones of detectron2, pytorchvideo and mmcv.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +21,36 @@ from .spec import NormSpec, NormState, Options
 BY_DIMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _DIMS = {cls: dims for dims, cls in BY_DIMS.items()}
 ATTRIBUTES = ("num_features", "momentum", "track_running_stats")
+_OF_ABN = ("activation", "activation_param", "act_name", "act_param")
 
 
 def _read(module: Any) -> NormState:
     dims = next((_DIMS[c] for c in type(module).__mro__ if c in _DIMS), None)
-    return read_statistics_norm(module, dims=dims)
+    state = read_statistics_norm(module, dims=dims)
+    if not any(cls.__module__ in _ABN for cls in type(module).__mro__):
+        return state
+    weight = state.weight
+    if weight is not None and type(module).forward.__qualname__ != "ABN.forward":
+        weight = weight.detach().abs() + state.eps  # what its kernels multiply by
+    act = _activation(module)
+    return replace(state, weight=weight, tail={} if act is None else {"act": act})
+
+
+_ABN = ("inplace_abn.abn", "timm.layers.inplace_abn")
+
+
+def _activation(module: Any) -> nn.Module | None:
+    """What inplace_abn runs behind the norm, as a module."""
+    if module.__class__.__module__.startswith("timm."):
+        name, value = module.act_name, module.act_param
+    else:
+        name, value = module.activation, module.activation_param
+    known: dict[str, Callable[[], nn.Module]] = {
+        "relu": nn.ReLU,
+        "leaky_relu": lambda: nn.LeakyReLU(value),
+        "elu": lambda: nn.ELU(value),
+    }
+    return known[name]() if name in known else None
 
 
 def build_with_statistics(cls: type[nn.Module], state: NormState, options: Options) -> Any:
@@ -63,9 +91,14 @@ register(
         read=_read,
         build=_build_batch,
         classes=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
-        class_names=("timm.layers.norm_act.BatchNormAct2d",),
+        class_names=(
+            "timm.layers.norm_act.BatchNormAct2d",
+            "timm.layers.inplace_abn.InplaceAbn",
+            "inplace_abn.abn.ABN",
+            "inplace_abn.abn.InPlaceABN",
+        ),
         aliases=("batchnorm",),
-        attributes=ATTRIBUTES,
+        attributes=(*ATTRIBUTES, *_OF_ABN),
         statistics="batch",
         small_batch="process",
         needs_dims=True,
@@ -81,9 +114,15 @@ register(
         read=_read,
         build=_build_sync,
         classes=(nn.SyncBatchNorm,),
-        class_names=("timm.layers.norm_act.SyncBatchNormAct",),
+        class_names=(
+            "timm.layers.norm_act.SyncBatchNormAct",
+            "inplace_abn.abn.InPlaceABNSync",
+            "detectron2.layers.batch_norm.NaiveSyncBatchNorm",
+            *(f"pytorchvideo.layers.batch_norm.NaiveSyncBatchNorm{dims}d" for dims in (1, 2, 3)),
+            "mmcv.ops.sync_bn.SyncBatchNorm",
+        ),
         aliases=("syncbn", "syncbatchnorm"),
-        attributes=(*ATTRIBUTES, "process_group"),
+        attributes=(*ATTRIBUTES, *_OF_ABN, "process_group", "group", "group_size", "_stats_mode"),
         statistics="batch",
         small_batch="all",
     )

@@ -1,7 +1,7 @@
 """LayerNorm: over all channels and positions (`ln`), or over the channels at each position (`ln-channel`).
 
 Ba, Kiros and Hinton 2016, "Layer Normalization"; over channels as in ConvNeXt (Liu et al. 2022). Reads
-torch.nn.LayerNorm and the `LayerNorm2d` of torchvision and timm.
+torch.nn.LayerNorm, the `LayerNorm2d` of torchvision and timm, and any class that computes either.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._building import read_tail, with_affine
+from ._formulas import ATTRIBUTES, computes, layer_norm, read_vectors
 from .group import build_group_norm
 from .registry import register
 from .spec import NormSpec, NormState, Options
@@ -43,11 +44,12 @@ class ChannelLayerNorm(nn.Module):
 
 def _read_all(module: Any) -> NormState:
     """`nn.LayerNorm` on tokens `(*, C)`; on one vector per sample `(N, C)` this is also a norm over all channels."""
-    weight = module.weight
+    if not isinstance(module, nn.LayerNorm):
+        return read_vectors(module, channel_dim=-1)
     return NormState(
         channels=module.normalized_shape[-1] if len(module.normalized_shape) == 1 else 0,
         eps=module.eps,
-        weight=weight,
+        weight=module.weight,
         bias=module.bias,
         channel_dim=-1,
         training=module.training,
@@ -56,15 +58,14 @@ def _read_all(module: Any) -> NormState:
 
 
 def _read_channel(module: Any) -> NormState:
-    channels = module.num_channels if isinstance(module, ChannelLayerNorm) else module.normalized_shape[-1]
+    if not isinstance(module, ChannelLayerNorm):
+        return read_vectors(module, channel_dim=1)
     return NormState(
-        channels=channels,
+        channels=module.num_channels,
         eps=module.eps,
         weight=module.weight,
         bias=module.bias,
-        dims=None if isinstance(module, ChannelLayerNorm) else 2,
         training=module.training,
-        tail=read_tail(module),
     )
 
 
@@ -93,8 +94,9 @@ register(
         build=_build_all,
         classes=(nn.LayerNorm,),
         class_names=("timm.layers.norm.LayerNorm", "timm.layers.norm_act.LayerNormAct"),
+        matches=lambda module: computes(module, layer_norm, channel_dim=-1),
         aliases=("layernorm",),
-        attributes=("normalized_shape", "elementwise_affine", "_fast_norm"),
+        attributes=ATTRIBUTES,
         groups=lambda state, options: 1,
         elements=lambda channels, positions, options: channels * positions,
     )
@@ -114,8 +116,9 @@ register(
             "timm.layers.norm.LayerNorm2d",
             "timm.layers.norm_act.LayerNormAct2d",
         ),
+        matches=lambda module: computes(module, layer_norm, channel_dim=1),
         aliases=("channellayernorm", "layernorm2d"),
-        attributes=("num_channels", "normalized_shape", "elementwise_affine", "_fast_norm"),
+        attributes=("num_channels", *ATTRIBUTES),
         exact_from=("ln-channel",),
         elements=lambda channels, positions, options: channels,
     )

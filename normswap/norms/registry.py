@@ -140,11 +140,7 @@ def identify(module: nn.Module) -> NormSpec | None:
     cls: Any = class_of(module)
     if (known := _of_class(cls, cls.forward)) is not None:
         return known
-    if looks_batch(module):
-        for spec in _BY_NAME.values():
-            if spec.matches is not None and spec.matches(module):
-                return spec
-    return None
+    return next((spec for spec in _BY_NAME.values() if spec.matches is not None and spec.matches(module)), None)
 
 
 def derived_from(module: nn.Module) -> NormSpec | None:

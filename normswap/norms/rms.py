@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._building import with_affine
+from ._formulas import ATTRIBUTES, computes, read_vectors, rms_norm
 from .registry import register
 from .spec import NormSpec, NormState, Options
 
@@ -35,6 +36,8 @@ def _usual_eps(weight: Tensor | None) -> float:
 
 
 def _read(module: Any) -> NormState:
+    if not isinstance(module, nn.RMSNorm):
+        return read_vectors(module, channel_dim=-1)
     return NormState(
         channels=module.normalized_shape[-1] if len(module.normalized_shape) == 1 else 0,
         eps=_usual_eps(module.weight) if module.eps is None else module.eps,
@@ -60,12 +63,13 @@ register(
         title="RMSNorm",
         formula="y = x / sqrt(mean(x^2) + eps) * weight (+ bias), the mean over channels, which come last",
         axes="channels, per sample and position",
-        source="Zhang and Sennrich 2019; torch.nn.RMSNorm",
+        source="Zhang and Sennrich 2019; torch.nn.RMSNorm, read from any class that computes it, as transformers' LlamaRMSNorm",
         read=_read,
         build=_build,
         aliases=("rmsnorm",),
         classes=(nn.RMSNorm, ShiftedRMSNorm),
-        attributes=("normalized_shape", "elementwise_affine"),
+        matches=lambda module: computes(module, rms_norm, channel_dim=-1),
+        attributes=ATTRIBUTES,
         channel_dim=-1,
         elements=lambda channels, positions, options: channels,
         exact_from=("rms",),
