@@ -14,6 +14,7 @@ from typing import Any
 
 MARKER = "<!-- generated -->"
 NORMS, COMMANDS = "Norms", "Commands"
+MATRIX = "<!-- matrix -->"
 
 
 def on_config(config: Any) -> Any:
@@ -27,6 +28,7 @@ def on_config(config: Any) -> Any:
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """The hook that mkdocs calls for every page."""
+    markdown = markdown.replace(MATRIX, norm_matrix() if MATRIX in markdown else "")
     if MARKER not in markdown:
         return markdown
     path = PurePosixPath(page.file.src_uri)
@@ -148,14 +150,28 @@ def norm_links() -> str:
 
 def norm_facts(name: str) -> str:
     """What `normswap norms` knows of one norm, and the options of its own."""
-    from normswap.norms.registry import exact_from, norm_named
+    from normswap.norms.registry import norm_named, specs
+    from normswap.planning.matrix import conversions
 
     spec = norm_named(name)
+    exact = [cell.source for cell in conversions(specs(), (spec,)) if cell.outcome == "exact"]
     facts = {
         "Formula": f"`{spec.formula}`",
         "Statistics over": spec.axes,
         "Source": spec.source,
-        "Exact in inference from": ", ".join(f"`{other}`" for other in exact_from(spec)) or "no other norm",
+        "Exact in inference from": ", ".join(f"`{other}`" for other in exact) or "no other norm",
         "Options": ", ".join(f"`{f.name}`" for f in dataclasses.fields(spec.options)),
     }
     return "\n".join(["| | |", "|---|---|", *(f"| **{what}** | {text} |" for what, text in facts.items())])
+
+
+def norm_matrix() -> str:
+    """What `normswap norms` says of every conversion: a row a source, a column a target."""
+    from normswap.planning.matrix import all_conversions, notes
+
+    cells = all_conversions()
+    sources, targets = list(dict.fromkeys(c.source for c in cells)), list(dict.fromkeys(c.target for c in cells))
+    at = {(c.source, c.target): c for c in cells}
+    head = ["| from ↓ to → | " + " | ".join(f"`{name}`" for name in targets) + " |", "|---" * (len(targets) + 1) + "|"]
+    rows = [f"| `{s}` | " + " | ".join(str(at[s, t].outcome) for t in targets) + " |" for s in sources]
+    return "\n".join([*head, *rows, "", *(f"- {note}" for note in notes(cells))])

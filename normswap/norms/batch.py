@@ -1,8 +1,8 @@
 """BatchNorm1d/2d/3d (`bn`) and SyncBatchNorm (`sync`).
 
 Ioffe and Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
-Shift"; modules of torch.nn, timm's fused BatchNormAct2d and SyncBatchNormAct, inplace_abn's ABN, InPlaceABN and InPlaceABNSync,
-and the synchronised ones of detectron2, pytorchvideo and mmcv.
+Shift"; modules of torch.nn, timm's fused BatchNormAct2d and SyncBatchNormAct, those of inplace_abn, and
+the synchronised ones of detectron2, pytorchvideo and mmcv.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ register(
         title="RMSNorm",
         formula="y = x / sqrt(mean(x^2) + eps) * weight (+ bias), the mean over channels, which come last",
         axes="channels, per sample and position",
-        source="Zhang and Sennrich 2019; torch.nn.RMSNorm, read from any class that computes it, as transformers' LlamaRMSNorm",
+        source="Zhang and Sennrich 2019; torch.nn.RMSNorm, and LlamaRMSNorm and the like of transformers",
         read=_read,
         build=_build,
         aliases=("rmsnorm",),

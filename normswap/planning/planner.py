@@ -74,10 +74,11 @@ def plan(
     return planned(unwrapped(model), options)
 
 
-def planned(model: nn.Module, options: PlanOptions) -> Plan:
-    """`plan`, for a network that nothing wraps."""
+def planned(model: nn.Module, options: PlanOptions, inventory: Inventory | None = None) -> Plan:
+    """`plan`, for a network that nothing wraps. inventory: what is in it, if that is known."""
     options.check()
-    inventory = inventory_of(model, options.example_inputs, feeds=options.needs_feeds)
+    if inventory is None:
+        inventory = inventory_of(model, options.example_inputs, feeds=options.needs_feeds)
     if not inventory.layers and not inventory.suspects:
         raise PlanError(f"{type(model).__name__} has no norm layer", [])
     streams = Streams(model, options.example_inputs)

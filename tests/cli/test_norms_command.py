@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pytest
@@ -55,3 +56,58 @@ def test_an_unknown_norm_is_an_error_with_a_near_match(cli: Cli) -> None:
     assert (ran.code, ran.out) == (2, "")
     assert "unknown norm 'gnn'" in ran.err
     assert "Did you mean gn?" in ran.err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def on_a_terminal(columns: int, monkeypatch: pytest.MonkeyPatch, *words: str) -> list[str]:
+    """The lines of `normswap norms`, without colours."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    monkeypatch.setattr("sys.stdout", stream)
+    with pytest.raises(SystemExit) as end:
+        app(["norms", *words])
+    assert end.value.code == 0
+    return [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in stream.getvalue().split("\n")]
+
+
+def row(lines: list[str], name: str) -> list[str]:
+    """Its row of the matrix."""
+    found = [words[1:] for line in lines if (words := line.split())[:1] == [name]]
+    return next(words for words in found if len(words) == len(targets()))
+
+
+def test_the_matrix_is_in_words_where_they_fit_and_in_signs_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow, wide = on_a_terminal(80, monkeypatch), on_a_terminal(140, monkeypatch)
+    signs = {"exact": "=", "close": "~", "images": "+", "refused": "-"}
+    assert all(len(line) <= 80 for line in narrow)
+    for spec in specs():
+        if not spec.fuses:
+            assert [signs[word] for word in row(wide, spec.name)] == row(narrow, spec.name)
+    assert row(wide, "gn")[:4] == ["images"] * 4
+    assert "= exact, ~ close, - refused, + needs images (--calibrate)" in narrow
+    assert "gn to ln: exact from one group." in wide
+
+
+def test_one_norm_has_its_row_and_column_with_the_reasons(cli: Cli) -> None:
+    lines = [line.split() for line in cli("norms", "gn").out.splitlines()]
+    assert ["gn", "ln", "close", "exact", "from", "one", "group"] in lines
+    assert ["ln-channel", "gn", "close"] in lines
+    assert ["gn", "bn", "needs", "images"] in lines
+    refused = "ln gn refused close on vectors (N, C): its channels are the last dimension, the new norm's the second"
+    assert refused.split() in lines
+    assert not any(line[:2] == ["in", "bn"] for line in lines)
+
+
+def test_json_holds_every_conversion(cli: Cli) -> None:
+    cells = {(c["source"], c["target"]): c for c in cli("norms", "--json").json["conversions"]}
+    assert len(cells) == len(targets()) * (len(targets()) - 1)
+    assert cells["in", "gn"]["outcome"] == "exact"
+    assert cells["gn", "fused"]["outcome"] == "needs images"
+    assert cells["rms", "bn"]["why"] == "its channels are the last dimension, the new norm's the second"
+    assert {"rms"} == {c["target"] for c in cli("norms", "rms", "--json").json["conversions"] if c["source"] == "ln"}

@@ -60,6 +60,17 @@ def test_the_first_page_links_all_of_them(hooks: ModuleType) -> None:
     assert re.findall(r"\(norms/(.*?)\.md\)", text) == NAMES
 
 
+def test_the_page_on_choosing_shows_every_conversion(hooks: ModuleType) -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="which-norm.md"))
+    text = hooks.on_page_markdown((DOCS / "which-norm.md").read_text("utf-8"), page=page)
+    lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| `")]
+    rows = [[cell.strip("` ") for cell in line] for line in lines if len(line) == 1 + len(NAMES)]
+    shown = {(row[0], target): row[i] for row in rows for i, target in enumerate(NAMES, 1)}
+    assert shown["gn", "frozen"] == "needs images"
+    assert shown["bn", "frozen"] == "exact"
+    assert {source for source, _ in shown} == set(NAMES) - {"fused"}
+
+
 def test_the_page_on_adding_a_norm_goes_through_the_whole_file_and_nothing_else() -> None:
     file = "normswap/norms/rms.py"
     assert code("".join(blocks(file))) == code((ROOT / file).read_text("utf-8"))

@@ -33,6 +33,11 @@ class Page:
             file=stream, markup=False, highlight=False, emoji=False, width=None if self.terminal else _UNWRAPPED
         )
 
+    @property
+    def width(self) -> int:
+        """Columns there are; very many where it is no terminal."""
+        return self._console.width
+
     def line(self, *parts: Cell) -> None:
         """One line; a part may be a pair of text and style."""
         self._print(_text(parts))
