@@ -104,7 +104,7 @@ def _agrees(module: nn.Module, formula: Callable[[Tensor, int, float], Tensor], 
     probe.__dict__["_parameters"] = given
     around = (7, 4) if state.channels in (3, 5) else (3, 5)  # told from the channels
     x = drawn(2, state.channels, *around) if channel_dim == 1 else drawn(2, *around, state.channels)
-    x[1] *= state.eps**0.5  # there eps is half of what is divided by
+    x[1] *= state.eps**0.5 or 1.0  # there eps is half of what is divided by
     expected = formula(x, channel_dim, state.eps)
     for name, apply in (("weight", torch.mul), ("bias", torch.add)):
         vector = given.get(name)

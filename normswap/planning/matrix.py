@@ -63,6 +63,13 @@ def conversions(sources: tuple[NormSpec, ...], targets: tuple[NormSpec, ...]) ->
     return [cell for source in rows for cell in _row(source, columns)]
 
 
+def conversions_of(norm: nn.Module) -> list[Conversion]:
+    """The row of one module's own type, as the planner answers for that very module."""
+    if (spec := identify(norm)) is None:
+        return []
+    return list(_row(spec, [target for target in specs() if target.build is not None], norm))
+
+
 def all_conversions() -> list[Conversion]:
     """The whole matrix."""
     return conversions(specs(), specs())
@@ -100,9 +107,11 @@ def norm_of(spec: NormSpec, groups: int = GROUPS, dims: int = 2) -> nn.Module:
 
 def network_of(norm: nn.Module, layout: str) -> nn.Module:
     """A layer, the norm, and a layer that reads it."""
+    spec = identify(norm)
+    channels = CHANNELS if spec is None else spec.read(norm).channels
     if layout == "images":
-        return nn.Sequential(nn.Conv2d(3, CHANNELS, 1), norm, nn.ReLU(), nn.Conv2d(CHANNELS, 4, 1)).eval()
-    return nn.Sequential(nn.Linear(3, CHANNELS), norm, nn.Linear(CHANNELS, 4)).eval()
+        return nn.Sequential(nn.Conv2d(3, channels, 1), norm, nn.ReLU(), nn.Conv2d(channels, 4, 1)).eval()
+    return nn.Sequential(nn.Linear(3, channels), norm, nn.Linear(channels, 4)).eval()
 
 
 def outcome_of(step: Step) -> Outcome:
@@ -113,8 +122,8 @@ def outcome_of(step: Step) -> Outcome:
     return Outcome.EXACT if same else Outcome.CLOSE
 
 
-def _row(source: NormSpec, targets: list[NormSpec]) -> Iterator[Conversion]:
-    norm = norm_of(source)
+def _row(source: NormSpec, targets: list[NormSpec], given: nn.Module | None = None) -> Iterator[Conversion]:
+    norm = norm_of(source) if given is None else given
     state = source.read(norm)
     layout = "images" if state.channel_dim == 1 else "tokens"
     asked = _Asked(norm, layout)
