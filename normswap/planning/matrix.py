@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..choices import MISSING_STATISTICS
 from ..errors import DataError, PlanError
 from ..inspection.inventory import inspect
 from ..norms.registry import build, identify, specs
@@ -160,7 +161,7 @@ class _Asked:
     def to(self, target: NormSpec, groups: int | None = None) -> tuple[Outcome, str]:
         """The outcome, and for a refusal the reason."""
         why = ""
-        for missing in ("error", "later"):
+        for missing in MISSING_STATISTICS:  # an error first
             try:
                 return outcome_of(self._step(target, groups, missing)), ""
             except PlanError as error:

@@ -77,6 +77,12 @@ def plan(
 def planned(model: nn.Module, options: PlanOptions, inventory: Inventory | None = None) -> Plan:
     """`plan`, for a network that nothing wraps. inventory: what is in it, if that is known."""
     options.check()
+    if any(cls.__module__.partition(".")[0] == "keras" for cls in type(model).__mro__):
+        raise PlanError(
+            f"{type(model).__name__} is a Keras model, whose layers no module swap can reach",
+            [],
+            hint="normswap.keras.to_group_norm(model) converts it.",
+        )
     if inventory is None:
         inventory = inventory_of(model, options.example_inputs, feeds=options.needs_feeds)
     if not inventory.layers and not inventory.suspects:
