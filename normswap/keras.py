@@ -135,7 +135,7 @@ def _batch_norms(model: Any) -> Iterator[tuple[Any, Any]]:
         if not isinstance(layer, keras.layers.BatchNormalization) or id(layer) in seen:
             continue
         seen.add(id(layer))
-        parent = node.parent_nodes[0] if node.parent_nodes else None
+        parent: Any = node.parent_nodes[0] if node.parent_nodes else None
         alone = parent is not None and len(calls[id(layer)]) == 1 and len(calls.get(id(parent.operation), ())) == 1
         read = alone and (readers[id(parent)] > 1 or any(id(t) in outputs for t in parent.output_tensors))
         yield layer, parent.operation if alone and not read and _takes(parent.operation, node, layer) else None
