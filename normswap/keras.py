@@ -135,10 +135,10 @@ def _batch_norms(model: Any) -> Iterator[tuple[Any, Any]]:
         if not isinstance(layer, keras.layers.BatchNormalization) or id(layer) in seen:
             continue
         seen.add(id(layer))
-        parent: Any = node.parent_nodes[0] if node.parent_nodes else None
-        alone = parent is not None and len(calls[id(layer)]) == 1 and len(calls.get(id(parent.operation), ())) == 1
-        read = alone and (readers[id(parent)] > 1 or any(id(t) in outputs for t in parent.output_tensors))
-        yield layer, parent.operation if alone and not read and _takes(parent.operation, node, layer) else None
+        before: Any = node.parent_nodes[0] if node.parent_nodes else None
+        alone = before is not None and len(calls[id(layer)]) == 1 and len(calls.get(id(before.operation), ())) == 1
+        read = alone and (readers[id(before)] > 1 or any(id(t) in outputs for t in before.output_tensors))
+        yield layer, before.operation if alone and not read and _takes(before.operation, node, layer) else None
 
 
 def _takes(producer: Any, node: Any, norm: Any) -> bool:
@@ -148,6 +148,8 @@ def _takes(producer: Any, node: Any, norm: Any) -> bool:
         return False
     if not type(producer).__module__.startswith("keras.") or producer.activation.__name__ != "linear":
         return False
+    if getattr(producer, "lora_enabled", False) or getattr(producer, "quantization_mode", None):
+        return False  # its kernel is not all that it multiplies by
     rank = len(node.input_tensors[0].shape)
     first = getattr(producer, "data_format", "channels_last") == "channels_first"
     return bool(norm.axis % rank == (1 if first else rank - 1))

@@ -122,6 +122,12 @@ def test_a_layer_that_is_used_twice_is_not_folded_into() -> None:
     assert isinstance(to_group_norm(model, groups=2).get_layer("norm"), keras.Sequential)
 
 
+def test_a_layer_with_lora_weights_is_not_folded_into() -> None:
+    model = settled(keras.Sequential([layers.Input((4,)), layers.Dense(8), layers.BatchNormalization(name="norm")]))
+    model.layers[0].enable_lora(2)
+    assert isinstance(to_group_norm(model, groups=2).get_layer("norm"), keras.Sequential)
+
+
 def test_channels_may_come_first() -> None:
     models = []
     for first in (True, False):

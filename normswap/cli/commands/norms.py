@@ -106,7 +106,7 @@ def _matrix(page: Page, cells: list[Conversion]) -> None:
 
 def _row_and_column(page: Page, name: str, cells: list[Conversion]) -> None:
     told = [": ".join(filter(None, (c.note, c.why))) for c in cells]
-    rows = [
+    rows: list[list[Any]] = [
         [(c.source, "path"), (c.target, "path"), (str(c.outcome), _STYLES[c.outcome]), words]
         for c, words in zip(cells, told, strict=True)
     ]
