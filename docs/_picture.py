@@ -44,7 +44,7 @@ COMMANDS = {
     "recipes": "normswap recipes",
     "demo": "normswap demo",
 }
-WIDTH = {"convert": 88}
+WIDTH = {"convert": 88, "norms": 120}
 USUAL = 110
 PLACE = Path(__file__).parent / "assets"
 

@@ -79,7 +79,7 @@ def _render(page: Page, specs: tuple[NormSpec, ...], cells: list[Conversion]) ->
 
 _SHORT = {"exact": "=", "close": "~", "refused": "-", "needs images": "+"}
 _STYLES = {"exact": "good", "close": "", "needs images": "bad", "refused": "dim"}
-_WORDS_FROM = 130  # columns of a terminal from which words fit
+_WORDS_FROM = 120  # columns of a terminal from which words fit
 
 
 def _matrix(page: Page, cells: list[Conversion]) -> None:
