@@ -104,7 +104,7 @@ def _check(model: nn.Module, inventory: Inventory) -> None:
 
 
 def _fit(model: nn.Module, data: Any, preprocess: Callable[[Any], Tensor] | None) -> Fit | None:
-    batches, _, _ = collected(data, IMAGES, 16, preprocess, 10)
+    batches, _, _ = collected(model, data, IMAGES, 16, preprocess, 10)
     return fit(model, batches) if remembering(model) else None
 
 

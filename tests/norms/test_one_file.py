@@ -29,6 +29,7 @@ NAMED = {
     **{("advice/rules.py", name): "advice" for name in ("bn", "frozen", "fused", "gn", "in", "ln")},
     ("cli/commands/demo.py", "bn"): "the demo's story is of these two",
     ("cli/commands/demo.py", "gn"): "the demo's story is of these two",
+    ("cli/commands/compare.py", "bn"): "the baseline, which is always there",
     ("demo/picture.py", "bn"): "the demo's story is of these two",
     ("demo/picture.py", "gn"): "the demo's story is of these two",
     ("demo/story.py", "bn"): "the demo's story is of these two",
