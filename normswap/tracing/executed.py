@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .calls import KnownModules
-from .followed import ATTRIBUTES, LOCALS, WALKS, Followed, mentions, steps_of
+from .followed import ATTRIBUTES, WALKS, Followed, mentions, steps_of, variables_read
 from .source_reading import ALL, uses_of
 from .symbolic import Doubt
 
@@ -81,9 +81,9 @@ class Execution:
         for step in steps_of(code):
             if step.offset in done or step.argval is None:
                 continue
-            names = set(step.argval) if isinstance(step.argval, tuple) else {str(step.argval)}
-            if step.opname.startswith(LOCALS) and names & variables[step.offset]:
+            if variables_read(step) & variables[step.offset]:
                 return True
+            names = set(step.argval) if isinstance(step.argval, tuple) else {str(step.argval)}
             if step.opname.startswith(ATTRIBUTES) and (
                 names & (children | WALKS) or any(_method_reaches(owner, name, children) for name in names)
             ):

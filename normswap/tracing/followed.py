@@ -19,10 +19,13 @@ from torch import Tensor, nn
 
 from ..modules.attributes import leaves_of
 
+# Where the instructions are known; elsewhere nothing counts as run, and so every doubt stays.
+KNOWN = ("cpython", {(3, 10), (3, 11), (3, 12), (3, 13)})
+
 _TORCH = torch.__path__[0] + os.sep
 # Code that others' modules are called from too, and the recorder's own.
 _NOBODYS = (_TORCH, os.path.dirname(__file__) + os.sep, "<frozen")
-LOCALS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE", "LOAD_CLASSDEREF", "LOAD_NAME")
+LOCALS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE", "LOAD_CLASSDEREF", "LOAD_NAME", "LOAD_FROM_DICT_OR")
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_SUPER")
 # Ways to what a module holds that name none of it.
 WALKS = {
@@ -52,7 +55,13 @@ class Followed:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within, every instruction of the watched code counts as executed once a run went through it."""
+        """Within, every instruction of the watched code counts as executed once a run went through it.
+
+        On a Python whose instructions are not known nothing is watched, and no module counts as entered.
+        """
+        if not known_here():
+            yield
+            return
         before = sys.gettrace()
         sys.settrace(self._enter)
         try:
@@ -132,6 +141,12 @@ class Followed:
         return {offset: found.get(offset, ever) for offset in follow}
 
 
+def known_here() -> bool:
+    """Whether the instructions of the running Python are known."""
+    implementation, versions = KNOWN
+    return sys.implementation.name == implementation and sys.version_info[:2] in versions
+
+
 @functools.cache
 def _jumps(code: CodeType) -> frozenset[int]:
     """Offsets of the instructions that may go either way."""
@@ -175,6 +190,13 @@ def steps_of(code: CodeType) -> Iterator[dis.Instruction]:
             yield from block
             block = []
     yield from block
+
+
+def variables_read(step: dis.Instruction) -> set[str]:
+    """Names of the variables that an instruction reads."""
+    if step.opname.startswith(LOCALS):
+        return set(step.argval) if isinstance(step.argval, tuple) else {str(step.argval)}
+    return {step.argval[1]} if step.opname == "STORE_FAST_LOAD_FAST" else set()  # 3.13 reads and writes in one
 
 
 def mentions(code: CodeType, names: set[str]) -> bool:

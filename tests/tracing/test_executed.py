@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normswap
+from normswap.tracing.followed import variables_read
 
 
 def size_of(x: Tensor) -> int:
@@ -123,6 +125,15 @@ class OtherBranchCopies(Net):
             w = y
             z = z + w
         return z
+
+
+class OtherBranchStoresAndReads(Net):
+    """Python 3.13 has one instruction that writes a variable and reads the next."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        z = self.bn(y)
+        return (two := 2) * y + two if size_of(x) == 1 else z
 
 
 class OtherBranchCalls(Net):
@@ -253,9 +264,9 @@ class OneOfTwo(nn.Module):
 
 
 UNSETTLED = [
-    OtherBranch, OtherBranchCopies, OtherBranchCalls, OtherBranchCallsMethod, OtherBranchUsesWeight, OtherBranchWalks,
-    OtherBranchInHelper, OtherBranchInFunctionNeverRun, OtherBranchReachesIn, OtherBranchHandsOver,
-    OtherBranchHandsOverToMethod, InTraining, OnError, OneOfTwo,
+    OtherBranch, OtherBranchCopies, OtherBranchStoresAndReads, OtherBranchCalls, OtherBranchCallsMethod,
+    OtherBranchUsesWeight, OtherBranchWalks, OtherBranchInHelper, OtherBranchInFunctionNeverRun, OtherBranchReachesIn,
+    OtherBranchHandsOver, OtherBranchHandsOverToMethod, InTraining, OnError, OneOfTwo,
 ]  # fmt: skip
 
 
@@ -265,6 +276,25 @@ def test_code_that_the_run_passed_over_and_that_gets_at_the_layer_leaves_the_dou
     case: type[nn.Module], mode: str
 ) -> None:
     assert edges(randomized(case()), mode) == {}
+
+
+@pytest.mark.parametrize("known", [("cpython", set()), ("pypy", {sys.version_info[:2]})], ids=["version", "pypy"])
+@pytest.mark.parametrize("case", SETTLED)
+def test_a_python_whose_instructions_are_not_known_settles_no_doubt(
+    case: type[nn.Module], known: tuple[str, set[tuple[int, int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = randomized(case())
+    monkeypatch.setattr("normswap.tracing.followed.KNOWN", known)
+    assert not any(layer.feed.foldable for layer in normswap.inspect(net).layers)
+    assert normswap.convert(net, to="gn")._normswap.check.passed
+
+
+def test_an_instruction_that_writes_one_variable_and_reads_another_reads_the_other() -> None:
+    step = next(dis.get_instructions(size_of))
+    both = step._replace(opname="STORE_FAST_LOAD_FAST", argval=("written", "read"))
+    assert variables_read(both) == {"read"}
+    assert variables_read(step._replace(opname="LOAD_FAST_LOAD_FAST", argval=("a", "b"))) == {"a", "b"}
+    assert variables_read(step._replace(opname="STORE_FAST", argval="a")) == set()
 
 
 def test_a_debugger_that_watches_too_gets_its_trace_back() -> None:

@@ -90,6 +90,19 @@ def test_one_that_only_prepares_its_input_is_folded_into_saved_and_reverted(
                 assert relative(run(net, x), run(new, x)) < 1e-5
 
 
+@pytest.mark.parametrize("cls", OWN)
+def test_on_a_python_whose_instructions_are_not_known_none_is_folded_into(
+    cls: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unseen(cls):
+        pass
+
+    monkeypatch.setattr("normswap.tracing.followed.KNOWN", ("cpython", set()))
+    new = normswap.convert(net_with(Unseen), to="gn")
+    assert [s.producers for s in new._normswap.plan.steps] == [()]
+    assert new._normswap.check.passed
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("cls", OWN)
 def test_an_edge_from_one_is_claimed_by_the_rules_of_all(cls: type[nn.Module], mode: str) -> None:
