@@ -34,7 +34,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         if isinstance(version, int) and version > FORMAT:
             raise CheckpointError(
                 f"{path} has format {version}, this normswap {__version__} reads up to {FORMAT}",
-                hint="pip install --upgrade normswap",
+                hint="install a newer normswap",
             )
         if manifest["sha256"] != digest(manifest):
             raise CheckpointError(f"the manifest of {path} was edited after normswap wrote it; it is not used")
