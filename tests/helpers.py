@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normswap.inspection.inventory import Inventory, inspect
+from normswap.tracing.followed import known_here
+
+needs_known_instructions = pytest.mark.skipif(not known_here(), reason="this Python's instructions are not known")
 
 
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import MODES, Net, X, edges, fingerprint, randomized
+from helpers import MODES, Net, X, edges, fingerprint, needs_known_instructions, randomized
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -94,6 +94,7 @@ SETTLED = {
 }
 
 
+@needs_known_instructions
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", SETTLED)
 def test_code_that_the_run_went_through_leaves_no_doubt(case: type[nn.Module], mode: str) -> None:
@@ -311,6 +312,7 @@ def test_a_debugger_that_watches_too_gets_its_trace_back() -> None:
     assert now is trace
 
 
+@needs_known_instructions
 def test_guessed_inputs_say_nothing_of_the_size_of_maps() -> None:
     feed = normswap.inspect(Plain().eval())["bn"].feed
     assert feed.foldable
@@ -318,6 +320,7 @@ def test_guessed_inputs_say_nothing_of_the_size_of_maps() -> None:
     assert normswap.inspect(Plain().eval(), X)["bn"].feed.positions == 64
 
 
+@needs_known_instructions
 def test_a_network_that_takes_no_guessed_input_stays_in_doubt() -> None:
     class Picky(Plain):
         def forward(self, x: Tensor) -> Tensor:

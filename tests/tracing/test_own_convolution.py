@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import MODES, Net, X, contents, edges, randomized, relative, run
+from helpers import MODES, Net, X, contents, edges, needs_known_instructions, randomized, relative, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -70,6 +70,7 @@ def net_with(cls: type[nn.Module], **options: object) -> nn.Module:
     return randomized(nn.Sequential(cls(4, 8, 3, **options), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)))
 
 
+@needs_known_instructions
 @pytest.mark.parametrize("options", [{"bias": False}, {"stride": 2}, {"groups": 2}], ids=str)
 @pytest.mark.parametrize("cls", OWN)
 def test_one_that_only_prepares_its_input_is_folded_into_saved_and_reverted(
@@ -127,6 +128,7 @@ def test_an_edge_from_one_is_claimed_by_the_rules_of_all(cls: type[nn.Module], m
     assert edges(tied, mode) == {}
 
 
+@needs_known_instructions
 def test_it_is_found_on_the_meta_device_too() -> None:
     with torch.device("meta"):
         net = nn.Sequential(DynamicSame(4, 8, 3), nn.BatchNorm2d(8)).eval()
@@ -310,6 +312,7 @@ def test_one_that_is_or_may_become_something_else_is_not_folded_into(cls: type[n
     assert new._normswap.check.passed
 
 
+@needs_known_instructions
 def test_hooks_and_replaced_methods_within_one_are_no_part_of_its_class() -> None:
     hooked, patched = net_with(StaticSame), net_with(Helped)
     hooked[0].static_padding.register_forward_hook(lambda module, args, out: out * 2)
