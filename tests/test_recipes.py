@@ -31,6 +31,7 @@ FIGURES = {
     "gradual_unfreezing": r"(?:all at once|gradually): accuracy (0\.\d{4})",
     "groupnorm_at_batch_2": r"(?:BatchNorm|GroupNorm) +(0\.\d{4}) +(0\.\d{4})",
     "large_model_fsdp": r"accuracy (0\.\d{4})",
+    "recurrent_groupnorm": r"F1 (0\.\d{4})",
     "segmentation_groupnorm": r"(?:BatchNorm|GroupNorm), batch [12]: mean IoU (0\.\d{4})",
     "test_time_adaptation": r"(?:BatchNorm|GroupNorm): accuracy .*, (0\.\d{4}) adapted with batches of 1,",
     "transformers_trainer": r"(?:BatchNorm|GroupNorm): accuracy .* (0\.\d{4}) after",
@@ -42,6 +43,7 @@ RUNS = {
     "ema_policy": 7,
     "faster_rcnn_gn_batch_1": 6,
     "federated_averaging": 4,
+    "recurrent_groupnorm": 6,
     "segmentation_groupnorm": 4,
     "train_digits": 1,
 }

@@ -16,6 +16,7 @@ from ..conversion.undo_record import Order, ordered
 from ..data.batches import run_on
 from ..errors import DataError
 from ..modules.tree import device_and_dtype
+from ..norms._padded import only, told_valid, valid_steps
 from ..planning.plan import Step
 from .balance import Spread
 from .lockstep import Lockstep
@@ -82,7 +83,7 @@ class Original:
         with ExitStack() as stack:
             for target, original in self.targets:
                 state = state_of(original)
-                if state.has_statistics or state.tail:
+                if state.has_statistics or state.tail or target.padded:
                     hook = self._input_hook(target, state.has_statistics)
                     handle = original.register_forward_pre_hook(hook, with_kwargs=True)
                 else:
@@ -114,10 +115,11 @@ class Original:
     def _input_hook(self, target: Target, has_statistics: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             x = first_input(args, kwargs)
+            valid = valid_steps(x) if target.padded and x.dim() == 3 else None
             if not has_statistics:
-                self._note(target, moments_of(bare_output(module, x), state_of(module).channel_dim))
+                self._note(target, moments_of(only(bare_output(module, x), valid), state_of(module).channel_dim))
                 return
-            rows = rows_of(x)
+            rows = rows_of(only(x, valid))
             inputs = rows.moments()
             self.inputs.setdefault(target.path, Moments()).add(inputs)
             self._note(target, inputs.mapped(*fixed_map(module)))
@@ -222,7 +224,7 @@ class Matching:
     def _output_hook(self, target: Target) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Tensor) -> None:
             dim = target.state.channel_dim
-            if self._arrive(target, moments_of(out, dim)):
+            if self._arrive(target, moments_of(only(out, told_valid(module, args)), dim)):
                 rewrite(out, *self.fixes[target.path], dim)
 
         return hook

@@ -18,6 +18,7 @@ from ..conversion.record import record_of
 from ..errors import Fix, NetworkError, NormswapError, Text
 from ..modules.precision import at_least_float32
 from ..modules.tree import module_at
+from ..norms._padded import PADDED
 from ..norms._wrappers import ChannelAffine, per_channel
 from ..norms.registry import identify
 from ..norms.spec import NormState
@@ -46,6 +47,11 @@ class Target:
     statistics: bool
     match: bool
     carriers: tuple[Any, ...] = ()
+
+    @property
+    def padded(self) -> bool:
+        """Whether padded steps do not count."""
+        return isinstance(self.norm, PADDED)
 
     @property
     def state(self) -> NormState:

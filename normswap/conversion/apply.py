@@ -15,7 +15,8 @@ from ..modules.hooks import adopt
 from ..modules.precision import at_least_float32
 from ..modules.tree import replace_module
 from ..norms._building import TAIL
-from ..norms._wrappers import wrapped
+from ..norms._padded import PaddedSequence, padded
+from ..norms._wrappers import NormSequence, wrapped
 from ..norms.fused import scale_and_shift
 from ..norms.registry import build, identify
 from ..norms.spec import NormState
@@ -198,8 +199,9 @@ def _replacement(bound: BoundStep, device: torch.device, dtype: torch.dtype) -> 
         norm.training = state.training
     else:
         norm = build(target, state, step.options)
+        norm = padded(norm) if step.padded else norm
         _keep_parametrizations(old, norm)
-    new = wrapped(norm, state, standardize)
+    new = wrapped(norm, state, standardize, PaddedSequence if step.padded else NormSequence)
     was = bound.spec
     adopt(new, old, known=_ATTRIBUTES.union(was.attributes))
     _adopt_registered(new, old, known=_REGISTERED.union(was.tensors))

@@ -34,6 +34,10 @@ _NEGLECTED = (
     "carried over. If it works in training mode alone, estimate them before converting: "
     "normswap.estimate_statistics(model, images)"
 )
+_PADDING = (
+    "{} takes statistics over time, and padded steps cannot be told there, so that padding changes them{}; "
+    "ln-channel takes none over time, and so does rms where channels come last"
+)
 
 
 def back_in_order(model: nn.Module) -> Callable[[str, Tensor], Tensor]:
@@ -140,6 +144,9 @@ def converted(model: nn.Module, options: ConvertOptions) -> nn.Module:
     states = states_in(model) if plan.standardizes else []
     if (count := never_updated(states)) and affine_moved(states):
         warnings.warn(_NEGLECTED.format(type(model).__name__, count), stacklevel=3)
+    if counted := plan.meta.get("padding"):
+        more = f" (and {len(counted) - 1} more norms)" if len(counted) > 1 else ""
+        warnings.warn(_PADDING.format(counted[0], more), stacklevel=3)
     unproved = _why_unproved(model, plan, options)
     inputs = None if unproved else inputs_for(model, options.example_inputs)
     if not unproved and inputs is None:

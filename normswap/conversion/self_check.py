@@ -244,7 +244,7 @@ def _bare(stack: ExitStack, bound: BoundStep, original: nn.Module | None) -> Non
     if step.transfer.standardizes:
         factor = 1.0 if step.options.eps is None else math.sqrt(1 + step.options.eps)
 
-        def affine(x: Tensor) -> Tensor:
+        def affine(x: Tensor, valid: Tensor | None = None) -> Tensor:
             weight = torch.ones(step.channels) if norm.weight is None else norm.weight
             y = x * per_channel(weight.to(x) / factor, x.dim())
             return y if norm.bias is None else y.add_(per_channel(norm.bias.to(x), x.dim()))

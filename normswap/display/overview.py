@@ -147,7 +147,7 @@ def steps_table(steps: Sequence[Any]) -> Table:
             number_range(s.channels for s in run.items),
             first.source_class,
             target_told(run.items),
-            (words + ", γ = 0" * first.zero_init, style),
+            (words + ", padding left out" * first.padded + ", γ = 0" * first.zero_init, style),
         )
         rows.append(cells)
     return Table(("layer", ">layers", ">channels", "was", "becomes", "statistics"), tuple(rows))
@@ -166,7 +166,15 @@ def _step_key(step: Any) -> tuple[Hashable, ...]:
 
 def _loose_step_key(step: Any) -> tuple[Hashable, ...]:
     """What the layers of one row share; channels and groups may then differ."""
-    return (step.source_class, step.target, step.options.eps, step.transfer, step.note == "", step.zero_init)
+    return (
+        step.source_class,
+        step.target,
+        step.options.eps,
+        step.transfer,
+        step.note == "",
+        step.zero_init,
+        step.padded,
+    )
 
 
 def target_told(steps: Sequence[Any]) -> str:

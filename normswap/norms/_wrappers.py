@@ -67,7 +67,12 @@ class NormSequence(nn.Sequential):
         return getattr(self.norm, "bias", None)
 
 
-def wrapped(norm: nn.Module, state: NormState, standardize: tuple[Tensor, Tensor] | None) -> nn.Module:
+def wrapped(
+    norm: nn.Module,
+    state: NormState,
+    standardize: tuple[Tensor, Tensor] | None,
+    sequence: type[NormSequence] = NormSequence,
+) -> nn.Module:
     """A norm with what a fused layer runs after it, and with a fixed scale and shift `(C,)` before it, if there are."""
     if standardize is None and not state.tail:
         return norm
@@ -76,4 +81,4 @@ def wrapped(norm: nn.Module, state: NormState, standardize: tuple[Tensor, Tensor
         dtype = state.statistics[1].dtype
         first = ChannelAffine(*(t.to(dtype) for t in standardize))
         first.training = state.training
-    return NormSequence(norm, standardize=first, tail=state.tail)
+    return sequence(norm, standardize=first, tail=state.tail)

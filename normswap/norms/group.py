@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import OptionError, plural
 from ._building import read_tail, with_affine
+from ._padded import PaddedGroupNorm
 from .registry import register
 from .spec import DoesNotFit, NormRequest, NormSpec, NormState, Options
 
@@ -103,7 +104,7 @@ register(
         build=_build,
         options=GroupOptions,
         fit=fit_groups,
-        classes=(nn.GroupNorm,),
+        classes=(nn.GroupNorm, PaddedGroupNorm),
         class_names=tuple(
             f"timm.layers.{n}"
             for n in ("norm.GroupNorm", "norm.GroupNorm1", "norm_act.GroupNormAct", "norm_act.GroupNorm1Act")

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ._building import read_statistics_norm, require_dims, with_affine
+from ._padded import PaddedInstanceNorm1d
 from .registry import register
 from .spec import NormSpec, NormState, Options
 
@@ -34,7 +35,7 @@ register(
         source="Ulyanov et al. 2016; torch.nn.InstanceNorm1d/2d/3d",
         read=_read,
         build=_build,
-        classes=(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+        classes=(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, PaddedInstanceNorm1d),
         aliases=("instancenorm",),
         attributes=("num_features", "momentum", "track_running_stats"),
         needs_dims=True,

@@ -88,7 +88,7 @@ class Step:
 
     transfer: what becomes of its statistics, gamma and beta; a plain text will do. unit: whether channels quieter than
     the old `eps` are brought to variance 1 too, gamma making up for it. readers: the layers behind it that gamma and
-    beta go into, where they do.
+    beta go into, where they do. padded: whether the new norm leaves padded steps of sequences out of its statistics.
     """
 
     path: str
@@ -105,6 +105,7 @@ class Step:
     note: str = ""
     unit: bool = False
     readers: tuple[Reader, ...] = ()
+    padded: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "transfer", Transfer(self.transfer))
@@ -137,7 +138,8 @@ class Plan:
     """Steps in traversal order, and what is kept. `transfer` is what was asked; each step says what it gets.
 
     meta: JSON values; under "rules", the pattern and target of each rule and how many layers it was the first to match;
-        under "eps", "auto" where it was not the caller who chose it, so that `calibrate` may choose another.
+        under "eps", "auto" where it was not the caller who chose it, so that `calibrate` may choose another; under
+        "padding", the paths of norms whose statistics padded steps go into.
     centred: of all steps together, what `Transfer.CENTRE` changes.
     """
 
@@ -183,6 +185,9 @@ class Plan:
         for holder, name in ((values, "centred"), *((step, "readers") for step in values["steps"])):
             if not holder[name]:  # as before there were such
                 del holder[name]
+        for step in values["steps"]:
+            if not step["padded"]:
+                del step["padded"]
         return values
 
     def to_json(self) -> str:

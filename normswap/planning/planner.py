@@ -20,6 +20,7 @@ from ..norms.spec import DoesNotFit, NormSpec, Options
 from .options import PlanOptions
 from .plan import SOFT, Kept, Plan, Step, Transfer
 from .rules import Rules, assigned, check_rules, selected
+from .sequences import Sequences
 from .streams import Streams
 
 
@@ -87,8 +88,8 @@ def planned(model: nn.Module, options: PlanOptions, inventory: Inventory | None 
         inventory = inventory_of(model, options.example_inputs, feeds=options.needs_feeds)
     if not inventory.layers and not inventory.suspects:
         raise PlanError(f"{type(model).__name__} has no norm layer", [])
-    streams = Streams(model, options.example_inputs)
-    planner = _Planner(inventory, options, partial(positions, model, inventory), streams)
+    streams, sequences = Streams(model, options.example_inputs), Sequences(model, inventory, options.example_inputs)
+    planner = _Planner(inventory, options, partial(positions, model, inventory), streams, sequences)
     return planner.run(selected(inventory, options.sources))
 
 
@@ -101,6 +102,7 @@ class _Planner:
     options: PlanOptions
     guess_positions: Callable[[], Mapping[str, int]]
     streams: Streams
+    sequences: Sequences
     problems: list[str] = field(default_factory=list)
     indivisible: bool = False
     degenerate: bool = False
@@ -140,6 +142,8 @@ class _Planner:
         used = Counter(chosen.values())
         matched = [{"pattern": r.pattern, "target": r.target, "layers": used[r]} for r in self.options.ordered]
         meta = {"rules": matched, **({"eps": "auto"} if self.options.soft else {})}
+        if counted := [step.path for step in steps if self.sequences.counts_padding(step)]:
+            meta["padding"] = counted
         return Plan(tuple(steps), tuple(kept), self.options.transfer, meta, self.streams.centred())
 
     def _step(self, layer: Layer, target: NormSpec) -> Step:
@@ -170,6 +174,7 @@ class _Planner:
             note,
             unit=transfer.standardizes and layer.free_gamma,
             readers=readers,
+            padded=self.sequences.tells_padding(layer.path, state.channels, target, options),
         )
 
     def _check_elements(self, layer: Layer, target: NormSpec, options: Options) -> None:
