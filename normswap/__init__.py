@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .freezing import unfreeze as unfreeze
     from .inspection.inventory import Inventory as Inventory
     from .inspection.inventory import inspect as inspect
+    from .norms._split import split_norm as split_norm
     from .norms.registry import register_norm as register_norm
     from .optimizers.remap import RemapReport as RemapReport
     from .optimizers.remap import remap_optimizer as remap_optimizer
@@ -106,6 +107,7 @@ _HOME = {
     "remap_optimizer": "optimizers.remap",
     "revert": "conversion.revert",
     "save": "checkpoint.saving",
+    "split_norm": "norms._split",
     "stabilized": "conversion.stabilize",
     "unfreeze": "freezing",
     "verify": "comparison.verification",

@@ -33,7 +33,10 @@ def register(spec: NormSpec) -> NormSpec:
     return spec
 
 
-_INNER: dict[str, str] = {"torch_geometric.nn.norm.batch_norm.BatchNorm": "module"}
+_INNER: dict[str, str] = {
+    "torch_geometric.nn.norm.batch_norm.BatchNorm": "module",
+    "normswap.norms._split.SplitNorm": "norm",
+}
 # Where that is set, a wrapper computes from its norm's statistics itself, which no other norm has.
 _NOT_WHERE = {"torch_geometric.nn.norm.batch_norm.BatchNorm": "allow_single_element"}
 
