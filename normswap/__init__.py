@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from .inspection.inventory import Inventory as Inventory
     from .inspection.inventory import inspect as inspect
     from .norms._split import split_norm as split_norm
+    from .norms.instance_adaptive import styled as styled
     from .norms.registry import register_norm as register_norm
     from .optimizers.remap import RemapReport as RemapReport
     from .optimizers.remap import remap_optimizer as remap_optimizer
@@ -109,6 +110,7 @@ _HOME = {
     "save": "checkpoint.saving",
     "split_norm": "norms._split",
     "stabilized": "conversion.stabilize",
+    "styled": "norms.instance_adaptive",
     "unfreeze": "freezing",
     "verify": "comparison.verification",
 }

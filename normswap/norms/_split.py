@@ -1,4 +1,4 @@
-"""Give a class that computes its batch norm itself, gamma and beta from a condition, a BatchNorm that can be swapped."""
+"""Give a class that computes its batch norm itself, as class-conditional ones do, a BatchNorm that can be swapped."""
 
 from __future__ import annotations
 

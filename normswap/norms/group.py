@@ -113,7 +113,7 @@ register(
         attributes=("num_groups", "num_channels", "_fast_norm"),
         takes_groups=True,
         groups=lambda state, options: state.num_groups if options is None else options.num_groups,
-        exact_from=("gn", "in"),
+        exact_from=("gn", "in", "adain"),
         elements=lambda channels, positions, options: channels // options.num_groups * positions,
     )
 )

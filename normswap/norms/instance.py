@@ -40,7 +40,7 @@ register(
         attributes=("num_features", "momentum", "track_running_stats"),
         needs_dims=True,
         groups=lambda state, options: state.channels,
-        exact_from=("in",),
+        exact_from=("in", "adain"),
         elements=lambda channels, positions, options: positions,
     )
 )
