@@ -8,8 +8,9 @@
 `--network` is that network or one of small_networks.py, which is trained first and kept in build/. Each network sees
 the training images `--epochs` times; GN is folded and calibrated on 256 of them, with each of `--eps`, 0 keeping 1e-5.
 Prints the top-1 accuracy on the test images at the end of training, mean over the seeds, and draws it into `--output`.
-`gn, plain` is GN without what `finetune` does for converted networks (stabilize=False). `--keep FILE` holds what has
-been measured, one line each, so that an interrupted sweep goes on.
+`gn, plain` is GN without what `finetune` does for converted networks (stabilize=False). `gn, ws` has, in its place,
+weight-standardised convolutions (see weight_standardization.py), but for depthwise ones in `gn, ws, dense`.
+`--keep FILE` holds what has been measured, one line each, so that an interrupted sweep goes on.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ import torch
 from accuracy import accuracy, images
 from calibration import network as network_named
 from torch import Tensor, nn
+from weight_standardization import centre_filters, standardize
 
 import normswap
 
-NORMS = ("bn", "frozen", "gn", "gn, plain")
+NORMS = ("bn", "frozen", "gn", "gn, plain", "gn, ws", "gn, ws, dense")
 IMAGES = 256
 
 
@@ -38,8 +40,13 @@ def network(original: nn.Module, norm: str, groups: int, train: Tensor, seed: in
     if not norm.startswith("gn"):
         return normswap.convert(original, rules={"*": "keep"} if norm == "bn" else {"*": norm})
     model = normswap.convert(original, "gn", groups=groups)
+    standardized = "ws" in norm
+    if standardized:
+        centre_filters(model, dense="dense" in norm)
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:IMAGES]
     normswap.calibrate(model, original, train[chosen], eps=eps)
+    if standardized:
+        standardize(model, dense="dense" in norm)
     return model
 
 
@@ -48,8 +55,9 @@ def trained(
     settings: dict[str, Any], eps: float | None,
 ) -> float:  # fmt: skip
     model = network(original, norm, groups, train[0], settings["seed"], eps)
+    print(f"  {norm}, before training: {accuracy(model.eval(), *test):.3f}", file=sys.stderr)
     try:
-        normswap.finetune(model, train, device="cpu", stabilize=norm != "gn, plain", **settings)
+        normswap.finetune(model, train, device="cpu", stabilize="ws" not in norm and norm != "gn, plain", **settings)
     except normswap.NormswapError as error:
         print(f"  {norm}: {error.message}", file=sys.stderr)
         return float("nan")

@@ -269,7 +269,7 @@ def claimed() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("source", "target"), claimed())
 def test_a_conversion_that_is_claimed_to_be_exact_is(source: str, target: str) -> None:
-    groups = {"gn": GROUPS, "in": C}.get(source)
+    groups = {"gn": GROUPS, "in": C, "adain": C}.get(source)
     second = norm_named(source).channel_dim == 1
     net = randomized(nn.Sequential(nn.Conv2d(3, C, 1) if second else nn.Linear(3, C), build(source, batch_norm())))
     if source not in BATCH_TYPES:
