@@ -75,7 +75,8 @@ def _split(module: Any, mean: str, var: str, dims: int) -> None:
     norm: Any = BY_DIMS[dims](held[0].numel(), eps, momentum, affine=False).to(held[0].device)
     norm._buffers["running_mean"], norm._buffers["running_var"] = held
     norm.training = module.training
-    module.__class__ = _split_class(type(module), mean, var)
+    cls: Any = type(module)
+    module.__class__ = _split_class(cls, mean, var)
     module.add_module(NAME, norm)
     module.register_buffer("_zeros", torch.zeros_like(held[0]), persistent=False)
     module.register_buffer("_ones", torch.full_like(held[1], 1 - eps), persistent=False)
