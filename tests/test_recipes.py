@@ -33,6 +33,7 @@ FIGURES = {
     "large_model_fsdp": r"accuracy (0\.\d{4})",
     "recurrent_groupnorm": r"F1 (0\.\d{4})",
     "segmentation_groupnorm": r"(?:BatchNorm|GroupNorm), batch [12]: mean IoU (0\.\d{4})",
+    "style_transfer": r"(?:own being 1|photograph's): (-?\d\.\d{4})",
     "test_time_adaptation": r"(?:BatchNorm|GroupNorm): accuracy .*, (0\.\d{4}) adapted with batches of 1,",
     "transformers_trainer": r"(?:BatchNorm|GroupNorm): accuracy .* (0\.\d{4}) after",
     "train_digits": r"held-out accuracy (0\.\d{4})",
