@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normswap
-import normswap.data
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--pictures", type=Path, default=Path(normswap.data.__file__).parent / "photographs")
