@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import normswap
 from normswap.errors import PlanError
 from normswap.norms.frozen import FrozenBatchNorm
+from normswap.norms.instance_adaptive import AdaptiveInstanceNorm
 from normswap.norms.layer import ChannelLayerNorm
 from normswap.norms.registry import specs
 from normswap.norms.renorm import BatchRenorm
@@ -26,6 +27,7 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
     "frozen": lambda: FrozenBatchNorm(C),
     "gn": lambda: nn.GroupNorm(3, C),
     "in": lambda: nn.InstanceNorm2d(C, affine=True),
+    "adain": lambda: AdaptiveInstanceNorm(C),
     "ln": lambda: nn.LayerNorm(C),
     "ln-channel": lambda: ChannelLayerNorm(C),
     "renorm": lambda: BatchRenorm(C),
@@ -33,7 +35,7 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
     "rms-channel": lambda: ChannelRMSNorm(C),
 }
 ALL = all_conversions()
-GROUPS = {"gn": 3, "in": C}  # of the norms above
+GROUPS = {"gn": 3, "in": C, "adain": C}  # of the norms above
 
 
 def network(source: str, layout: str) -> tuple[nn.Module, Tensor]:

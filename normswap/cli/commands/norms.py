@@ -79,15 +79,14 @@ def _render(page: Page, specs: tuple[NormSpec, ...], cells: list[Conversion]) ->
 
 _SHORT = {"exact": "=", "close": "~", "refused": "-", "needs images": "+"}
 _STYLES = {"exact": "good", "close": "", "needs images": "bad", "refused": "dim"}
-_WORDS_FROM = 120  # columns of a terminal from which words fit
 
 
 def _matrix(page: Page, cells: list[Conversion]) -> None:
     """A row a source, a column a target: in words where they fit, otherwise in signs."""
     from ...planning.matrix import notes
 
-    wide = page.width >= _WORDS_FROM
     sources, targets = list(dict.fromkeys(c.source for c in cells)), list(dict.fromkeys(c.target for c in cells))
+    wide = page.width >= max(map(len, sources)) + sum(2 + max(len("refused"), len(target)) for target in targets)
     at = {(c.source, c.target): str(c.outcome) for c in cells}
     titles = targets if wide else [name.replace("-", "-\n") for name in targets]
 
