@@ -81,6 +81,12 @@ _SHORT = {"exact": "=", "close": "~", "refused": "-", "needs images": "+"}
 _STYLES = {"exact": "good", "close": "", "needs images": "bad", "refused": "dim"}
 
 
+def _stacked(name: str) -> str:
+    """A name in lines of five letters at most, so that a column of signs is narrow."""
+    parts = (part if len(part) < 6 else f"{part[:4]}-\n{part[4:]}" for part in name.split("-"))
+    return "-\n".join(parts)
+
+
 def _matrix(page: Page, cells: list[Conversion]) -> None:
     """A row a source, a column a target: in words where they fit, otherwise in signs."""
     from ...planning.matrix import notes
@@ -88,7 +94,7 @@ def _matrix(page: Page, cells: list[Conversion]) -> None:
     sources, targets = list(dict.fromkeys(c.source for c in cells)), list(dict.fromkeys(c.target for c in cells))
     wide = page.width >= max(map(len, sources)) + sum(2 + max(len("refused"), len(target)) for target in targets)
     at = {(c.source, c.target): str(c.outcome) for c in cells}
-    titles = targets if wide else [name.replace("-", "-\n") for name in targets]
+    titles = targets if wide else [_stacked(name) for name in targets]
 
     def cell(outcome: str) -> tuple[str, str]:
         words = outcome.removeprefix("needs ") if wide else _SHORT[outcome]
