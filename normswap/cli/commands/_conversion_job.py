@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ...errors import NetworkError
 from ..arguments.networks import (
     ResolvedSource,
     SourceRequest,
@@ -66,7 +67,8 @@ def _converted(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output)
     origin = locate(ctx, wanted)
     target = _target(ctx, job, origin, wanted, job.to or "mixed")
     model, origin = open_network(origin, wanted, out, values=not job.dry_run)
-    if origin.file is not None:
+    onward = origin.file is not None and _goes_on(model, job)
+    if origin.file is not None and not onward:
         model = original_of(model, origin, _ways_on(origin))
     out.step("planning")
     from ...conversion.convert import convert as convert_model
@@ -90,6 +92,8 @@ def _converted(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output)
         report = run_calibration(model, None, origin, wish, out)
         if not job.undo:
             record.undo = Undo(complete=False)
+        if onward:
+            record = _as_one(model, origin)
         if estimated:  # of course they fit the statistics that they have just given
             report = replace(report, distance=None)
     elif job.trial:
@@ -141,12 +145,33 @@ def _record(model: nn.Module) -> Record:
     return record
 
 
+def _goes_on(model: nn.Module, job: Job) -> bool:
+    """Whether a converted network that was trained since is to be fused: on images, from how it is now."""
+    from ...norms.registry import norm_named
+
+    wish, trained = job.calibration, any(entry.trains for entry in _record(model).history)
+    fuses = job.to is not None and not job.rules and norm_named(job.to).fuses
+    return trained and fuses and wish is not None and not wish.stands_in
+
+
+def _as_one(model: nn.Module, origin: ResolvedSource) -> Record:
+    from ...conversion.joined import joined
+
+    if not joined(model):
+        raise NetworkError(
+            f"{origin} cannot be fused as it was trained: not all of its norms take their statistics from each sample",
+            hint=f'In Python, normswap.load("{origin.file}") gives the network; convert and calibrate go on from it.',
+        )
+    return _record(model)
+
+
 def _ways_on(origin: ResolvedSource) -> str:
     """What to do about a file that is to be converted again, and whose conversion cannot be undone."""
     ways = []
     if origin.source is not None:
         again = command(["convert", *building(origin.source, origin.made_with)])
         ways.append(f"Convert what it was made from in its place: {again} ...")
+    ways.append(f"To fuse it as it was trained: {command(['convert', str(origin.file)])} --to fused --calibrate FOLDER")
     ways.append(f'In Python, normswap.convert(normswap.load("{origin.file}"), ...) goes on from the network as it is.')
     return "\n".join(ways)
 
