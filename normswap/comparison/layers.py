@@ -39,13 +39,16 @@ class Difference:
 def comparable_paths(a: nn.Module, b: nn.Module) -> list[str]:
     """Layers whose outputs mean the same in both networks, in traversal order of a.
 
-    These are the norms, and the convolutions and linear layers that no norm's statistics were folded into. Without a
+    These are the norms, but for those whose gamma and beta went into what reads them, and the convolutions and linear
+    layers that nothing was folded into, nor centred. Without a
     conversion's record on either network, every layer that feeds a norm may have been folded into.
     """
     records = [record for model in (a, b) if (record := record_of(model)) is not None]
     steps = [step for record in records for step in record.plan.steps]
     norms = [*inspect(a, feeds=not records).layers, *inspect(b, feeds=False).layers]
     folded = {path for step in steps for path in step.producers} | {p for norm in norms for p in norm.feed.producers}
+    folded |= {each.parameter.rpartition(".")[0] for record in records for each in record.plan.centred}
+    bare = {name for step in steps if step.readers for name in (step.path, *step.aliases)}
     wanted = {name for step in steps for name in (step.path, *step.aliases)}
     wanted |= {name for norm in norms for name in (norm.path, *norm.aliases)}
     names_a, known_b = aliases(a), {name for names in aliases(b).values() for name in names}
@@ -53,7 +56,8 @@ def comparable_paths(a: nn.Module, b: nn.Module) -> list[str]:
     paths = []
     for module, names in names_a.items():
         is_layer = isinstance(module, weighted) and folded.isdisjoint(names)
-        if (is_layer or not wanted.isdisjoint(names)) and "" not in names and names[0] in known_b:
+        is_norm = not wanted.isdisjoint(names) and bare.isdisjoint(names)
+        if (is_layer or is_norm) and "" not in names and names[0] in known_b:
             paths.append(names[0])
     return paths
 

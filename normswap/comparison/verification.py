@@ -175,6 +175,9 @@ def _rounding(model: nn.Module) -> float:
     return max(1e-4, 10 * unit)
 
 
+ALL_ZERO = "both networks give nothing but 0, as with a new last layer, so their outputs tell nothing; layers do"
+
+
 def first_jump(layers: Iterable[Difference], floor: float = 1e-4) -> str | None:
     """The first layer whose error exceeds both `floor` and ten times the largest error before it."""
     largest = 0.0
@@ -197,6 +200,8 @@ def _report(
         count, example = len(layers.uneven), min(layers.uneven)
         what = "a layer was" if count == 1 else f"{count} layers were"
         notes.append(f"{what} left out, since the outputs differ in number or shape: {example}{' ...' * (count > 1)}")
+    if tally.outputs and not any(d.reference or d.squares for d in tally.outputs.values()):
+        notes.append(ALL_ZERO)
     if detector and tally.agreement() is None:
         notes.append("neither network finds a box with a score over 0.5")
     total = tally.total()

@@ -147,10 +147,16 @@ def steps_table(steps: Sequence[Any]) -> Table:
             number_range(s.channels for s in run.items),
             first.source_class,
             target_told(run.items),
-            (words + ", padding left out" * first.padded + ", γ = 0" * first.zero_init, style),
+            (words + also_told(first), style),
         )
         rows.append(cells)
     return Table(("layer", ">layers", ">channels", "was", "becomes", "statistics"), tuple(rows))
+
+
+def also_told(step: Any) -> str:
+    """What a step does beside what its transfer says."""
+    told = {"padding left out": step.padded, "γ and β in readers": step.readers, "γ = 0": step.zero_init}
+    return "".join(f", {words}" for words, so in told.items() if so)
 
 
 def kept_table(kept: Sequence[Any]) -> Table:
@@ -174,6 +180,7 @@ def _loose_step_key(step: Any) -> tuple[Hashable, ...]:
         step.note == "",
         step.zero_init,
         step.padded,
+        bool(step.readers),
     )
 
 

@@ -18,7 +18,7 @@ from ..evaluation.report import FIGURES
 from ..finetuning.output.by_class import COUNTED, OF_CLASSES
 from ..finetuning.output.layout import METRICS
 from ..finetuning.output.metrics_log import read_lines
-from ..planning.plan import Plan
+from ..planning.plan import Plan, Transfer
 from ..sources.spec import Source
 from .charts import Mark, Series, line_chart, matrix_chart
 from .comparison import comparison_charts, comparison_table
@@ -40,6 +40,7 @@ class Content:
     tree: Node | None
     rules: list[str]
     check: Mapping[str, Any] | None
+    reduced: bool
     charts: list[Chart]
     risks: list[str]
     notes: list[str]
@@ -71,6 +72,7 @@ def content_of(values: Mapping[str, Any]) -> Content:
             for rule in ((plan or {}).get("meta") or {}).get("rules", ())
         ],
         check=_check(values, manifest),
+        reduced=any(Transfer(step["transfer"]).standardizes for step in (plan or {}).get("steps", ())),
         charts=[chart for chart in _charts(values, report) if chart.svg or chart.rows],
         risks=[_risk(risk) for risk in values.get("risks", ())],
         notes=[

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ..display.overview import CARRIED, target_told
+from ..display.overview import CARRIED, also_told, target_told
 from ..modules.path_ranges import ROOT
 from ..planning.plan import Kept, Plan, Step
 
@@ -80,7 +80,7 @@ def _changed(step: Step) -> Leaf:
         step.target,
         target_told([step]),
         step.channels,
-        carried + ", γ = 0" * step.zero_init,
+        carried + also_told(step),
         style,
         step.producers,
         step.note,

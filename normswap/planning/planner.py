@@ -15,7 +15,7 @@ from ..choices import Transfer as TransferWord
 from ..errors import Fix, PlanError, Text
 from ..inspection.inventory import Inventory, Layer, inventory_of, positions
 from ..modules.wrappers import unwrapped
-from ..norms.registry import norm_named
+from ..norms.registry import norm_named, specs
 from ..norms.spec import DoesNotFit, NormSpec, Options
 from .options import PlanOptions
 from .plan import SOFT, Kept, Plan, Step, Transfer
@@ -110,6 +110,7 @@ class _Planner:
     positions: Mapping[str, int] | None = None
     no_statistics: bool = False
     not_centred: bool = False
+    misplaced: bool = False
     held: bool = False
 
     def run(self, among: set[str]) -> Plan:
@@ -202,6 +203,7 @@ class _Planner:
         vectors = self.inventory.recorded and feed.kind == "linear" and feed.positions == 1
         if state.channel_dim != target.channel_dim and layer.spec is not target and not vectors:
             mine, new = _PLACES[state.channel_dim], _PLACES[target.channel_dim]
+            self.misplaced = True
             raise DoesNotFit(f"its channels are the {mine} dimension, the new norm's the {new}")
         if layer.held_by:
             self.held = True
@@ -275,6 +277,11 @@ def _problem_error(planner: _Planner, among: set[str]) -> PlanError:
             "calibrate estimates them from images: `normswap convert ... --calibrate FOLDER`.\n"
             "In Python: convert(..., missing_statistics='later'), then calibrate(...)."
         )
+    if planner.misplaced:
+        second = ", ".join(spec.name for spec in specs() if spec.build and spec.channel_dim == 1)
+        hints.append(
+            f"For channels that come second there are {second}; for those that come last rms, and from ln also ln."
+        )
     if planner.not_centred:
         hints.append(
             Text(
@@ -283,6 +290,6 @@ def _problem_error(planner: _Planner, among: set[str]) -> PlanError:
                 " carries gamma and beta over alone; then calibrate or distil, with images.",
             )
         )
-    if planner.inventory.suspects or planner.held:
+    if planner.inventory.suspects or planner.held or planner.misplaced:
         hints.append(Text("To leave a layer as it is: ", Fix("rules", {"PATH": "keep"}), "."))
     return PlanError(summary, planner.problems, hint=Text.joined("\n", hints) or None, indivisible=planner.indivisible)

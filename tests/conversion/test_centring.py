@@ -237,3 +237,38 @@ def test_half_precision_is_centred_in_float64_and_keeps_its_dtype(dtype: torch.d
     assert made.patch.weight.dtype is dtype
     expected = net.patch.weight.double()
     assert torch.equal(made.patch.weight, (expected - expected.mean(0)).to(dtype))
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_verify_compares_no_layer_that_centring_changed_on_purpose(fold: bool) -> None:
+    net = Transformer()
+    report = normswap.verify(net, convert(net, fold_affine=fold), X)
+    assert report.error < 1e-5
+    assert report.first_jump is None
+    assert "blocks.0.up" in {layer.path for layer in report.layers}
+    assert max(layer.error for layer in report.layers) < 1e-5
+
+
+def test_verify_says_that_outputs_of_nothing_but_0_tell_nothing() -> None:
+    net = Transformer()
+    nn.init.zeros_(net.head.weight)
+    nn.init.zeros_(net.head.bias)
+    (note,) = normswap.verify(net, convert(net), X).notes
+    assert "nothing but 0" in note
+    nn.init.ones_(net.head.bias)
+    assert normswap.verify(net, convert(net), X).notes == ()
+
+
+def test_the_plan_tells_that_gamma_and_beta_go_into_readers() -> None:
+    told = str(normswap.plan(Transformer(), "rms", example_inputs=X, fold_affine=True))
+    assert "exact, centred, γ and β in readers" in told
+    assert "in readers" not in str(normswap.plan(Transformer(), "rms", example_inputs=X))
+
+
+def test_where_channels_come_last_or_second_the_norms_for_it_are_named() -> None:
+    with pytest.raises(PlanError) as caught:
+        normswap.convert(Transformer(), "gn", example_inputs=X)
+    assert "those that come last rms" in str(caught.value.hint)
+    with pytest.raises(PlanError) as caught:
+        normswap.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), "rms")
+    assert "ln-channel" in str(caught.value.hint)

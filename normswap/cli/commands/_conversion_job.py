@@ -100,6 +100,7 @@ def _converted(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output)
         trial = tried(model, origin, out)
     record.source = None if origin.source is None else origin.source.to_dict()
     from ...checkpoint.saving import save
+    from ...checkpoint.undo_tensors import undo_tensors
 
     out.step(f"writing {target}")
     save(model, target, overwrite=job.force)
@@ -113,6 +114,7 @@ def _converted(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output)
         calibration=report,
         trial=trial,
         undo=record.undo.complete,
+        undo_bytes=sum(t.numel() * t.element_size() for t in undo_tensors(record.undo).values()),
     )
 
 

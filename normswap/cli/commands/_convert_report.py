@@ -43,7 +43,8 @@ class Result:
     plan: what was carried out or, if `undone`, taken back; approximate: as far as that goes for a trained network.
     check: None before it has run, and where there is nothing to check. calibration: None where it was not asked for;
     trial: what it would have gained then, None where it would have nothing to do.
-    target: where the result goes; written: whether it is there. undo: whether it holds what undoes the conversion.
+    target: where the result goes; written: whether it is there. undo: whether it holds what undoes the conversion, and
+    undo_bytes: how much that is.
     """
 
     origin: ResolvedSource
@@ -56,6 +57,7 @@ class Result:
     calibration: CalibrationReport | None = None
     trial: Trial | None = None
     undo: bool = True
+    undo_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -141,6 +143,10 @@ def _summary(page: Page, plan: Plan) -> None:
         )
         for reason, times in reasons.most_common(_REASONS):
             page.line((f"    {times} because {reason}", "dim"))
+    if readers := [reader.weight for step in plan.steps for reader in step.readers]:
+        page.line(
+            "  ", ("γ and β folded", "good"), f": gone into {plural(len(set(readers)), 'layer')} behind the norms"
+        )
 
 
 def _undone(page: Page, result: Result) -> None:
@@ -170,7 +176,10 @@ def _file(page: Page, result: Result) -> None:
         return
     from ..terminal.render import size
 
-    page.line(("Written: ", "strong"), (str(result.target), "path"), f", {size(result.target.stat().st_size)}")
+    total = result.target.stat().st_size
+    undoing = f", {size(result.undo_bytes)} of it to undo the conversion (--no-undo leaves them out)"
+    more = undoing if result.undo_bytes > total // 5 else ""
+    page.line(("Written: ", "strong"), (str(result.target), "path"), f", {size(total)}{more}")
     if result.undone:
         how = f"a plain state dict, for load_state_dict or --weights {_quoted(result.target)}"
         page.line(("Next: ", "strong"), how)

@@ -124,6 +124,10 @@ def _check_agreement(report: VerificationReport, limit: float | None) -> None:
     """Raise what --fail-below is for."""
     if limit is None:
         return
+    from ...comparison.verification import ALL_ZERO
+
+    if ALL_ZERO in report.notes:
+        raise DataError(f"--fail-below cannot tell: {ALL_ZERO}")
     if report.agreement is None:
         raise DataError(
             "--fail-below is about the share of decisions that agree, and these outputs hold none",
