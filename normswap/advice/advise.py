@@ -100,10 +100,9 @@ def _check(model: nn.Module, inventory: Inventory) -> None:
     kinds = sorted({layer.spec.name for layer in inventory.layers})
     what = f"its norms are {', '.join(kinds)}" if kinds else "it has no norm layer at all"
     unknown = f", and {inventory.suspects[0].path} is not known" if inventory.suspects else ""
-    ways = "convert --to fused --calibrate FOLDER makes fixed maps of norms that look at each sample; convert --to rms"
+    ways = "`normswap norms` shows what other norms become: fixed maps, on images, or an RMSNorm of a layer norm."
     raise NetworkError(
-        f"{type(model).__name__} has no BatchNorm layer to advise about: {what}{unknown}",
-        hint=f"{ways} makes RMSNorms of layer norms. `normswap norms` shows every way." if kinds else None,
+        f"{type(model).__name__} has no BatchNorm layer to advise about: {what}{unknown}", hint=ways if kinds else None
     )
 
 

@@ -23,6 +23,7 @@ def original(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     monkeypatch.delitem(sys.modules, "nets", raising=False)
     from nets import residual
 
+    del sys.modules["nets"]  # others have files of that name
     return residual()
 
 
