@@ -260,6 +260,12 @@ def _name(path: str) -> str:
 def _problem_error(planner: _Planner, among: set[str]) -> PlanError:
     total = len(planner.problems)
     summary = f"{total} layer{'s' * (total != 1)} cannot be converted as asked:"
+    hint = Text.joined("\n", _ways_out(planner, among)) or None
+    return PlanError(summary, planner.problems, hint=hint, indivisible=planner.indivisible)
+
+
+def _ways_out(planner: _Planner, among: set[str]) -> list[str]:
+    """What to do about the problems, the most particular first."""
     hints: list[str] = []
     if planner.indivisible:
         hints.append(Text(Fix("indivisible", "nearest"), " takes the largest divisor below what you asked for."))
@@ -292,4 +298,4 @@ def _problem_error(planner: _Planner, among: set[str]) -> PlanError:
         )
     if planner.inventory.suspects or planner.held or planner.misplaced:
         hints.append(Text("To leave a layer as it is: ", Fix("rules", {"PATH": "keep"}), "."))
-    return PlanError(summary, planner.problems, hint=Text.joined("\n", hints) or None, indivisible=planner.indivisible)
+    return hints

@@ -31,6 +31,7 @@ from .calibrate import run as run_calibration
 if TYPE_CHECKING:
     from torch import nn
 
+    from ...calibration.report import CalibrationReport
     from ...conversion.record import Record
 
 ORIGINAL = "original"
@@ -72,7 +73,6 @@ def _converted(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output)
         model = original_of(model, origin, _ways_on(origin))
     out.step("planning")
     from ...conversion.convert import convert as convert_model
-    from ...conversion.undo_record import Undo
     from ...planning.planner import plan
 
     inputs = example_inputs(model, job.shapes)
@@ -86,33 +86,40 @@ def _converted(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output)
     out.step("converting and checking" if job.check else "converting")
     undo = job.undo or wish is not None  # calibrating needs to know the original
     model = convert_model(model, using=made, example_inputs=inputs, inplace=True, check=job.check, undo=undo)
-    record = _record(model)
-    report = trial = None
-    if wish is not None:
-        report = run_calibration(model, None, origin, wish, out)
-        if not job.undo:
-            record.undo = Undo(complete=False)
-        if onward:
-            record = _as_one(model, origin)
-        if estimated:  # of course they fit the statistics that they have just given
-            report = replace(report, distance=None)
-    elif job.trial:
-        trial = tried(model, origin, out)
-    record.source = None if origin.source is None else origin.source.to_dict()
+    report = None if wish is None else _calibrated(model, origin, job, wish, out)
+    if report is not None and estimated:  # of course they fit the statistics that they have just given
+        report = replace(report, distance=None)
+    trial = tried(model, origin, out) if wish is None and job.trial else None
+    if onward:
+        _as_one(model, origin)
+    _record(model).source = None if origin.source is None else origin.source.to_dict()
+    return _written(ctx, model, Result(origin, made, target, True, calibration=report, trial=trial), job, out)
+
+
+def _calibrated(
+    model: nn.Module, origin: ResolvedSource, job: Job, wish: Calibration, out: Output
+) -> CalibrationReport:
+    from ...conversion.undo_record import Undo
+
+    report = run_calibration(model, None, origin, wish, out)
+    if not job.undo:
+        _record(model).undo = Undo(complete=False)
+    return report
+
+
+def _written(ctx: typer.Context, model: nn.Module, result: Result, job: Job, out: Output) -> Result:
+    """Write the network; the result with what its record says."""
     from ...checkpoint.saving import save
     from ...checkpoint.undo_tensors import undo_tensors
 
-    out.step(f"writing {target}")
-    save(model, target, overwrite=job.force)
-    ctx.meta[WRITTEN] = target
-    return Result(
-        origin,
-        record.plan,
-        target,
-        True,
+    out.step(f"writing {result.target}")
+    save(model, result.target, overwrite=job.force)
+    ctx.meta[WRITTEN] = result.target
+    record = _record(model)
+    return replace(
+        result,
+        plan=record.plan,
         check=record.check,
-        calibration=report,
-        trial=trial,
         undo=record.undo.complete,
         undo_bytes=sum(t.numel() * t.element_size() for t in undo_tensors(record.undo).values()),
     )
@@ -156,7 +163,7 @@ def _goes_on(model: nn.Module, job: Job) -> bool:
     return trained and fuses and wish is not None and not wish.stands_in
 
 
-def _as_one(model: nn.Module, origin: ResolvedSource) -> Record:
+def _as_one(model: nn.Module, origin: ResolvedSource) -> None:
     from ...conversion.joined import joined
 
     if not joined(model):
@@ -164,7 +171,6 @@ def _as_one(model: nn.Module, origin: ResolvedSource) -> Record:
             f"{origin} cannot be fused as it was trained: not all of its norms take their statistics from each sample",
             hint=f'In Python, normswap.load("{origin.file}") gives the network; convert and calibrate go on from it.',
         )
-    return _record(model)
 
 
 def _ways_on(origin: ResolvedSource) -> str:
