@@ -54,6 +54,7 @@ def test_two_processes_make_the_table_of_one(tmp_path: Path) -> None:
     assert [len((tmp_path / name / "table.csv").read_text().splitlines()) for name in ("one", "two")] == [5, 5]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_the_error_of_its_cell_and_the_others_go_on(tmp_path: Path) -> None:
     asked: Any = {"batch_sizes": [4], "epochs": 2, "images": 16, "output": tmp_path}
     report = normswap.compare(network(), Deadly(), DATA["eval_data"], norms=["bn", "frozen"], devices=["cpu"], **asked)
