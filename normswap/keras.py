@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import OptionError, PlanError
+from .errors import NormswapError, OptionError, PlanError
 from .norms.group import fit_groups
 from .norms.spec import DoesNotFit, NormRequest, NormState
 
@@ -56,7 +56,10 @@ def to_group_norm(
     groups, channels_per_group, indivisible: as in `plan`. epsilon: of the new layers.
     Raises OptionError for what is no such model, PlanError with all layers that do not fit.
     """
-    import keras
+    try:
+        import keras
+    except ImportError as error:
+        raise NormswapError("a Keras model needs Keras 3", hint="pip install keras") from error
 
     if not isinstance(model, (keras.Sequential, keras.models.Model)) or not _graphs(model):
         raise OptionError(

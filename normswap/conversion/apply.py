@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..modules.fast_path import fit_fast_paths
 from ..modules.frozen_class import ATTRIBUTE, WANTED, hand_over
 from ..modules.hooks import adopt
 from ..modules.precision import at_least_float32
@@ -133,6 +134,7 @@ def apply(
         if keep_undo:
             undo.norms.append(NormUndo(names, old, before, _given(inner_norm(new), before)))
         model = replace_module(model, names, new)
+    fit_fast_paths(model)
     return model, undo
 
 

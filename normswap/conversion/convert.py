@@ -40,6 +40,12 @@ _PADDING = (
 )
 
 
+_IDLE = (
+    "the run that shows what writes to the stream and who reads the norms did not use {}: where these do either, the "
+    "outputs will not be the same. Inputs that make the network use them, as example_inputs, settle it"
+)
+
+
 def back_in_order(model: nn.Module) -> Callable[[str, Tensor], Tensor]:
     """What brings the output of the module at a path, `(N, C, *)`, into the order of the original's channels.
 
@@ -139,6 +145,8 @@ def converted(model: nn.Module, options: ConvertOptions) -> nn.Module:
     if before is not None and before.note(Sizes) is not None:
         raise OptionError("the network is stabilized for training", hint="Convert it after `with stabilized(...)`.")
     plan = planned(model, options) if options.using is None else options.using
+    if idle := plan.meta.get("idle"):
+        warnings.warn(_IDLE.format(", ".join(idle[:3]) + " ..." * (len(idle) > 3)), stacklevel=3)
     bound = bind(model, plan)
     check_values(model, bound)
     states = states_in(model) if plan.standardizes else []

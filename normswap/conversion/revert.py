@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Fix, RevertError, Text
+from ..modules.fast_path import fit_fast_paths
 from ..modules.hooks import hand_over_hooks
 from ..modules.tree import aliases, module_at, replace_module
 from ..modules.wrappers import check_wrapper, rewrapped, unwrapped
@@ -69,6 +70,7 @@ def reverted(model: nn.Module, *, strict: bool = True) -> nn.Module:
         if edited and norm.paths[0] in readers:  # gamma and beta stay where they are
             _neutral(norm.module)
         model = replace_module(model, norm.paths, norm.module)
+    fit_fast_paths(model)
     detach(model)
     if record.previous is not None:
         attach(model, record.previous)

@@ -204,10 +204,16 @@ def _named(batch: Mapping[str, Any], network: nn.Module | None) -> tuple[Any, ..
     known = any(key in batch for key in _INPUTS)
     if network is None:
         return _args(batch)
-    given = {key: value for key, value in batch.items() if isinstance(value, (Tensor, list, tuple))}
-    parameters = [p for p in inspect.signature(network.forward).parameters.values() if p.kind in _BY_POSITION]
+    given, all_of_them = dict(batch), inspect.signature(network.forward).parameters.values()
+    parameters = [p for p in all_of_them if p.kind in _BY_POSITION]
     needed = {p.name for p in parameters if p.default is inspect.Parameter.empty}
     taken = [p.name for p in parameters if p.name in given and p.name not in _LABELS]
+    named = [p.name for p in all_of_them if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name in given]
+    if named:
+        raise DataError(
+            f"{type(network).__name__} takes {', '.join(named)} by name alone, and batches go to it by position",
+            hint="Leave the key out, or wrap the network in a module whose forward takes it among the others.",
+        )
     if taken and needed.issubset(given):
         until = max(i for i, p in enumerate(parameters) if p.name in taken or p.name in needed)
         args = [given[p.name] if p.name in taken or p.name in needed else p.default for p in parameters[: until + 1]]

@@ -216,6 +216,10 @@ class Changes:
             weight = _join(path, "weight")
             betas = [n for step in fed for n in (_join(step.path, "bias"), _join(step.path, "norm.bias"))]
             return _Place((*betas, weight), needed=weight)
+        taken = [s for s in self.steps.values() if any(reader.bias == name for reader in s.readers)]
+        if taken:  # what a layer behind a norm has got of its beta
+            weight = next(reader.weight for s in taken for reader in s.readers if reader.bias == name)
+            return _Place((*(_join(s.path, "bias") for s in taken), weight), needed=weight)
         norm = next((s for s in self.steps.values() if path in (s.path, _join(s.path, "norm"))), None)
         parent = (norm.path if norm else path).rpartition(".")[0]
         names = list(self.new)

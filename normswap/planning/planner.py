@@ -143,6 +143,9 @@ class _Planner:
         used = Counter(chosen.values())
         matched = [{"pattern": r.pattern, "target": r.target, "layers": used[r]} for r in self.options.ordered]
         meta = {"rules": matched, **({"eps": "auto"} if self.options.soft else {})}
+        moved = {s.channels for s in steps if s.transfer is Transfer.CENTRE or s.readers}
+        if idle := sorted({name for channels in moved for name in self.streams.idle(channels)}):
+            meta["idle"] = idle
         if counted := [step.path for step in steps if self.sequences.counts_padding(step)]:
             meta["padding"] = counted
         return Plan(tuple(steps), tuple(kept), self.options.transfer, meta, self.streams.centred())

@@ -53,6 +53,12 @@ class Streams:
                 raise DoesNotFit(f"its input cannot be centred: the layer scale {each.scales[-1]} holds 0")
         self._centred |= found
 
+    def idle(self, channels: int) -> list[str]:
+        """Parameters with so many channels that took no part in the run, so that it says nothing of them."""
+        run = self._run
+        named = self.model.named_parameters()
+        return [] if isinstance(run, str) else [n for n, p in named if channels in p.shape and not run.reads(n)]
+
     def centred(self) -> tuple[Centred, ...]:
         """All that is to be centred."""
         return tuple(self._centred.values())
@@ -66,8 +72,10 @@ class Streams:
         for reader in found:
             owner, _, leaf = reader.bias.rpartition(".")
             module = module_at(self.model, owner)
-            if module._parameters.get(leaf) is None and type(module).forward not in _TAKE_A_BIAS:
-                raise DoesNotFit(f"{_NOT_READ}: {owner} ({type(module).__name__}) has no bias")
+            if self._known().reads(reader.bias):
+                continue
+            if module._parameters.get(leaf) is not None or type(module).forward not in _TAKE_A_BIAS:
+                raise DoesNotFit(f"{_NOT_READ}: {owner} ({type(module).__name__}) takes no bias")
         return found
 
 

@@ -31,7 +31,7 @@ def readers_of(run: Run, norm: str) -> tuple[Reader, ...]:
         raise Offence("no run shows who reads it")
     ends = [end for value in run.given[norm] for end in _ends(value, Share(len(value.shape) - 1))]
     taken = {operation for operation, _, _ in ends}
-    sums = {after for operation in taken for after in _uses(operation.outputs[0]) if after.kind in ("add", "add_")}
+    sums = {after for operation in taken for after in _uses(operation.outputs[0]) if after.kind in _SUMS}
     found: dict[str, Reader] = {}
     for operation, position, share in ends:
         reader = _reader(operation, position, share)
@@ -39,6 +39,8 @@ def readers_of(run: Run, norm: str) -> tuple[Reader, ...]:
         _check_sole(run, reader.bias, taken | sums)
         if found.setdefault(reader.weight, reader) != reader:
             raise Offence(f"{reader.weight} reads it in two ways", operation)
+    if len({reader.bias for reader in found.values()}) < len(found):
+        raise Offence("two layers that read it share a bias")
     return tuple(found.values())
 
 
@@ -64,10 +66,25 @@ def _reader(operation: Operation, position: int, share: Share) -> Reader:
         weight, dim = _parameter(operation.inputs[_PRODUCTS[operation.kind][1]], 0, operation)
     else:
         raise Offence("it is read by what is no linear layer", operation)
+    return Reader(weight, dim, _bias_of(operation, weight))
+
+
+_SUMS = ("add", "add_")
+
+
+def _bias_of(operation: Operation, weight: str) -> str:
+    """The bias that is added to a product; where there is none, the one that the module which ran would take."""
+    given = {"addmm": 0, "convolution": 2}.get(operation.kind, 3)
+    if len(operation.inputs) == 3:
+        return _parameter(operation.inputs[given], 0, operation)[0]
+    for after in _uses(operation.outputs[0]):
+        summands = [v for v in after.inputs if v.name] if after.kind in _SUMS else []
+        if summands and len(summands[0].shape) == 1:
+            return summands[0].name
     module, _, own = weight.rpartition(".")
-    if not own.endswith("weight"):
-        raise Offence(f"which bias belongs to {weight} is not known", operation)
-    return Reader(weight, dim, f"{module}.{own.removesuffix('weight')}bias".removeprefix("."))
+    if module != operation.where or not own.endswith("weight"):
+        raise Offence(f"{weight} is used by another module than its own, without a bias", operation)
+    return f"{module}.{own.removesuffix('weight')}bias".removeprefix(".")
 
 
 def _parameter(value: Value, dim: int, operation: Operation) -> tuple[str, int]:

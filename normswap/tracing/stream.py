@@ -132,10 +132,15 @@ class Run:
             if operation.kind == LAYER_NORM:
                 self.norms.setdefault(operation.where, []).append(operation.inputs[0])
         self._streams: dict[Value, Stream] = {}
+        self._read_names = {value.name for operation in self.operations for value in operation.inputs if value.name}
         self._readers: dict[int, list[Operation]] = {}
         for operation in self.operations:
             for value in operation.inputs:
                 self._readers.setdefault(value.memory, []).append(operation)
+
+    def reads(self, name: str) -> bool:
+        """Whether some operation of the run read the parameter of that name."""
+        return name in self._read_names
 
     def stream(self, norm: str) -> Stream:
         """The stream that the layer norm at that path reads."""

@@ -148,8 +148,8 @@ def _affine_product(operation: Any, at: Link, share: Share) -> Linked:
 def _convolved(operation: Any, at: Link, share: Share) -> Linked:
     """A convolution writes by its weight `(out, in / groups, *)` and its bias; it does not read."""
     own = 1 if not at.of_input else {1: 0, 2: 0}.get(at.position)
-    if own != share.dim or operation.given(6):
-        raise offence(operation, at)
+    if own != share.dim or operation.given(6) or operation.given(8) != 1:
+        raise offence(operation, at)  # transposed, or in groups, of which each has inputs of its own
     for i in range(1, len(operation.inputs)):
         yield Link(True, i), Share(0, share.scales)
     yield OUT, Share(1, share.scales)

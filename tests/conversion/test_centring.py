@@ -272,3 +272,78 @@ def test_where_channels_come_last_or_second_the_norms_for_it_are_named() -> None
     with pytest.raises(PlanError) as caught:
         normswap.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), "rms")
     assert "ln-channel" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_torch_s_fast_path_does_not_pass_the_new_norms_by(fold: bool, depth: int) -> None:
+    layer = nn.TransformerEncoderLayer(C, 2, 16, batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+    net, x = nn.Sequential(nn.Linear(3, C), encoder, nn.LayerNorm(C), nn.Linear(C, 2)).eval(), torch.randn(2, 5, 3)
+    made = normswap.convert(net, "rms", example_inputs=x, fold_affine=fold)
+    for norm in (m for m in made.modules() if isinstance(m, nn.RMSNorm)):
+        norm.weight = nn.Parameter(torch.rand(C) + 0.5)  # as training may leave it
+    layers = [m for m in made.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    if not fold:
+        layers[0].linear2.bias.data += 1  # and a mean that an RMSNorm sees
+    with torch.no_grad():
+        fast = made(x)
+    torch.testing.assert_close(fast, made(x.requires_grad_()).detach(), atol=1e-5, rtol=1e-4)
+    assert [m.activation_relu_or_gelu for m in layers] == [0] * depth
+    back = normswap.revert(normswap.convert(net, "rms", example_inputs=x.detach(), fold_affine=fold))
+    assert {m.activation_relu_or_gelu for m in back.modules() if isinstance(m, nn.TransformerEncoderLayer)} == {1}
+
+
+def test_a_post_norm_encoder_with_copied_gammas_computes_the_same_with_and_without_gradients() -> None:
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(C, 2, 16, batch_first=True), 2).eval()
+    x, mask = torch.randn(2, 5, C), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    made = normswap.convert(net, "rms", transfer="copy", example_inputs=x)
+    assert not made.use_nested_tensor
+    with torch.no_grad():
+        fast = made(x, src_key_padding_mask=mask)
+    slow = made(x.requires_grad_(), src_key_padding_mask=mask).detach()
+    torch.testing.assert_close(fast[~mask], slow[~mask], atol=1e-5, rtol=1e-4)
+    assert normswap.revert(made).use_nested_tensor
+
+
+class Masked(Transformer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.randn(C))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = x if mask is None else torch.where(mask[..., None], self.mask_token, x)
+        return self.head(self.norm(self.blocks(x + self.position)).mean(1))
+
+
+def test_a_parameter_that_the_run_did_not_use_is_named() -> None:
+    with pytest.warns(UserWarning, match="did not use mask_token"):
+        convert(Masked())
+
+
+def test_a_grouped_convolution_cannot_be_centred() -> None:
+    net = Transformer()
+    net.patch = nn.Conv2d(4, C, 2, 2, groups=2)
+    with pytest.raises(PlanError, match=r"convolution in patch"):
+        normswap.convert(net, "rms", example_inputs=torch.randn(2, 4, 4, 4), check=False)
+
+
+def test_a_reader_s_bias_is_the_one_that_is_added() -> None:
+    class Functional(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.norm(self.first(x)), self.last.weight)
+
+    class Shared(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Linear(C, 2)
+            self.other.bias = self.last.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.first(x))
+            return self.last(x) * self.other(x)
+
+    for net, reason in ((Functional(), "another module than its own"), (Shared(), "share a bias")):
+        with pytest.raises(PlanError, match=reason):
+            normswap.convert(net.eval(), "rms", example_inputs=torch.randn(2, 4), fold_affine=True, check=False)

@@ -86,6 +86,20 @@ def test_arguments_go_to_the_names_that_forward_has() -> None:
     assert len(args) == 3
 
 
+def test_numbers_go_to_their_names_too() -> None:
+    (args, _), *_ = as_batches([{"pixels": PIXELS, "scale": 3.0}], network=Two())
+    assert args[1] == 3.0
+
+
+def test_what_forward_takes_by_name_alone_is_refused_by_name() -> None:
+    class Named(Two):
+        def forward(self, pixels: Tensor, *, mask: Tensor | None = None) -> Tensor:
+            return super().forward(pixels, 1.0, mask)
+
+    with pytest.raises(normswap.DataError, match="Named takes mask by name alone"):
+        list(as_batches(dicts(), network=Named()))
+
+
 def test_usual_names_go_on_meaning_the_input() -> None:
     (args, _), *_ = as_batches([{"image": PIXELS, "mask": MASK}], network=nn.Sequential(nn.Flatten()))
     assert len(args) == 1
