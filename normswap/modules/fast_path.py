@@ -18,14 +18,14 @@ def fit_fast_paths(model: nn.Module) -> None:
     Those that are get back what torch's constructors give them.
     """
     changed = set()
-    for layer in model.modules():
+    for layer in nn.Module.modules(model):
         if isinstance(layer, nn.TransformerEncoderLayer):
             before: Any = layer
             flag = _activation(layer) if _plain(layer) else 0
             if before.activation_relu_or_gelu != flag:
                 before.activation_relu_or_gelu = flag
                 changed.add(layer)
-    for encoder in model.modules():
+    for encoder in nn.Module.modules(model):
         if isinstance(encoder, nn.TransformerEncoder) and not changed.isdisjoint(encoder.layers):
             encoder.use_nested_tensor = _nests(encoder)
 

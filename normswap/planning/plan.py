@@ -139,8 +139,8 @@ class Plan:
 
     meta: JSON values; under "rules", the pattern and target of each rule and how many layers it was the first to match;
         under "eps", "auto" where it was not the caller who chose it, so that `calibrate` may choose another; under
-        "padding", the paths of norms whose statistics padded steps go into; under "idle", parameters that took no part in
-        the run by which streams were centred and readers found.
+        "padding", the paths of norms whose statistics padded steps go into; under "idle", parameters that took no part
+        in the run by which streams were centred and readers found.
     centred: of all steps together, what `Transfer.CENTRE` changes.
     """
 
