@@ -9,6 +9,8 @@ import pytest
 import torch
 from ran import Cli
 
+import normswap
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # of onnxscript and onnx at import
 
 
@@ -41,6 +43,23 @@ def test_the_size_is_what_the_file_remembers_or_is_told_to_be_a_guess(cli: Cli) 
     ran = cli("export", "real-gn-calibrated.safetensors", *ask)
     assert ran.json["shapes"] == [[2, 3, 20, 24]]
     assert "--input" not in ran.err
+
+
+@pytest.mark.usefixtures("images")
+def test_a_size_that_training_or_calibrating_was_given_is_remembered_where_inputs_are_made_up(cli: Cli) -> None:
+    ask = ["--trust-code", "--json"]
+    train = ["--to", "gn", "--groups", "4", "--calibrate-images", "4", "--steps", "1", "-o", "run", "--device", "cpu"]
+    assert cli("finetune", "nets.py:tiny", *ask, "--data", "photos", "--size", "18", *train).code == 0
+    assert cli("convert", "nets.py:tiny", "--to", "gn", "--groups", "4").code == 0
+    calibrated = ["--data", "photos", "--size", "14,16", "--images", "4"]
+    assert cli("calibrate", "tiny-gn.safetensors", *ask, *calibrated).code == 0
+    for file, size in (("run/best.safetensors", [18, 18]), ("tiny-gn-calibrated.safetensors", [14, 16])):
+        ran = cli("export", file, *ask, "--to", "torchscript", "--force")
+        assert ran.json["shapes"] == [[2, 3, *size]], ran.err
+        assert "guess" not in ran.err
+        assert normswap.load(file, trust_code=True)._normswap.inputs["shape"] == [3, *size]
+    ran = cli("verify", file, "nets.py:tiny", *ask)
+    assert ran.json["images"] == 8, ran.err
 
 
 @pytest.mark.parametrize(

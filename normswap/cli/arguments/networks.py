@@ -287,6 +287,18 @@ def example_inputs(model: nn.Module, shapes: list[tuple[int, ...]]) -> tuple[Ten
     return tuple(random_tensor(shape, model) for shape in shapes)
 
 
+def remembered_inputs(model: nn.Module, images: int = 1) -> tuple[Tensor, ...] | None:
+    """Random images of the size that the network's file remembers; None where it does not, or takes others."""
+    from ...conversion.record import record_of
+    from ...inspection.example_inputs import random_tensor, runs
+
+    record = record_of(model)
+    if record is None or "shape" not in record.inputs:
+        return None
+    inputs = (random_tensor((images, *record.inputs["shape"]), model),)
+    return inputs if runs(model, inputs) else None
+
+
 @contextmanager
 def on_device(name: str, *models: nn.Module | None) -> Iterator[None]:
     """The networks on a device; afterwards they are on the CPU, where files are written from. Raises OptionError."""

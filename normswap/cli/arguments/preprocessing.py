@@ -125,6 +125,18 @@ def known_inputs(model: nn.Module, origin: ResolvedSource, asked: PreprocessOver
     return found
 
 
+def remember(model: nn.Module, preparation: Preparation) -> None:
+    """Note in the network's record how the images that it is trained on are prepared, where that is known."""
+    from ...conversion.record import record_of
+    from ...data.preprocess import Preprocess
+
+    record, how = record_of(model), preparation.transform
+    if record is None or not isinstance(how, Preprocess):
+        return
+    shape = {} if isinstance(how.size, str) else {"shape": [how.channels, *how.size]}
+    record.inputs = {**record.inputs, "mean": list(how.mean), "std": list(how.std), **shape}
+
+
 def _channels(model: nn.Module) -> int:
     from torch import nn
 

@@ -143,6 +143,8 @@ def run(
     from ...calibration.calibrate import calibrate as calibrate_model
     from ...conversion.record import record_of
 
+    if (record := record_of(model)) is not None:
+        record.inputs = {**record.inputs, **known_inputs(model, origin, wish.asked)}
     data: Any = wish.data
     images, method = wish.images, cast(Any, wish.method)
     if not wish.stands_in:
@@ -150,8 +152,6 @@ def run(
             out.note(f"{data} is taken for the folder of that name, not for normswap's own {data}")
         data, found = _batches(model, origin, wish, out)
         images = None if images is None else found  # a folder that holds fewer is told, and will do
-    elif (record := record_of(model)) is not None:
-        record.inputs = {**record.inputs, **known_inputs(model, origin, wish.asked)}
     with on_device(wish.device, model, reference), out.bar("calibrating") as bar:
         return calibrate_model(model, reference, data, images=images, method=method, seed=wish.seed, progress=bar)
 

@@ -16,6 +16,7 @@ from ..arguments.networks import (
     files_read,
     locate,
     open_network,
+    remembered_inputs,
 )
 from ..arguments.preprocessing import PreprocessOverrides, known_inputs
 from ..terminal import flags
@@ -64,8 +65,8 @@ def export(
 ) -> None:
     """Write a network as ONNX, TorchScript or a torch.export program, and compare the file's outputs with its own.
 
-    The size of the inputs is that which the weights were trained with, where that is known, or that of --input; the
-    batch may be of any size. A file whose outputs differ is not written.
+    The size of the inputs is that of --input, or that which the file or the weights were trained with, where that is
+    known; the batch may be of any size. A file whose outputs differ is not written.
 
     \b
     normswap export resnet50-gn.safetensors --to onnx
@@ -85,7 +86,7 @@ def export(
         target = output or Path(f"{stem}{_SUFFIX[kind]}")
         check_writable(target, overwrite=force, inputs=files_read((origin, wanted)))
         model, origin = open_network(origin, wanted, out)
-        inputs = example_inputs(model, shapes) or _trained_with(model, origin)
+        inputs = example_inputs(model, shapes) or remembered_inputs(model) or _trained_with(model, origin)
         if inputs is None:
             out.note("the size of the inputs is a guess; --input N,C,H,W says it")
         out.step(f"exporting to {kind}")
@@ -98,12 +99,10 @@ def export(
 
 
 def _trained_with(model: nn.Module, origin: ResolvedSource) -> tuple[Tensor, ...] | None:
-    """An input of the size that the weights, or the file, say; None where neither does."""
-    from ...conversion.record import record_of
+    """An input of the size that the weights say; None where they do not."""
     from ...inspection.example_inputs import random_tensor
 
-    record = record_of(model)
-    known = {**known_inputs(model, origin, PreprocessOverrides()), **(record.inputs if record is not None else {})}
+    known = known_inputs(model, origin, PreprocessOverrides())
     return (random_tensor((1, *known["shape"]), model),) if "shape" in known else None
 
 

@@ -16,6 +16,7 @@ from ..arguments import options, training
 from ..arguments.config import Config, PrintConfig
 from ..arguments.datasets import DataPlace
 from ..arguments.networks import ResolvedSource, files_read, locate
+from ..arguments.preprocessing import remember
 from ..terminal import flags
 from ..terminal.errors import WRITTEN
 from ..terminal.output import Output, reporting
@@ -255,6 +256,8 @@ def _ready(ctx: typer.Context, job: FinetuneJob, origin: ResolvedSource, folder:
     if origin.file is None:
         inputs = task.inputs(sets, preprocess, job.swap.most)
         model = converted(ctx, model, origin, job.swap, inputs, job.asked, out, asked["device"])
+    if preprocess is not None:
+        remember(model, preparation.settled(getattr(sets.train, "files", ())))
     note = None if asked["freeze_stats"] else small_batch_note(model, asked["batch_size"], _processes())
     if note is not None:
         out.note(flags.told(note))

@@ -20,6 +20,7 @@ from ..arguments.networks import (
     open_network,
     open_original,
     original_of,
+    remembered_inputs,
     restored,
 )
 from ..arguments.preprocessing import Preparation, PreprocessOverrides, prepare
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from ..terminal.render import Page
 
 _WORST = 10
+_IMAGES = 8  # of random numbers
 
 
 def verify(
@@ -106,7 +108,7 @@ def verify(
         read = None
         if folder is not None:
             read = folder.batches(preparation.transform, batch_size, stack=preparation.stack, max_bad=max_bad)
-        batches = _batches(first, read, shapes, out)
+        batches = _batches((first, second), read, shapes, out)
         if folder is None:
             out.step("comparing")
         found = verification.verify(first, second, batches, device=device)
@@ -167,12 +169,15 @@ def _pair(
     return first, second, (origin_a, origin_b)
 
 
-def _batches(model: nn.Module, read: ImageBatches | None, shapes: list[tuple[int, ...]], out: Output) -> Batches | None:
-    """Images, inputs of the shapes asked for, or None for inputs that verify finds itself."""
+def _batches(
+    pair: tuple[nn.Module, nn.Module], read: ImageBatches | None, shapes: list[tuple[int, ...]], out: Output
+) -> Batches | None:
+    """Images, inputs of the shapes asked for or remembered, or None for inputs that verify finds itself."""
     from ...data.batches import Batches
 
     if read is None:
-        inputs = example_inputs(model, shapes)
+        remembered = (remembered_inputs(model, _IMAGES) for model in reversed(pair))
+        inputs = example_inputs(pair[0], shapes) or next(filter(None, remembered), None)
         return None if inputs is None else Batches((inputs[0] if len(inputs) == 1 else (inputs, None),))
     return Batches(out.track(read, len(read), "comparing batches"), read.classes)
 
