@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -44,6 +45,15 @@ def monitored(task: str, name: str | None) -> str | None:
     """A figure to monitor as `Settings` has it, without `val_`; None for the task's usual one."""
     name = name.removeprefix("val_") if isinstance(name, str) else name
     return None if name == MONITORS.get(task, (None,))[0] else name
+
+
+def check_settings(said: Mapping[str, Any]) -> None:
+    """Raise OptionError for arguments of `finetune` that no network and no data would make good."""
+    known = {field.name for field in fields(Settings)} - {"steps", "monitor", "stabilize"}
+    given = {name: said[name] or None if name in ("mixup", "cutmix") else said[name] for name in known & said.keys()}
+    given |= {"lr": 1.0 if said["lr"] is None else said["lr"]}
+    Settings(steps=1, processes=1, samples=1, network="", stabilize=True, **given)
+    RunOptions(device=said["device"], workers=said["workers"], checkpoint_every=said["checkpoint_every"])
 
 
 def settled(job: Job, asked: Asked, accelerator: Any) -> Job:

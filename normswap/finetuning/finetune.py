@@ -129,7 +129,7 @@ def finetune(
     precision: "fp32", "bf16" or "fp16". device: "auto", "cpu", "cuda", "mps".
     patience: end the run after so many validations in a row without a better figure. monitor: the validation figure
     that decides this, and which network is the best: "accuracy" or "loss"; "map", "map_50", ...; "miou",
-    "pixel_accuracy" or "loss"; the first is usual. checkpoint_every: "500 steps" or "10 minutes": write the state that
+    "pixel_accuracy" or "loss"; the first is usual. checkpoint_every: 500 (steps) or "10 minutes": write the state that
     often too.
     track: "wandb", "mlflow" or several; they get the figures of metrics.jsonl, as "tensorboard" does in the folder.
     max_bad: so many unreadable images are skipped. progress: told of the run several times a second; by

@@ -78,7 +78,7 @@ class Settings:
             number(name, value, zero=name in _FROM_ZERO)
         for name in ("distil", "label_smoothing", "warmup", "ema"):
             if getattr(self, name) > 1 or (name != "distil" and getattr(self, name) == 1):
-                raise OptionError(f"{name} must be a share of 1, got {getattr(self, name)!r}")
+                raise OptionError(Text(Fix(name), f" must be a share of 1, got {getattr(self, name)!r}"))
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("precision", self.precision, tuple(PRECISIONS))
         for name in ("patience", "rand_augment"):
@@ -179,7 +179,9 @@ class Every:
         match = _EVERY.fullmatch(str(said).strip().lower())
         number, unit = (float(match[1]), match[2] or "step") if match else (0.0, "")
         if number <= 0 or (unit == "step" and number % 1):
-            raise OptionError(Text(Fix("checkpoint_every"), f" must be as 500 steps or 10 minutes, got {said!r}"))
+            raise OptionError(
+                Text(Fix("checkpoint_every"), f" must be as 500 (steps), 10 minutes or 1 hour, got {said!r}")
+            )
         return cls(steps=int(number)) if unit == "step" else cls(seconds=number * _SECONDS[unit])
 
 

@@ -89,6 +89,28 @@ def test_classes_of_another_network_than_the_best_say_so(cli: Cli, lr: str, best
 
 
 @pytest.mark.usefixtures("images")
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--label-smoothing", "2"), "--label-smoothing must be a share of 1"),
+        (("--mixup", "0.2", "--batch-size", "1"), "--mixup mixes the pictures of a batch"),
+        (("--checkpoint-every", "5 parsecs"), "--checkpoint-every must be as 500 (steps), 10 minutes"),
+        (("--device", "cuda"), "device 'cuda' cannot be used"),
+        (("--distil", "0.5", "--task", "segmentation"), "--distil goes with classification"),
+    ],
+)
+def test_an_option_that_can_never_work_is_refused_before_a_network_is_built(
+    cli: Cli, more: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ran = finetune(cli, "--to", "gn", "--groups", "4", *more)
+    assert ran.code == 2, ran.err
+    assert words in ran.err
+    assert "building" not in ran.err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.usefixtures("images")
 def test_a_figure_that_cannot_be_monitored_is_refused_before_anything_takes_time(cli: Cli) -> None:
     ran = finetune(cli, "--to", "gn", "--groups", "4", "--task", "detection", "--monitor", "loss")
     assert ran.code == 2
@@ -259,7 +281,7 @@ def test_a_torchvision_data_set_is_taken_by_name(cli: Cli, folder: Path) -> None
         (("--track", "neptune"), 2, "'neptune' is not one of tensorboard, wandb, mlflow"),
         (("--patience", "0"), 2, "--patience"),
         (("--monitor", "miou"), 2, "monitor must be"),
-        (("--checkpoint-every", "often"), 2, "--checkpoint-every must be as 500 steps"),
+        (("--checkpoint-every", "often"), 2, "--checkpoint-every must be as 500 (steps)"),
         (("--distil", "0.5", "--num-classes", "9"), 2, "--distil"),
         (("--output", "nets.py"), 1, "nets.py"),
     ],

@@ -39,7 +39,9 @@ Monitor = Annotated[
 CheckpointEvery = Annotated[
     str | None,
     typer.Option(
-        metavar="'N steps'|'N minutes'", help="Write the state that often too.", show_default="after each epoch"
+        metavar="N|'N minutes'",
+        help="Write the state every N steps, or minutes or hours, too.",
+        show_default="after each epoch",
     ),
 ]
 

@@ -68,9 +68,17 @@ class FinetuneJob:
 
     def check(self) -> None:
         """What would else be refused only when the network is converted and calibrated. Raises OptionError."""
+        from ...finetuning.asked import check_settings
+        from ...finetuning.finetune import task_of
+        from ...machine.devices import device_of
+
         self.swap.check()
-        if self.training["monitor"] is not None:
-            one_of("monitor", self.training["monitor"].removeprefix("val_"), MONITORS[self.data.task])
+        said = self.training
+        if said["monitor"] is not None:
+            one_of("monitor", said["monitor"].removeprefix("val_"), MONITORS[self.data.task])
+        device_of(said["device"])
+        task_of(self.data.task, **{name: said[name] for name in LEARNING})
+        check_settings(said)
 
 
 def _flag(name: str) -> str:
