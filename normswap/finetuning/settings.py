@@ -179,9 +179,8 @@ class Every:
         match = _EVERY.fullmatch(str(said).strip().lower())
         number, unit = (float(match[1]), match[2] or "step") if match else (0.0, "")
         if number <= 0 or (unit == "step" and number % 1):
-            raise OptionError(
-                Text(Fix("checkpoint_every"), f" must be as 500 (steps), 10 minutes or 1 hour, got {said!r}")
-            )
+            known = "500 steps or 10 minutes, where a number alone is of steps"
+            raise OptionError(Text(Fix("checkpoint_every"), f" must be as {known}, got {said!r}"))
         return cls(steps=int(number)) if unit == "step" else cls(seconds=number * _SECONDS[unit])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,31 @@ def test_a_crash_within_an_epoch_costs_the_steps_since_the_last_checkpoint(
     report = normswap.finetune(cut, *data, **said, resume=True)
     assert report.resumed_at in kept
     assert not changed(cut, tensors(whole))
+
+
+def told(folder: Path) -> list[dict[str, float]]:
+    """The lines of the log, without how fast it went."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "samples_per_second"} for line in lines]
+
+
+@pytest.mark.usefixtures("every_step")
+def test_a_checkpoint_within_an_epoch_changes_no_figure_not_even_of_a_run_that_goes_on_from_it(
+    data: Any, tmp_path: Path
+) -> None:
+    def crash(progress: Any) -> None:
+        if progress.step == 8:
+            raise Crash
+
+    said = {"batch_size": 4, "epochs": 2, "lr": 1e-3, "device": "cpu"}
+    found = {}
+    for every in (None, 3):
+        found[every] = normswap.finetune(fresh(), *data, **said, output=tmp_path / str(every), checkpoint_every=every)
+    with pytest.raises(Crash):
+        normswap.finetune(fresh(), *data, **said, output=tmp_path / "cut", checkpoint_every=3, progress=crash)
+    found["cut"] = normswap.finetune(fresh(), *data, **said, output=tmp_path / "cut", resume=True)
+    assert found["cut"].resumed_at == 6
+    for name in (3, "cut"):
+        assert found[name].window == found[None].window
+        for line, expected in zip(told(tmp_path / str(name)), told(tmp_path / "None"), strict=True):
+            assert line == pytest.approx(expected, rel=1e-9)

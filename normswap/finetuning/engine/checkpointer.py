@@ -26,10 +26,11 @@ from ..settings import Settings, refuse
 class RunState:
     """Where a run stands.
 
-    best, best_at: the best validation figure, and its step; what training began with counts. best_loss: the validation
-    loss then, which decides between equals. before: the figures of step 0. figures: the last ones; window: first and
-    last of the steps that those of training are over; validated_at: the step of those of validation. waited: how many
-    validations in a row had no better figure. entry: what the network's history says of the run so far.
+    best, best_at: the best validation figure, and its step; what training began with counts. best_loss: the
+    validation loss then, which decides between equals. before: the figures of step 0. figures: the last ones; window:
+    first and last of the steps that those of training are over; validated_at: the step of those of validation.
+    waited: how many validations in a row had no better figure. partial: what was summed up since the last look.
+    entry: what the network's history says of the run so far.
     """
 
     best: float | None = None
@@ -40,6 +41,7 @@ class RunState:
     window: tuple[int, int] | None = None
     validated_at: int | None = None
     waited: int = 0
+    partial: dict[str, Any] | None = None
     entry: dict[str, Any] | None = None
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,15 +25,34 @@ class RunningMeans:
         self.losses.append(loss)
         for each in sums:
             for name, value in each.items():
-                self.sums[name] = self.sums[name] + value if name in self.sums else value
+                self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value
         self.steps, self.samples, self.last = self.steps + 1, self.samples + samples, step
+
+    def carry(self, values: Mapping[str, Any]) -> None:
+        """Go on from what `partial` gave."""
+        self.steps, self.samples, self.last = (round(values[name]) for name in ("steps", "samples", "last"))
+        self.losses = [torch.tensor(values["loss"], dtype=torch.float64)]
+        self.sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in values["sums"].items()}
+
+    def partial(self, total: Callable[[Tensor], Tensor], processes: int) -> dict[str, Any] | None:
+        """Each process's share of what was summed up over all, which stays; JSON values, None before the first step."""
+        if not self.steps:
+            return None
+        loss, steps, samples, *sums = (value / processes for value in self._totals(total))
+        told = {"loss": loss, "steps": steps, "samples": samples, "last": self.last}
+        return {**told, "sums": dict(zip(self.sums, sums, strict=True))}
+
+    def _totals(self, total: Callable[[Tensor], Tensor]) -> list[float]:
+        """Losses, steps, samples and all else, summed up."""
+        device = self.losses[-1].device  # of what a resumed run has carried over, which is one number, too
+        parts = [torch.stack([loss.to(device) for loss in self.losses]).double().sum().cpu()]
+        parts += [torch.tensor(float(count)).double() for count in (self.steps, self.samples)]
+        parts += [value.double().cpu() for value in self.sums.values()]
+        return [float(value) for value in total(torch.stack(parts)).tolist()]
 
     def figures(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The mean loss of the steps, and the mean over the samples of everything that was summed up."""
-        parts = [torch.stack(self.losses).double().sum().cpu(), torch.tensor(float(self.steps)).double()]
-        parts += [torch.tensor(float(self.samples)).double()]
-        parts += [value.double().cpu() for value in self.sums.values()]
-        loss, steps, samples, *sums = total(torch.stack(parts)).tolist()
+        loss, steps, samples, *sums = self._totals(total)
         return {"loss": loss / steps, **{n: v / max(samples, 1) for n, v in zip(self.sums, sums, strict=True)}}
 
     def now(self) -> dict[str, float]:

@@ -39,7 +39,7 @@ class RunReporter:
     ) -> None:
         self.settings, self.main, self.clock = settings, main, Stopwatch()
         self._place, self._device, self._tell = place, device, tell if main else None
-        self._window = RunningMeans()
+        self._window, self._carried = RunningMeans(), 0  # carried: samples of before this run was resumed
         self.window: tuple[int, int] | None = None
         self._losses: list[tuple[float, int]] = []  # since the last row: mean losses, and over how many steps
         self._journal: MetricsLog | None = None
@@ -71,13 +71,25 @@ class RunReporter:
         """One step is done; on a GPU its figures stay there until `look`."""
         self._window.add(step, loss, sums, samples)
 
+    def partial(self, total: Callable[[Tensor], Tensor]) -> dict[str, Any] | None:
+        """What was summed up since the last look, for a resumed run to go on from."""
+        return self._window.partial(total, self.settings.processes)
+
+    def carry(self, values: dict[str, Any] | None) -> None:
+        """Go on from what `partial` gave to the state of the run."""
+        self._window = RunningMeans()
+        if values is not None:
+            self._window.carry(values)
+        self._carried = self._window.samples
+
     def look(self, step: int, rate: float, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means over the steps since the last look and over all processes, written down."""
         window = self._window
         if not window.steps:
             return {}
         figures = window.figures(total)
-        speed = self.clock.lap(window.samples * self.settings.processes)
+        speed = self.clock.lap((window.samples - self._carried) * self.settings.processes)
+        self._carried = 0
         self._write(step, {**figures, "lr": rate, "samples_per_second": round(speed, 2)})
         self._losses.append((figures["loss"], window.steps))
         self.window = (window.last - window.steps + 1, window.last)

@@ -91,7 +91,7 @@ class Trainer:
         self._between = Due(place.checkpoint_every, self.processes, LOOKS)
         self.engine = Engine(self, self.updates, settings.steps)
         self._samples, self._sums = 0, list[dict[str, Tensor]]()
-        self._agreed = 0
+        self._agreed, self._midway = 0, False
         self._meter: Meter | None = None  # of the last validation
         self.reporter = RunReporter(settings, place, self.device, main=self.main, tell=progress)
 
@@ -136,6 +136,7 @@ class Trainer:
         found = self.checkpointer.restore()
         if found is not None:
             self.state, self.engine.measured = found
+            self.reporter.carry(self.state.partial)
 
     # --- what a `Lesson` has to have -----------------------------------------------------------------------------
 
@@ -188,10 +189,16 @@ class Trainer:
         return figures is not None
 
     def keeps(self, step: int) -> bool:
-        return self.due(step) or self._between(step)
+        self._midway = not self.due(step) and self._between(step)
+        return self.due(step) or self._midway
 
     def keep(self) -> None:
-        self._look()
+        if self._midway:  # of which the figures must not tell
+            self.updates.check()
+            self.state.partial = self.reporter.partial(self.processes.total)
+        else:
+            self._look()
+        self._midway = False
         self._write()
         self._between.done()
 
@@ -228,6 +235,7 @@ class Trainer:
             return
         try:
             self.updates.check()
+            self.state.partial = None
             if not self.processes.together:  # the others know nothing of this, and do not join in summing up
                 self._look()
         except NonFinite:
@@ -241,6 +249,7 @@ class Trainer:
         """Read what was summed up since the last look, over all processes."""
         self.updates.check()
         figures = self.reporter.look(self.step, self.updates.rate, self.processes.total)
+        self.state.partial = None
         self.state.figures |= figures
         if figures:
             self.state.window = self.reporter.window
