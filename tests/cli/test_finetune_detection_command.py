@@ -68,6 +68,21 @@ def test_a_detector_is_converted_by_role_calibrated_and_trained(cli: Cli) -> Non
     assert model.roi_heads.box_predictor.cls_score.out_features == 4
 
 
+@pytest.mark.parametrize("write", [None, as_yolo, as_voc])
+def test_boxes_that_are_taken_for_classes_are_told_with_the_task_that_reads_them(
+    cli: Cli, write: Callable[[Path, Path, str], Path] | None
+) -> None:
+    if write is not None:
+        for part in ("train", "val"):
+            write(Path("shapes", part), Path("boxes"), part)
+    data = ("--data", "shapes" if write is None else "boxes")
+    for ran in (cli(*FIXED, "own.py:tiny", *data), cli("evaluate", "own.py:tiny", *data)):
+        assert ran.code == 1
+        assert "Boxes lie there, in the format of " in ran.err
+        assert "--task detection" in ran.err
+    assert not Path("runs", "tiny").exists()
+
+
 @pytest.mark.parametrize("write", [as_yolo, as_voc])
 def test_yolo_and_voc_are_trained_and_measured_on(cli: Cli, write: Callable[[Path, Path, str], Path]) -> None:
     for part in ("train", "val"):

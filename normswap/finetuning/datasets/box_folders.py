@@ -52,7 +52,7 @@ def opened(place: Path, masks: bool, *, training: bool = True) -> tuple[BoxData,
 
     training: whether there has to be a part to train on.
     """
-    found = _found(place)
+    found = found_in(place)
     train = next((part for part in (*_TRAIN, "") if part in found.parts), None)
     validation = next((part for part in VALIDATION if part in found.parts), None)
     if train is None:
@@ -64,13 +64,13 @@ def opened(place: Path, masks: bool, *, training: bool = True) -> tuple[BoxData,
 
 def single(place: Path, masks: bool) -> BoxData:
     """One set: all of what has no parts, else the validation part. Raises DataError."""
-    found = _found(place)
+    found = found_in(place)
     names = (*VALIDATION, *_TRAIN, *found.parts)
     return found.open(next(part for part in names if part in found.parts), masks=masks)
 
 
-def _found(place: Path) -> BoxFolder:
-    """By what lies there."""
+def found_in(place: Path) -> BoxFolder:
+    """The data set with boxes that lies there. Raises DataError for none, or several."""
     if not place.exists():
         raise DataError(f"{place} is not there", hint=_LAYOUT)
     every = (_find_coco(place), find_yolo(place), find_voc(place))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from torch.utils.data import DataLoader
 from ...data.batches import is_pair
 from ...data.decoding import Unreadable, decode
 from ...data.image_folder import ImageData, open_images
-from ...errors import DataError
+from ...errors import DataError, Fix, NormswapError, Text
+from . import box_folders
 from .augmentation import Plain, settled
 from .collate import check_input
 from .loader import Tensors, Transform, spread
@@ -73,7 +75,8 @@ def open_sets(data: Any, eval_data: Any = None, *, seed: int = 0) -> Sets:
             raise DataError(
                 f"data is a folder and eval_data of type {type(eval_data).__name__}", hint="Give folders for both."
             )
-        return _folders(Path(data), None if eval_data is None else Path(eval_data), seed)
+        with _boxes_told(Path(data)):
+            return _folders(Path(data), None if eval_data is None else Path(eval_data), seed)
     return Sets(_set("data", data), None if eval_data is None else _set("eval_data", eval_data), classes_of(data))
 
 
@@ -85,13 +88,29 @@ def open_one(data: Any) -> Sets:
     if isinstance(data, (str, os.PathLike)):
         if part_of(Path(data), TRAIN) is not None and part_of(Path(data), VALIDATION) is not None:
             return held_out(open_sets(data))
-        data = open_images(data)
+        with _boxes_told(Path(data)):
+            data = _with_classes(open_images(data))
     if isinstance(data, ImageData):
         names = _with_classes(data).classes or ()
         pictures = LabelledImages.of(data, range(len(names)))
         return Sets(pictures, pictures, names)
     found = _set("data", data)
     return Sets(found, found, classes_of(data))
+
+
+@contextmanager
+def _boxes_told(place: Path) -> Iterator[None]:
+    """Errors of what is within name the task, where images with boxes lie there."""
+    try:
+        yield
+    except DataError as error:
+        try:
+            found = box_folders.found_in(place)
+        except NormswapError:
+            raise error from None
+        raise DataError(
+            error.message, hint=Text(f"Boxes lie there, in the format of {found}: ", Fix("task", "detection"), ".")
+        ) from error
 
 
 def transformed(sets: Sets, train: Transform, validation: Transform) -> Sets:
