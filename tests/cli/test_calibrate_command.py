@@ -252,3 +252,20 @@ def test_more_than_256_images_are_used_where_so_many_are_asked_for(cli: Cli, fol
     fixed = ("calibrate", "tiny-gn.safetensors", "--trust-code", "--data", "many", "--size", "8", "--json")
     assert cli(*fixed, "--images", "260").json["images"] == 260
     assert cli(*fixed, "--force").json["images"] == 256
+
+
+def test_of_a_data_set_in_parts_one_repairs_on_train_and_measures_on_val(cli: Cli, images: Path) -> None:
+    for part in ("train", "val"):
+        shutil.copytree(images, Path("parts", part))
+    for kept in Path("parts", "val").glob("*/0.png"):
+        kept.unlink()
+    ran = cli("convert", "nets.py:tiny", "--to", "gn", "--groups", 4, "--calibrate", "parts", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["calibration"]["images"] == 12
+    ways = (("calibrate", "train"), 12), (("verify", "val"), 8)
+    for (command, part), count in ways:
+        ran = cli(command, "tiny-gn.safetensors", "--trust-code", "--data", "parts", "--json")
+        assert ran.code == 0, ran.err
+        assert f"parts holds parts of a data set; parts/{part} is taken" in ran.err
+        assert "fewer than" not in ran.err
+        assert ran.json["images"] == count

@@ -8,15 +8,37 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ...errors import DataError
 from . import options
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ...data.image_folder import ImageData
     from ...finetuning.datasets.splits import Sets
     from ...finetuning.tasks.base import Task
+    from ..terminal.output import Output
 
 TORCHVISION = "torchvision:"
+
+
+def images_in(place: Path, out: Output, *, limit: int | None, train: bool) -> ImageData:
+    """The images of a folder; of one that holds the parts of a data set, those to train on or to validate on.
+
+    Raises DataError.
+    """
+    from ...data.image_folder import open_images
+    from ...finetuning.datasets.splits import TRAIN, VALIDATION, part_of
+
+    try:
+        return open_images(place, limit=limit)
+    except DataError:
+        part = part_of(place, TRAIN if train else VALIDATION)
+        if part is None:
+            raise
+        found = open_images(part, limit=limit)
+        out.note(f"{place} holds parts of a data set; {part} is taken")
+        return found
 
 
 @dataclass(frozen=True)

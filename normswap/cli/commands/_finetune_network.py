@@ -55,7 +55,8 @@ class ConversionRequest:
         """What to calibrate on; None for the images to train on."""
         if self.place is None:
             return None
-        return Calibration(self.place, self.images if stands_in(self.place) else self.most, asked, device=device)
+        images = self.images if stands_in(self.place) else self.most
+        return Calibration(self.place, images, asked, device=device, counted=self.images is not None)
 
     def described(self, origin: ResolvedSource, asked: PreprocessOverrides) -> dict[str, Any]:
         """JSON values."""

@@ -9,6 +9,7 @@ import typer
 
 from ...choices import PURPOSES
 from ..arguments import options
+from ..arguments.datasets import images_in
 from ..arguments.networks import ResolvedSource, SourceRequest, example_inputs, locate, on_device, open_network
 from ..arguments.preprocessing import PreprocessOverrides, prepare
 from ..terminal import flags
@@ -84,10 +85,9 @@ def advise(
         from ...advice.advise import IMAGES
         from ...advice.advise import advise as advice_on
         from ...advice.rules import Situation
-        from ...data.image_folder import open_images
 
         Situation(**situation)  # before a network is built
-        folder = None if data is None else open_images(data, limit=IMAGES)
+        folder = None if data is None else images_in(data, out, limit=IMAGES, train=True)
         model, origin = open_network(locate(ctx, wanted), wanted, out)
         read: Any = None
         if folder is not None:

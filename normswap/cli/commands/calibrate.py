@@ -11,6 +11,7 @@ import typer
 from ...choices import STAND_INS
 from ...errors import DataError, plural
 from ..arguments import options
+from ..arguments.datasets import images_in
 from ..arguments.networks import ResolvedSource, check_converted, on_device
 from ..arguments.options import stands_in
 from ..arguments.pair import Pair
@@ -39,7 +40,8 @@ class Calibration:
 
     data: a folder, or a word for what stands in for it. images: at most so many; None for as many as are usual.
     max_bad: so many images that cannot be read are skipped. budget: how much of the output each layer may change when
-    its number of groups is chosen; None to choose none. seed: of stand-ins.
+    its number of groups is chosen; None to choose none. seed: of stand-ins. counted: whether `images` is what the user
+    asked for.
     """
 
     data: str
@@ -51,6 +53,7 @@ class Calibration:
     max_bad: int = 10
     budget: float | None = None
     seed: int = 0
+    counted: bool = True
 
     @property
     def stands_in(self) -> bool:
@@ -168,14 +171,13 @@ def estimate(model: nn.Module, origin: ResolvedSource, wish: Calibration, out: O
 def _batches(model: nn.Module, origin: ResolvedSource, wish: Calibration, out: Output) -> tuple[Batches, int]:
     """The images of a folder, and how many they are."""
     from ...data.batches import Batches
-    from ...data.image_folder import open_images
 
     place, images = Path(wish.data), wish.images or IMAGES
     if not place.exists():
         words = " and ".join(STAND_INS)
         raise DataError(f"there is no folder {place}", hint=f"Give a folder of images; {words} stand in for one.")
-    folder = open_images(place, limit=images)
-    if len(folder.files) < images:
+    folder = images_in(place, out, limit=images, train=True)
+    if wish.counted and wish.images is not None and len(folder.files) < images:
         out.note(f"{place} has {plural(len(folder.files), 'image')}, fewer than the {images} asked for")
     preparation = prepare(model, origin, wish.asked)
     read = folder.batches(preparation.transform, wish.batch_size, stack=preparation.stack, max_bad=wish.max_bad)
@@ -194,7 +196,7 @@ def with_groups(model: nn.Module, made: Plan, origin: ResolvedSource, wish: Cali
             batches: Any = stand_ins(wish.data, model, images=_AT_ONCE, remembered=known, seed=wish.seed).batches
         else:
             count = min(IMAGES, wish.images or IMAGES)
-            batches, _ = _batches(model, origin, replace(wish, images=count, batch_size=count), out)
+            batches, _ = _batches(model, origin, replace(wish, images=count, batch_size=count, counted=False), out)
         return choose_groups(model, made, batches, budget=BUDGET if wish.budget is None else wish.budget)
 
 

@@ -10,6 +10,7 @@ import typer
 from ...choices import AUGMENTS, PARAMETERS, PRECISIONS
 from ...errors import CheckpointError, DataError, Fix, Interrupted, Text, plural
 from ..arguments import options
+from ..arguments.datasets import images_in
 from ..arguments.networks import ResolvedSource, check_converted, on_device
 from ..arguments.pair import OpenedPair, Pair
 from ..arguments.preprocessing import PreprocessOverrides, prepare
@@ -97,7 +98,7 @@ def distil(
         from ...checkpoint.saving import save
 
         opened = pair.opened(ctx, out, target, overwrite=force or resume)
-        found = _trained(ctx, opened, _read(ctx, opened, asked, data), state, out)
+        found = _trained(ctx, opened, _read(ctx, opened, asked, data, out), state, out)
         out.step(f"writing {target}")
         save(opened.model, target, overwrite=force or resume)
         ctx.meta[WRITTEN] = target
@@ -111,12 +112,10 @@ def distil(
             raise KeyboardInterrupt
 
 
-def _read(ctx: typer.Context, opened: OpenedPair, asked: PreprocessOverrides, data: Path) -> ImageBatches:
+def _read(ctx: typer.Context, opened: OpenedPair, asked: PreprocessOverrides, data: Path, out: Output) -> ImageBatches:
     """The images, in the folder's order: `distil` shuffles them, or one class would come after the other."""
-    from ...data.image_folder import open_images
-
     said = ctx.params
-    folder = open_images(data, limit=said["images"])
+    folder = images_in(data, out, limit=said["images"], train=True)
     preparation = prepare(opened.model, opened.origin, asked)
     _check_batch(said["batch_size"], len(folder.files), data)
     return folder.batches(preparation.transform, said["batch_size"], stack=preparation.stack, max_bad=said["max_bad"])

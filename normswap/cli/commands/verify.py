@@ -11,6 +11,7 @@ import typer
 from ...errors import DataError, plural
 from ..arguments import options
 from ..arguments.completion import model_names
+from ..arguments.datasets import images_in
 from ..arguments.networks import (
     ResolvedSource,
     SourceRequest,
@@ -100,9 +101,8 @@ def verify(
     with reporting(ctx) as out:
         out.step("loading PyTorch")
         from ...comparison import verification
-        from ...data.image_folder import open_images
 
-        folder = None if data is None else open_images(data, limit=images)
+        folder = None if data is None else images_in(data, out, limit=images, train=False)
         first, second, origins = _pair(ctx, wanted, b, out)
         preparation = prepare(first, origins[0], asked).settled(() if folder is None else folder.files)
         read = None

@@ -81,6 +81,7 @@ class Output:
         self.live = not quiet and is_terminal(stderr)
         self._line = False
         self._bar: Line | None = None
+        self._noted = set[str]()
 
     def step(self, what: str) -> None:
         """Say what is being done: one line that is overwritten on a terminal, lines of their own elsewhere."""
@@ -92,9 +93,10 @@ class Output:
         self._line = self.live
 
     def note(self, text: str) -> None:
-        """Something the user should know that is no error."""
-        if self._quiet:
+        """Something the user should know that is no error; told once."""
+        if self._quiet or text in self._noted:
             return
+        self._noted.add(text)
         if self._bar is not None:
             self._bar.above(f"note: {printable(text)}")
             return
