@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 400, 220
 COLOURS = 6
 """How many the page has."""
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 16, 30
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 26, 30  # the name of the y axis stands above its highest number
 _SMALLEST = 1e-9  # what a logarithmic axis shows for 0
 
 
@@ -100,13 +100,14 @@ def matrix_chart(names: Sequence[str], rows: Sequence[Sequence[int]]) -> Markup:
 
 @dataclass(frozen=True)
 class _Axis:
-    """Numbers from `low` to `high` on pixels from `begin` to `end`."""
+    """Numbers from `low` to `high` on pixels from `begin` to `end`. whole: that count something, along the x axis."""
 
     low: float
     high: float
     begin: float
     end: float
     log: bool
+    whole: bool = False
 
     @classmethod
     def of(cls, values: Sequence[float], begin: float, end: float, *, log: bool = False) -> _Axis:
@@ -115,8 +116,11 @@ class _Axis:
             low, high = math.floor(min(exponents)), math.ceil(max(exponents))
             return cls(low, max(high, low + 1), begin, end, True)
         least, most = min(values), max(values)
+        if begin < end:
+            return cls(least, most, begin, end, False, all(value == round(value) for value in values))
         room = (most - least) * 0.05 or abs(most) * 0.1 or 1.0
-        return cls(least, most, begin, end, False) if begin < end else cls(least - room, most + room, begin, end, False)
+        low = least - room
+        return cls(low if least < 0 else max(low, 0.0), most + room, begin, end, False)
 
     def __call__(self, value: float) -> float:
         at = math.log10(max(value, _SMALLEST)) if self.log else value
@@ -130,6 +134,7 @@ class _Axis:
         rough = (self.high - self.low) / 4 or 1.0
         unit = 10 ** math.floor(math.log10(rough))
         step = min((unit * n for n in (1, 2, 5, 10)), key=lambda size: abs(size - rough))
+        step = max(step, 1) if self.whole else step
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [n * step for n in range(first, last + 1)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -192,7 +193,12 @@ def _of_run(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _words(name: str) -> str:
     kind = "validation" if name.startswith("val_") else "training"
-    return f"{kind} {name.removeprefix('val_').replace('_', ' ')}"
+    return f"{kind} {_named(name.removeprefix('val_'))}"
+
+
+def _named(name: str) -> str:
+    """`mask mAP50` of `mask_map_50`."""
+    return re.sub(r"\bmap\b(?: (?=\d))?", "mAP", name.replace("_", " ")).replace("miou", "mIoU")
 
 
 def _check(values: Mapping[str, Any], manifest: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -271,13 +277,15 @@ def _curves(values: Mapping[str, Any]) -> Iterable[Chart]:
     if "best_name" not in values or not place.is_file():
         return
     lines = read_lines(place)
-    for name, title in (("loss", "Loss"), *((n, n.replace("_", " ").capitalize()) for n in _measured(lines))):
+    for name in ("loss", *_measured(lines)):
+        title = _named(name)
         series = [
             Series(told, [(line["epoch"], line[key]) for line in lines if key in line], colour)
             for told, key, colour in (("training", name, 1), ("validation", f"val_{name}", 2))
         ]
         drawn = [each for each in series if each.points]
-        yield Chart(title, "Over the epochs.", line_chart(drawn, x="epoch", y=name.replace("_", " ")))
+        heading = title if name.startswith(("map", "miou")) else title[0].upper() + title[1:]
+        yield Chart(heading, "Over the epochs.", line_chart(drawn, x="epoch", y=title))
 
 
 def _measured(lines: Sequence[Mapping[str, Any]]) -> list[str]:
