@@ -94,6 +94,13 @@ def listed(summary: str, problems: Sequence[str]) -> str:
     return "\n  ".join([summary, *problems[:MOST_NAMED], *rest])
 
 
+def plainly(value: Any) -> str:
+    """A value for a sentence: `none`, `on`, `off`, else as Python writes it."""
+    if value is None:
+        return "none"
+    return repr(value) if not isinstance(value, bool) else "on" if value else "off"
+
+
 def plural(count: int, noun: str) -> str:
     """`1 layer`, `2 layers`."""
     return f"{count} {noun}{'s' * (count != 1)}"

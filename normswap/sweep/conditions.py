@@ -13,7 +13,7 @@ from torch import Tensor
 from ..arguments import number, one_of, seed_value, whole
 from ..choices import AUGMENTS, OPTIMIZERS
 from ..choices import Task as TaskName
-from ..errors import OptionError
+from ..errors import OptionError, plainly
 from ..files.writing import atomic
 from ..finetuning.datasets.splits import Sets
 from ..finetuning.finetune import task_of
@@ -63,7 +63,7 @@ class Conditions:
             was = {"task": "classification", **was}  # of before there were others
         differing = [name for name, value in now.items() if was is not None and was.get(name) != value]
         if was is not None and differing:
-            found = ", ".join(f"{name} {was.get(name)!r} (now {now[name]!r})" for name in differing)
+            found = ", ".join(f"{name} {plainly(was.get(name))} (now {plainly(now[name])})" for name in differing)
             raise OptionError(
                 f"{folder} is a comparison with {found}", hint="Name another folder, or have this one replaced."
             )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conversion.record import record_of
-from ..errors import CheckpointError, Fix, OptionError, OutputError, Text, first_line
+from ..errors import CheckpointError, Fix, OptionError, OutputError, Text, first_line, plainly
 from ..files.writing import atomic, check_writable
 from ..planning.plan import Step
 
@@ -93,13 +93,18 @@ def _in_words_of_today(theirs: Mapping[str, Any], settings: Mapping[str, Any]) -
     return found
 
 
+def _was(name: str, value: Any) -> tuple[str | Fix, ...]:
+    """A setting as the run began with it."""
+    return ("no ", Fix(name)) if value is None else (Fix(name, value),)
+
+
 def _check(path: Path, found: dict[str, Any], settings: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
     theirs = found["settings"]
     differing = [k for k in settings if theirs.get(k) != settings[k]]
     if "network" in differing:
         raise OptionError(f"{path} is the state of another network, or of another conversion of this one")
     if differing:
-        was = [Text(Fix(k, theirs.get(k)), f" (now {settings[k]!r})") for k in differing]
+        was = [Text(*_was(k, theirs.get(k)), f" (now {plainly(settings[k])})") for k in differing]
         raise OptionError(
             Text(f"{path} is the state of a run with ", Text.joined(", ", was)),
             hint="Resume with the settings it began with.",

@@ -403,9 +403,10 @@ def test_going_on_needs_the_command_it_began_with(cli: Cli) -> None:
     assert finetune(cli, *more).code == 0
     for other, words in (
         (("--groups", "2"), "groups 4 (now 2)"),
-        (("--size", "10"), "size None (now [10, 10])"),
+        (("--size", "10"), "size none (now [10, 10])"),
         (("--augment", "none"), "augment"),
         (("--freeze-affine",), "frozen"),
+        (("--monitor", "loss"), "no --monitor (now 'loss')"),
     ):
         ran = finetune(cli, *more, "--resume", *other)
         assert ran.code == 2, ran.err

@@ -81,6 +81,8 @@ def test_what_is_printed_gives_the_same_run(cli: Cli) -> None:
 def test_print_config_needs_no_network_and_comes_back_as_it_went(cli: Cli) -> None:
     usual = printed(cli)
     assert usual["source"] is None
+    assert "report" not in usual
+    assert printed(cli, "--report", "page.html")["report"] == "page.html"
     assert usual["batch_size"] == 2
     said = (
         "net",

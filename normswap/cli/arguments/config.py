@@ -214,7 +214,8 @@ def _text(value: Any) -> str:
 
 def written(command: Any, values: Mapping[str, Any]) -> str:
     """All options with these values, by parameter, as YAML with what each means."""
-    by_name = {p.name: p for p in command.params if p.name not in NOT_OF_A_RUN}
+    said = {"report"} if values.get("report") else set()  # which a file may ask for, too
+    by_name = {p.name: p for p in command.params if p.name not in NOT_OF_A_RUN - said}
     lines = [f"# normswap {command.name} --config FILE; null is what normswap chooses itself"]
     lines += [_line("source", values.get("source"), "The network.")] if "source" in by_name else []
     for title, names in PANELS.items():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ...display.progress import Line, duration
-from ...errors import OptionError, plural
+from ...errors import OptionError, plainly, plural
 from ..arguments.config import NOT_OF_A_RUN
 from ..arguments.networks import ResolvedSource
 from ..terminal import flags
@@ -57,7 +57,7 @@ def keep_command(folder: Path, asked: Mapping[str, Any], *, resume: bool) -> Non
         return  # of a run that Python started
     differing = [name for name in asked if was.get(name) != asked[name]]
     if differing:
-        found = ", ".join(f"{name} {was.get(name)!r} (now {asked[name]!r})" for name in differing)
+        found = ", ".join(f"{name} {plainly(was.get(name))} (now {plainly(asked[name])})" for name in differing)
         raise OptionError(f"{folder} is a run with {found}", hint="Resume with the command that it began with.")
 
 
@@ -114,7 +114,8 @@ def show(page: Page, report: FinetuneReport, folder: Path, origin: ResolvedSourc
     facts = [
         (
             "trained",
-            f"{plural(report.steps, 'step')}{cut}, {report.epochs:.3g} epochs, global batch {report.global_batch}",
+            f"{plural(report.steps, 'step')}{cut}, {report.epochs:.3g} epoch{'s' * (report.epochs != 1)}, "
+            f"global batch {report.global_batch}",
         ),
         ("speed", f"{report.samples_per_second:.3g} images/s, {duration(report.seconds)} in all"),
     ]

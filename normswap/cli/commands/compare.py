@@ -38,7 +38,9 @@ def compare(
     ],
     task: Annotated[
         str,
-        options.word(TASKS, "One subfolder for each class; COCO boxes and masks; or a mask beside each image."),
+        options.word(
+            TASKS, "One subfolder for each class; boxes of COCO, YOLO or Pascal VOC; or a mask beside each image."
+        ),
     ] = "classification",
     eval_data: Annotated[
         Path | None,

@@ -152,7 +152,7 @@ class FinetuneReport(ToldByClass, ReportInNotebook):
 
     def __str__(self) -> str:
         cut = f" of {self.planned}, interrupted" if self.interrupted else ""
-        much = f"{self.epochs:.3g} epochs, global batch {self.global_batch}"
+        much = f"{self.epochs:.3g} epoch{'s' * (self.epochs != 1)}, global batch {self.global_batch}"
         lines = [f"fine-tuned for {plural(self.steps, 'step')}{cut} ({much})"]
         lines += [f"{name}: {value:.4g}, {self.over(name)}" for name, value in self.figures.items()]
         if self.best is not None:
