@@ -50,7 +50,9 @@ def monitored(task: str, name: str | None) -> str | None:
 def check_settings(said: Mapping[str, Any]) -> None:
     """Raise OptionError for arguments of `finetune` that no network and no data would make good."""
     known = {field.name for field in fields(Settings)} - {"steps", "monitor", "stabilize"}
-    given = {name: said[name] or None if name in ("mixup", "cutmix") else said[name] for name in known & said.keys()}
+    given: dict[str, Any] = {
+        name: said[name] or None if name in ("mixup", "cutmix") else said[name] for name in known & said.keys()
+    }
     given |= {"lr": 1.0 if said["lr"] is None else said["lr"]}
     Settings(steps=1, processes=1, samples=1, network="", stabilize=True, **given)
     RunOptions(device=said["device"], workers=said["workers"], checkpoint_every=said["checkpoint_every"])

@@ -119,8 +119,8 @@ class _Axis:
         if begin < end:
             return cls(least, most, begin, end, False, all(value == round(value) for value in values))
         room = (most - least) * 0.05 or abs(most) * 0.1 or 1.0
-        low = least - room
-        return cls(low if least < 0 else max(low, 0.0), most + room, begin, end, False)
+        bottom = least - room
+        return cls(bottom if least < 0 else max(bottom, 0.0), most + room, begin, end, False)
 
     def __call__(self, value: float) -> float:
         at = math.log10(max(value, _SMALLEST)) if self.log else value

@@ -27,6 +27,7 @@ MODEL, CARD, SCRIPT = "model.safetensors", "README.md", "load.py"
 _TAGS = {"gn": "group-norm", "ln": "layer-norm", "in": "instance-norm", "frozen": "frozen-batch-norm"}
 _PIPELINES = {"classification": "image-classification", "detection": "object-detection",
               "segmentation": "image-segmentation"}  # fmt: skip
+_OF_A_RUN = ("best", "last", "model")
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def card_text(
     source = None if manifest["source"] is None else Source.from_dict(manifest["source"])
     parts = [
         _front_matter(plan, source, license, evaluation),
-        f"# {_text(file.stem)}\n\n{_summary(plan, source)}",
+        f"# {_text(_title(file, plan, source))}\n\n{_summary(plan, source)}",
         *_usage(manifest, source),
     ]
     if evaluation is not None:
@@ -129,8 +130,13 @@ def card_text(
     if plan.kept:
         parts.append(f"### Kept\n\n{_markdown(kept_table(plan.kept))}")
     if content.check is not None and content.check["error"] is not None:
+        told = "with every new norm reduced to its scale and shift, the" if content.reduced else "the converted"
+        if content.history:  # what was done since has led away from it, a new head first of all
+            told = f"Right after the conversion, {told} network equalled the original"
+        else:
+            told = f"{told[0].upper()}{told[1:]} network equals the original"
         parts.append(
-            "With every new norm reduced to its scale and shift, the network equals the original to a relative error "
+            f"{told} to a relative error "
             f"of {content.check['error']} ({content.check['layers']} of {content.check['total']} layers)."
         )
     if content.history:
@@ -140,6 +146,15 @@ def card_text(
     versions = ", ".join(f"{_text(name)} {_text(version)}" for name, version in content.versions.items())
     parts.append(f"Written with {versions}. `{MODEL}` holds the plan, layer by layer, in its metadata.")
     return printable("\n\n".join(parts) + "\n")
+
+
+def _title(file: Path, plan: Plan, source: Source | None) -> str:
+    """The file's name; where that is one of those that a run writes, the network's, or else the folder's."""
+    if file.stem not in _OF_A_RUN:
+        return file.stem
+    targets = list(dict.fromkeys(step.target for step in plan.steps))
+    swap = "" if not targets else "-mixed" if len(targets) > 1 else f"-{targets[0]}"
+    return f"{source.stem}{swap}" if source is not None else file.resolve().parent.name or file.stem
 
 
 def _front_matter(plan: Plan, source: Source | None, license: str | None, evaluation: Evaluation | None) -> str:

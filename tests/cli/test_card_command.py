@@ -45,6 +45,27 @@ def test_license_task_and_figures_are_shown(cli: Cli, images: Path) -> None:
     assert f"On 12 images of `photos`:\n\n| figure | value |\n|---|---:|\n| accuracy | {figure:.4f} |" in found.text
 
 
+@pytest.mark.usefixtures("images")
+def test_the_card_of_a_trained_file_claims_no_equality_and_is_called_as_the_network(cli: Cli) -> None:
+    assert "reduced to its scale and shift, the network equals the original" in card(cli, converted(cli)).text
+    train = ["--trust-code", "--data", "photos", "--steps", "1", "--device", "cpu", "--json"]
+    assert cli("finetune", "net.safetensors", *train, "-o", "run").code == 0
+    assert cli("card", "run/best.safetensors", "-o", "hub").code == 0
+    text = Path("hub/README.md").read_text()
+    assert "# tiny-gn\n" in text
+    assert "equals the original" not in text
+    assert "Right after the conversion, with every new norm reduced" in text
+    assert "the network equalled the original to" in text
+
+
+def test_a_license_that_the_hub_does_not_know_is_told_with_the_usual_ones(cli: Cli) -> None:
+    file = converted(cli)
+    ran = cli("card", file, "--license", "apache-2")
+    assert ran.code == 0
+    assert "the hub knows no license 'apache-2'; usual ones are apache-2.0, mit" in ran.err
+    assert "license" not in cli("card", file, "--license", "cc-by-sa-4.0", "--force").err
+
+
 def test_no_path_of_this_machine_is_in_the_card_and_its_undo_line_names_a_file_that_is_there(
     cli: Cli, folder: Path, images: Path
 ) -> None:

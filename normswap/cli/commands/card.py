@@ -50,8 +50,11 @@ def card(
     with reporting(ctx) as out:
         check_converted(file, "", f"Convert the network first: normswap convert {file} --to gn")
         out.step("writing the card")
+        from ...pages.licenses import unknown_license
         from ...pages.model_card import Evaluation, write_hub_folder
 
+        if (unknown := unknown_license(license)) is not None:
+            out.note(unknown)
         path = Path(file)
         folder = output or path.with_name(f"{path.stem}-hub")
         figures = None if evaluation is None else Evaluation.read(evaluation)
