@@ -43,6 +43,7 @@ NAMED = {
     ("tracing/code_paths.py", "in"): "Python's operator",
 }
 CLASSES_NAMED = {
+    "modules/fast_path.py": "what torch's own operation takes for granted",
     "demo/network.py": "the demo's network",
 }
 
