@@ -45,29 +45,21 @@ def reverted(model: nn.Module, *, strict: bool = True) -> nn.Module:
     originals = {layer.path: undo_layer(modules[layer.path], layer, orders.get(layer.path)) for layer in undo.layers}
     edited = [p.name for p in undo.parameters if not _as_given(model, p)]
     changed = [*(path for path, original in originals.items() if original is None), *moved, *edited]
-    readers = {step.path for step in record.plan.steps if step.readers}
     if changed and strict:
-        raise RevertError(
-            f"{len(changed)} layer{'s' * (len(changed) != 1)} changed since the conversion (trained?), the first is "
-            f"{changed[0]}; the original network cannot be restored bit for bit",
-            hint=Text(
-                Fix("strict", False),
-                " undoes the swap with the weights as they are now; ",
-                'convert(to="bn") keeps what a sync, frozen or renorm norm has learned.',
-            ),
-        )
+        raise _changed(changed)
     for path, order in orders.items():
         reorder(modules[path], order, back=True)
     for each in () if edited else undo.parameters:
         _restore_parameter(model, each)
     for layer in undo.layers:
         restore_layer(modules[layer.path], layer, originals[layer.path])
+    kept = {step.path for step in record.plan.steps if edited and step.readers}  # whose gamma and beta stay with these
     for norm in undo.norms:
         now = modules[norm.paths[0]]
         _restore_tensors(norm, now)
         norm.module.training = now.training
         hand_over_hooks(norm.module, now)
-        if edited and norm.paths[0] in readers:  # gamma and beta stay where they are
+        if norm.paths[0] in kept:
             _neutral(norm.module)
         model = replace_module(model, norm.paths, norm.module)
     fit_fast_paths(model)
@@ -75,6 +67,18 @@ def reverted(model: nn.Module, *, strict: bool = True) -> nn.Module:
     if record.previous is not None:
         attach(model, record.previous)
     return model
+
+
+def _changed(paths: list[str]) -> RevertError:
+    return RevertError(
+        f"{len(paths)} layer{'s' * (len(paths) != 1)} changed since the conversion (trained?), the first is "
+        f"{paths[0]}; the original network cannot be restored bit for bit",
+        hint=Text(
+            Fix("strict", False),
+            " undoes the swap with the weights as they are now; ",
+            'convert(to="bn") keeps what a sync, frozen or renorm norm has learned.',
+        ),
+    )
 
 
 def _changed_modules(model: nn.Module, record: Record) -> dict[str, nn.Module]:
