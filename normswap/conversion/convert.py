@@ -39,11 +39,21 @@ _PADDING = (
     "ln-channel takes none over time, and so does rms where channels come last"
 )
 
-
 _IDLE = (
     "the run that shows what writes to the stream and who reads the norms did not use {}: where these do either, the "
-    "outputs will not be the same. Inputs that make the network use them, as example_inputs, settle it"
+    "outputs will not be the same. Example inputs that make the network use them settle it"
 )
+
+
+def cautions(plan: Plan) -> list[str]:
+    """What no run shows of a plan, and its caller should know: a sentence each."""
+    found = []
+    if idle := plan.meta.get("idle"):
+        found.append(_IDLE.format(", ".join(idle[:3]) + " ..." * (len(idle) > 3)))
+    if counted := plan.meta.get("padding"):
+        more = f" (and {len(counted) - 1} more norms)" if len(counted) > 1 else ""
+        found.append(_PADDING.format(counted[0], more))
+    return found
 
 
 def back_in_order(model: nn.Module) -> Callable[[str, Tensor], Tensor]:
@@ -145,16 +155,13 @@ def converted(model: nn.Module, options: ConvertOptions) -> nn.Module:
     if before is not None and before.note(Sizes) is not None:
         raise OptionError("the network is stabilized for training", hint="Convert it after `with stabilized(...)`.")
     plan = planned(model, options) if options.using is None else options.using
-    if idle := plan.meta.get("idle"):
-        warnings.warn(_IDLE.format(", ".join(idle[:3]) + " ..." * (len(idle) > 3)), stacklevel=3)
+    for caution in cautions(plan):
+        warnings.warn(caution, stacklevel=3)
     bound = bind(model, plan)
     check_values(model, bound)
     states = states_in(model) if plan.standardizes else []
     if (count := never_updated(states)) and affine_moved(states):
         warnings.warn(_NEGLECTED.format(type(model).__name__, count), stacklevel=3)
-    if counted := plan.meta.get("padding"):
-        more = f" (and {len(counted) - 1} more norms)" if len(counted) > 1 else ""
-        warnings.warn(_PADDING.format(counted[0], more), stacklevel=3)
     unproved = _why_unproved(model, plan, options)
     inputs = None if unproved else inputs_for(model, options.example_inputs)
     if not unproved and inputs is None:

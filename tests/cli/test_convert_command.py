@@ -500,3 +500,29 @@ def test_quiet_prints_nothing_and_still_works(cli: Cli, folder: Path) -> None:
     assert cli("convert", "nets.py:chatty", "--to", "ln", "--quiet").err.startswith(
         "error: chatty-ln.safetensors exists"
     )
+
+
+MASKED = """
+import torch
+from torch import nn
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch, self.mask_token = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.randn(8))
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x, mask=None):
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = x if mask is None else torch.where(mask[..., None], self.mask_token, x)
+        return self.head(self.norm(x).mean(1))
+"""
+
+
+def test_what_no_run_showed_is_told_before_the_result(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "masked.py").write_text(MASKED, encoding="utf-8")
+    ran = cli("convert", str(tmp_path / "masked.py") + ":Masked", "--to", "rms", "-o", "out.safetensors")
+    assert ran.code == 0, ran.err
+    assert "did not use mask_token" in ran.err

@@ -72,12 +72,15 @@ def _converted(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output)
     if origin.file is not None and not onward:
         model = original_of(model, origin, _ways_on(origin))
     out.step("planning")
+    from ...conversion.convert import cautions
     from ...conversion.convert import convert as convert_model
     from ...planning.planner import plan
 
     inputs = example_inputs(model, job.shapes)
     with with_commands(ctx):
         made = plan(model, job.to, rules=job.rules, example_inputs=inputs, **job.planning)
+    for caution in cautions(made):
+        out.note(caution)
     origin, estimated = mend_statistics(model, made, origin, job.calibration, out, dry_run=job.dry_run)
     if job.dry_run:
         return Result(origin, made, target, written=False)
