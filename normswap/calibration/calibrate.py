@@ -91,8 +91,7 @@ def calibrate(
     guessed, and drawn by seed. A folder of such a name is Path("photos"). The report says how near any inputs come to
     those of the training.
     images: use at most so many (default 256, or all of a tensor, but 64 of 96 pixels a side and more for "refit");
-    batches may differ in size. batch_size: for a tensor
-    or a dataset.
+    batches may differ in size. batch_size: for a tensor or a dataset.
 
     preprocess: of a folder's images, by default `Preprocess()`; max_bad: so many that cannot be read are left out.
     progress: called with steps done and steps in all: of making inputs, where they are made; then batches that the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -194,9 +193,7 @@ class Preparation:
         record.undo.layers = [changed.get(r.path, r) for r in record.undo.layers]
         record.undo.layers += [changed[path] for path in sorted(fitted)]
         steps = tuple(
-            dataclasses.replace(s, options=dataclasses.replace(s.options, eps=self.eps))
-            if s.path in self.softened
-            else s
+            replace(s, options=replace(s.options, eps=self.eps)) if s.path in self.softened else s
             for s in record.plan.steps
         )
-        record.plan = dataclasses.replace(record.plan, steps=steps)
+        record.plan = replace(record.plan, steps=steps)

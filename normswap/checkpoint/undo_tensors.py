@@ -30,6 +30,15 @@ def undo_index(undo: Undo) -> dict[str, Any] | None:
 
 def undo_tensors(undo: Undo) -> dict[str, Tensor]:
     """By name, for the file; nothing when nothing was kept."""
+    return {name: tensor.clone() if tensor.numel() else tensor for name, tensor in _kept(undo).items()}
+
+
+def undo_size(undo: Undo) -> int:
+    """How many bytes of a file they take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _kept(undo).values())
+
+
+def _kept(undo: Undo) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for i, norm in enumerate(undo.norms if undo.complete else ()):
         found |= {f"{PREFIX}norm.{i}.{name}": t for name, t in norm.tensors.items()}
@@ -44,7 +53,7 @@ def undo_tensors(undo: Undo) -> dict[str, Tensor]:
     for i, each in enumerate(undo.parameters if undo.complete else ()):
         sides = {"value": each.value, "given": each.given}
         found |= {f"{PREFIX}parameter.{i}.{name}": t for name, t in sides.items() if t is not None}
-    return {name: tensor.clone() if tensor.numel() else tensor for name, tensor in found.items()}
+    return found
 
 
 def fill_undo(undo: Undo, tensors: Mapping[str, Tensor], index: Mapping[str, Any] | None) -> None:

@@ -114,6 +114,7 @@ def apply(
     # All copies are taken first: a gamma that two norms share is changed by the first one's step.
     copies = [_snapshot(each.module) if keep_undo else {} for each in bound]
     changed: set[int] = set()
+    made: list[nn.Module] = []
     if structure_only:
         add_parameters(model, bound)
     else:
@@ -134,7 +135,8 @@ def apply(
         if keep_undo:
             undo.norms.append(NormUndo(names, old, before, _given(inner_norm(new), before)))
         model = replace_module(model, names, new)
-    fit_fast_paths(model)
+        made.append(new)
+    fit_fast_paths(model, made)
     return model, undo
 
 

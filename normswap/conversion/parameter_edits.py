@@ -49,9 +49,8 @@ def edit(model: nn.Module, bound: BoundPlan, *, keep_undo: bool) -> list[Paramet
         _centre(model, one)
     if not keep_undo:
         return []
-    return [
-        ParameterUndo(name, kept[name], digest_of(parameter(model, name))) for name in names if _exists(model, name)
-    ]
+    now = {name: parameter(model, name) for name in names}
+    return [ParameterUndo(name, kept[name], layer_digest(p)) for name, p in now.items() if p is not None]
 
 
 def parameter(model: nn.Module, name: str) -> nn.Parameter | None:
@@ -59,15 +58,6 @@ def parameter(model: nn.Module, name: str) -> nn.Parameter | None:
     owner, _, leaf = name.rpartition(".")
     found: nn.Parameter | None = module_at(model, owner)._parameters.get(leaf)
     return found
-
-
-def _exists(model: nn.Module, name: str) -> bool:
-    return parameter(model, name) is not None
-
-
-def digest_of(tensor: Tensor | None) -> Tensor:
-    """What tells whether a parameter moved."""
-    return layer_digest(tensor)
 
 
 def add_parameters(model: nn.Module, bound: BoundPlan) -> None:

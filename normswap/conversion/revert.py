@@ -12,8 +12,8 @@ from ..modules.fast_path import fit_fast_paths
 from ..modules.hooks import hand_over_hooks
 from ..modules.tree import aliases, module_at, replace_module
 from ..modules.wrappers import check_wrapper, rewrapped, unwrapped
-from .exact_scaling import restore_layer, undo_layer
-from .parameter_edits import digest_of, parameter
+from .exact_scaling import layer_digest, restore_layer, undo_layer
+from .parameter_edits import parameter
 from .record import Record, attach, detach, record_of
 from .stabilize import Sizes
 from .undo_record import NormUndo, ParameterUndo, Undo, reorder
@@ -62,7 +62,7 @@ def reverted(model: nn.Module, *, strict: bool = True) -> nn.Module:
         if norm.paths[0] in kept:
             _neutral(norm.module)
         model = replace_module(model, norm.paths, norm.module)
-    fit_fast_paths(model)
+    fit_fast_paths(model, [norm.module for norm in undo.norms])
     detach(model)
     if record.previous is not None:
         attach(model, record.previous)
@@ -101,7 +101,7 @@ def _changed_modules(model: nn.Module, record: Record) -> dict[str, nn.Module]:
 
 
 def _as_given(model: nn.Module, undo: ParameterUndo) -> bool:
-    return torch.equal(digest_of(parameter(model, undo.name)), undo.given.cpu())
+    return torch.equal(layer_digest(parameter(model, undo.name)), undo.given.cpu())
 
 
 @torch.no_grad()

@@ -6,25 +6,23 @@ calls them. So it must not where they are something else.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 from torch.nn import functional as F
 
 
-def fit_fast_paths(model: nn.Module) -> None:
-    """Let no encoder layer of a network take the short way unless both of its norms are plain layer norms. In place.
+def fit_fast_paths(model: nn.Module, norms: Collection[nn.Module]) -> None:
+    """Let encoder layers that got new norms take the short way only if both are plain layer norms. In place.
 
-    Those that are get back what torch's constructors give them.
+    norms: the new ones. Layers whose norms are plain again get what torch's constructors give them.
     """
     changed = set()
     for layer in nn.Module.modules(model):
-        if isinstance(layer, nn.TransformerEncoderLayer):
-            before: Any = layer
-            flag = _activation(layer) if _plain(layer) else 0
-            if before.activation_relu_or_gelu != flag:
-                before.activation_relu_or_gelu = flag
-                changed.add(layer)
+        if isinstance(layer, nn.TransformerEncoderLayer) and (layer.norm1 in norms or layer.norm2 in norms):
+            layer.activation_relu_or_gelu = _activation(layer) if _plain(layer) else 0
+            changed.add(layer)
     for encoder in nn.Module.modules(model):
         if isinstance(encoder, nn.TransformerEncoder) and not changed.isdisjoint(encoder.layers):
             encoder.use_nested_tensor = _nests(encoder)

@@ -231,9 +231,11 @@ class _Planner:
         if layer.spec.name in target.centred_from and self.options.transfer == "fold":
             if options.eps not in (None, state.eps):
                 raise DoesNotFit(f"with another eps than its {state.eps:g}, {target.title} computes something else")
-            self.not_centred = True
-            self.streams.centre(layer.path)
-            self.not_centred = False
+            try:
+                self.streams.centre(layer.path)
+            except DoesNotFit:
+                self.not_centred = True
+                raise
             return Transfer.CENTRE, (), ""
         if not state.has_statistics:
             if not (layer.spec.per_sample and _same_groups(layer, target, options)):

@@ -74,13 +74,13 @@ _SUMS = ("add", "add_")
 
 def _bias_of(operation: Operation, weight: str) -> str:
     """The bias that is added to a product; where there is none, the one that the module which ran would take."""
-    given = {"addmm": 0, "convolution": 2}.get(operation.kind, 3)
     if len(operation.inputs) == 3:
-        return _parameter(operation.inputs[given], 0, operation)[0]
-    for after in _uses(operation.outputs[0]):
-        summands = [v for v in after.inputs if v.name] if after.kind in _SUMS else []
-        if summands and len(summands[0].shape) == 1:
-            return summands[0].name
+        return _parameter(operation.inputs[0 if operation.kind == "addmm" else 2], 0, operation)[0]
+    out = operation.outputs[0]
+    for after in _uses(out):
+        for summand in after.inputs if after.kind in _SUMS else ():
+            if summand.name and summand.shape == out.shape[-1:]:
+                return summand.name
     module, _, own = weight.rpartition(".")
     if module != operation.where or not own.endswith("weight"):
         raise Offence(f"{weight} is used by another module than its own, without a bias", operation)

@@ -164,6 +164,30 @@ def test_a_post_norm_network_is_refused_with_the_node_and_copied_on_request() ->
     assert report.drift_after < report.drift_before
 
 
+def test_the_way_out_is_told_though_the_last_layer_could_be_centred() -> None:
+    class First(PostNorm):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.end = nn.Linear(C, C), nn.LayerNorm(C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.end(self.last(super().forward(x)))
+
+    with pytest.raises(PlanError) as caught:
+        normswap.convert(First(), "rms", example_inputs=torch.randn(4, 5, 3))
+    assert len(caught.value.problems) == 1
+    assert "transfer" in str(caught.value.hint)
+
+
+def test_another_layer_s_fast_path_stays_as_its_user_left_it() -> None:
+    encoder = nn.TransformerEncoderLayer(C, 2, 16, batch_first=True)
+    encoder.activation_relu_or_gelu = 0
+    net = nn.Sequential(nn.Linear(3, C), nn.BatchNorm1d(C), encoder)
+    made = normswap.convert(net, "gn", groups=2, sources=["bn"], check=False)
+    assert made[2].activation_relu_or_gelu == 0
+    assert normswap.revert(made)[2].activation_relu_or_gelu == 0
+
+
 def test_one_layer_may_stay_a_layer_norm_in_a_centred_stream() -> None:
     net = Transformer()
     made = convert(net, rules={"blocks.0.norm1": "keep"})

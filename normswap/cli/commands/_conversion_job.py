@@ -113,7 +113,7 @@ def _calibrated(
 def _written(ctx: typer.Context, model: nn.Module, result: Result, job: Job, out: Output) -> Result:
     """Write the network; the result with what its record says."""
     from ...checkpoint.saving import save
-    from ...checkpoint.undo_tensors import undo_tensors
+    from ...checkpoint.undo_tensors import undo_size
 
     out.step(f"writing {result.target}")
     save(model, result.target, overwrite=job.force)
@@ -124,7 +124,7 @@ def _written(ctx: typer.Context, model: nn.Module, result: Result, job: Job, out
         plan=record.plan,
         check=record.check,
         undo=record.undo.complete,
-        undo_bytes=sum(t.numel() * t.element_size() for t in undo_tensors(record.undo).values()),
+        undo_bytes=undo_size(record.undo),
     )
 
 
