@@ -21,6 +21,7 @@ _AT_ONCE = 2**22  # scores compared at a time: a segmentation gives one for ever
 
 
 _UNEVEN = "of another length in each network, so not compared; the layers' outputs are"
+_NONE = "the networks' outputs hold no floating tensor, so they are not compared; the layers' outputs are"
 
 
 @dataclass
@@ -101,7 +102,10 @@ class OutputTally:
                 self.boxes = [total + count for total, count in zip(self.boxes, counts, strict=True)]
             return
         first, second = floating(a), floating(b)
-        if self.same_layers and first and second:
+        if self.same_layers:
+            if not first and not second:
+                self.notes[_NONE] = None
+                return
             self._leave_out(first, second)
             if self.uneven >= first.keys():
                 return

@@ -128,8 +128,9 @@ def verify(
         batches = _random_batches(a)
     else:
         batches = as_batches(data, batch_size, once=True, preprocess=preprocess, max_bad=max_bad, network=a)
-    tally = OutputTally(None if batches.classes is None else len(batches.classes), _same_layers(a, b))
     layers = LayerTally(comparable_paths(a, b))
+    uneven = bool(layers.paths) and same_layers(a, b)
+    tally = OutputTally(None if batches.classes is None else len(batches.classes), uneven)
     images = 0
     with ExitStack() as stack:
         for model in (a, b):
@@ -148,7 +149,7 @@ def verify(
     return replace(report, bad=batches.bad)
 
 
-def _same_layers(a: nn.Module, b: nn.Module) -> bool:
+def same_layers(a: nn.Module, b: nn.Module) -> bool:
     """Whether the two have layers in common, and all of these of one size: their heads too."""
     ours = {name: p.shape for name, p in a.named_parameters()}
     both = [(ours[name], p.shape) for name, p in b.named_parameters() if name in ours]

@@ -66,8 +66,10 @@ def distil(
     The loss between the original's outputs and the model's on the same images: for class scores `(N, K)`
     `T^2 KL(softmax(original / T) || softmax(model / T))`; for every other floating tensor of a tensor, list, tuple,
     dict or dataclass `||a - b||^2 / ||a||^2`; for torchvision's detectors the latter over the feature maps and the
-    dense heads' outputs, since boxes have no gradient (a two-stage detector's RoI heads are not trained). AdamW, a
-    linear warm-up over the first tenth of the steps, then a cosine; gamma, beta and biases do not decay.
+    dense heads' outputs, since boxes have no gradient (a two-stage detector's RoI heads are not trained). Outputs of
+    which there are as many as each network finds (other boxes, key points) are left out; where nothing else is left,
+    the norms inside are what the student learns from. AdamW, a linear warm-up over the first tenth of the steps, then
+    a cosine; gamma, beta and biases do not decay.
 
     Both networks run in eval mode, the way they are used: no dropout, no auxiliary heads, running statistics that
     stay as they are; only recurrent layers of the model are in train mode, as cuDNN needs it for gradients. Start from

@@ -30,13 +30,14 @@ class Features:
         modules = dict(teacher.named_modules(remove_duplicate=False))
         self._pairs = [(s.path, modules[s.path], module_at(student, s.path)) for s in steps if s.path in modules]
         self._teacher_order, self._student_order = back_in_order(teacher), back_in_order(student)
+        self.paths = [path for path, _, _ in self._pairs]
         self._wanted: dict[str, list[Tensor]] = {}
         self._found: list[Tensor] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Collect while the networks run, the teacher first."""
-        self._wanted = {path: [] for path, _, _ in self._pairs}
+        self._wanted = {path: [] for path in self.paths}
         self._found = []
         with ExitStack() as stack:
             for path, teacher, student in self._pairs:
@@ -62,7 +63,8 @@ class Features:
             given = self._student_order(path, _half(out))
             if self._wanted[path]:  # a norm with several calls has them in the same order in both networks
                 wanted = self._wanted[path].pop(0)
-                if wanted.shape == given.shape and given.requires_grad and given.numel():
+                learns = given.requires_grad or not torch.is_grad_enabled()
+                if wanted.shape == given.shape and learns and given.numel():
                     self._found.append(distance(wanted.to(given.device), given))
 
         return hook

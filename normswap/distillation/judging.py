@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..comparison.outputs import OutputTally, floating
-from ..data.batches import images_in
-from ..errors import DataError
+from ..comparison.outputs import OutputTally
+from ..data.batches import images_in, run_on
 from ..modules.restore import is_detector
-from ..training.losses import loss_of
 from ..training.seeding import seed_step
 from ..training.snapshot import Snapshot
-from .outputs import outputs_of, run
-from .settings import Settings
 from .stream import Args, Compared
+from .target import FEWER, Answers, Target
 
 LOOKS = 10
 """So many times a run is measured on its way, at its start and its end besides."""
@@ -52,24 +49,20 @@ class Judge:
     first: Look
     best: Look
 
-    def __init__(
-        self,
-        model: nn.Module,
-        reference: nn.Module,
-        settings: Settings,
-        compared: Compared,
-        parameters: Mapping[str, nn.Parameter],
-    ) -> None:
-        self.model, self.reference, self.settings, self.compared = model, reference, settings, compared
+    def __init__(self, target: Target, compared: Compared, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.target, self.compared = target, compared
         self._nearest = Snapshot(lambda: parameters, "cpu")
-        self._outputs = outputs_of(reference), outputs_of(model)
-        self._boxes = is_detector(model)
+        self._boxes = is_detector(target.model)
         self.images = 0
         self.looks: list[tuple[int, float]] = []
 
     def begin(self) -> None:
-        """Measure the network as it was given; it counts as any later state does."""
-        self.first = self.best = self._look(0, own=True)
+        """Measure the network as it was given, by what both networks give in one shape. It counts as any state."""
+        known = None
+        while known != self.target.compared:  # what one batch leaves out is left out of all
+            known = self.target.compared
+            self.looks.clear()
+            self.first = self.best = self._look(0, own=True)
         self._nearest.take(0)
 
     def resume(self, step: int, kept: Mapping[str, Tensor]) -> None:
@@ -101,28 +94,24 @@ class Judge:
     @torch.no_grad()
     def _look(self, step: int, *, own: bool = False) -> Look:
         """own: compare a detector's boxes too, which takes another pass."""
-        settings, tally, total, count = self.settings, OutputTally(self.compared.classes, True), 0.0, 0
-        seed_step(settings.seed, -1)
-        for args, labels in self.compared.batches:
-            wanted, given = (
-                run(out, net, args) for out, net in zip(self._outputs, (self.reference, self.model), strict=True)
-            )
-            check_finite(args, wanted)
-            size = images_in(args)
-            total += size * float(loss_of(wanted, given, settings.temperature, settings.loss, learning=False))
-            count += size
+        tally, total, count = OutputTally(self.compared.classes, True), 0.0, 0
+        for args, labels, answers in self._answers():
+            if step == 0:
+                self.target.leave_out(answers)
+            loss = answers.inner if self.target.inside else self.target.outer(answers)
+            if loss is not None:  # of networks whose outputs have come to differ in length, some batches may be left
+                total, count = total + images_in(args) * float(loss), count + images_in(args)
             if not self._boxes:
-                tally.add(wanted, given, labels)
+                tally.add(answers.wanted, answers.given, labels)
             elif own:
-                a, b = (run(network, network, args) for network in (self.reference, self.model))
+                a, b = (run_on(n, n, args, fewer=FEWER) for n in (self.target.reference, self.target.model))
                 tally.add(a, b, labels)
+        found = Look(step, total / count if count else math.inf, tally)
         self.images = count
-        self.looks.append((step, total / count))
-        return Look(step, total / count, tally)
+        self.looks.append((step, found.loss))
+        return found
 
-
-def check_finite(args: Args, wanted: Any) -> None:
-    """Raise DataError where it is the image, or the original network, that is to blame."""
-    for what, tree in (("a batch of the data", args), ("the original network's output", wanted)):
-        if any(not bool(t.isfinite().all()) for t in floating(tree).values()):
-            raise DataError(f"{what} holds NaN or Inf")
+    def _answers(self) -> Iterator[tuple[Args, Tensor | None, Answers]]:
+        seed_step(self.target.settings.seed, -1)
+        for args, labels in self.compared.batches:
+            yield args, labels, self.target.run(args, inside=self.target.inside)

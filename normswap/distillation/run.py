@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,17 @@ from torch import Tensor, nn
 from ..errors import Fix, Text, TrainingError
 from ..modules.tree import device_and_dtype
 from ..training.engine import Engine
-from ..training.losses import agreement_of, loss_of
 from ..training.optimizer import relative_adamw
 from ..training.run_state import save_state
 from ..training.seeding import seed_step
 from ..training.snapshot import Snapshot
 from ..training.updates import NonFinite, Updates
 from .augmentation import augmented
-from .feature_loss import Features
-from .judging import LOOKS, Judge, check_finite
-from .outputs import outputs_of, run
+from .judging import LOOKS, Judge
 from .report import Progress
 from .settings import PRECISIONS, Settings
 from .stream import Compared, Stream
+from .target import Target
 
 SMALLER = Text("Try a smaller learning rate, ", Fix("lr"), ", or ", Fix("precision", "fp32"), ".")
 
@@ -50,8 +47,7 @@ class DistillationRun:
         parameters: dict[str, nn.Parameter],
         compared: Compared,
     ) -> None:
-        self.model, self.reference, self.settings, self.stream = model, reference, settings, stream
-        self._teach, self._learn = outputs_of(reference), outputs_of(model)
+        self.settings, self.stream = settings, stream
         self._kind = device_and_dtype(model)[0].type
         self._narrow = PRECISIONS[settings.precision] if self._kind == "cuda" else None
         scaler = torch.amp.GradScaler(self._kind, enabled=self._narrow == torch.float16)
@@ -65,8 +61,8 @@ class DistillationRun:
         self.resumed_at = 0
         self.parameters, self._values = parameters, list[float]()
         self._agreement: float | None = None
-        self._features = Features(reference, model) if settings.features else None
-        self.judge = Judge(model, reference, settings, compared, parameters)
+        self.target = Target(reference, model, settings)
+        self.judge = Judge(self.target, compared, parameters)
         self.judge.begin()
 
     @torch.no_grad()
@@ -163,8 +159,8 @@ class DistillationRun:
     def notes(self) -> tuple[str, ...]:
         """What a user should know of how it ran."""
         if self.settings.precision != "fp32" and self._narrow is None:
-            return (f"{self.settings.precision} is for CUDA; computed in float32 on {self._kind}",)
-        return ()
+            return (f"{self.settings.precision} is for CUDA; computed in float32 on {self._kind}", *self.target.notes)
+        return self.target.notes
 
     def _loss(self, step: int) -> Tensor:
         settings = self.settings
@@ -172,14 +168,9 @@ class DistillationRun:
         args = next(self._batches)
         seed_step(settings.seed, step)
         args = augmented(args, settings.augment)
-        watching = nullcontext() if self._features is None else self._features.watching()
-        with watching, torch.autocast(self._kind, dtype=self._narrow, enabled=self._narrow is not None):
-            with torch.no_grad():
-                wanted = run(self._teach, self.reference, args)
-            given = run(self._learn, self.model, args)
-        check_finite(args, wanted)
-        self._agreement = agreement_of(wanted, given)
-        loss = loss_of(wanted, given, settings.temperature, settings.loss)
-        inner = None if self._features is None else self._features.loss()
+        weight = settings.features * (1 - step / settings.steps)
+        with torch.autocast(self._kind, dtype=self._narrow, enabled=self._narrow is not None):
+            answers = self.target.run(args, inside=settings.features > 0)
+        self._agreement = self.target.agreement(answers)
         # Less and less: what the last norms of small groups cannot match would hold back the output.
-        return loss if inner is None else loss + settings.features * (1 - step / settings.steps) * inner
+        return self.target.loss(answers, weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..comparison.outputs import are_detections, floating
-from ..errors import DataError, Fix, Text
 from ..modules.precision import at_least_float32
 
 
@@ -48,53 +47,42 @@ def scores_in(tree: Any) -> str | None:
     return name if found is not None and found.dim() == 2 and found.shape[1] > 1 else None
 
 
-def loss_of(teacher: Any, student: Any, temperature: float, kind: str = "auto", *, learning: bool = True) -> Tensor:
-    """The loss between two outputs of one structure: tensor, list, tuple, dict, dataclass.
+def unlike(teacher: Any, student: Any) -> set[str]:
+    """The names of the floating tensors that are not in both outputs in one shape; all of them for boxes, which have
+    no order in which to compare them.
+    """
+    a, b = floating(teacher), floating(student)
+    names = a.keys() | b.keys()
+    if are_detections(teacher):
+        return set(names)
+    return {name for name in names if name not in a or name not in b or a[name].shape != b[name].shape}
+
+
+def loss_of(
+    teacher: Any, student: Any, temperature: float, kind: str = "auto", *, without: Collection[str] = ()
+) -> Tensor | None:
+    """The loss between two outputs of one structure: tensor, list, tuple, dict, dataclass. None where nothing is left.
 
     kind: "auto" takes `divergence` for a classifier's scores (see `scores_in`) and the mean of `distance` over all
-    other floating tensors, and adds the two; "match" takes `distance` for all of them. learning: the loss has to have a
-    gradient.
-
-    Raises DataError when the outputs differ in structure or shape, hold no floating tensor, or have no gradient.
+    other floating tensors, and adds the two; "match" takes `distance` for all of them. without: names among
+    `floating(teacher)` that are left out, `unlike` ones with them.
     """
-    if are_detections(teacher):
-        raise DataError(
-            "the network gives boxes, which have no gradient to learn from",
-            hint="Distil its backbone: the sub-network that gives feature maps.",
-        )
     a, b = floating(teacher), floating(student)
-    _check(a, b, learning=learning)
+    names = [name for name in a if name not in without]
     scores = scores_in(teacher) if kind == "auto" else None
-    rest = [name for name in a if name != scores and a[name].numel()]
-    device = next(iter(b.values())).device
-    total = torch.zeros((), device=device)
-    if scores is not None:
-        total = total + divergence(a[scores].to(device), b[scores], temperature)
+    terms = []
+    if scores in names:
+        terms.append(divergence(a[scores].to(b[scores].device), b[scores], temperature))
+    rest = [distance(a[n].to(b[n].device), b[n]) for n in names if n != scores and a[n].numel()]
     if rest:
-        total = total + torch.stack([distance(a[name].to(device), b[name]) for name in rest]).mean()
-    return total
+        terms.append(torch.stack([one.to(rest[0].device) for one in rest]).mean())
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else None
 
 
-def agreement_of(teacher: Any, student: Any) -> float | None:
-    """Share of samples with the same best class; None where the output holds no scores."""
+def agreement_of(teacher: Any, student: Any, *, without: Collection[str] = ()) -> float | None:
+    """Share of samples with the same best class; None where the output holds no scores, or they are left out."""
     name = scores_in(teacher)
-    if name is None:
+    if name is None or name in without:
         return None
     a, b = floating(teacher)[name], floating(student)[name]
     return float((a.argmax(1).to(b.device) == b.argmax(1)).float().mean())
-
-
-def _check(a: Mapping[str, Tensor], b: Mapping[str, Tensor], *, learning: bool) -> None:
-    if not a:
-        raise DataError("the network's output holds no floating tensor, so there is nothing to learn from")
-    shapes = [", ".join(f"{n} {tuple(t.shape)}".strip() for n, t in tree.items()) or "no tensor" for tree in (a, b)]
-    if shapes[0] != shapes[1]:
-        raise DataError(
-            f"the networks' outputs do not compare: the original gives {shapes[0]}, the student {shapes[1]}",
-            hint="Distil from the network that was converted, or one with the same head.",
-        )
-    if learning and not any(t.requires_grad for t in b.values()):
-        raise DataError(
-            "the network's output has no gradient: it is computed without one, or from layers that are not trained",
-            hint=Text("Give the part that can be trained, or ", Fix("train", "all"), "."),
-        )

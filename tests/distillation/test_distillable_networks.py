@@ -44,14 +44,62 @@ def test_other_outputs_are_matched(kind: str, images: Tensor) -> None:
     assert (seen[0].agreement is not None) == (kind == "dict")
 
 
-def test_a_network_that_gives_nothing_to_learn_from_is_refused(images: Tensor) -> None:
-    class Index(Outputs):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.body(x).argmax(1)
+class Index(Outputs):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).argmax(1)
 
-    model = normswap.convert(randomized(Index("map")), "gn", groups=2, check=False)
-    with pytest.raises(DataError, match="no floating tensor"):
-        normswap.distil(model, data=images, **SHORT)
+
+class Points(Outputs):
+    """Where its map is bright: as many points as it finds, by themselves or with scores."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.body(x)
+        points = (y > y.mean() + y.std()).nonzero().float()
+        return points if self.kind == "points" else {"points": points, "logits": self.scores(y.mean((2, 3)))}
+
+
+class Boxes(Outputs):
+    def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
+        return [
+            {
+                "boxes": y.new_tensor([[0, 0, 4, 4]]) + y[:4].mean((1, 2)),
+                "labels": torch.ones(1),
+                "scores": y.mean()[None],
+            }
+            for y in self.body(x)
+        ]
+
+
+@pytest.mark.parametrize("network", [Index("map"), Points("points"), Boxes("boxes")])
+def test_outputs_that_do_not_compare_leave_the_norms_inside_to_learn_from(network: nn.Module, images: Tensor) -> None:
+    original = randomized(network)
+    model = normswap.convert(original, "gn", groups=2, check=False)
+    with pytest.raises(DataError, match="do not compare") as error:
+        normswap.distil(model, original, images, features=0.0, **SHORT)
+    assert "leave out features" in str(error.value)
+    inner = [normswap.verify(original, model, images).worst.error]
+    report = normswap.distil(model, original, images, steps=40, batch_size=8, lr=0.05, eval_data=images)
+    inner.append(normswap.verify(original, model, images).worst.error)
+    assert inner[1] < 0.7 * inner[0]
+    assert report.eval_loss_after < report.eval_loss_before
+    assert "the outputs do not compare, so the loss is that of the 1 norm inside" in report.notes
+
+
+def test_outputs_of_a_length_of_their_own_are_left_out_beside_those_that_compare(images: Tensor) -> None:
+    original = randomized(Points("both"))
+    model = normswap.convert(original, "gn", groups=2, check=False)
+    report = normswap.distil(model, original, images, steps=1, batch_size=8, eval_data=images, lr=1e-9)
+    with torch.no_grad():
+        p, q = ((m(images)["logits"].double() / 2).log_softmax(1) for m in (original, model))
+    assert report.eval_loss_before == pytest.approx(4 * float((p.exp() * (p - q)).sum(1).mean()), rel=1e-4)
+    assert any(note.startswith("points: of another length in each network") for note in report.notes)
+
+
+def test_another_head_is_an_error_still(model: nn.Module, images: Tensor) -> None:
+    other = Classifier()
+    other.head = nn.Linear(4, 7)
+    with pytest.raises(DataError, match=r"the original gives \(8, 7\), the student \(8, 5\)"):
+        normswap.distil(model, other, images, **SHORT)
 
 
 def test_a_recurrent_network_is_distilled(images: Tensor) -> None:
