@@ -82,7 +82,8 @@ def as_batches(
     A batch is a tensor, `(x, y)`, a dict (the values of the first known keys, such as "pixel_values" and "labels"),
     or a list of images `(C, H, W)` with 1, 3 or 4 channels, as torchvision's detectors take; x may be any of these,
     or a tuple of tensors for a forward with several arguments, or a list of one dict for each image.
-    network: what the batches are for. A dict gives it all arguments that have the names of its keys; where none has,
+    network: what the batches are for. Of as many tensors as its forward needs, if that is more than one, all are
+    inputs, and one more is y. A dict gives it all arguments that have the names of its keys; where none has,
     and no key is known, the dict itself.
     once: the caller iterates a single time. Otherwise a generator, which can be read only once, is read into memory.
 
@@ -192,6 +193,10 @@ def _split(item: Any, network: nn.Module | None = None) -> Batch:
     if isinstance(item, (list, tuple)):
         if len(item) == 1:
             return _split(item[0], network)
+        needed = len(_needed(network))
+        if needed > 1 and len(item) in (needed, needed + 1) and all(isinstance(part, Tensor) for part in item):
+            args = tuple(_one(_args(part)) for part in item[:needed])
+            return args, None if len(item) == needed else _labels(item[needed], images_in(args))
         if len(item) == 2:
             args = _named(item[0], network) if isinstance(item[0], Mapping) else _args(item[0])
             return args, _labels(item[1], images_in(args))
@@ -204,9 +209,8 @@ def _named(batch: Mapping[str, Any], network: nn.Module | None) -> tuple[Any, ..
     known = any(key in batch for key in _INPUTS)
     if network is None:
         return _args(batch)
-    given, all_of_them = dict(batch), inspect.signature(network.forward).parameters.values()
-    parameters = [p for p in all_of_them if p.kind in _BY_POSITION]
-    needed = {p.name for p in parameters if p.default is inspect.Parameter.empty}
+    given, all_of_them = dict(batch), _parameters(network)
+    parameters, needed = [p for p in all_of_them if p.kind in _BY_POSITION], _needed(network)
     taken = [p.name for p in parameters if p.name in given and p.name not in _LABELS]
     named = [p.name for p in all_of_them if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name in given]
     if named:
@@ -219,6 +223,21 @@ def _named(batch: Mapping[str, Any], network: nn.Module | None) -> tuple[Any, ..
         args = [given[p.name] if p.name in taken or p.name in needed else p.default for p in parameters[: until + 1]]
         return tuple(_one(_args(arg)) if isinstance(arg, Tensor) and arg.dim() > 2 else arg for arg in args)
     return _args(batch) if known or len(needed) != 1 else (dict(batch),)
+
+
+def _needed(network: nn.Module | None) -> set[str]:
+    """The arguments that a network's forward cannot do without."""
+    parameters = [p for p in _parameters(network) if p.kind in _BY_POSITION]
+    return {p.name for p in parameters if p.default is inspect.Parameter.empty}
+
+
+def _parameters(network: nn.Module | None) -> list[inspect.Parameter]:
+    if network is None:
+        return []
+    try:
+        return [*inspect.signature(network.forward).parameters.values()]
+    except ValueError:  # a traced network's has no signature
+        return []
 
 
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -149,3 +149,27 @@ def test_samples_of_a_dataset_may_be_dicts_too() -> None:
     report = normswap.distil(model, net, Samples(), steps=8, batch_size=4, progress=False)
     assert report.steps == 8
     assert run(model, PIXELS, 1.0, MASK).isfinite().all()
+
+
+class Lengths(Two):
+    """Needs the number of rows that count, for each image."""
+
+    def forward(self, pixels: Tensor, rows: Tensor) -> Tensor:
+        return super().forward(pixels, mask=(torch.arange(4) < rows[:, None])[:, :, None].float().expand(-1, 4, 4))
+
+
+def test_as_many_tensors_as_the_forward_needs_are_all_inputs_and_one_more_the_labels() -> None:
+    rows = torch.tensor([1, 2, 3, 4])
+    network = randomized(Lengths())
+    for batch in ((PIXELS[:4], rows), (PIXELS[:4], rows, LABELS[:4])):
+        ((args, labels),) = as_batches([batch], network=network)
+        assert [a is b for a, b in zip(args, batch, strict=False)] == [True, True]
+        assert labels is None if len(batch) == 2 else torch.equal(labels, LABELS[:4])
+    (args, labels), *_ = as_batches([(PIXELS[:4], LABELS[:4])], network=Two())
+    assert len(args) == 1
+    assert labels is not None
+    report = normswap.verify(
+        network, normswap.convert(network, "frozen", check=False), [(PIXELS[:4], rows, LABELS[:4])]
+    )
+    assert report.error < 1e-5
+    assert report.labelled == 4
