@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..choices import STAND_INS, Method
@@ -15,36 +13,18 @@ from ..conversion.history import Calibrated
 from ..conversion.record import check_order, record_of
 from ..conversion.revert import revert
 from ..data.batches import MAX_BAD, images_in
-from ..errors import Fix, NetworkError, OptionError, RevertError, Text, plural
+from ..errors import Fix, NetworkError, OptionError, RevertError, Text
 from ..modules.frozen_class import FrozenStatistics
-from ..modules.restore import evaluating, undisturbed
 from ..modules.tree import copied
 from ..modules.wrappers import check_module, unwrapped
 from ..norms.registry import identify, norm_named
 from ..planning.plan import Transfer
-from .fit import measured
-from .footprint import Footprint, fitting, footprint_of_one, free_memory, ran_out
 from .images import check_enough, collected, fewer_of_large
-from .matching import Matching, Original, forward
-from .moments import Args
-from .norm_targets import Result, Target, restoring, targets_of
-from .outputs import Comparison
+from .norm_targets import Target, targets_of
 from .prepare import Preparation
 from .report import CalibrationReport, Tell, teller, told
+from .run import calibrated
 from .stand_ins import StandIns, stand_ins
-
-HELD = 0.5
-"""The share of free memory that calibration may take; if it needs more, fewer images run at once, then fewer at all."""
-
-FEW = 16
-"""Fewer images than these get a word of warning: a network that gives the original's outputs on them may give others on
-the rest."""
-
-FAR = 0.3
-"""From this output drift on, fitting the layers anew is worth its cost."""
-
-Given = tuple[Sequence[Args], Sequence[Tensor | None], tuple[str, ...] | None]
-# Batches, labels, and the classes that the labels count, if known.
 
 
 def calibrate(
@@ -127,7 +107,7 @@ def calibrate(
         return CalibrationReport(count, (), passes=0, notes=("frozen and fused norms need no calibration",))
     given = batches, labels, source.classes
     with told(progress, len(batches) + len(targets)) as step:
-        preparation, report = _calibrated(model, reference, targets, given, (method, eps), step)
+        preparation, report = calibrated(model, reference, targets, given, (method, eps), step)
     report = replace(report, bad=source.bad, stand_ins=str(made) if made else "")
     _remember(model, report, preparation)
     return report
@@ -170,90 +150,8 @@ def estimate_statistics(
     check_enough(targets, sum(map(images_in, batches)) + len(source.bad), images)
     given = batches, labels, source.classes
     with told(progress, len(targets), "estimating running statistics") as step:
-        _, report = _calibrated(model, None, targets, given, ("moments", None), step)
+        _, report = calibrated(model, None, targets, given, ("moments", None), step)
     return replace(report, bad=source.bad)
-
-
-def _calibrated(
-    model: nn.Module,
-    reference: nn.Module | None,
-    targets: Sequence[Target],
-    given: Given,
-    options: tuple[str, float | None],
-    step: Callable[[], None],
-) -> tuple[Preparation, CalibrationReport]:
-    """Calibrate; where memory runs out all the same, start again: fewer images at once, then fewer at all."""
-    at_once, most = max(map(images_in, given[0])), sum(map(images_in, given[0]))
-    while True:
-        preparation = Preparation(model, targets, *options)
-        try:
-            with restoring(preparation.modules()):
-                return preparation, _run(model, reference, preparation, given, (at_once, most), step)
-        except Exception as error:
-            if not ran_out(error) or most == 1:
-                raise
-        at_once, most = at_once // 2 or 1, most if at_once > 1 else most // 2
-
-
-def _run(
-    model: nn.Module,
-    reference: nn.Module | None,
-    preparation: Preparation,
-    given: Given,
-    limits: tuple[int, int],
-    step: Callable[[], None],
-) -> CalibrationReport:
-    """limits: how many images may run at once, and how many in all, where memory allows it."""
-    targets = preparation.targets
-    batches, labels, classes = given
-    asked = sum(map(images_in, batches))
-    with _quiet(model, reference):
-        one = _footprint(model, reference, preparation, batches[0])
-        batches, labels, used = fitting(batches, labels, one, HELD * free_memory(model), limits)
-        comparison = Comparison(batches, labels, classes, reference is not None)
-        original = Original(targets, preparation.balanced)
-        comparison.run("before", model)
-        if reference is not None:
-            _observe(original, reference, batches[:used], comparison, step)
-            comparison.run("original", reference)
-    preparation.look(batches[0])
-    preparation.apply(original)
-    with _quiet(model, reference):
-        matching = Matching(targets, original, preparation.refits, step)
-        matching.run(model, batches[:used], lambda i, out: comparison.keep("after", i, out), reference)
-        comparison.run("after", model)
-        results = [Result(target.norm) for target in targets]
-    for result in results:  # leaving `_quiet` has put buffers and attributes back
-        result.write()
-    count = sum(map(images_in, batches[:used]))
-    notes: list[str] = []
-    if count < FEW:
-        notes.append(f"{plural(count, 'image')} tell little of others; {FEW} and more are better")
-    if count < asked:
-        less = Text("; ", Fix("method", "balance"), " takes less") if preparation.method == "refit" else ""
-        notes.append(Text(f"{count} of {asked} images used: more do not fit in memory at a time", less))
-    if preparation.method == "refit" and preparation.balanced and not preparation.undoable:
-        notes.append("the conversion kept nothing to undo it with, so no layer was fitted anew")
-    found = comparison.summary()
-    if preparation.method == "balance" and preparation.balanced and (found.get("drift_after") or 0) > FAR:
-        notes.append(Text("the outputs are still far from the original's; ", Fix("method", "refit"), " comes closer"))
-    notes += comparison.notes
-    if original.inputs:
-        norms = {t.path: t.original for t in targets if t.original is not None}
-        found["distance"] = measured(norms, original.inputs, count).distance
-    return CalibrationReport(count, matching.results(), passes=matching.passes, notes=tuple(notes), **found)
-
-
-def _footprint(model: nn.Module, reference: nn.Module | None, preparation: Preparation, args: Args) -> Footprint:
-    """What one image takes. Refit runs both networks side by side and keeps a layer's input as well."""
-    targets = preparation.targets
-    mine = footprint_of_one(model, args, [target.norm for target in targets])
-    if reference is None:
-        return mine
-    theirs = footprint_of_one(reference, args, [t.original for t in targets if t.original is not None])
-    if preparation.method == "refit":
-        return Footprint(max(mine.peak, theirs.peak), 0) + Footprint(1, 1) * (mine.kept + theirs.kept + mine.kept)
-    return Footprint(max(mine.peak, theirs.peak), max(mine.kept, theirs.kept))
 
 
 def _stand_ins(
@@ -274,32 +172,6 @@ def _stand_ins(
     record = record_of(model)
     remembered = None if record is None else record.inputs
     return stand_ins(data, reference, example_inputs, images=images, remembered=remembered, seed=seed, progress=tell)
-
-
-def _observe(
-    original: Original,
-    reference: nn.Module,
-    batches: Sequence[Args],
-    comparison: Comparison,
-    step: Callable[[], None],
-) -> None:
-    """Run the reference over the batches."""
-    with original.watching():
-        for i, args in enumerate(batches):
-            original.next_batch()
-            comparison.keep("original", i, forward(reference, args))
-            step()
-
-
-@contextmanager
-def _quiet(model: nn.Module, reference: nn.Module | None) -> Iterator[None]:
-    """Eval mode and no gradients; what forward passes leave behind is undone."""
-    with ExitStack() as stack:
-        for network in (reference, model) if reference is not None else (model,):
-            stack.enter_context(undisturbed(network))
-            stack.enter_context(evaluating(network))
-        stack.enter_context(torch.no_grad())
-        yield
 
 
 def _reference(model: nn.Module, reference: nn.Module | None) -> nn.Module | None:

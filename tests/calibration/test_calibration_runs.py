@@ -51,7 +51,7 @@ def test_no_more_images_are_used_than_memory_holds(net: nn.Module, monkeypatch: 
     model, expected = normswap.convert(net, to="gn"), normswap.convert(net, to="gn")
     with torch.no_grad():
         plain = peak(lambda: net(images(1)))
-    monkeypatch.setattr("normswap.calibration.calibrate.free_memory", lambda model: 2 * 9.5 * plain)
+    monkeypatch.setattr("normswap.calibration.run.free_memory", lambda model: 2 * 9.5 * plain)
     report = calibrate(model, net, images(30), batch_size=15, method="balance")
     assert 5 <= report.images <= 10
     assert f"{report.images} of 30 images" in str(report)

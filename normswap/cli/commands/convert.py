@@ -132,25 +132,6 @@ def convert(
         "fold_affine": fold_affine,
         "missing_statistics": "error" if place is None or options.stands_in(place) else "later",
     }
-    asked = PreprocessOverrides.of(ctx)
-    if place is None:
-        needing = ("calibrate_images", "method", "budget", "size", "mean", "std")
-        options.check_alone(ctx, needing, "--calibrate FOLDER, photos or synthetic")
-    if budget is not None and (groups not in (None, "auto") or channels_per_group is not None):
-        raise options.usage(ctx, "--budget chooses the number of groups; it goes with --groups auto")
-    wish = None
-    if place is not None:
-        choosing = groups == "auto" or budget is not None
-        wish = Calibration(
-            place,
-            calibrate_images,
-            asked,
-            method,
-            device=device,
-            max_bad=max_bad,
-            budget=budget or BUDGET if choosing else None,
-            seed=seed,
-        )
     job = Job(
         to,
         options.rules(ctx, rule),
@@ -162,7 +143,7 @@ def convert(
         dry_run=dry_run,
         output=output,
         force=force,
-        calibration=wish,
+        calibration=_calibration(ctx, place),
         trial=calibrate is None,
     )
     _check_combination(ctx, job)
@@ -171,6 +152,29 @@ def convert(
         out.step("loading PyTorch")
         result = carried_out(ctx, wanted, job, out)
         out.show(result.to_dict, lambda page: show(page, result))
+
+
+def _calibration(ctx: typer.Context, place: str | None) -> Calibration | None:
+    """How it is to be repaired, from which images; None without any. Options that need images are refused then."""
+    given = ctx.params
+    if place is None:
+        needing = ("calibrate_images", "method", "budget", "size", "mean", "std")
+        options.check_alone(ctx, needing, "--calibrate FOLDER, photos or synthetic")
+    groups, budget = given["groups"], given["budget"]
+    if budget is not None and (groups not in (None, "auto") or given["channels_per_group"] is not None):
+        raise options.usage(ctx, "--budget chooses the number of groups; it goes with --groups auto")
+    if place is None:
+        return None
+    return Calibration(
+        place,
+        given["calibrate_images"],
+        PreprocessOverrides.of(ctx),
+        given["method"],
+        device=given["device"],
+        max_bad=given["max_bad"],
+        budget=budget or BUDGET if groups == "auto" or budget is not None else None,
+        seed=given["seed"],
+    )
 
 
 def _check_combination(ctx: typer.Context, job: Job) -> None:
