@@ -125,7 +125,9 @@ for name, network in (("BatchNorm", bn), ("GroupNorm", gn)):
     policy.diffusion.rgb_encoder.backbone = backbone = copy.deepcopy(network)
     with normswap.stabilized(backbone):  # the learning rates of the original network suit the converted one
         average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True)
-        optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=LR)
+        encoder = set(backbone.parameters())
+        rest = [p for p in policy.parameters() if p not in encoder]
+        optimizer = torch.optim.AdamW([{"params": rest}, {"params": list(encoder), "lr": LR / 10}], lr=LR)
         policy.train()
         for _ in range(steps):
             loss, _ = policy(demonstrations(EPISODES))

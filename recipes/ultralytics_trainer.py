@@ -1,7 +1,7 @@
 """Fine-tune a YOLO detector with ultralytics' own trainer at batch size 2: BatchNorm and GroupNorm.
 
 Goal:      a trained YOLO network goes on with GroupNorm in ultralytics' trainer, two images at a time, and predicts
-Command:   python recipes/ultralytics_trainer.py [--batch-size 2 --epochs 3]; needs ultralytics: pip install ultralytics
+Command:   python recipes/ultralytics_trainer.py [--batch-size 2 --epochs 2]; needs ultralytics: pip install ultralytics
 Time:      about 2 minutes on one CPU core
 Expected:  TODO 0.0
 """
@@ -30,7 +30,7 @@ from normswap.data import shapes
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--network", default="yolov8n.yaml", help="a file of ultralytics that describes a network")
 parser.add_argument("--batch-size", type=int, default=2)
-parser.add_argument("--epochs", type=int, default=3)
+parser.add_argument("--epochs", type=int, default=2)
 parser.add_argument("--groups", type=int, default=4, help="of each GroupNorm layer")
 parser.add_argument("--output", type=Path, default=Path("runs/ultralytics_trainer"))
 parser.add_argument("--tiny", action="store_true", help="a few steps, to see that it runs")
