@@ -3,8 +3,8 @@
 Goal:      segment volumes, of which a GPU holds one or two, with GroupNorm and the weights of a BatchNorm network
 Command:   python recipes/monai_volumes.py [--weights unet.pth --batch-size 1]; needs MONAI: pip install monai
 Time:      about 30 s on one CPU core
-Expected:  Dice before: BatchNorm 0.964, GroupNorm 0.961 as converted and 0.964 calibrated; on volumes of other scanners,
-           each with its own contrast, after 150 steps at batch size 1: BatchNorm 0.361, GroupNorm 0.893
+Expected:  Dice before: BatchNorm 0.964, GroupNorm 0.961 as converted and 0.964 calibrated; on volumes of other
+           scanners, each with its own contrast, after 150 steps at batch size 1: BatchNorm 0.361, GroupNorm 0.893
 """
 
 import argparse

@@ -3,8 +3,8 @@
 Goal:      a trained U-Net with a ResNet encoder goes on with GroupNorm, on other images, two at a time
 Command:   python recipes/smp_unet.py [--weights unet.pth]; needs pip install segmentation-models-pytorch
 Time:      about 1 minute on one CPU core
-Expected:  mean IoU before: BatchNorm 0.412, GroupNorm 0.392 as converted and 0.409 calibrated; on other images, after 200
-           steps at batch size 2: BatchNorm 0.463, GroupNorm 0.499
+Expected:  mean IoU before: BatchNorm 0.412, GroupNorm 0.392 as converted and 0.409 calibrated; on other images, after
+           200 steps at batch size 2: BatchNorm 0.463, GroupNorm 0.499
 """
 
 import argparse
