@@ -3,8 +3,9 @@
 Goal:      a gradient for each image, for private training, influence functions or weights of samples; vmap refuses
            BatchNorm that trains, since it mixes samples, and takes GroupNorm and frozen statistics
 Command:   python recipes/per_sample_gradients.py [--epsilon 4]; needs opacus: pip install opacus
-Time:      about 1 minute on one CPU core
-Expected:  TODO 0.0
+Time:      about 30 s on one CPU core
+Expected:  torch.func refuses BatchNorm; with GroupNorm its gradients agree with opacus's to 7e-07; accuracy on digits
+           turned by a quarter, after 10 epochs at epsilon 4: frozen statistics 0.482, GroupNorm 0.740
 """
 
 import argparse
@@ -82,7 +83,7 @@ try:
     gradients(copy.deepcopy(bn).train(), x[:8], y[:8])
     print("BatchNorm: torch.func took it")
 except RuntimeError as error:  # running statistics would be those of all samples together
-    print(f"BatchNorm: torch.func refuses it: {str(error).partition('.')[0]}")
+    print(f"BatchNorm: torch.func refuses it: {str(error).partition(' (aten')[0]}")
 opacus = GradSampleModule(copy.deepcopy(gn).train())
 F.cross_entropy(opacus(x[:8]), y[:8], reduction="mean").backward()
 ours, theirs = gradients(gn.train(), x[:8], y[:8]), dict(opacus.named_parameters())
