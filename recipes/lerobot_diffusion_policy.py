@@ -1,11 +1,13 @@
 """Train lerobot's DiffusionPolicy with a pretrained ResNet-18 and averaged weights (EMA): BatchNorm and GroupNorm.
 
-Goal:      GroupNorm in the pretrained encoder of a diffusion policy; lerobot refuses that ("You can't replace BatchNorm
-           in a pretrained model without ruining the weights!"), and averaged weights want a norm without buffers
+Goal:      GroupNorm in the pretrained encoder of a diffusion policy, which lerobot refuses ("You can't replace
+           BatchNorm in a pretrained model without ruining the weights!"), and what EMA does to either norm
 Command:   python recipes/lerobot_diffusion_policy.py [--weights resnet18.pth]; needs lerobot:
            pip install 'lerobot[diffusion]'
 Time:      about 2 minutes on one CPU core
-Expected:  TODO 0.0
+Expected:  success after 150 steps, one seed: BatchNorm, last weights 0.390, EMA weights 0.940 on averaged statistics
+           and 0.480 on the first ones; GroupNorm, which has none, last weights 0.450, EMA weights 0.410. BatchNorm
+           wins here if its statistics are averaged; the encoder has seen 40 batches of digits, not ImageNet
 """
 
 import argparse

@@ -65,7 +65,9 @@ def trained(network, data, batch_size, epochs, name, lr):
     trainer = DetectionTrainer(
         overrides={
             "model": options.network, "data": str(data), "imgsz": SIZE, "batch": batch_size, "nbs": batch_size,
-            "epochs": epochs, "optimizer": "AdamW", "lr0": lr, "warmup_epochs": 0.5, "mosaic": 0, "scale": 0.2,
+            "epochs": epochs, "optimizer": "AdamW", "lr0": lr, "warmup_epochs": 0.5,
+            "warmup_bias_lr": 0.0,  # the default, 0.1, is one for SGD; converted convolutions have biases to lose by it
+            "mosaic": 0, "scale": 0.2,
             "device": "cpu", "workers": 0, "amp": False, "plots": False, "seed": 0, "verbose": False,
             "project": str(output), "name": name, "exist_ok": True,
         }
