@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import re
 import runpy
@@ -26,17 +27,23 @@ FIGURES = {
     "ema_policy": r"success (\d\.\d{3})",
     "faster_rcnn_gn_batch_1": r"(?:frozen|BatchNorm|GroupNorm) +\d +(0\.\d{4}) +(0\.\d{4})",
     "federated_averaging": r"accuracy (0\.\d{4})",
+    "flower_clients": r"Fed(?:Avg|Prox), (?:BatchNorm|GroupNorm): accuracy (0\.\d{4})",
     "freeze_statistics": r"statistics (?:move|frozen): accuracy (0\.\d{4})",
     "freeze_statistics_and_affine": r"norms (?:train|frozen): accuracy (0\.\d{4})",
     "gradual_unfreezing": r"(?:all at once|gradually): accuracy (0\.\d{4})",
     "groupnorm_at_batch_2": r"(?:BatchNorm|GroupNorm) +(0\.\d{4}) +(0\.\d{4})",
     "large_model_fsdp": r"accuracy (0\.\d{4})",
+    "lerobot_diffusion_policy": r"success (\d\.\d{3})",
+    "monai_volumes": r"(?:BatchNorm|GroupNorm): Dice .* and (0\.\d{4}) after",
+    "per_sample_gradients": r"accuracy (0\.\d{4}) at epsilon (\d+\.\d\d)",
     "recurrent_groupnorm": r"F1 (0\.\d{4})",
     "segmentation_groupnorm": r"(?:BatchNorm|GroupNorm), batch [12]: mean IoU (0\.\d{4})",
+    "smp_unet": r"(?:BatchNorm|GroupNorm): mean IoU .* and (0\.\d{4}) after",
     "style_transfer": r"(?:own being 1|photograph's): (-?\d\.\d{4})",
     "test_time_adaptation": r"(?:BatchNorm|GroupNorm): accuracy .*, (0\.\d{4}) adapted with batches of 1,",
     "transformers_trainer": r"(?:BatchNorm|GroupNorm): accuracy .* (0\.\d{4}) after",
     "train_digits": r"held-out accuracy (0\.\d{4})",
+    "ultralytics_trainer": r"(?:BatchNorm|GroupNorm): mAP50 (0\.\d{4})",
 }
 """What a run prints, at least once for each thing it compares."""
 RUNS = {
@@ -44,13 +51,23 @@ RUNS = {
     "ema_policy": 7,
     "faster_rcnn_gn_batch_1": 6,
     "federated_averaging": 4,
+    "flower_clients": 4,
+    "lerobot_diffusion_policy": 5,
     "recurrent_groupnorm": 6,
     "segmentation_groupnorm": 4,
     "train_digits": 1,
 }
 TOGETHER = {"large_model_fsdp"}  # for several processes
 SLOW = {"differential_privacy"}  # its accounting
-ALONE = [file for file in RECIPES if file.stem not in TOGETHER]
+ELSEWHERE = {
+    "flower_clients": "flwr",
+    "lerobot_diffusion_policy": "lerobot",
+    "monai_volumes": "monai",
+    "smp_unet": "segmentation_models_pytorch",
+    "ultralytics_trainer": "ultralytics",
+}
+"""Recipes for packages that are no dependency, not even of the tests; `.ci/run recipes` installs them."""
+ALONE = [file for file in RECIPES if file.stem not in TOGETHER | ELSEWHERE.keys()]
 FROZEN = ("freeze_statistics", "freeze_statistics_and_affine", "gradual_unfreezing")
 FOLDER_RECIPES = [
     *FROZEN,
@@ -121,6 +138,26 @@ def test_it_runs_tiny_and_prints_its_figures(file: Path, run, tmp_path: Path) ->
     if file.stem == "batch_size_sweep":
         with Image.open(tmp_path / "batch_size_sweep.png") as picture:
             assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_it_runs_with_a_package_that_is_no_dependency(name: str, tmp_path: Path) -> None:
+    """In a process of its own, since these packages change torch, pictures and logs for everybody."""
+    if importlib.util.find_spec(ELSEWHERE[name]) is None:
+        pytest.skip(f"{ELSEWHERE[name]} is not installed; .ci/run recipes installs it")
+    # lerobot does without transformers, and of one that happens to be there it takes few versions.
+    hidden = "sys.modules['transformers'] = None; " if name.startswith("lerobot") else ""
+    code = f"import runpy, sys; {hidden}sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, str(FOLDER / f"{name}.py"), "--tiny"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent), "YOLO_CONFIG_DIR": str(tmp_path)},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert len(re.findall(FIGURES[name], ran.stdout)) == RUNS.get(name, 2), ran.stdout
+    if name == "ultralytics_trainer":
+        assert "57 GroupNorm and 0 BatchNorm layers were trained" in ran.stdout
 
 
 @pytest.mark.parametrize("name", FOLDER_RECIPES)

@@ -30,7 +30,8 @@ def check_module(model: Any, name: str = "model") -> None:
     for child in (_HOLDERS[name] for name in names & _HOLDERS.keys()):
         raise OptionError(
             f"{type(model).__name__} is what trains and runs a network, not a network itself",
-            hint=f"Give the one that it holds: {name}.{child}; a converted one takes its place: {name}.{child} = ...",
+            hint=f"Give the one that it holds: {name}.{child}; a converted one takes its place: {name}.{child} = ... "
+            "Its train() would build another network: `normswap recipes ultralytics_trainer` shows the way.",
         )
     if not isinstance(model, nn.Module):
         hint = "normswap.load(file) gives the network of a file." if isinstance(model, (str, os.PathLike)) else None

@@ -177,6 +177,7 @@ def test_what_only_trains_and_runs_a_network_is_named() -> None:
             verb(holder)
         assert "not a network itself" in error.value.message
         assert "model.model" in error.value.hint
+        assert "normswap recipes ultralytics_trainer" in error.value.hint
 
 
 class Fuses(Net):
