@@ -1,10 +1,10 @@
 """Small BN networks of many kinds, trained on the spot: what helps one network is to help networks never seen.
 
-    python benchmarks/zoo.py --data ../shared/data [--kinds spectrogram denoiser ...]
+    python benchmarks/trained_kinds.py --data ../shared/data [--kinds spectrogram denoiser ...]
 
-Trains what is not in build/zoo yet, a minute or two of a core each, and prints each network's own figure: accuracy,
-mean IoU, or for the denoiser the gain in PSNR over the noisy image as a share of 10 dB. All data but the photographs
-of the denoiser is drawn by this script, from fixed seeds.
+Trains what is not in build/trained_kinds yet, a minute or two of a core each, and prints each network's own
+figure: accuracy, mean IoU, or for the denoiser the gain in PSNR over the noisy image as a share of 10 dB. All data but
+the photographs of the denoiser is drawn by this script, from fixed seeds.
 """
 
 from __future__ import annotations
@@ -305,7 +305,7 @@ def main() -> None:
     options = parser.parse_args()
     known = kinds(options.data)
     for name in options.kinds or known:
-        model = trained(name, known[name], Path(f"build/zoo/{name}.pt"))
+        model = trained(name, known[name], Path(f"build/trained_kinds/{name}.pt"))
         print(f"{name}: {known[name].figure(model, *known[name].data(400, 1)):.3f}", flush=True)
 
 
