@@ -171,6 +171,8 @@ def main() -> None:
         return
     chosen = [p for p in packages() if any(fnmatch.fnmatch(p.name, x) for x in options.only)]
     versions = {p.name: found for p in chosen if (found := version(p))}
+    sys.path.remove(str(Path(__file__).parent))  # numba asks for a package that is called as a script here
+    sys.modules.pop("coverage")
     options.keep.parent.mkdir(parents=True, exist_ok=True)
     options.keep.touch()
     warm = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
