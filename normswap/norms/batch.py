@@ -1,8 +1,8 @@
 """BatchNorm1d/2d/3d (`bn`) and SyncBatchNorm (`sync`).
 
 Ioffe and Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
-Shift"; modules of torch.nn, timm's fused BatchNormAct2d and SyncBatchNormAct, those of inplace_abn, lightly's
-SplitBatchNorm, and the synchronised ones of detectron2, pytorchvideo and mmcv.
+Shift"; modules of torch.nn, timm's fused BatchNormAct2d and SyncBatchNormAct, those of timm_3d, inplace_abn and
+asteroid, lightly's SplitBatchNorm, and the synchronised ones of detectron2, pytorchvideo and mmcv.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ register(
         classes=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
         class_names=(
             "timm.layers.norm_act.BatchNormAct2d",
+            "timm_3d.layers.norm_act.BatchNormAct3d",
+            "asteroid.masknn.norms.BatchNorm",
             "timm.layers.inplace_abn.InplaceAbn",
             "inplace_abn.abn.ABN",
             "inplace_abn.abn.InPlaceABN",
