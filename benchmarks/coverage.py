@@ -87,8 +87,9 @@ def randomise_statistics(model: nn.Module) -> None:
             if getattr(module, "running_var", None) is not None:
                 module.running_mean.copy_(uniform(module.running_mean, -0.2, 0.2))
                 module.running_var.copy_(uniform(module.running_var, 0.5, 1.5))
-                if module.weight is not None:
+                if getattr(module, "weight", None) is not None:
                     module.weight.copy_(uniform(module.weight, 0.6, 1.4))
+                if getattr(module, "bias", None) is not None:
                     module.bias.copy_(uniform(module.bias, -0.2, 0.2))
 
 

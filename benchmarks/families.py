@@ -130,6 +130,28 @@ class Synchronised(nn.BatchNorm2d):
         return super().forward(input)
 
 
+class Splits(nn.BatchNorm2d):
+    """lightly's SplitBatchNorm: statistics of each part of a batch, in eval mode those of the first."""
+
+    def __init__(self, num_features: int, num_splits: int) -> None:
+        super().__init__(num_features)
+        self.num_splits = num_splits
+        for name in ("running_mean", "running_var"):
+            self.register_buffer(name, getattr(self, name).repeat(num_splits))
+
+    def forward(self, input: Tensor) -> Tensor:
+        count, first = self.num_splits, slice(self.num_features)
+        if self.training:
+            parts, weight, bias = input.view(-1, count * input.shape[1], *input.shape[2:]), self.weight, self.bias
+            found = F.batch_norm(
+                parts, self.running_mean, self.running_var, weight.repeat(count), bias.repeat(count), True,
+                self.momentum, self.eps,
+            )  # fmt: skip
+            return found.view(input.shape)
+        mean, var = self.running_mean[first], self.running_var[first]
+        return F.batch_norm(input, mean, var, self.weight, self.bias, False, self.momentum, self.eps)
+
+
 class OfMmcv(nn.Module):
     """mmcv's SyncBatchNorm, which derives from no norm of torch."""
 
@@ -154,8 +176,8 @@ def stand_in(like: type[nn.Module], path: str) -> type[nn.Module]:
     return type(name, (like,), {"__module__": module, "forward": like.forward})
 
 
-def _named(path: str, read: str, like: type[nn.Module], package: str = "") -> Family:
-    return Family(path, read, package=package, stand_in=stand_in(like, path))
+def _named(path: str, read: str, like: type[nn.Module], args: tuple[Any, ...] = (CHANNELS,)) -> Family:
+    return Family(path, read, args, stand_in=stand_in(like, path))
 
 
 _HF = "transformers.models"
@@ -207,6 +229,7 @@ FAMILIES = [
     _named(f"{_D2}.LayerNorm", "ln-channel", LayerNorm),
     _named("pytorchvideo.layers.batch_norm.NaiveSyncBatchNorm2d", "sync", Synchronised),
     _named("mmcv.ops.sync_bn.SyncBatchNorm", "sync", OfMmcv),
+    _named("lightly.models.batchnorm.SplitBatchNorm", "bn", Splits, (CHANNELS, 2)),
 ]  # fmt: skip
 
 

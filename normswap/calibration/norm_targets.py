@@ -256,9 +256,9 @@ def apply_statistics(target: Target, inputs: Moments) -> None:
     """Running mean and (unbiased) variance over all values of the input."""
     if inputs.count < 2:
         raise NormswapError(f"{target.path}: a variance needs more than one value per channel, the data gives one")
-    mean, var = statistics_of(target.norm)
-    mean.copy_(inputs.mean)
-    var.copy_(inputs.unbiased_var)
+    for name, value in (("running_mean", inputs.mean), ("running_var", inputs.unbiased_var)):
+        buffer = target.norm.get_buffer(name)
+        buffer.view(-1, len(value)).copy_(value)  # lightly's SplitBatchNorm holds those of several parts of a batch
     if callable(refresh := getattr(target.norm, "refresh", None)):
         refresh()  # what a frozen norm has computed from them
 

@@ -157,8 +157,10 @@ def images_at_once(model: nn.Module, args: tuple[Any, ...], paths: Iterable[str]
 def parts(args: tuple[Any, ...], labels: Tensor | None, most: int) -> Iterator[Batch]:
     """A batch in even parts of at most `most` images; what does not count the images goes with every part."""
     count = images_in(args)
+    if count <= most:
+        yield args, labels
+        return
     size = math.ceil(count / math.ceil(count / most))
-
     for start in range(0, count, size):
         yield (
             tuple(rows(value, slice(start, start + size), count) for value in args),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..arguments import whole
@@ -146,12 +147,26 @@ def _has_boxes(target: Any) -> bool:
 
 
 def images_in(args: Sequence[Any]) -> int:
-    """How many images (samples) one batch's arguments hold."""
+    """How many images (samples) one batch's arguments hold; 1 of a graph, which cannot be cut into its nodes.
+
+    A graph is told by its edges: a table of whole numbers of another length, which count the rows of the nodes.
+    """
+    count = _length(args)
+    return 1 if count and any(_counts_rows(t, count) for t in pytree.tree_leaves(args)) else count
+
+
+def _counts_rows(value: Any, count: int) -> bool:
+    if not isinstance(value, Tensor) or value.dim() != 2 or len(value) in (1, count):
+        return False
+    return value.dtype in (torch.int32, torch.int64)
+
+
+def _length(args: Sequence[Any]) -> int:
     for arg in args:
         if isinstance(arg, (list, Tensor)):
             return len(arg)
         if isinstance(arg, Mapping):
-            return images_in(tuple(arg.values()))
+            return _length(tuple(arg.values()))
     return 1
 
 
@@ -187,7 +202,7 @@ def _split(item: Any, network: nn.Module | None = None) -> Batch:
     if isinstance(item, Mapping):
         labels = next((item[key] for key in _LABELS if key in item), None)
         args = _named(item, network)
-        return args, _labels(labels, images_in(args))
+        return args, _labels(labels, _length(args))
     if isinstance(item, list) and item and all(isinstance(one, Mapping) for one in item):
         return (item,), None
     if isinstance(item, (list, tuple)):
@@ -196,10 +211,10 @@ def _split(item: Any, network: nn.Module | None = None) -> Batch:
         needed = len(_needed(network))
         if needed > 1 and len(item) in (needed, needed + 1) and all(isinstance(part, Tensor) for part in item):
             args = tuple(_one(_args(part)) for part in item[:needed])
-            return args, None if len(item) == needed else _labels(item[needed], images_in(args))
+            return args, None if len(item) == needed else _labels(item[needed], _length(args))
         if len(item) == 2:
             args = _named(item[0], network) if isinstance(item[0], Mapping) else _args(item[0])
-            return args, _labels(item[1], images_in(args))
+            return args, _labels(item[1], _length(args))
         raise DataError(f"a batch of data is {_described(item)}; expected x or (x, y)", hint=_ACCEPTED)
     raise DataError(f"a batch of data is {_described(item)}", hint=_ACCEPTED)
 

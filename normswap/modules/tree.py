@@ -139,11 +139,15 @@ def _or_within(model: nn.Module) -> str:
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy, with the flags, hooks and attributes that some classes lose in it.
 
-    Raises NormswapError, naming the way out, for a model that cannot be copied.
+    A tensor that a module keeps from its last pass, as the old `weight_norm` does, is copied without its gradient's
+    history, which torch refuses to copy. Raises NormswapError, naming the way out, for a model that cannot be copied.
     """
     import copy
 
     memo: dict[int, Any] = {}
+    for module in nn.Module.modules(model):
+        kept = [value for value in module.__dict__.values() if isinstance(value, torch.Tensor) and not value.is_leaf]
+        memo |= {id(value): value.detach().clone() for value in kept}
     try:
         twin = copy.deepcopy(model, memo)
         _complete(twin, model, memo)

@@ -1,8 +1,8 @@
 """BatchNorm1d/2d/3d (`bn`) and SyncBatchNorm (`sync`).
 
 Ioffe and Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
-Shift"; modules of torch.nn, timm's fused BatchNormAct2d and SyncBatchNormAct, those of inplace_abn, and
-the synchronised ones of detectron2, pytorchvideo and mmcv.
+Shift"; modules of torch.nn, timm's fused BatchNormAct2d and SyncBatchNormAct, those of timm_3d, inplace_abn and
+asteroid, lightly's SplitBatchNorm, and the synchronised ones of detectron2, pytorchvideo and mmcv.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ _OF_ABN = ("activation", "activation_param", "act_name", "act_param")
 def _read(module: Any) -> NormState:
     dims = next((_DIMS[c] for c in type(module).__mro__ if c in _DIMS), None)
     state = read_statistics_norm(module, dims=dims)
+    if hasattr(module, "num_splits") and state.has_statistics:  # of each part of a batch; the first are those of eval
+        mean, var = (t[: state.channels].clone() for t in state.statistics)
+        state = replace(state, running_mean=mean, running_var=var)
     if not any(cls.__module__ in _ABN for cls in type(module).__mro__):
         return state
     weight = state.weight
@@ -93,12 +96,15 @@ register(
         classes=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
         class_names=(
             "timm.layers.norm_act.BatchNormAct2d",
+            "timm_3d.layers.norm_act.BatchNormAct3d",
+            "asteroid.masknn.norms.BatchNorm",
             "timm.layers.inplace_abn.InplaceAbn",
             "inplace_abn.abn.ABN",
             "inplace_abn.abn.InPlaceABN",
+            "lightly.models.batchnorm.SplitBatchNorm",
         ),
         aliases=("batchnorm",),
-        attributes=(*ATTRIBUTES, *_OF_ABN),
+        attributes=(*ATTRIBUTES, *_OF_ABN, "num_splits"),
         statistics="batch",
         small_batch="process",
         needs_dims=True,

@@ -301,6 +301,11 @@ def _ways_out(planner: _Planner, among: set[str]) -> list[str]:
                 " carries gamma and beta over alone; then calibrate or distil, with images.",
             )
         )
+    if planner.inventory.suspects:
+        hints.append(
+            "In Python, for a class that computes what a known norm does, or hands on to one: "
+            "normswap.register_norm(CLASS, like='bn')."
+        )
     if planner.inventory.suspects or planner.held or planner.misplaced:
         hints.append(Text("To leave a layer as it is: ", Fix("rules", {"PATH": "keep"}), "."))
     return hints

@@ -120,3 +120,19 @@ def test_frozen_statistics_and_networks_without_any_are_left() -> None:
     for words in ("photos", "synthetic"):
         with pytest.raises(OptionError, match=f'data="{words}" is made by the running statistics'):
             normswap.estimate_statistics(net, words)
+
+
+def test_statistics_of_each_part_of_a_batch_are_all_estimated() -> None:
+    class SplitBatchNorm(nn.BatchNorm2d):
+        """As lightly's."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            mean, var = self.running_mean[: self.num_features], self.running_var[: self.num_features]
+            return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.1, self.eps)
+
+    SplitBatchNorm.__module__, SplitBatchNorm.__qualname__ = "lightly.models.batchnorm", "SplitBatchNorm"
+    norm = SplitBatchNorm(4)
+    norm.num_splits, norm.running_mean, norm.running_var = 3, torch.zeros(12), torch.ones(12)
+    normswap.estimate_statistics(nn.Sequential(norm).eval(), X)
+    torch.testing.assert_close(norm.running_mean, X.mean((0, 2, 3)).repeat(3))
+    torch.testing.assert_close(norm.running_var, X.movedim(1, 0).flatten(1).var(1).repeat(3))

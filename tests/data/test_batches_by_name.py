@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import normswap
-from normswap.data.batches import as_batches
+from normswap.comparison.layers import parts
+from normswap.data.batches import as_batches, images_in
 
 
 class Two(nn.Module):
@@ -173,3 +174,45 @@ def test_as_many_tensors_as_the_forward_needs_are_all_inputs_and_one_more_the_la
     )
     assert report.error < 1e-5
     assert report.labelled == 4
+
+
+# --- graphs -----------------------------------------------------------------------------------------------------------
+
+
+class Graph(nn.Module):
+    """Adds to each node what its edges bring."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        return self.second(x + torch.zeros_like(x).index_add(0, edges[1], x[edges[0]]))
+
+
+EDGES = torch.randint(0, 40, (2, 90), generator=torch.Generator().manual_seed(1))
+NODES = torch.randn(40, 6, generator=torch.Generator().manual_seed(2))
+
+
+def test_a_graph_is_of_one_piece_since_its_edges_count_its_nodes() -> None:
+    assert images_in((NODES, EDGES)) == images_in((NODES, EDGES.T)) == images_in(({"x": NODES, "edges": EDGES},)) == 1
+    ((args, labels),) = as_batches([((NODES, EDGES), torch.arange(40) % 4)])
+    assert labels.shape == (40,)
+    (part,) = parts(args, labels, 1)
+    assert (len(part[0][0]), len(part[1])) == (40, 40)
+
+
+def test_numbers_that_count_no_nodes_leave_a_batch_to_be_cut() -> None:
+    for other in (torch.zeros(40, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long), torch.zeros(2, 90)):
+        assert images_in((NODES, other)) == 40
+    assert images_in((EDGES,)) == 2
+
+
+@pytest.mark.parametrize("batch", [((NODES, EDGES), torch.arange(40) % 4), {"x": NODES, "edges": EDGES}])
+def test_a_network_is_calibrated_on_a_graph(batch: Any) -> None:
+    model = randomized(Graph()).eval()
+    made = normswap.convert(model, "gn", groups=2, example_inputs=(NODES, EDGES))
+    before = relative(run(made, NODES, EDGES), run(model, NODES, EDGES))
+    normswap.calibrate(made, model, [batch])
+    assert relative(run(made, NODES, EDGES), run(model, NODES, EDGES)) < before

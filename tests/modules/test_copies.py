@@ -91,3 +91,19 @@ def test_a_copied_compiled_network_can_be_reverted() -> None:
     twin = copy.deepcopy(converted)
     assert contents(normswap.revert(twin)._orig_mod) == before
     assert relative(run(net, X[:, :1].expand(-1, 4, -1, -1)), run(twin, X[:, :1].expand(-1, 4, -1, -1))) < 1e-6
+
+
+def test_a_network_with_a_weight_norm_hook_is_copied_and_goes_on_computing_its_weight() -> None:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        net = nn.Sequential(randomized(conv_bn(8)), nn.utils.weight_norm(nn.Linear(8, 4)))
+    net = nn.Sequential(net[0], nn.AdaptiveAvgPool2d(1), nn.Flatten(), net[1]).eval()
+    assert net[3].weight.grad_fn is not None
+    converted = normswap.convert(net, "frozen")
+    assert relative(run(net, IMAGES), run(converted, IMAGES)) < 1e-6
+    with torch.no_grad():
+        converted[3].weight_g.mul_(2)
+    layer = net[3]
+    weight = 2 * layer.weight_g * layer.weight_v / layer.weight_v.norm(dim=1, keepdim=True)
+    run(converted, IMAGES)
+    torch.testing.assert_close(converted[3].weight, weight)
+    assert contents(normswap.revert(normswap.convert(net, "fused"))).keys() == contents(net).keys()

@@ -272,3 +272,42 @@ def test_a_network_of_nn_u_net_becomes_one_of_group_norms() -> None:
     made = normswap.convert(net, "gn", channels_per_group=1, example_inputs=x)  # then it is the same
     assert sum(isinstance(m, nn.GroupNorm) for m in made.modules()) == 3
     torch.testing.assert_close(outputs(made, x), outputs(net, x), rtol=1e-4, atol=1e-5)
+
+
+class OfVolumes(nn.BatchNorm3d):
+    """As timm_3d's BatchNormAct3d."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class OfAnyDims(nn.modules.batchnorm._BatchNorm):
+    """As asteroid's BatchNorm."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        assert input.dim() in (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("cls", "path", "conv", "shape"),
+    [
+        (OfVolumes, "timm_3d.layers.norm_act.BatchNormAct3d", nn.Conv3d, (2, 3, 4, 4, 4)),
+        (OfAnyDims, "asteroid.masknn.norms.BatchNorm", nn.Conv1d, (2, 3, 9)),
+    ],
+)
+def test_batch_norms_of_volumes_and_of_sound_become_what_others_do(
+    cls: Any, path: str, conv: Any, shape: tuple[int, ...]
+) -> None:
+    cls = sys.modules["families"].stand_in(cls, path)
+    torch.manual_seed(0)
+    norm = cls(8)
+    norm.running_mean.copy_(torch.randn(8))
+    norm.running_var.copy_(torch.rand(8) + 0.5)
+    net, x = nn.Sequential(conv(3, 8, 1), norm, conv(8, 2, 1)).eval(), torch.randn(shape)
+    for to in ("fused", "frozen", "bn"):
+        torch.testing.assert_close(outputs(normswap.convert(net, to, example_inputs=x), x), outputs(net, x))
+    assert not any(type(m) is cls for m in normswap.convert(net, "gn", groups=2, example_inputs=x).modules())

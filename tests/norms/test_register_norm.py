@@ -54,7 +54,7 @@ class Graph(nn.Module):
 
 
 def test_a_class_that_nobody_told_of_is_a_suspect_that_names_its_code() -> None:
-    with pytest.raises(PlanError, match="functional batch norm"):
+    with pytest.raises(PlanError, match=r"functional batch norm(.|\n)*normswap\.register_norm\(CLASS, like='bn'\)"):
         normswap.convert(randomized(Graph()), to="ln", example_inputs=NODES)
 
 
