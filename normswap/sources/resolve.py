@@ -153,7 +153,10 @@ def names_a_file(source: Source, weights: str) -> bool:
     if weights == "DEFAULT":
         return False
     path = Path(weights)
-    looks = path.suffix in (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pkl", ".tar") or "/" in weights
+    looks = (
+        path.suffix in (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pkl", ".tar", ".json")
+        or "/" in weights
+    )
     return looks or path.exists() or source.kind in ("factory", "file")
 
 

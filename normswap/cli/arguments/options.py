@@ -62,7 +62,8 @@ Weights = Annotated[
     str | None,
     typer.Option(
         metavar="DEFAULT|none|FILE|NAME",
-        help="Weights: DEFAULT (a named model's best), none (random), a checkpoint, or a name such as IMAGENET1K_V1.",
+        help="Weights: DEFAULT (a named model's best), none (random), a checkpoint (a file, an index of shards, a folder), "
+        "or a name such as IMAGENET1K_V1.",
         show_default=False,
     ),
 ]
