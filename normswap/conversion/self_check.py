@@ -124,20 +124,23 @@ def reference_of(model: nn.Module, plan: Plan, inputs: tuple[Any, ...]) -> Refer
         ) from error
 
 
-def prove(root: nn.Module, bound: BoundPlan, reference: Reference, original: nn.Module | None) -> Check:
+def prove(
+    root: nn.Module, bound: BoundPlan, reference: Reference, original: nn.Module | None, *, once: bool = False
+) -> Check:
     """Run the self-check on a converted network; raise SelfCheckError, with an in-place conversion undone, if it fails.
 
     bound: the plan, bound to what was converted. original: None for a conversion in place. Rounding grows through a
     deep network of random weights, and through half precision. A failure is therefore repeated in float64, where
     rounding is out of the question and only a wrong edge can fail.
+    once: for a network too large for that: it fails at once, and is not undone but of no use any more.
     """
     plan, inputs = bound.plan, reference.inputs
     try:
         result = compare(root, plan, inputs, reference.seen, _originals(bound))
-        if not result.passed:
+        if not result.passed and not once:
             result = _in_float64(root, plan, inputs, original) or result
     except BaseException as error:  # a forward that needs the old norm, or Ctrl-C: nothing may stay half done
-        if original is None:
+        if original is None and not once:
             reverted(root)
         if not isinstance(error, Exception):
             raise
@@ -146,6 +149,8 @@ def prove(root: nn.Module, bound: BoundPlan, reference: Reference, original: nn.
             hint="Its code may use something of the norm that the new one does not have; a rule keeps such a layer.",
         ) from error
     if not result.passed:
+        if once:
+            raise _failed_once(result)
         before = reverted(root) if original is None else original
         watched = watched_paths(before, plan)
         raise _failure(result, before, repeats(before, inputs, watched))
@@ -281,6 +286,17 @@ def _failure(result: Check, model: nn.Module, same: bool) -> SelfCheckError:
             "Give real inputs with ",
             Fix("example_inputs"),
             ", or keep the layer with a rule; please report the network.",
+        ),
+    )
+
+
+def _failed_once(result: Check) -> SelfCheckError:
+    return SelfCheckError(
+        f"the self-check failed at {result.where}: {_difference(result)}; nothing was kept",
+        hint=Text(
+            "It may be rounding alone: converted in memory, without ",
+            Fix("max_shard_size"),
+            ", it is repeated in float64, which tells.",
         ),
     )
 

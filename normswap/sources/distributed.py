@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightsError, first_line
+from ..files.spilling import room
 
 METADATA = ".metadata"
 _NAMES = {
@@ -47,7 +48,7 @@ def read_distributed(path: Path, wanted: Callable[[Any], dict[str, Tensor]]) -> 
     described = _described(path)
     picked = wanted(_nested(described))
     keys = {id(meta): key for key, (meta, _) in described.items()}
-    state = {name: torch.empty(meta.shape, dtype=meta.dtype) for name, meta in picked.items()}
+    state = {name: room(meta.shape, meta.dtype) for name, meta in picked.items()}
     by_key = {keys[id(meta)]: state[name] for name, meta in picked.items()}
     try:
         with warnings.catch_warnings():  # that there is one process, as it should be

@@ -44,8 +44,8 @@ def whole_file(path: Path) -> Path:
     return path
 
 
-def read_index(path: Path) -> Index:
-    """Read an index. Raises WeightsError for one that is damaged, or names shards that are not there, or elsewhere."""
+def read_index(path: Path, *, complete: bool = True) -> Index:
+    """Read an index. Raises WeightsError for one that is damaged, or names shards elsewhere or (complete) not there."""
     check_readable(path)
     try:
         said = json.loads(path.read_text("utf-8"))
@@ -61,7 +61,7 @@ def read_index(path: Path) -> Index:
             raise WeightsError(f"{path} names the shard {file!r}, which is not a file beside it")
         shards[path.with_name(file)].append(name)
     missing = [file.name for file in shards if not file.is_file()]
-    if missing:
+    if missing and complete:
         summary = f"{path} names {len(shards)} shards, of which {len(missing)} are missing:"
         raise WeightsError(listed(summary, missing), hint="Copy or download them into the folder of the index.")
     return Index(path, shards, metadata)

@@ -1,4 +1,4 @@
-"""One checkpoint file as it was saved: safetensors, or what `torch.save` wrote; memory-mapped where that is possible."""
+"""One checkpoint file as it was saved: safetensors, or what `torch.save` wrote; memory-mapped where possible."""
 
 from __future__ import annotations
 

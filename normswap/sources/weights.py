@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import Fix, Text, WeightsError
+from ..files.spilling import mapped, spilled
 from .distributed import is_distributed, read_distributed
 from .shards import index_of, read_shards, whole_file
 from .weight_files import read_file
@@ -43,9 +44,15 @@ def read_state(path: str | Path, *, trust_pickle: bool = False, allow_nonfinite:
         index = index_of(path)
         loaded = read_file(path, trust_pickle) if index is None else read_shards(index, trust_pickle)
         state = _strip_prefixes(_unwrap(loaded, path))
+    mapped(state.values())
     if not allow_nonfinite:
         check_finite(state, path)
     return state
+
+
+def in_parts(path: str | Path) -> bool:
+    """Whether weights come in several files: shards, or a folder of torch.distributed.checkpoint."""
+    return index_of(Path(path)) is not None or is_distributed(Path(path))
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str, *, cast: bool = True) -> None:
@@ -99,7 +106,8 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
 
 def _like(tensor: Tensor, own: Tensor, cast: bool) -> Tensor:
     dtype = own.dtype if cast and not tensor.is_complex() else tensor.dtype
-    return tensor.to(device=None if own.is_meta else own.device, dtype=dtype)
+    placed = tensor.to(device=None if own.is_meta else own.device, dtype=dtype)
+    return placed if placed is tensor else spilled(placed)
 
 
 def _sizes_itself(model: nn.Module, name: str) -> bool:
