@@ -174,7 +174,9 @@ def converted(model: nn.Module, options: ConvertOptions) -> nn.Module:
     if work is not model:
         bound = bind(work, plan)
     previous = record_of(work)
+    original = None if options.inplace else model
     if spilling():
+        original = copied(model) if reference is not None else None  # of its norms; all else it has in common
         _spill(work, bound)
     root, undo = apply(work, bound, keep_undo=options.undo or reference is not None)
     check = Check(None, reason=unproved, total=len(plan.steps))
@@ -182,7 +184,7 @@ def converted(model: nn.Module, options: ConvertOptions) -> nn.Module:
     record.inputs = _shape_of(options.example_inputs) or (dict(previous.inputs) if previous else {})
     attach(root, record)
     if reference is not None:
-        record.check = prove(root, bound, reference, None if options.inplace else model, once=spilling())
+        record.check = prove(root, bound, reference, original)
     if not options.undo:
         record.undo = Undo(complete=False)
     return rewrapped(wrapper, root, inplace=options.inplace)

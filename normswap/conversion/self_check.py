@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import DataError, Fix, NormswapError, SelfCheckError, Text, first_line
+from ..files.spilling import spilled, spilling
 from ..modules.restore import seed_everything, trial_run
 from ..modules.tree import copied, device_and_dtype, module_at
 from ..norms._wrappers import per_channel
@@ -124,23 +125,20 @@ def reference_of(model: nn.Module, plan: Plan, inputs: tuple[Any, ...]) -> Refer
         ) from error
 
 
-def prove(
-    root: nn.Module, bound: BoundPlan, reference: Reference, original: nn.Module | None, *, once: bool = False
-) -> Check:
+def prove(root: nn.Module, bound: BoundPlan, reference: Reference, original: nn.Module | None) -> Check:
     """Run the self-check on a converted network; raise SelfCheckError, with an in-place conversion undone, if it fails.
 
     bound: the plan, bound to what was converted. original: None for a conversion in place. Rounding grows through a
     deep network of random weights, and through half precision. A failure is therefore repeated in float64, where
     rounding is out of the question and only a wrong edge can fail.
-    once: for a network too large for that: it fails at once, and is not undone but of no use any more.
     """
     plan, inputs = bound.plan, reference.inputs
     try:
         result = compare(root, plan, inputs, reference.seen, _originals(bound))
-        if not result.passed and not once:
+        if not result.passed:
             result = _in_float64(root, plan, inputs, original) or result
     except BaseException as error:  # a forward that needs the old norm, or Ctrl-C: nothing may stay half done
-        if original is None and not once:
+        if original is None:
             reverted(root)
         if not isinstance(error, Exception):
             raise
@@ -149,8 +147,6 @@ def prove(
             hint="Its code may use something of the norm that the new one does not have; a rule keeps such a layer.",
         ) from error
     if not result.passed:
-        if once:
-            raise _failed_once(result)
         before = reverted(root) if original is None else original
         watched = watched_paths(before, plan)
         raise _failure(result, before, repeats(before, inputs, watched))
@@ -169,7 +165,7 @@ def _in_float64(root: nn.Module, plan: Plan, inputs: tuple[Any, ...], original: 
         wide = copied(original) if original is not None else reverted(copied(root))
     except NormswapError:
         return None
-    wide = wide.double()
+    _widen(wide)
     inputs = tuple(_double(value) for value in inputs)
     plain = replace(plan, steps=tuple(replace(s, zero_init=False) for s in plan.steps))
     watched = watched_paths(wide, plain)
@@ -180,6 +176,16 @@ def _in_float64(root: nn.Module, plan: Plan, inputs: tuple[Any, ...], original: 
     bound = bind(wide, plain)
     converted, _ = apply(wide, bound, keep_undo=True)
     return compare(converted, plain, inputs, reference, _originals(bound))
+
+
+def _widen(model: nn.Module) -> None:
+    """Bring a network into float64, where tensors are spilled one after the other."""
+    if not spilling():
+        model.double()
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = spilled(tensor.data.double())
 
 
 def compare(
@@ -286,17 +292,6 @@ def _failure(result: Check, model: nn.Module, same: bool) -> SelfCheckError:
             "Give real inputs with ",
             Fix("example_inputs"),
             ", or keep the layer with a rule; please report the network.",
-        ),
-    )
-
-
-def _failed_once(result: Check) -> SelfCheckError:
-    return SelfCheckError(
-        f"the self-check failed at {result.where}: {_difference(result)}; nothing was kept",
-        hint=Text(
-            "It may be rounding alone: converted in memory, without ",
-            Fix("max_shard_size"),
-            ", it is repeated in float64, which tells.",
         ),
     )
 

@@ -29,6 +29,7 @@ from .writing import told
 LEAST = 1 << 14
 """Tensors below so many bytes are not worth a file."""
 _BLOCK = 1 << 24  # bytes that are copied at a time
+_OFTEN = 1 << 25  # bytes that are spilled between two times of tidying up
 _MAPS = Path("/proc/self/maps")
 _ACTIVE: list[Spilling] = []
 
@@ -45,6 +46,7 @@ class Spilling(TorchDispatchMode):
         self._folder, self._least = folder, least
         self._mapped: dict[int, tuple[StorageWeakRef, bool]] = {}
         self._last: list[tuple[StorageWeakRef, int, int]] = []
+        self._since = 0
         self._private = True  # whether pages of read files may be let go
         self._libc = ctypes.CDLL(None, use_errno=True) if _MAPS.exists() else None
 
@@ -64,7 +66,7 @@ class Spilling(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if self._private and func._schema.is_mutable:
-            self._private = not any(self._is_private(t) for t in _written(func, args, kwargs))
+            self._private = not any(self.is_private(t) for t in _written(func, args, kwargs))
         for tensor in pytree.tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor) and (known := self._known(tensor)) is not None:
                 last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -100,6 +102,9 @@ class Spilling(TorchDispatchMode):
                 with suppress(OSError):  # where none that is open can be removed, the folder's end is its own
                     os.unlink(name)
         self._mapped[storage.data_ptr()] = StorageWeakRef(storage), True
+        self._since += size
+        if self._since > _OFTEN:
+            self._trim()
         return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))
 
     def copy(self, tensor: Tensor) -> Tensor:
@@ -126,6 +131,13 @@ class Spilling(TorchDispatchMode):
             else:
                 self._let_go(start, storage.nbytes(), shared=shared)
         self._last.clear()
+        self._trim()
+
+    def _trim(self) -> None:
+        """Let go of what was freed: glibc keeps blocks below 32 MB, and finds no use for many of them."""
+        self._since = 0
+        if (trim := getattr(self._libc, "malloc_trim", None)) is not None:
+            trim(0)
 
     def _known(self, tensor: Tensor) -> tuple[StorageWeakRef, bool] | None:
         if tensor.layout is not torch.strided or tensor.device.type != "cpu" or not tensor.numel():
@@ -137,7 +149,8 @@ class Spilling(TorchDispatchMode):
             return None
         return known
 
-    def _is_private(self, tensor: Tensor) -> bool:
+    def is_private(self, tensor: Tensor) -> bool:
+        """Whether it lies in a file that was read."""
         return (known := self._known(tensor)) is not None and not known[1]
 
     def _let_go_last(self) -> None:
@@ -178,6 +191,17 @@ def spilled_copy(tensor: Tensor) -> Tensor:
 def room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor on the CPU without values, in a file where tensors are spilled."""
     return _ACTIVE[-1].room(shape, dtype) if _ACTIVE else torch.empty(tuple(shape), dtype=dtype)
+
+
+def lent(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+    """By id, another tensor of the same memory for each in a file that was read; none where nothing is spilled."""
+    found: dict[int, Tensor] = {}
+    for tensor in tensors if _ACTIVE else ():
+        if _ACTIVE[-1].is_private(tensor):
+            other = tensor.detach()
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            found[id(tensor)] = torch.nn.Parameter(other, tensor.requires_grad) if is_parameter else other
+    return found
 
 
 def release() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import Fix, NormswapError, Text
+from ..files.spilling import lent
 from .attributes import closed_over, leaves_of, own_attributes
 from .hooks import _HOOK_ATTRIBUTES
 
@@ -139,12 +140,14 @@ def _or_within(model: nn.Module) -> str:
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy, with the flags, hooks and attributes that some classes lose in it.
 
-    Raises NormswapError, naming the way out, for a model that cannot be copied.
+    Where tensors are spilled, those in files that were read are shared with the model. Raises NormswapError, naming
+    the way out, for a model that cannot be copied.
     """
     import copy
 
     memo: dict[int, Any] = {}
     try:
+        memo.update(lent((*model.parameters(), *model.buffers())))
         twin = copy.deepcopy(model, memo)
         _complete(twin, model, memo)
         return twin
