@@ -1,12 +1,13 @@
 """What converting shards holds in memory, against the largest shard and the total.
 
-    python benchmarks/sharded.py [--shard 200MB] [--shards 2 5 10] [--folder .]
+    python benchmarks/sharded.py [--shard 350MB] [--shards 1 3 10] [--folder .]
 
 Makes checkpoints of so many shards, of a plain network of convolutions and BatchNorm with random values, and converts
 each with the command line, in a process of its own: shards to shards, and (`in one piece`) shards to one file. `peak`
 is the most memory that was resident in that process (`ru_maxrss`: mapped files count); `base` the same for a network
-of a single small block, which is the interpreter, the libraries and the run of the self-check. Needs three times the
-largest checkpoint on the disk of --folder, and removes what it has made.
+of a single small block, which is the interpreter, the libraries and the run of the self-check. In one piece are only
+totals up to 1 GB, since several times that is held. Needs three times the largest checkpoint on the disk of --folder,
+and removes what it has made.
 """
 
 from __future__ import annotations
@@ -107,26 +108,32 @@ def measured(place: Path, shards: int, shard: int, width: int, whole: bool) -> t
         out = folder / "out"
         peak, seconds = converted(folder, blocks, width, "--max-shard-size", str(largest), "-o", str(out))
         shutil.rmtree(out)
+        whole = whole and total < 10**9
         one = converted(folder, blocks, width, "-o", str(folder / "one.safetensors"))[0] if whole else 0
         return largest, total, peak, seconds, one
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shard", default="200MB", type=parse_size)
-    parser.add_argument("--shards", default=[2, 5, 10], type=int, nargs="+")
-    parser.add_argument("--width", default=512, type=int, help="channels of each convolution")
+    parser.add_argument("--shard", default="350MB", type=parse_size)
+    parser.add_argument("--shards", default=[1, 3, 10], type=int, nargs="+")
+    parser.add_argument("--width", default=1024, type=int, help="channels of each convolution")
     parser.add_argument("--folder", default=Path(), type=Path, help="where there is room")
+    parser.add_argument("--json", action="store_true", help="the last total's figures alone, in bytes, as JSON")
     args = parser.parse_args()
     base = measured(args.folder, 1, 1, 8, whole=False)[2]
+    if args.json:
+        largest, total, peak, _, _ = measured(args.folder, args.shards[-1], args.shard, args.width, whole=False)
+        print(json.dumps({"base": base, "largest": largest, "total": total, "peak": peak}))
+        return
     print(f"base {base / 1e6:.0f} MB, channels {args.width}\n")
     print("| total, MB | largest shard, MB | peak - base, MB | / largest | / total | in one piece / total | s |")
     print("|---:|---:|---:|---:|---:|---:|---:|")
     for shards in args.shards:
         largest, total, peak, seconds, one = measured(args.folder, shards, args.shard, args.width, whole=True)
-        above, whole = peak - base, one - base
+        above, whole = peak - base, f"{(one - base) / total:.2f}" if one else ""
         cells = [f"{total / 1e6:.0f}", f"{largest / 1e6:.0f}", f"{above / 1e6:.0f}", f"{above / largest:.2f}"]
-        cells += [f"{above / total:.2f}", f"{whole / total:.2f}", f"{seconds:.0f}"]
+        cells += [f"{above / total:.2f}", whole, f"{seconds:.0f}"]
         print("| " + " | ".join(cells) + " |", flush=True)
 
 

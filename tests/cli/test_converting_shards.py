@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 
 from normswap.files import spilling
 
+ROOT = Path(__file__).parents[2]
 INDEX = "model.safetensors.index.json"
 CASES = {
     "fold": ("tiny", "--to", "gn", "--groups", "2"),
@@ -75,7 +80,9 @@ def weights(model: nn.Module, folder: Path, dtype: torch.dtype | None = None, *,
             tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
     state = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in state.items()}
     (folder / "w").mkdir()
-    places = {name: f"model-{i * shards // len(state) + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(state)}
+    places = {
+        name: f"model-{i * shards // len(state) + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(state)
+    }
     for file in set(places.values()):
         save_file({name: state[name] for name, place in places.items() if place == file}, folder / "w" / file)
     (folder / "w" / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
@@ -173,22 +180,41 @@ class HeldInMemory(Held):
         return not large or not any(low <= start and end <= high for low, high in spilling._file_ranges())
 
 
-@pytest.mark.parametrize("blocks", [14, 28])
-def test_no_more_than_a_shard_is_held_whatever_the_total(
-    cli: Cli, folder: Path, spills: list[Any], blocks: int
-) -> None:
+def test_no_more_than_a_shard_is_held_whatever_the_total(cli: Cli, folder: Path, spills: list[Any]) -> None:
     """Counted in bytes of tensors; in pages of the process, benchmarks/sharded.py measures it."""
+    blocks = 18
     (folder / "nets.py").write_text(PLAIN)
     scope: dict[str, Any] = {}
     exec(PLAIN, scope)
-    state = weights(scope["plain"](blocks), folder, shards=blocks // 7)
+    state = weights(scope["plain"](blocks), folder, shards=3)
     largest = max(sum(t.nbytes for t in load_file(file).values()) for file in (folder / "w").glob("*.safetensors"))
     call = ("convert", "nets.py:plain", "--arg", f"blocks={blocks}", "--weights", "w", "--to", "gn", "--groups", "2")
     with HeldInMemory() as held:
         ran = cli(*call, "--input", "1,3,4,4", "--max-shard-size", str(largest), "-o", "out")
     assert ran.code == 0, ran.err
-    assert sum(t.nbytes for t in state.values()) > 1.8 * largest
+    assert sum(t.nbytes for t in state.values()) > 2.5 * largest
     assert held.peak <= 1.1 * largest
+
+
+@pytest.mark.slow
+def test_five_gigabytes_are_converted_in_the_memory_of_the_largest_shard(tmp_path: Path) -> None:
+    """Resident memory of the process above that for a tiny network: at most the largest shard and a tenth."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("memory is given back on Linux alone")
+    if shutil.disk_usage(tmp_path).free < 17e9:
+        pytest.skip("the checkpoint, its copy and the result take 15 GB of disk")
+    script = str(ROOT / "benchmarks" / "sharded.py")
+    done = subprocess.run(
+        [sys.executable, script, "--shard", "500MB", "--shards", "11", "--json", "--folder", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    assert found["total"] >= 5e9
+    assert found["peak"] - found["base"] <= 1.1 * found["largest"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_distributed_checkpoint_becomes_shards(cli: Cli, nets: Any, folder: Path, spills: list[Any]) -> None:
