@@ -42,6 +42,7 @@ def write_shards(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
     from .spilling import release  # with torch, which parsing a size does without
 
+    release()  # what the run of the network has left
     parts = _parts({name: tensor.nbytes for name, tensor in tensors.items()}, max_size)
     places: dict[str, str] = {}
     try:
