@@ -96,7 +96,7 @@ class Spilling(TorchDispatchMode):
             try:
                 if hasattr(os, "posix_fallocate"):  # a full disk is told now, and not by a signal when it is written to
                     os.posix_fallocate(handle, 0, size)
-                storage = torch.UntypedStorage.from_file(name, True, size)
+                storage: Any = torch.UntypedStorage.from_file(name, True, size)
             finally:
                 os.close(handle)
                 with suppress(OSError):  # where none that is open can be removed, the folder's end is its own
@@ -105,7 +105,7 @@ class Spilling(TorchDispatchMode):
         self._since += size
         if self._since > _OFTEN:
             self._trim()
-        return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))
+        return torch.empty(0, dtype=dtype).set_(storage).view(tuple(shape))
 
     def copy(self, tensor: Tensor) -> Tensor:
         """The tensor's values in a file; in memory where they are few, or do not lie one after the other."""
@@ -219,7 +219,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
 
 def _file_ranges() -> list[tuple[int, int]]:
     """Addresses of this process where files are mapped; letting go of any other memory would lose what it holds."""
-    found = []
+    found: list[tuple[int, int]] = []
     for line in _MAPS.read_text("utf-8", "replace").splitlines():
         span, _, _, _, inode, *_ = line.split(maxsplit=5)
         if inode != "0":

@@ -57,6 +57,13 @@ def test_shards_are_undone_into_shards(cli: Cli, folder: Path, converted: dict[s
 
 
 @pytest.mark.usefixtures("converted")
+def test_a_card_is_refused_for_shards_with_a_way_out(cli: Cli) -> None:
+    ran = cli("card", "out", "--license", "mit")
+    assert ran.code == 1
+    assert "is in shards, and a card goes with one file" in " ".join(ran.err.split())
+
+
+@pytest.mark.usefixtures("converted")
 def test_shards_are_calibrated(cli: Cli, images: Path, folder: Path) -> None:
     ran = cli("calibrate", "out", "--data", images, "--size", "16", "--mean", "0", "--std", "1", "--trust-code")
     assert ran.code == 0, ran.err
