@@ -42,8 +42,9 @@ def read_distributed(path: Path, wanted: Callable[[Any], dict[str, Tensor]]) -> 
     states are then never read. Nothing of the folder is unpickled but tensors and their descriptions. Raises
     WeightsError.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     described = _described(path)
     picked = wanted(_nested(described))
@@ -53,7 +54,7 @@ def read_distributed(path: Path, wanted: Callable[[Any], dict[str, Tensor]]) -> 
     try:
         with warnings.catch_warnings():  # that there is one process, as it should be
             warnings.simplefilter("ignore")
-            dcp.load(by_key, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+            load(by_key, storage_reader=FileSystemReader(path), no_dist=True)
     except (Exception, CheckpointException) as error:  # a file that is missing or cut off shows in many ways
         raise WeightsError(f"{path} is damaged, or not all of its files are there: {_cause(error)}") from error
     return state
