@@ -24,12 +24,16 @@ class Held(TorchDispatchMode):
         given = {_key(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor) and _key(tensor) not in given:
+            if isinstance(tensor, Tensor) and _key(tensor) not in given and self.counts(tensor):
                 storage = tensor.untyped_storage()
                 self._storages[_key(tensor)] = StorageWeakRef(storage), storage.nbytes()
         self._storages = {key: (ref, size) for key, (ref, size) in self._storages.items() if not ref.expired()}
         self.peak = max(self.peak, sum(size for _, size in self._storages.values()))
         return out
+
+    def counts(self, tensor: Tensor) -> bool:
+        """Whether what an operation has made is to be counted."""
+        return True
 
 
 def _key(tensor: Tensor) -> int:

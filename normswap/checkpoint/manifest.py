@@ -1,4 +1,4 @@
-"""The manifest of a file that normswap wrote: what it says, and that nobody has edited it."""
+"""The manifest of a file, or of shards, that normswap wrote: what it says, and that nobody has edited it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..conversion.record import Record
-from ..errors import CheckpointError
+from ..errors import CheckpointError, WeightsError
 from ..heads.classifier import Head
+from ..sources.shards import ENDING, index_of, read_index, read_shards
 from ..version import __version__
 from .source_recovery import source_of
 from .undo_tensors import undo_index
@@ -51,13 +52,16 @@ def _text_of(path: Path) -> str:
 
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder, not a file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
+    if (index := index_of(path)) is not None:
+        text = _of_index(index).get(KEY)
+    elif path.is_dir():
+        raise CheckpointError(f"{path} is a folder, not a file", hint=f"One of shards holds an index (*{ENDING}).")
+    else:
+        try:
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {}).get(KEY)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
     if text is None:
         raise CheckpointError(
             f"{path} was not written by normswap (it has no manifest)",
@@ -66,10 +70,22 @@ def _text_of(path: Path) -> str:
     return str(text)
 
 
+def _of_index(path: Path) -> Mapping[str, Any]:
+    try:
+        return read_index(path).metadata
+    except WeightsError as error:
+        raise CheckpointError(error.message, hint=error.hint) from error
+
+
 def is_ours(path: str | Path) -> bool:
-    """Whether the file is safetensors with a normswap manifest, sound or not."""
+    """Whether the file is safetensors, or an index of shards or its folder, with a normswap manifest, sound or not."""
     from safetensors import SafetensorError, safe_open
 
+    if (index := index_of(Path(path))) is not None:
+        try:
+            return KEY in read_index(index, complete=False).metadata
+        except WeightsError:
+            return False
     try:
         with safe_open(path, framework="pt") as file:
             return KEY in (file.metadata() or {})
@@ -113,6 +129,9 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     manifest = read_manifest(path)
     try:
-        return manifest, load_file(path)
+        index = index_of(path)
+        return manifest, load_file(path) if index is None else read_shards(index, trust_pickle=False)
+    except WeightsError as error:
+        raise CheckpointError(error.message, hint=error.hint) from error
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error

@@ -1,11 +1,11 @@
-"""Save a converted network in one safetensors file with a manifest, and load it back on any machine."""
+"""Save a converted network in safetensors with a manifest, one file or shards, and load it back on any machine."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from ..conversion.record import Check, Note, Record, attach, record_of
 from ..conversion.stabilize import Sizes, at_own_size
 from ..conversion.undo_record import Undo
 from ..errors import CheckpointError, Fix, NormswapError, OptionError, PlanError, Text, WeightsError
+from ..files.folders import reserved_folder
+from ..files.sharding import parse_size, write_shards
 from ..files.writing import reserved, write_safetensors
 from ..heads.classifier import Head, resize_head
 from ..modules.tree import module_at, replace_module
@@ -34,13 +36,20 @@ from .manifest import KEY, make_manifest, read_file
 from .undo_tensors import PREFIX, check_undo, fill_undo, undo_tensors
 
 
-def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
+def save(
+    model: nn.Module, path: str | Path, *, overwrite: bool = False, max_shard_size: int | str | None = None
+) -> Path:
     """Write a converted network, or one with converted parts, and its manifest to `path`, a safetensors file.
 
-    Returns the path. The file appears whole or not at all: it is written beside its place, synced, and renamed. Tied
-    tensors are written once. overwrite: replace a file that exists. Raises NormswapError for a model that normswap did
-    not convert, OutputError when `path` cannot be written, does not end in `.safetensors`, exists and overwrite is
-    False, or is being written by somebody else.
+    max_shard_size: write a folder instead, in the layout of Hugging Face: files of at most so many bytes, or as much as
+    "500MB", "2GB" or "2GiB" says, and the index `model.safetensors.index.json` with the manifest. A tensor that is
+    larger gets a file of its own.
+
+    Returns the path. The file, or folder, appears whole or not at all: it is written beside its place, synced, and
+    renamed. Tied tensors are written once. overwrite: replace a file, or a folder of shards alone, that exists. Raises
+    NormswapError for a model that normswap did not convert, OptionError for a size that is none, OutputError when
+    `path` cannot be written, does not end in `.safetensors` (or does, for a folder), exists and overwrite is False, or
+    is being written by somebody else.
     """
     check_module(model)
     model = unwrapped(model)
@@ -50,26 +59,41 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path
             "only a network from normswap.convert or normswap.load can be saved", hint="Convert it first."
         )
     path = Path(path)
-    with reserved(path, overwrite=overwrite), at_own_size(model):
+    size = None if max_shard_size is None else parse_size(max_shard_size)
+    with _place(path, overwrite, size), at_own_size(model):
         tensors, ties = _untied(model)
         channels_last = [name for name, tensor in model.state_dict().items() if _channels_last(tensor)]
         manifest = make_manifest(model, record, ties, channels_last)
-        tensors |= undo_tensors(record.undo)
-        write_safetensors(path, tensors, {"format": "pt", KEY: json.dumps(manifest)})
+        _write(path, tensors | undo_tensors(record.undo), {KEY: json.dumps(manifest)}, size)
     return path
 
 
-def save_state(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
+def _place(path: Path, overwrite: bool, size: int | None) -> AbstractContextManager[None]:
+    return (reserved if size is None else reserved_folder)(path, overwrite=overwrite)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], size: int | None) -> None:
+    if size is None:
+        write_safetensors(path, tensors, {"format": "pt", **metadata})
+    else:
+        write_shards(path, tensors, metadata, size)
+
+
+def save_state(
+    model: nn.Module, path: str | Path, *, overwrite: bool = False, max_shard_size: int | str | None = None
+) -> Path:
     """Write any network's state dict to `path`, a plain safetensors file without a manifest. Returns the path.
 
     For what `revert` gives back: `load_state_dict(safetensors.torch.load_file(path))` and `--weights` read it. Tied
-    tensors are written under each of their names. Whole or not at all, with the errors of `save`.
+    tensors are written under each of their names. max_shard_size: a folder of shards instead, as `save` writes it.
+    Whole or not at all, with the errors of `save`.
     """
     path = Path(path)
-    with reserved(path, overwrite=overwrite):
+    size = None if max_shard_size is None else parse_size(max_shard_size)
+    with _place(path, overwrite, size):
         tensors, ties = _untied(unwrapped(model))
         tensors |= {alias: tensors[name].clone() for alias, name in ties.items()}
-        write_safetensors(path, tensors, {"format": "pt"})
+        _write(path, tensors, {}, size)
     return path
 
 
@@ -83,6 +107,7 @@ def load(
 ) -> nn.Module:
     """Rebuild a network that `save` wrote: its architecture, the swap, and the weights. Returned in eval mode.
 
+    path: a file, or the folder or index of shards.
     model: the original architecture, for one that only its caller can build; it is converted in place and returned. One
     that is converted in the same way already only gets the values. Of a network in DataParallel or torch.compile,
     what is within is returned.

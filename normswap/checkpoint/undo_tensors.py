@@ -30,7 +30,7 @@ def undo_index(undo: Undo) -> dict[str, Any] | None:
 
 def undo_tensors(undo: Undo) -> dict[str, Tensor]:
     """By name, for the file; nothing when nothing was kept."""
-    return {name: tensor.clone() if tensor.numel() else tensor for name, tensor in _kept(undo).items()}
+    return _kept(undo)
 
 
 def undo_size(undo: Undo) -> int:

@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from ..choices import Indivisible, MissingStatistics
 from ..choices import Transfer as TransferWord
 from ..errors import OptionError
+from ..files.spilling import spilled, spilling
 from ..inspection.example_inputs import as_inputs, inputs_for
 from ..modules.tree import copied
 from ..modules.wrappers import check_wrapper, rewrapped, unwrapped
-from ..norms.registry import states_in
+from ..norms.registry import identify, states_in
 from ..planning.options import PlanOptions
 from ..planning.plan import Plan
 from ..planning.planner import planned
 from ..planning.rules import Rules
 from .apply import apply
-from .bound import bind
+from .bound import BoundPlan, bind
+from .parameter_edits import parameter
 from .preconditions import affine_moved, check_values, never_updated
 from .record import Check, Record, attach, record_of
 from .self_check import prove, reference_of
@@ -172,16 +174,31 @@ def converted(model: nn.Module, options: ConvertOptions) -> nn.Module:
     if work is not model:
         bound = bind(work, plan)
     previous = record_of(work)
+    original = None if options.inplace else model
+    if spilling():
+        original = copied(model) if reference is not None else None  # of its norms; all else it has in common
+        _spill(work, bound)
     root, undo = apply(work, bound, keep_undo=options.undo or reference is not None)
     check = Check(None, reason=unproved, total=len(plan.steps))
     record = Record(plan, undo, check, previous=previous, notes=dict(previous.notes) if previous else {})
     record.inputs = _shape_of(options.example_inputs) or (dict(previous.inputs) if previous else {})
     attach(root, record)
     if reference is not None:
-        record.check = prove(root, bound, reference, None if options.inplace else model)
+        record.check = prove(root, bound, reference, original)
     if not options.undo:
         record.undo = Undo(complete=False)
     return rewrapped(wrapper, root, inplace=options.inplace)
+
+
+def _spill(model: nn.Module, bound: BoundPlan) -> None:
+    """Put what the plan changes into files that may be written to; norms, which are small, into memory."""
+    norms = [module for module in nn.Module.modules(model) if identify(module) is not None]
+    for tensor in {id(t): t for norm in norms for t in (*norm.parameters(), *norm.buffers())}.values():
+        tensor.data = tensor.data.clone()
+    changed = [p for each in bound for layer in each.producers for p in layer._parameters.values()]
+    changed += [parameter(model, name) for name in bound.plan.edited]
+    for tensor in {id(p): p for p in changed if p is not None}.values():
+        tensor.data = spilled(tensor.data)
 
 
 def _shape_of(example_inputs: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files.spilling import spilled, spilled_copy
 from ..modules.precision import at_least_float32
 from .undo_record import LayerUndo, Order, in_first_order
 
@@ -110,9 +111,10 @@ def scale_layer(layer: Any, path: str, scale: Tensor, shift: Tensor, *, keep_und
     record = None
     if keep_undo and not weight.is_meta:
         old_bias = None if bias is None else bias.detach().clone()
-        record = LayerUndo(path, scale, shift, old_bias, fold_exactly(weight.data, factor))
+        correction = fold_exactly(weight.data, factor)
+        record = LayerUndo(path, scale, shift, old_bias, None if correction is None else spilled(correction))
         if record.correction is None:
-            record.weight = weight.detach().clone()
+            record.weight = spilled_copy(weight.detach())
             weight.data.copy_(scaled(weight, factor))
     elif weight.dtype == scale.dtype:
         weight.data.mul_(factor)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files.spilling import spilled_copy
 from ..modules.precision import at_least_float32
 from ..modules.tree import module_at
 from ..norms.spec import NormState
@@ -41,7 +42,7 @@ def edit(model: nn.Module, bound: BoundPlan, *, keep_undo: bool) -> list[Paramet
     bound: the plan, bound to the network that is to be changed, before its norms are. Returns the originals.
     """
     names = bound.plan.edited
-    kept = {name: None if (p := parameter(model, name)) is None else p.detach().clone() for name in names}
+    kept = {name: None if (p := parameter(model, name)) is None else spilled_copy(p.detach()) for name in names}
     for each in bound:
         for reader in each.step.readers:
             _take_in(model, reader, each.state)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import DataError, Fix, NormswapError, SelfCheckError, Text, first_line
+from ..files.spilling import spilled, spilling
 from ..modules.restore import seed_everything, trial_run
 from ..modules.tree import copied, device_and_dtype, module_at
 from ..norms._wrappers import per_channel
@@ -164,7 +165,7 @@ def _in_float64(root: nn.Module, plan: Plan, inputs: tuple[Any, ...], original: 
         wide = copied(original) if original is not None else reverted(copied(root))
     except NormswapError:
         return None
-    wide = wide.double()
+    _widen(wide)
     inputs = tuple(_double(value) for value in inputs)
     plain = replace(plan, steps=tuple(replace(s, zero_init=False) for s in plan.steps))
     watched = watched_paths(wide, plain)
@@ -175,6 +176,16 @@ def _in_float64(root: nn.Module, plan: Plan, inputs: tuple[Any, ...], original: 
     bound = bind(wide, plain)
     converted, _ = apply(wide, bound, keep_undo=True)
     return compare(converted, plain, inputs, reference, _originals(bound))
+
+
+def _widen(model: nn.Module) -> None:
+    """Bring a network into float64, where tensors are spilled one after the other."""
+    if not spilling():
+        model.double()
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = spilled(tensor.data.double())
 
 
 def compare(

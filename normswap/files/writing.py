@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIX = ".safetensors"
-_PART = ".part"
+PART = ".part"
 _FULL = "the disk is full"
 
 
@@ -89,9 +89,21 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
 
     try:
         with atomic(path) as temporary:
-            save_file({k: t.detach().cpu() for k, t in tensors.items()}, temporary, metadata=metadata)
+            save_file(apart(tensors), temporary, metadata=metadata)
     except SafetensorError as error:
-        raise OutputError(f"{path} cannot be written: {_full(str(error)) or error}") from error
+        raise OutputError(f"{path} cannot be written: {full_disk(str(error)) or error}") from error
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous on the CPU, and no two in the same memory, which safetensors does not take."""
+    found: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu()
+        storage = here.untyped_storage().data_ptr() if here.numel() else 0
+        found[name] = here.clone() if storage and storage in storages else here.contiguous()
+        storages.add(storage)
+    return found
 
 
 @contextmanager
@@ -102,15 +114,15 @@ def atomic(path: Path) -> Iterator[Path]:
     Those of writes to this name that were killed are removed: whoever holds the lock knows that nobody is writing them.
     Raises OutputError when the disk is full or the file cannot be written. Ctrl-C leaves nothing behind either.
     """
-    with _told(path), locked(path):
+    with told(path), locked(path):
         folder: Path | None = None
         try:
-            _remove_left(path)
-            folder = Path(tempfile.mkdtemp(prefix=f".{short(path.name)}.", suffix=_PART, dir=path.parent))
+            remove_left(path)
+            folder = Path(tempfile.mkdtemp(prefix=f".{short(path.name)}.", suffix=PART, dir=path.parent))
             temporary = folder / path.name
             temporary.touch()
             yield temporary
-            os.chmod(temporary, 0o666 & ~_umask())
+            os.chmod(temporary, 0o666 & ~umask())
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -119,16 +131,17 @@ def atomic(path: Path) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_left(path: Path) -> None:
+def remove_left(path: Path) -> None:
     """Remove what killed writes to `path` have left."""
-    name = re.compile(re.escape(f".{short(path.name)}.") + r"\w{8}" + re.escape(_PART))
+    name = re.compile(re.escape(f".{short(path.name)}.") + r"\w{8}" + re.escape(PART))
     for entry in list(os.scandir(path.parent)):
         if name.fullmatch(entry.name):
             shutil.rmtree(entry.path, ignore_errors=True)
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def told(path: Path) -> Iterator[None]:
+    """Raise OutputError for what the file system refuses."""
     try:
         yield
     except OSError as error:
@@ -136,13 +149,14 @@ def _told(path: Path) -> Iterator[None]:
         raise OutputError(f"{path} cannot be written: {_FULL if full else error.strerror or error}") from error
 
 
-def _full(text: str) -> str | None:
+def full_disk(text: str) -> str | None:
     """What a library that writes by itself means by an error's number, or by its text."""
     codes = (errno.ENOSPC, errno.EDQUOT)
     return _FULL if any(f"(os error {code})" in text or os.strerror(code) in text for code in codes) else None
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's file mode creation mask."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import Fix, NormswapError, Text
+from ..files.spilling import lent
 from .attributes import closed_over, leaves_of, own_attributes
 from .hooks import _HOOK_ATTRIBUTES
 
@@ -140,7 +141,8 @@ def copied(model: nn.Module) -> nn.Module:
     """A deep copy, with the flags, hooks and attributes that some classes lose in it.
 
     A tensor that a module keeps from its last pass, as the old `weight_norm` does, is copied without its gradient's
-    history, which torch refuses to copy. Raises NormswapError, naming the way out, for a model that cannot be copied.
+    history, which torch refuses to copy. Where tensors are spilled, those in files that were read are shared with the
+    model. Raises NormswapError, naming the way out, for a model that cannot be copied.
     """
     import copy
 
@@ -149,6 +151,7 @@ def copied(model: nn.Module) -> nn.Module:
         kept = [value for value in module.__dict__.values() if isinstance(value, torch.Tensor) and not value.is_leaf]
         memo |= {id(value): value.detach().clone() for value in kept}
     try:
+        memo.update(lent((*model.parameters(), *model.buffers())))
         twin = copy.deepcopy(model, memo)
         _complete(twin, model, memo)
         return twin

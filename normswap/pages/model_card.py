@@ -83,6 +83,11 @@ def write_hub_folder(
 ) -> HubFolder:
     """Write the folder. Raises CheckpointError for a file that normswap did not write, OutputError for a bad place."""
     manifest = read_manifest(file)
+    if not file.is_file() or file.suffix == ".json":
+        raise CheckpointError(
+            f"{file} is in shards, and a card goes with one file",
+            hint=f'In Python: normswap.save(normswap.load("{file}"), "model.safetensors")',
+        )
     _check_same(file, manifest, evaluation)
     card, code = card_text(file, manifest, license, evaluation), _code(file, manifest)
     with _new_folder(folder, overwrite=overwrite, file=file):

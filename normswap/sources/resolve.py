@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import Fix, NormswapError, OptionError, SourceError, Text, did_you_mean
 from ..modules.wrappers import unwrapped
 from . import timm, torchvision, transformers, user_code
+from .shards import index_of
 from .spec import Source, build_error
 from .weights import State, check_finite, empty_parameters, has_empty_parameters, load_state, read_state
 
@@ -153,7 +154,10 @@ def names_a_file(source: Source, weights: str) -> bool:
     if weights == "DEFAULT":
         return False
     path = Path(weights)
-    looks = path.suffix in (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pkl", ".tar") or "/" in weights
+    looks = (
+        path.suffix in (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pkl", ".tar", ".json")
+        or "/" in weights
+    )
     return looks or path.exists() or source.kind in ("factory", "file")
 
 
@@ -186,7 +190,7 @@ def _unknown_name(text: str) -> NoReturn:
         raise missing
     near = did_you_mean(text, torchvision.names())
     ways = [near] if near else []
-    if Path(text).suffix in (".pth", ".pt", ".th", ".ckpt", ".bin"):
+    if Path(text).suffix in (".pth", ".pt", ".th", ".ckpt", ".bin", ".json") or index_of(Path(text)) is not None:
         ways = [f"A checkpoint needs its architecture: normswap convert SOURCE --weights {text}"]
     ways.append("A source is a torchvision name, timm:NAME, hf:ID, package.module:factory, file.py:factory, or a file")
     raise SourceError(f"unknown model {text!r}", hint="\n".join(ways) + " normswap wrote.")

@@ -1,15 +1,13 @@
 """Read checkpoints that others wrote, and load them into a network.
 
-safetensors, `.pth`, `.pt`, `.th`; wrapped (`state_dict`, `model`, ...) and prefixed (`module.`, `_orig_mod.`) ones too.
-Files are memory-mapped, never unpickled beyond tensors unless the caller trusts them.
+safetensors, `.pth`, `.pt`, `.th`, shards with an index, folders of torch.distributed.checkpoint; wrapped (`state_dict`,
+`model`, ...) and prefixed (`module.`, `_orig_mod.`) ones too. Files are memory-mapped, never unpickled beyond tensors
+unless the caller trusts them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,6 +19,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import Fix, Text, WeightsError
+from ..files.spilling import mapped, spilled
+from .distributed import is_distributed, read_distributed
+from .shards import index_of, read_shards, whole_file
+from .weight_files import read_file
 
 State = dict[str, Tensor]
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params", "weights",
@@ -31,16 +33,26 @@ _SHOWN = 10
 def read_state(path: str | Path, *, trust_pickle: bool = False, allow_nonfinite: bool = False) -> State:
     """The tensors of a checkpoint by name, on the CPU, memory-mapped where the format allows.
 
-    trust_pickle runs code that a pickle may hold. allow_nonfinite accepts NaN and Inf.
+    path: a file; the index of shards (`*.index.json`) or its folder, as Hugging Face lays them out; or a folder of
+    torch.distributed.checkpoint. trust_pickle runs code that a pickle may hold. allow_nonfinite accepts NaN and Inf.
     Raises WeightsError for a file that is missing, damaged, holds no tensors, pickled code, or NaN or Inf.
     """
-    path = Path(path)
-    _check_readable(path)
-    loaded = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path, trust_pickle)
-    state = _strip_prefixes(_unwrap(loaded, path))
+    path = whole_file(Path(path))
+    if is_distributed(path):
+        state = _strip_prefixes(read_distributed(path, lambda names: _unwrap(names, path)))
+    else:
+        index = index_of(path)
+        loaded = read_file(path, trust_pickle) if index is None else read_shards(index, trust_pickle)
+        state = _strip_prefixes(_unwrap(loaded, path))
+    mapped(state.values())
     if not allow_nonfinite:
         check_finite(state, path)
     return state
+
+
+def in_parts(path: str | Path) -> bool:
+    """Whether weights come in several files: shards, or a folder of torch.distributed.checkpoint."""
+    return index_of(Path(path)) is not None or is_distributed(Path(path))
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str, *, cast: bool = True) -> None:
@@ -94,7 +106,8 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
 
 def _like(tensor: Tensor, own: Tensor, cast: bool) -> Tensor:
     dtype = own.dtype if cast and not tensor.is_complex() else tensor.dtype
-    return tensor.to(device=None if own.is_meta else own.device, dtype=dtype)
+    placed = tensor.to(device=None if own.is_meta else own.device, dtype=dtype)
+    return placed if placed is tensor else spilled(placed)
 
 
 def _sizes_itself(model: nn.Module, name: str) -> bool:
@@ -158,62 +171,6 @@ def _finite(tensor: Tensor) -> bool:
         tensor = tensor.to(torch.float32)
     low, high = torch.aminmax(tensor)  # NaN propagates, and nothing of the tensor's size is allocated
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _check_readable(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            empty = not file.read(1)
-    except IsADirectoryError:
-        raise WeightsError(f"{path} is a folder, not a checkpoint file") from None
-    except FileNotFoundError:
-        raise WeightsError(f"{path} does not exist") from None
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
-    if empty:
-        raise WeightsError(f"{path} is empty")
-
-
-def _is_safetensors(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(9)[8:9] == b"{" or path.suffix == ".safetensors"
-
-
-def _read_safetensors(path: Path) -> State:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise WeightsError(f"{path} is not a complete safetensors file: {error}") from error
-
-
-def _read_pickle(path: Path, trust_pickle: bool) -> Any:
-    with path.open("rb") as file:
-        start = file.read(2)
-    zipped = zipfile.is_zipfile(path)
-    if start == b"PK" and not zipped:
-        raise WeightsError(f"{path} is damaged: it begins like a torch checkpoint, but its end is missing")
-    if not zipped and start[:1] != b"\x80":
-        raise WeightsError(f"{path} is neither a safetensors nor a torch checkpoint")
-    try:
-        with warnings.catch_warnings():  # torch warns about what is said here as an error, or was trusted
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=not trust_pickle, mmap=zipped)
-    except (Exception, SystemExit) as error:  # damage shows in many ways, and trusted code raises whatever it likes
-        if not trust_pickle and re.search(r"GLOBAL|[Uu]nsupported (operand|class)|TorchScript", str(error)):
-            named = re.search(r"GLOBAL ([\w.]+)", str(error))
-            raise WeightsError(
-                f"{path} holds pickled code{f' ({named[1]})' if named else ''}, which loading would run",
-                hint=Text("If you trust where it comes from, pass ", Fix("trust_pickle", True), "."),
-            ) from error
-        raise WeightsError(f"{path} cannot be read as a torch checkpoint: {_first(error)}") from error
-
-
-def _first(error: BaseException) -> str:
-    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()  # before it, advice on torch.load's arguments
-    return (text or type(error).__name__).splitlines()[0][:200]
 
 
 def _unwrap(loaded: Any, path: Path) -> State:

@@ -105,11 +105,11 @@ class ResolvedSource:
 
 
 def converted_file(text: str) -> Path | None:
-    """The path, if SOURCE names an existing file that is, by its name or its content, one that normswap wrote."""
+    """The path, if SOURCE names, by its name or content, a file of normswap's or a folder or index of its shards."""
     path = Path(text)
-    if not path.is_file():
+    if not path.exists():
         return None
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" and path.is_file():
         return path
     from ...checkpoint.manifest import is_ours
 

@@ -12,7 +12,7 @@ import typer
 
 from ...arguments import MOST_SEED
 from ...choices import DEVICES, INDIVISIBLE, METHODS, NORMS, STAND_INS
-from ...errors import did_you_mean
+from ...errors import OptionError, did_you_mean
 from ...machine.limits import check_memory
 from .completion import converted_files, model_names
 
@@ -62,7 +62,8 @@ Weights = Annotated[
     str | None,
     typer.Option(
         metavar="DEFAULT|none|FILE|NAME",
-        help="Weights: DEFAULT (a named model's best), none (random), a checkpoint, or a name such as IMAGENET1K_V1.",
+        help="Weights: DEFAULT (a named model's best), none (random), a checkpoint (file, index of shards, folder), or "
+        "a name such as IMAGENET1K_V1.",
         show_default=False,
     ),
 ]
@@ -198,6 +199,14 @@ CalibrateImages = Annotated[
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="OUT", help="The file to write.", show_default=False)
 ]
+MaxShardSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Write a folder of files of at most this size, such as 500MB or 2GB, and their index.",
+        show_default=False,
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 Report = Annotated[
     Path | None,
@@ -270,6 +279,19 @@ def groups(ctx: typer.Context, text: str | None) -> int | str | None:
     if value < 1:
         raise typer.BadParameter(f"{text!r} is neither a positive number nor auto", ctx=ctx, param_hint="--groups")
     return value
+
+
+def shard_size(ctx: typer.Context, text: str | None) -> int | None:
+    """A number of bytes."""
+    from ...files.sharding import parse_size
+
+    if text is None:
+        return None
+    try:
+        return parse_size(text)
+    except OptionError:
+        why = f"{text!r} is no size such as 500MB, 2GB or 2GiB"
+        raise typer.BadParameter(why, ctx=ctx, param_hint="--max-shard-size") from None
 
 
 def calibration(ctx: typer.Context, text: str | None) -> str | None:

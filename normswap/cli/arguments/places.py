@@ -11,7 +11,7 @@ from ...errors import CheckpointError, DataError, WeightsError
 from .datasets import TORCHVISION
 from .options import stands_in
 
-_CHECKPOINTS = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pkl", ".tar")
+_CHECKPOINTS = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pkl", ".tar", ".json")
 
 
 def check_places(ctx: typer.Context) -> None:

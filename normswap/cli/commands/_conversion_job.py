@@ -41,6 +41,7 @@ ORIGINAL = "original"
 class Job:
     """What was asked of the conversion itself. planning: arguments of `normswap.plan`.
 
+    shard_size: the most bytes of each file of a folder; None for one file.
     trial: whether to try what calibration would gain, where none is asked for.
     """
 
@@ -53,6 +54,7 @@ class Job:
     approximate: bool
     dry_run: bool
     output: Path | None
+    shard_size: int | None
     force: bool
     calibration: Calibration | None
     trial: bool
@@ -67,6 +69,10 @@ def _converted(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output)
     _check_names(job)
     origin = locate(ctx, wanted)
     target = _target(ctx, job, origin, wanted, job.to or "mixed")
+    if _is_large(job, origin):
+        from ...files.spilling import Spilling
+
+        ctx.with_resource(Spilling(target.absolute().parent))
     model, origin = open_network(origin, wanted, out, values=not job.dry_run)
     onward = origin.file is not None and _goes_on(model, job)
     if origin.file is not None and not onward:
@@ -92,11 +98,19 @@ def _converted(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output)
     report = None if wish is None else _calibrated(model, origin, job, wish, out)
     if report is not None and estimated:  # of course they fit the statistics that they have just given
         report = replace(report, distance=None)
-    trial = tried(model, origin, out) if wish is None and job.trial else None
+    trial = tried(model, origin, out) if wish is None and job.trial and not _is_large(job, origin) else None
     if onward:
         _as_one(model, origin)
     _record(model).source = None if origin.source is None else origin.source.to_dict()
     return _written(ctx, model, Result(origin, made, target, True, calibration=report, trial=trial), job, out)
+
+
+def _is_large(job: Job, origin: ResolvedSource) -> bool:
+    """Whether to convert file to file, without ever holding the network: shards that become shards, and no images."""
+    from ...sources.weights import in_parts
+
+    sharded = job.shard_size is not None and origin.asked is not None and in_parts(origin.asked)
+    return sharded and job.calibration is None and not job.dry_run
 
 
 def _calibrated(
@@ -116,7 +130,7 @@ def _written(ctx: typer.Context, model: nn.Module, result: Result, job: Job, out
     from ...checkpoint.undo_tensors import undo_size
 
     out.step(f"writing {result.target}")
-    save(model, result.target, overwrite=job.force)
+    save(model, result.target, overwrite=job.force, max_shard_size=job.shard_size)
     ctx.meta[WRITTEN] = result.target
     record = _record(model)
     return replace(
@@ -142,7 +156,7 @@ def _undone(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output) ->
     model = original_of(model, origin, ways, approximate=job.approximate)
     if not job.dry_run:
         out.step(f"writing {target}")
-        save_state(model, target, overwrite=job.force)
+        save_state(model, target, overwrite=job.force, max_shard_size=job.shard_size)
         ctx.meta[WRITTEN] = target
     written = not job.dry_run
     return Result(origin, plan, target, written, undone=True, approximate=job.approximate)
@@ -208,11 +222,14 @@ def _check_names(job: Job) -> None:
 
 def _target(ctx: typer.Context, job: Job, origin: ResolvedSource, wanted: SourceRequest, suffix: str) -> Path:
     """Where the result goes: known to be writable before any work is done, and ours until the command ends."""
+    from ...files.folders import check_folder_name, reserved_folder
     from ...files.writing import check_name, reserved
 
-    target = job.output or Path(f"{origin.stem}-{suffix}.safetensors")
+    one_file = job.shard_size is None
+    target = job.output or Path(f"{origin.stem}-{suffix}{'.safetensors' if one_file else ''}")
     if job.dry_run:
-        check_name(target)
+        (check_name if one_file else check_folder_name)(target)
     else:
-        ctx.with_resource(reserved(target, overwrite=job.force, inputs=files_read((origin, wanted))))
+        place = reserved if one_file else reserved_folder
+        ctx.with_resource(place(target, overwrite=job.force, inputs=files_read((origin, wanted))))
     return target

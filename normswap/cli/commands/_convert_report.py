@@ -64,7 +64,7 @@ class Result:
         return {
             "network": self.origin.to_dict(),
             "output": str(self.target) if self.written else None,
-            "bytes": self.target.stat().st_size if self.written else None,
+            "bytes": _bytes(self.target) if self.written else None,
             "dry_run": not self.written,
             "undone": self.undone,
             "approximate": self.approximate,
@@ -176,7 +176,7 @@ def _file(page: Page, result: Result) -> None:
         return
     from ..terminal.render import size
 
-    total = result.target.stat().st_size
+    total = _bytes(result.target)
     undoing = f", {size(result.undo_bytes)} of it to undo the conversion (--no-undo leaves them out)"
     more = undoing if result.undo_bytes > total // 5 else ""
     page.line(("Written: ", "strong"), (str(result.target), "path"), f", {size(total)}{more}")
@@ -188,6 +188,11 @@ def _file(page: Page, result: Result) -> None:
         if result.trial is not None:
             known = "" if result.trial.drift is None else "; or photos, synthetic"
             page.line(f"      {_calibrating(result)}", (f"   (unlabelled images{known})", "dim"))
+
+
+def _bytes(target: Path) -> int:
+    """Of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]) if file.is_file())
 
 
 def _calibrating(result: Result) -> str:

@@ -96,6 +96,7 @@ def convert(
         bool, typer.Option("--approximate", help="Undo a conversion although the network was trained since.")
     ] = False,
     output: options.Output = None,
+    max_shard_size: options.MaxShardSize = None,
     force: options.Force = False,
     report: options.Report = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and write nothing.")] = False,
@@ -142,6 +143,7 @@ def convert(
         approximate=approximate,
         dry_run=dry_run,
         output=output,
+        shard_size=options.shard_size(ctx, max_shard_size),
         force=force,
         calibration=_calibration(ctx, place),
         trial=calibrate is None,
