@@ -4,7 +4,8 @@ Goal:      segment volumes, of which a GPU holds one or two, with GroupNorm and 
 Command:   python recipes/monai_volumes.py [--weights unet.pth --batch-size 1]; needs MONAI: pip install monai
 Time:      about 30 s on one CPU core
 Expected:  Dice before: BatchNorm 0.964, GroupNorm 0.961 as converted and 0.964 calibrated; on volumes of other
-           scanners, each with its own contrast, after 150 steps at batch size 1: BatchNorm 0.361, GroupNorm 0.893
+           scanners, each with its own contrast, after 150 steps at batch size 1: BatchNorm 0.361, GroupNorm 0.893;
+           with --one-scanner, of one contrast for all, which a running mean can follow: 0.928 and 0.922
 """
 
 import argparse
@@ -29,6 +30,7 @@ parser.add_argument("--weights", type=Path, help="state dict of the network belo
 parser.add_argument("--batch-size", type=int, default=1)
 parser.add_argument("--steps", type=int, default=150)
 parser.add_argument("--groups", type=int, default=4, help="of each GroupNorm layer, fewer where channels are few")
+parser.add_argument("--one-scanner", action="store_true", help="one contrast for all volumes, not one for each")
 parser.add_argument("--tiny", action="store_true", help="a few steps, to see that it runs")
 options = parser.parse_args()
 pretraining, steps, count = (2, 2, 4) if options.tiny else (100, options.steps, 60)
@@ -46,8 +48,9 @@ def volumes(count, seed, noise):
 
 
 def rescaled(images):
-    """The same by other scanners, bright where these are dark."""
-    gain, offset = 0.3 + torch.rand(len(images), 1, 1, 1, 1), torch.rand(len(images), 1, 1, 1, 1)
+    """The same by other scanners, or by one, bright where these are dark."""
+    scanners = 1 if options.one_scanner else len(images)
+    gain, offset = 0.3 + torch.rand(scanners, 1, 1, 1, 1), torch.rand(scanners, 1, 1, 1, 1)
     return offset - gain * images
 
 
@@ -92,7 +95,10 @@ normswap.calibrate(gn, reference=bn, data=images[:16], progress=False)
 # Other scanners: each volume with a contrast and a brightness of its own, and more noise.
 other, other_labels = volumes(count, 2, noise=0.5)
 other_test, other_test_labels = volumes(len(test[0]), 3, noise=0.5)
-other, other_test = rescaled(other), rescaled(other_test)
+if options.one_scanner:
+    other, other_test = rescaled(torch.cat([other, other_test])).split([len(other), len(other_test)])
+else:
+    other, other_test = rescaled(other), rescaled(other_test)
 for name, network in (("BatchNorm", bn), ("GroupNorm", gn)):
     torch.manual_seed(0)
     tuned = copy.deepcopy(network)
