@@ -77,7 +77,7 @@ def finetune(
     preprocess: Callable[[Any], torch.Tensor] | None = None,
     stabilize: bool = True,
     precision: Precision = "fp32",
-    device: Device = "auto",
+    device: Device | str = "auto",
     channels_last: bool | None = None,
     compile: bool = False,
     workers: int | None = None,
@@ -127,7 +127,7 @@ def finetune(
     default where the data has another number.
     augment: "auto" (random crop, mirroring; detection: mirroring), "flip" or "none", for pictures in files; your own
     Dataset stays as it is. preprocess: PIL image -> tensor `(C, H, W)`, by default `Preprocess()`; detectors do that.
-    precision: "fp32", "bf16" or "fp16". device: "auto", "cpu", "cuda", "mps".
+    precision: "fp32", "bf16" or "fp16". device: "auto", "cpu", "cuda", "cuda:1", "mps".
     patience: end the run after so many validations in a row without a better figure. monitor: the validation figure
     that decides this, and which network is the best: "accuracy" or "loss"; "map", "map_50", ...; "miou",
     "pixel_accuracy" or "loss"; the first is usual. checkpoint_every: 500 (steps) or "10 minutes": write the state that

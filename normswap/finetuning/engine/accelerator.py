@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,10 +29,11 @@ def processes(device: str, precision: str) -> Iterator[Any]:
     _check_device(device, precision)
     together = _together()
     AcceleratorState._reset_state(reset_partial_state=not together)  # of a run before this one, on another device
-    accelerator = Accelerator(cpu=_on_cpu(device), mixed_precision=PRECISIONS[precision])
-    if accelerator.num_processes != started() and not together:
-        raise NormswapError(f"{started()} processes were started, and {accelerator.num_processes} found each other")
-    yield accelerator
+    with _current(device):
+        accelerator = Accelerator(cpu=_on_cpu(device), mixed_precision=PRECISIONS[precision])
+        if accelerator.num_processes != started() and not together:
+            raise NormswapError(f"{started()} processes were started, and {accelerator.num_processes} found each other")
+        yield accelerator
     if accelerator.num_processes > 1:
         accelerator.wait_for_everyone()
         if not together:
@@ -74,13 +75,26 @@ def _needed() -> Iterator[None]:
 
 def _check_device(device: str, precision: str) -> None:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
-    if not there[device]:
+    kind, _, index = device.partition(":")
+    if index and started() > 1:
+        raise OptionError(
+            f"{device} is one GPU, and each of {started()} processes takes one of its own",
+            hint=Text(Fix("device", "cuda"), " shares them out; CUDA_VISIBLE_DEVICES says which there are."),
+        )
+    if not there[kind] or (index and int(index) >= torch.cuda.device_count()):
         has = ", ".join(name for name in ("cuda", "mps", "cpu") if there[name])
         raise OptionError(
             f"there is no {device} device here", hint=Text(Fix("device", "auto"), f" takes what there is: {has}.")
         )
     if precision == "fp16" and _on_cpu(device):
         raise OptionError("a CPU does not train in fp16", hint=Text(Fix("precision", "bf16"), " or fp32."))
+
+
+@contextmanager
+def _current(device: str) -> Iterator[None]:
+    """Of several GPUs, accelerate takes the current one."""
+    with torch.cuda.device(device) if ":" in device else nullcontext():
+        yield
 
 
 def _on_cpu(device: str) -> bool:
