@@ -23,7 +23,7 @@ _INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default} 
 
 
 class OnCuda(Tensor):
-    """A tensor of a CUDA device; its values are in `held`.
+    """A tensor of a CUDA device; its values are in `held`. One of the CPU takes values of CUDA, by `data`.
 
     To torch's own code it is on the meta device, which needs no driver and no kernels of its own; Python sees CUDA.
     """
@@ -42,8 +42,9 @@ class OnCuda(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl
     device = property(lambda self: self.place)
-    is_cuda = property(lambda self: True)
-    is_meta = is_cpu = property(lambda self: False)
+    is_cuda = property(lambda self: self.place.type == "cuda")
+    is_cpu = property(lambda self: self.place.type == "cpu")
+    is_meta = property(lambda self: False)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -55,9 +56,13 @@ class OnCuda(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        if not isinstance(value, OnCuda):
-            raise RuntimeError("incompatible tensor type: a tensor of CUDA gets values of the CPU")
-        self.held = value.held
+        self.held, self.place = value.held if isinstance(value, OnCuda) else value, value.device
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return super().__getitem__(_indices(key))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(_indices(key), value)
 
     def tolist(self) -> Any:
         return self.held.tolist()
@@ -78,6 +83,13 @@ class _Factories(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
+
+
+def _indices(key: Any) -> Any:
+    """Lists as tensors of the CPU: torch's own code would make them on the meta device, without values."""
+    if isinstance(key, tuple):
+        return tuple(map(_indices, key))
+    return torch.tensor(key) if isinstance(key, list) else key
 
 
 def _place_of(asked: Any, tensors: list[Tensor]) -> torch.device:
@@ -112,6 +124,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     given = {id(value.held): value for value in tensors if isinstance(value, OnCuda)}
     inner = tree_map(lambda v: v.held if isinstance(v, OnCuda) else v, (args, kwargs))
     found = func(*inner[0], **inner[1])
+    if func is aten.detach.default and isinstance(args[0], OnCuda):
+        return OnCuda(found, args[0].place)
 
     def outer(value: Any) -> Any:
         if not isinstance(value, Tensor):
