@@ -27,7 +27,8 @@ def reshard(model: nn.Module) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor put together from all processes, where it is sharded. Each of them must call this."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    sharded: Any = tensor
+    return sharded.full_tensor() if is_sharded(tensor) else tensor
 
 
 def is_sharded(tensor: Any) -> bool:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -113,6 +114,23 @@ def test_two_nodes_without_a_shared_folder_do_what_two_processes_of_one_do(
         assert "has stopped" in errors or "there is no" in errors
         assert "RuntimeError" not in errors
     assert (first / "run" / "state.pt").read_bytes() == before
+    copytree(first / "run", second / "run")
+    state = torch.load(second / "run" / "state.pt", weights_only=True)
+    torch.save({**state, "step": 3}, second / "run" / "state.pt")
+    nodes.start(folders, classifying("run", *LONG, "--resume"))
+    for code, errors in nodes.ended(folders):
+        assert code != 0
+        assert "the processes have states of different steps" in errors
+
+
+def test_nodes_with_different_images_are_told(nodes: Nodes, tmp_path: Path) -> None:
+    folders = folders_of(tmp_path, shared=False)
+    next((folders[1] / "photos" / "val").rglob("*.png")).unlink()
+    nodes.start(folders, classifying("run", *LONG))
+    for code, errors in nodes.ended(folders):
+        assert code != 0
+        assert "error: the processes differ in" in errors
+        assert "the same files" in errors
 
 
 def test_a_signal_to_one_node_stops_both_and_the_run_goes_on(
