@@ -36,7 +36,7 @@ import normswap
 from normswap.demo import digits
 from normswap.demo.network import pretrained
 
-LR = 1e-3  # what the original network takes, since training is stabilized
+LR = 1e-3  # AdamW's default
 CLIP = 1.0
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of the images that the network learned from
 
