@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 MOST_NAMED = 10
-UNSET: Any = object()
+
+
+class _Unset:
+    """Nothing given; there is one, in every process that it is sent to."""
+
+    def __reduce__(self) -> str:
+        return "UNSET"
+
+
+UNSET: Any = _Unset()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import normswap
 from normswap.arguments import one_of, seed_value
 from normswap.cli import app
 from normswap.cli.terminal.flags import words
-from normswap.errors import UNSET, Fix, NormswapError, did_you_mean, plural
+from normswap.errors import UNSET, Fix, NormswapError, Text, did_you_mean, plural
 
 PACKAGE = Path(normswap.__file__).parent
 LIBRARY = [p for p in sorted(PACKAGE.rglob("*.py")) if p.relative_to(PACKAGE).parts[0] not in ("cli", "demo")]
@@ -108,3 +109,9 @@ def test_a_seed_is_an_integer_below_2_to_the_32(seed: object) -> None:
 
 def test_one_of_a_thing_is_singular() -> None:
     assert [plural(n, "group") for n in (0, 1, 2)] == ["0 groups", "1 group", "2 groups"]
+
+
+def test_options_in_a_message_stay_data_on_their_way_to_another_process() -> None:
+    sent = pickle.loads(pickle.dumps(Text("Leave ", Fix("resume"), " out, or ", Fix("groups", 4), ".")))
+    assert str(sent) == "Leave resume out, or groups=4."
+    assert sent.written(lambda fix: f"--{fix.option}") == "Leave --resume out, or --groups."

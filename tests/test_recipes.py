@@ -179,23 +179,56 @@ def test_it_takes_a_folder_of_images_and_a_network(name: str, run, tmp_path: Pat
     assert len(re.findall(FIGURES[name], run(name, *arguments))) == RUNS.get(name, 2)
 
 
-@pytest.mark.slow
-def test_two_processes_share_a_network_out_and_save_it_whole(tmp_path: Path) -> None:
+def sharded(folder: Path, processes: int, *more: str) -> str:
+    """What the recipe that shards prints, run by so many processes."""
     own = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     ran = subprocess.run(
-        [*launcher, str(FOLDER / "large_model_fsdp.py"), "--tiny"],
-        cwd=tmp_path, env=own | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+        [*launcher, str(FOLDER / "large_model_fsdp.py"), "--tiny", *more],
+        cwd=folder, env=own | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    count, here = map(int, re.findall(r"(\d+) parameters, (\d+) of them", ran.stdout)[0])
+    return ran.stdout
+
+
+def losses(printed: str) -> dict[int, float]:
+    return {int(step): float(loss) for step, loss in re.findall(r"step (\d+): loss (\d\.\d+)", printed)}
+
+
+@pytest.fixture(scope="module")
+def shared_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of two processes without interruption: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("shared_out")
+    return folder, sharded(folder, 2)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_network_out_and_save_it_whole(shared_out: tuple[Path, str]) -> None:
+    folder, printed = shared_out
+    count, here = map(int, re.findall(r"(\d+) parameters, (\d+) of them", printed)[0])
     assert count / 2 <= here < 0.6 * count
-    _, sharded, whole = re.findall(FIGURES["large_model_fsdp"], ran.stdout)
-    assert sharded == whole
-    folder = tmp_path / "runs" / "large_model_fsdp"
+    _, in_shards, from_file = re.findall(FIGURES["large_model_fsdp"], printed)
+    assert in_shards == from_file
+    folder = folder / "runs" / "large_model_fsdp"
     start, end = (normswap.load(folder / f"{name}.safetensors", pretrained()) for name in ("start", "trained"))
     assert sum(p.numel() for p in end.parameters()) == count
     assert all(not torch.equal(p, q) for p, q in zip(start.parameters(), end.parameters(), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on_with_what_was_shared_out(
+    first: int, then: int, shared_out: tuple[Path, str], tmp_path: Path
+) -> None:
+    whole = losses(shared_out[1])
+    begun = losses(sharded(tmp_path, first, "--stop-after", "3"))
+    goes_on = losses(sharded(tmp_path, then, "--resume"))
+    assert (list(begun), list(goes_on)) == ([1, 2, 3], [4, 5, 6])
+    assert begun | goes_on == pytest.approx(whole, abs=1e-5)
+    name = Path("runs", "large_model_fsdp", "trained.safetensors")
+    there, here = (normswap.load(folder / name, pretrained()).state_dict() for folder in (shared_out[0], tmp_path))
+    for key, value in there.items():
+        torch.testing.assert_close(here[key], value, rtol=1e-4, atol=1e-5)
 
 
 def test_the_index_has_a_row_for_every_recipe() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,8 @@ from ..conversion.revert import revert
 from ..data.batches import MAX_BAD, images_in
 from ..errors import Fix, NetworkError, OptionError, RevertError, Text
 from ..modules.frozen_class import FrozenStatistics
-from ..modules.tree import copied
+from ..modules.restore import moved
+from ..modules.tree import copied, device_and_dtype
 from ..modules.wrappers import check_module, unwrapped
 from ..norms.registry import identify, norm_named
 from ..planning.plan import Transfer
@@ -95,22 +97,32 @@ def calibrate(
     check_module(model)
     model = unwrapped(model)
     reference = _reference(model, None if reference is None else unwrapped(reference))
-    with teller(progress, "making inputs") as tell:
-        made = _stand_ins(data, model, reference, example_inputs, images, seed, tell)
-    batches, labels, source = collected(model, made.batches if made else data, images, batch_size, preprocess, max_bad)
-    targets = targets_of(model, reference)
-    if images is None and made is None and method == "refit" and not any(target.statistics for target in targets):
-        batches, labels = fewer_of_large(batches, labels)
-    count = sum(map(images_in, batches))
-    check_enough(targets, count + len(source.bad), images)
-    if not targets:
-        return CalibrationReport(count, (), passes=0, notes=("frozen and fused norms need no calibration",))
-    given = batches, labels, source.classes
-    with told(progress, len(batches) + len(targets)) as step:
-        preparation, report = calibrated(model, reference, targets, given, (method, eps), step)
-    report = replace(report, bad=source.bad, stand_ins=str(made) if made else "")
-    _remember(model, report, preparation)
-    return report
+    with _beside(model, reference):
+        with teller(progress, "making inputs") as tell:
+            made = _stand_ins(data, model, reference, example_inputs, images, seed, tell)
+        batches, labels, source = collected(
+            model, made.batches if made else data, images, batch_size, preprocess, max_bad
+        )
+        targets = targets_of(model, reference)
+        if images is None and made is None and method == "refit" and not any(target.statistics for target in targets):
+            batches, labels = fewer_of_large(batches, labels)
+        count = sum(map(images_in, batches))
+        check_enough(targets, count + len(source.bad), images)
+        if not targets:
+            return CalibrationReport(count, (), passes=0, notes=("frozen and fused norms need no calibration",))
+        given = batches, labels, source.classes
+        with told(progress, len(batches) + len(targets)) as step:
+            preparation, report = calibrated(model, reference, targets, given, (method, eps), step)
+        report = replace(report, bad=source.bad, stand_ins=str(made) if made else "")
+        _remember(model, report, preparation)
+        return report
+
+
+def _beside(model: nn.Module, reference: nn.Module | None) -> AbstractContextManager[None]:
+    """The reference on the device of the model, whose norms it is compared with; afterwards where it was."""
+    if reference is None or device_and_dtype(reference)[0] == (device := device_and_dtype(model)[0]):
+        return nullcontext()
+    return moved(reference, device)
 
 
 def estimate_statistics(

@@ -25,6 +25,7 @@ from ..files.folders import reserved_folder
 from ..files.sharding import parse_size, write_shards
 from ..files.writing import reserved, write_safetensors
 from ..heads.classifier import Head, resize_head
+from ..modules.sharding import is_sharded
 from ..modules.tree import module_at, replace_module
 from ..modules.wrappers import check_module, unwrapped
 from ..planning.plan import Plan
@@ -34,6 +35,12 @@ from ..sources.user_code import beside
 from ..sources.weights import check_finite, has_empty_parameters, load_state
 from .manifest import KEY, make_manifest, read_file
 from .undo_tensors import PREFIX, check_undo, fill_undo, undo_tensors
+
+_GATHER = (
+    "Gather it, put that into a network that is converted in the same way, and save that one:\n"
+    "full = torch.distributed.checkpoint.state_dict.StateDictOptions(full_state_dict=True)\n"
+    "get_model_state_dict(model, options=full)"
+)
 
 
 def save(
@@ -223,6 +230,8 @@ def _untied(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             raise NormswapError(f"{name} is a {type(tensor).__name__}, and safetensors holds tensors only")
+        if is_sharded(tensor):
+            raise NormswapError(f"{name} is shared out over processes, and this one holds a part of it", hint=_GATHER)
         storage = tensor.untyped_storage().data_ptr() if not tensor.is_meta else 0
         view = (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.is_meta:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..modules.sharding import check_not_flattened, reshard, whole
 from ..planning.plan import Transfer
 from .bound import BoundStep, bound_after
 from .exact_scaling import by_output_channel
@@ -61,7 +62,7 @@ def factors_of(model: nn.Module) -> dict[str, float]:
             continue
         now = before = 0.0
         for path, layer in each.layers:
-            weight = _whole(layer.weight.detach()).double()
+            weight = whole(layer.weight.detach()).double()
             scale = by_output_channel(layer, scales[path].to(weight)).abs().clamp_min(_TINY)
             now += float(weight.square().sum())
             before += float((weight / scale).square().sum())
@@ -113,11 +114,17 @@ def stabilized(model: nn.Module) -> Iterator[nn.Module]:
     such layers, and those converted with undo=False, train as they are. `finetune` does this by itself.
 
     model: a converted network, or any module that holds one, such as DistributedDataParallel or a compiled network.
+    One that `torch.distributed.fsdp.fully_shard` shares out is sharded before, and all processes enter and leave.
     A state dict taken within it belongs to a network within it: `eps` is in no state dict.
+
+    Raises OptionError for the older FullyShardedDataParallel.
     """
+    check_not_flattened(model, "stabilized")
+    reshard(model)
     with ExitStack() as stack:
         for root in [m for m in nn.Module.modules(model) if record_of(m) is not None]:
             stack.enter_context(_stabilized(root))
+        stack.callback(reshard, model)
         yield model
 
 
@@ -140,11 +147,13 @@ def _stabilized(root: nn.Module) -> Iterator[None]:
 def at_own_size(model: nn.Module) -> Iterator[None]:
     """Undo what `stabilized` does to the values, for a moment."""
     roots = [(m, dict(factors_in(m))) for m in nn.Module.modules(model) if record_of(m) is not None]
+    reshard(model)
     for root, factors in roots:
         rescale(root, factors, back=True)
     try:
         yield
     finally:
+        reshard(model)
         for root, factors in roots:
             rescale(root, factors)
 
@@ -168,11 +177,6 @@ def centralize(weight: Tensor) -> None:
     """Take the mean over each output channel's weights `(C, ...)` out of the gradient, in place (Yong et al. 2020)."""
     if weight.grad is not None:
         weight.grad.sub_(weight.grad.mean(dim=tuple(range(1, weight.dim())), keepdim=True))
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """Put together from all processes, where it is sharded."""
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def _applies(bound: BoundStep) -> bool:

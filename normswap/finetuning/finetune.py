@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..modules.frozen_class import FrozenStatistics
 from ..modules.restore import restored_on_error
 from ..modules.wrappers import check_module
 from ..norms.registry import identify
+from ..training.distributed import all_or_none, check_same
 from ..training.parameters import training_only
 from ..training.run_state import network_digest
 from ..training.teacher import original_of
@@ -76,7 +77,7 @@ def finetune(
     preprocess: Callable[[Any], torch.Tensor] | None = None,
     stabilize: bool = True,
     precision: Precision = "fp32",
-    device: Device = "auto",
+    device: Device | str = "auto",
     channels_last: bool | None = None,
     compile: bool = False,
     workers: int | None = None,
@@ -126,7 +127,7 @@ def finetune(
     default where the data has another number.
     augment: "auto" (random crop, mirroring; detection: mirroring), "flip" or "none", for pictures in files; your own
     Dataset stays as it is. preprocess: PIL image -> tensor `(C, H, W)`, by default `Preprocess()`; detectors do that.
-    precision: "fp32", "bf16" or "fp16". device: "auto", "cpu", "cuda", "mps".
+    precision: "fp32", "bf16" or "fp16". device: "auto", "cpu", "cuda", "cuda:1", "mps".
     patience: end the run after so many validations in a row without a better figure. monitor: the validation figure
     that decides this, and which network is the best: "accuracy" or "loss"; "map", "map_50", ...; "miou",
     "pixel_accuracy" or "loss"; the first is usual. checkpoint_every: 500 (steps) or "10 minutes": write the state that
@@ -172,8 +173,9 @@ def finetune(
     asked = Asked(epochs, steps, lr, num_classes, reference, freeze_stats, freeze_affine)
     with ExitStack() as stack:
         accelerator = stack.enter_context(processes(device, precision))
-        if folder is not None and accelerator.is_main_process:  # before anything takes time
-            stack.enter_context(run_folder(folder, resume=resume, force=overwrite))
+        with all_or_none():
+            if folder is not None and accelerator.is_main_process:  # before anything takes time
+                stack.enter_context(run_folder(folder, resume=resume, force=overwrite))
         report, stopped_by = _run(model, job, asked, accelerator, progress)
     if stopped_by == signal.SIGINT:
         raise Interrupted(report)
@@ -187,16 +189,17 @@ def _run(
 ) -> tuple[FinetuneReport, int | None]:
     """Make the network ready and train it. Also the signal that ended the run, if one did."""
     with restored_on_error(model) as keep:
-        job = settled(job, asked, accelerator)
-        if job.place.output is not None and adopt_part_records(model) is None:
-            model = convert(model, rules={"*": "keep"}, inplace=True, check=False)  # so that it can be saved
-        model.to(accelerator.device)
-        fitted_before = new_head(model)
-        head = _fitted(model, job, asked, accelerator.device)
-        heads = job.task.head_parameters(model, head)
-        parameters = trained(model, job.settings.train, heads, affine=not asked.freeze_affine)
-        job = replace(job, settings=replace(job.settings, network=network_digest(model)))
-        accelerator.wait_for_everyone()
+        with all_or_none():
+            job = settled(job, asked, accelerator)
+            if job.place.output is not None and adopt_part_records(model) is None:
+                model = convert(model, rules={"*": "keep"}, inplace=True, check=False)  # so that it can be saved
+            model.to(accelerator.device)
+            fitted_before = new_head(model)
+            head = _fitted(model, job, asked, accelerator.device)
+            heads = job.task.head_parameters(model, head)
+            parameters = trained(model, job.settings.train, heads, affine=not asked.freeze_affine)
+            job = replace(job, settings=replace(job.settings, network=network_digest(model)))
+        check_same({**asdict(job.settings), "resume": job.place.resume})
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
         scope = frozen(model, parameters, stats=asked.freeze_stats, affine=asked.freeze_affine)
         trainer: Trainer | None = None

@@ -206,7 +206,8 @@ class RunOptions:
     track: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        one_of("device", self.device, DEVICES)
+        if not (isinstance(self.device, str) and re.fullmatch(r"cuda:\d+", self.device)):
+            one_of("device", self.device, DEVICES)
         whole("max_bad", self.max_bad, least=0)
         Every.of(self.checkpoint_every)
         for name in self.track:

@@ -155,3 +155,13 @@ def test_a_failing_torch_compile_is_no_fault_of_ours_and_names_the_option() -> N
     assert isinstance(error, TrainingError)
     assert error.message == "torch.compile cannot compile the network, at step 1; nothing is left (no C++ compiler)"
     assert error.hint == "Leave compile out."
+
+
+@pytest.mark.parametrize("said", ["[gloo] Connection closed by peer [127.0.0.1]:1", "Connection reset by peer"])
+def test_the_end_of_another_process_is_told_with_what_is_left(said: str) -> None:
+    error = explain(
+        RuntimeError(said), "step 7", torch.device("cpu"), "the last good checkpoint is state.pt, of step 3"
+    )
+    assert isinstance(error, TrainingError)
+    assert error.message == "another process has ended, at step 7; the last good checkpoint is state.pt, of step 3"
+    assert "its own node" in error.hint

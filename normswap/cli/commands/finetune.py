@@ -195,22 +195,26 @@ def finetune(
         if workers is not None:
             check_workers(workers)
         out.step("loading PyTorch")
+        from ...finetuning.engine.accelerator import met
         from ...finetuning.output.layout import STATE
         from ...finetuning.output.trackers import check_installed
+        from ...training.distributed import all_or_none
 
         check_installed([*job.training["track"], *(["tensorboard"] if job.training["tensorboard"] else [])])
         job.check()
-        origin = locate(ctx, job.wanted)
-        folder = output or Path("runs", stem_of(origin, job.swap))
-        if not helper:
-            _reserve(ctx, job, origin, folder, force=force)
-        command = job.swap.described(origin, job.asked)
-        if resume:
-            _finetune_report.keep_command(folder, command, resume=True)
-        ready = _ready(ctx, job, origin, folder, out)
-        ctx.meta[WRITTEN] = None
-        asked = None if resume else {**command, "options": _settled_options(ctx)}
-        found = _trained(ctx, job, ready, folder, asked, out)
+        with met(device):
+            with all_or_none():
+                origin = locate(ctx, job.wanted)
+                folder = output or Path("runs", stem_of(origin, job.swap))
+                if not helper:
+                    _reserve(ctx, job, origin, folder, force=force)
+                command = job.swap.described(origin, job.asked)
+                if resume:
+                    _finetune_report.keep_command(folder, command, resume=True)
+                ready = _ready(ctx, job, origin, folder, out)
+            ctx.meta[WRITTEN] = None
+            asked = None if resume else {**command, "options": _settled_options(ctx)}
+            found = _trained(ctx, job, ready, folder, asked, out)
         if found.classes and not helper:
             _finetune_report.keep_result(folder, found)
         out.show(
@@ -244,6 +248,7 @@ def _reserve(ctx: typer.Context, job: FinetuneJob, origin: ResolvedSource, folde
 def _ready(ctx: typer.Context, job: FinetuneJob, origin: ResolvedSource, folder: Path, out: Output) -> Ready:
     """The data, and the network, converted and calibrated as far as that was asked for."""
     from ...finetuning.finetune import small_batch_note, task_of
+    from ...training.distributed import started
 
     asked = job.training
     task = task_of(job.data.task, **{name: asked[name] for name in LEARNING})
@@ -258,7 +263,7 @@ def _ready(ctx: typer.Context, job: FinetuneJob, origin: ResolvedSource, folder:
         model = converted(ctx, model, origin, job.swap, inputs, job.asked, out, asked["device"])
     if preprocess is not None:
         remember(model, preparation.settled(getattr(sets.train, "files", ())))
-    note = None if asked["freeze_stats"] else small_batch_note(model, asked["batch_size"], _processes())
+    note = None if asked["freeze_stats"] else small_batch_note(model, asked["batch_size"], started())
     if note is not None:
         out.note(flags.told(note))
     return Ready(model, origin, sets, preprocess)
@@ -268,9 +273,10 @@ def _settled_options(ctx: typer.Context) -> dict[str, Any]:
     """The command's options, with the length and the learning rate that it takes where none was given."""
     from ...finetuning.asked import EPOCHS
     from ...finetuning.engine.optimizer import default_rate
+    from ...training.distributed import started
 
     said = ctx.params
-    batch = said["batch_size"] * said["accumulate"] * _processes()
+    batch = said["batch_size"] * said["accumulate"] * started()
     epochs = None if said["steps"] is not None else said["epochs"] or EPOCHS
     lr = said["lr"] if said["lr"] is not None else default_rate(said["optimizer"], batch)
     return _finetune_report.options_of(ctx, epochs=epochs, lr=lr)
@@ -298,7 +304,3 @@ def _trained(
                 ctx.meta[WRITTEN] = folder / STATE
                 out.note(f"{folder / STATE} is complete, and the same command with --resume goes on from there")
             raise
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))

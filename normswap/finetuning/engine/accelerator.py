@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import Fix, NormswapError, OptionError, Text
+from ...training.distributed import started
 from ..settings import PRECISIONS
 
 
@@ -23,19 +23,17 @@ def processes(device: str, precision: str) -> Iterator[Any]:
     Raises OptionError for a device that is not there, or a precision that it does not compute in, and NormswapError
     without accelerate.
     """
-    try:
+    with _needed():
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
-    except ImportError as error:
-        raise NormswapError("training needs accelerate", hint="pip install 'normswap[train]'") from error
     _check_device(device, precision)
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    together = _together()
     AcceleratorState._reset_state(reset_partial_state=not together)  # of a run before this one, on another device
-    accelerator = Accelerator(cpu=_on_cpu(device), mixed_precision=PRECISIONS[precision])
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started and not together:
-        raise NormswapError(f"{started} processes were started, and {accelerator.num_processes} found each other")
-    yield accelerator
+    with _current(device):
+        accelerator = Accelerator(cpu=_on_cpu(device), mixed_precision=PRECISIONS[precision])
+        if accelerator.num_processes != started() and not together:
+            raise NormswapError(f"{started()} processes were started, and {accelerator.num_processes} found each other")
+        yield accelerator
     if accelerator.num_processes > 1:
         accelerator.wait_for_everyone()
         if not together:
@@ -43,15 +41,60 @@ def processes(device: str, precision: str) -> Iterator[Any]:
             AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@contextmanager
+def met(device: str) -> Iterator[None]:
+    """The processes that torchrun or accelerate started, joined before `processes` needs them.
+
+    Then what stops one of them is heard by the others. They part at the end, unless by an error. Raises as `processes`.
+    """
+    if started() == 1 or _together():
+        yield
+        return
+    with _needed():
+        from accelerate.state import AcceleratorState, PartialState
+    _check_device(device, "fp32")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    state = PartialState(cpu=_on_cpu(device))
+    yield
+    state.wait_for_everyone()
+    torch.distributed.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _together() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+@contextmanager
+def _needed() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise NormswapError("training needs accelerate", hint="pip install 'normswap[train]'") from error
+
+
 def _check_device(device: str, precision: str) -> None:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
-    if not there[device]:
+    kind, _, index = device.partition(":")
+    if index and started() > 1:
+        raise OptionError(
+            f"{device} is one GPU, and each of {started()} processes takes one of its own",
+            hint=Text(Fix("device", "cuda"), " shares them out; CUDA_VISIBLE_DEVICES says which there are."),
+        )
+    if not there[kind] or (index and int(index) >= torch.cuda.device_count()):
         has = ", ".join(name for name in ("cuda", "mps", "cpu") if there[name])
         raise OptionError(
             f"there is no {device} device here", hint=Text(Fix("device", "auto"), f" takes what there is: {has}.")
         )
     if precision == "fp16" and _on_cpu(device):
         raise OptionError("a CPU does not train in fp16", hint=Text(Fix("precision", "bf16"), " or fp32."))
+
+
+@contextmanager
+def _current(device: str) -> Iterator[None]:
+    """Of several GPUs, accelerate takes the current one."""
+    with torch.cuda.device(device) if ":" in device else nullcontext():
+        yield
 
 
 def _on_cpu(device: str) -> bool:

@@ -35,6 +35,11 @@ def explain(error: BaseException, where: str, device: torch.device, left: str) -
             f"torch.compile cannot compile the network, at {where}; {left} ({first_line(error)})",
             hint=Text("Leave ", Fix("compile"), " out."),
         )
+    if is_lost(error):
+        return TrainingError(
+            f"another process has ended, at {where}; {left}",
+            hint="What that one printed, on its own node, says why.",
+        )
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
         return TrainingError(
             "BatchNorm cannot train on a single value per channel, as it gets here",
@@ -48,6 +53,14 @@ def is_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(t in str(error) for t in ("out of memory", "can't allocate memory"))
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether the connection to another process broke; gloo says so in a RuntimeError."""
+    if isinstance(error, getattr(torch.distributed, "DistError", ())):
+        return True
+    said = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
 
 
 def is_compiling(error: BaseException) -> bool:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import DataError
+from ...errors import CheckpointError, DataError, Fix, Text
 from ...modules.restore import evaluating, undisturbed
+from ...training.distributed import all_or_none, gathered
 from ...training.engine import Engine
 from ...training.optimizer import build_optimizer
 from ...training.seeding import seed_step
@@ -100,7 +101,9 @@ class Trainer:
     def run(self, *, resume: bool) -> FinetuneReport:
         """Do the steps that are left. Raises NormswapError subclasses, after which the last checkpoint is whole."""
         if resume:
-            self._restore()
+            with all_or_none():
+                self._restore()
+            self._check_step()
         self.reporter.begin(self.step)
         if resume:
             self.reporter.open()
@@ -130,6 +133,15 @@ class Trainer:
     def stopped_by(self) -> int | None:
         """The signal that ended the run early, None for a run that is complete."""
         return self.signals.received if not self.ended or self.engine.pending else None
+
+    def _check_step(self) -> None:
+        """The file of another node may be an older one. Raises CheckpointError."""
+        steps = gathered(self.step)
+        if len(set(steps)) > 1:
+            raise CheckpointError(
+                f"the processes have states of different steps, {', '.join(map(str, steps))}",
+                hint=Text("Give all nodes the same ", Fix("output"), " folder, or copy that of the first one."),
+            )
 
     def _restore(self) -> None:
         """Go on from the last checkpoint."""
