@@ -6,7 +6,7 @@ Command:   torchrun --nproc-per-node=2 recipes/large_model_fsdp.py
            [--data FOLDER --network FILE.py:FUNCTION --weights FILE --wrap CLASS] [--stop-after STEP] [--resume]
 Time:      about 1 min on two CPU cores for the digits
 Expected:  digits turned by a quarter, two processes, each with half of 75,722 parameters: accuracy 0.121 before, 0.956
-           after 300 steps of 4 images, the best of three rates on the same digits; the same from the file that was written
+           after 300 steps of 4 images at the best of three rates for these digits; the same from the file
 """
 
 import argparse
