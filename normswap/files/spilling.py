@@ -2,7 +2,8 @@
 
 What torch and safetensors read from a file is memory-mapped. A page of it stays in memory once it was touched, though,
 so that whoever goes through a whole checkpoint holds the whole in the end. Within `Spilling`, the pages of mapped
-tensors are let go after each operation; the next one that touches them has them read again.
+tensors are let go after each operation; the next one that touches them has them read again. Pages that somebody has
+written to since, in whatever way, are kept: they are in no file.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -30,7 +32,7 @@ LEAST = 1 << 14
 """Tensors below so many bytes are not worth a file."""
 _BLOCK = 1 << 24  # bytes that are copied at a time
 _OFTEN = 1 << 25  # bytes that are spilled between two times of tidying up
-_MAPS = Path("/proc/self/maps")
+_MAPS, _PAGES = Path("/proc/self/maps"), Path("/proc/self/pagemap")
 _ACTIVE: list[Spilling] = []
 
 
@@ -47,7 +49,6 @@ class Spilling(TorchDispatchMode):
         self._mapped: dict[int, tuple[StorageWeakRef, bool]] = {}
         self._last: list[tuple[StorageWeakRef, int, int]] = []
         self._since = 0
-        self._private = True  # whether pages of read files may be let go
         self._libc = ctypes.CDLL(None, use_errno=True) if _MAPS.exists() else None
 
     def __enter__(self) -> Spilling:
@@ -65,8 +66,6 @@ class Spilling(TorchDispatchMode):
         self._let_go_last()
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if self._private and func._schema.is_mutable:
-            self._private = not any(self.is_private(t) for t in _written(func, args, kwargs))
         for tensor in pytree.tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor) and (known := self._known(tensor)) is not None:
                 last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -160,10 +159,12 @@ class Spilling(TorchDispatchMode):
         self._last.clear()
 
     def _let_go(self, start: int, size: int, *, shared: bool) -> None:
-        if self._libc is None or not (shared or self._private):
+        if self._libc is None:
             return
         low = start - start % mmap.PAGESIZE
         length = start + size - low
+        if not shared and _written_to(low, length):
+            return
         self._libc.madvise(ctypes.c_void_p(low), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_DONTNEED))
 
 
@@ -210,11 +211,21 @@ def release() -> None:
         _ACTIVE[-1].release()
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that an operation writes to."""
-    said = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i, a in enumerate(func._schema.arguments)]
-    values = [value for a, value in said if a.alias_info is not None and a.alias_info.is_write]
-    return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
+def _written_to(low: int, length: int) -> bool:
+    """Whether memory of this process, from a page's start on, holds what no file does; True where that is not told.
+
+    The kernel is asked, since not every write is an operation: NumPy, other libraries and other threads write too.
+    Source: Linux, Documentation/admin-guide/mm/pagemap.rst.
+    """
+    count = -(-length // mmap.PAGESIZE)
+    try:
+        with _PAGES.open("rb", buffering=0) as file:
+            said = os.pread(file.fileno(), 8 * count, low // mmap.PAGESIZE * 8)
+    except OSError:
+        return True
+    pages = np.frombuffer(said, np.uint64)
+    held, of_a_file = pages & np.uint64(0b11 << 62), pages & np.uint64(1 << 61)  # in memory or swapped out
+    return len(pages) < count or bool(((held != 0) & (of_a_file == 0)).any())
 
 
 def _file_ranges() -> list[tuple[int, int]]:
