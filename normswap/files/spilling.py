@@ -12,7 +12,6 @@ import ctypes
 import math
 import mmap
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -48,11 +47,13 @@ class Spilling(TorchDispatchMode):
         self._folder, self._least = folder, least
         self._mapped: dict[int, tuple[StorageWeakRef, bool]] = {}
         self._last: list[tuple[StorageWeakRef, int, int]] = []
+        self._names: list[str] = []  # of files that are still to be removed
         self._since = 0
         self._libc = ctypes.CDLL(None, use_errno=True) if _MAPS.exists() else None
 
     def __enter__(self) -> Spilling:
-        self._hidden = tempfile.mkdtemp(prefix=".normswap-", suffix=".spill", dir=self._folder)
+        import torch._dynamo  # noqa: F401  # a mode's first operation does, for a second in which torch drops a Ctrl-C
+
         _ACTIVE.append(self)
         super().__enter__()
         return self
@@ -60,7 +61,9 @@ class Spilling(TorchDispatchMode):
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
         _ACTIVE.remove(self)
-        shutil.rmtree(self._hidden, ignore_errors=True)
+        for name in self._names:
+            with suppress(OSError):
+                os.unlink(name)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._let_go_last()
@@ -91,15 +94,17 @@ class Spilling(TorchDispatchMode):
         if size < max(1, self._least):
             return torch.empty(tuple(shape), dtype=dtype)
         with told(self._folder):
-            handle, name = tempfile.mkstemp(dir=self._hidden)
+            handle, name = tempfile.mkstemp(prefix=".normswap-", suffix=".spill", dir=self._folder)
             try:
                 if hasattr(os, "posix_fallocate"):  # a full disk is told now, and not by a signal when it is written to
                     os.posix_fallocate(handle, 0, size)
                 storage: Any = torch.UntypedStorage.from_file(name, True, size)
             finally:
                 os.close(handle)
-                with suppress(OSError):  # where none that is open can be removed, the folder's end is its own
+                try:
                     os.unlink(name)
+                except OSError:  # Windows removes none that is open
+                    self._names.append(name)
         self._mapped[storage.data_ptr()] = StorageWeakRef(storage), True
         self._since += size
         if self._since > _OFTEN:
