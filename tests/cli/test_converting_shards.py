@@ -197,15 +197,6 @@ def test_what_a_network_writes_to_its_weights_past_torch_is_kept(cli: Cli, folde
     assert_same(tensors, sharded)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="files that are open cannot be removed")
-def test_nothing_is_left_of_spilled_tensors_however_the_process_ends(tmp_path: Path) -> None:
-    """Not even of one that is killed: their files have no names while they are used."""
-    with spilling.Spilling(tmp_path, least=1):
-        tensor = spilling.room((100,), torch.float32).fill_(2)
-        assert list(tmp_path.iterdir()) == []
-        assert bool((tensor == 2).all())
-
-
 class HeldInMemory(Held):
     """Counts what operations have made and what lies in no file."""
 
