@@ -149,7 +149,7 @@ def _has_boxes(target: Any) -> bool:
 def images_in(args: Sequence[Any]) -> int:
     """How many images (samples) one batch's arguments hold; 1 of a graph, which cannot be cut into its nodes.
 
-    A graph is told by its edges: a table of whole numbers of another length, which count the rows of the nodes.
+    A graph is told by its edges: a table of whole numbers of another length, all below the number of nodes.
     """
     count = _length(args)
     return 1 if count and any(_counts_rows(t, count) for t in pytree.tree_leaves(args)) else count
@@ -158,7 +158,8 @@ def images_in(args: Sequence[Any]) -> int:
 def _counts_rows(value: Any, count: int) -> bool:
     if not isinstance(value, Tensor) or value.dim() != 2 or len(value) in (1, count):
         return False
-    return value.dtype in (torch.int32, torch.int64)
+    whole_numbers = value.dtype in (torch.int32, torch.int64)
+    return whole_numbers and (not value.numel() or int(value.max()) < count)
 
 
 def _length(args: Sequence[Any]) -> int:
