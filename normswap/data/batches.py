@@ -149,7 +149,7 @@ def _has_boxes(target: Any) -> bool:
 def images_in(args: Sequence[Any]) -> int:
     """How many images (samples) one batch's arguments hold; 1 of a graph, which cannot be cut into its nodes.
 
-    A graph is told by its edges: a table of whole numbers of another length, which count the rows of the nodes.
+    A graph is told by its edges: a table of whole numbers of another length, all below the number of nodes.
     """
     count = _length(args)
     return 1 if count and any(_counts_rows(t, count) for t in pytree.tree_leaves(args)) else count
@@ -158,7 +158,8 @@ def images_in(args: Sequence[Any]) -> int:
 def _counts_rows(value: Any, count: int) -> bool:
     if not isinstance(value, Tensor) or value.dim() != 2 or len(value) in (1, count):
         return False
-    return value.dtype in (torch.int32, torch.int64)
+    whole_numbers = value.dtype in (torch.int32, torch.int64)
+    return whole_numbers and (not value.numel() or int(value.max()) < count)
 
 
 def _length(args: Sequence[Any]) -> int:
@@ -208,10 +209,10 @@ def _split(item: Any, network: nn.Module | None = None) -> Batch:
     if isinstance(item, (list, tuple)):
         if len(item) == 1:
             return _split(item[0], network)
-        needed = len(_needed(network))
-        if needed > 1 and len(item) in (needed, needed + 1) and all(isinstance(part, Tensor) for part in item):
-            args = tuple(_one(_args(part)) for part in item[:needed])
-            return args, None if len(item) == needed else _labels(item[needed], _length(args))
+        count = len(needed(network))
+        if count > 1 and len(item) in (count, count + 1) and all(isinstance(part, Tensor) for part in item):
+            args = tuple(_one(_args(part)) for part in item[:count])
+            return args, None if len(item) == count else _labels(item[count], _length(args))
         if len(item) == 2:
             args = _named(item[0], network) if isinstance(item[0], Mapping) else _args(item[0])
             return args, _labels(item[1], _length(args))
@@ -225,7 +226,7 @@ def _named(batch: Mapping[str, Any], network: nn.Module | None) -> tuple[Any, ..
     if network is None:
         return _args(batch)
     given, all_of_them = dict(batch), _parameters(network)
-    parameters, needed = [p for p in all_of_them if p.kind in _BY_POSITION], _needed(network)
+    parameters, without = [p for p in all_of_them if p.kind in _BY_POSITION], needed(network)
     taken = [p.name for p in parameters if p.name in given and p.name not in _LABELS]
     named = [p.name for p in all_of_them if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name in given]
     if named:
@@ -233,14 +234,14 @@ def _named(batch: Mapping[str, Any], network: nn.Module | None) -> tuple[Any, ..
             f"{type(network).__name__} takes {', '.join(named)} by name alone, and batches go to it by position",
             hint="Leave the key out, or wrap the network in a module whose forward takes it among the others.",
         )
-    if taken and needed.issubset(given):
-        until = max(i for i, p in enumerate(parameters) if p.name in taken or p.name in needed)
-        args = [given[p.name] if p.name in taken or p.name in needed else p.default for p in parameters[: until + 1]]
+    if taken and without.issubset(given):
+        until = max(i for i, p in enumerate(parameters) if p.name in taken or p.name in without)
+        args = [given[p.name] if p.name in taken or p.name in without else p.default for p in parameters[: until + 1]]
         return tuple(_one(_args(arg)) if isinstance(arg, Tensor) and arg.dim() > 2 else arg for arg in args)
-    return _args(batch) if known or len(needed) != 1 else (dict(batch),)
+    return _args(batch) if known or len(without) != 1 else (dict(batch),)
 
 
-def _needed(network: nn.Module | None) -> set[str]:
+def needed(network: nn.Module | None) -> set[str]:
     """The arguments that a network's forward cannot do without."""
     parameters = [p for p in _parameters(network) if p.kind in _BY_POSITION]
     return {p.name for p in parameters if p.default is inspect.Parameter.empty}

@@ -99,8 +99,10 @@ class Judge:
             if step == 0:
                 self.target.leave_out(answers)
             loss = answers.inner if self.target.inside else self.target.outer(answers)
-            if loss is not None:  # of networks whose outputs have come to differ in length, some batches may be left
+            if loss is not None:
                 total, count = total + images_in(args) * float(loss), count + images_in(args)
+            if not self.target.compares(answers):  # what is left says less than all that was measured at first
+                total = math.inf
             if not self._boxes:
                 tally.add(answers.wanted, answers.given, labels)
             elif own:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -72,8 +73,9 @@ class DistillationReport(BeforeAfter, ReportInNotebook):
     eval_losses: tuple[tuple[int, float], ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {**asdict(self), "notes": list(self.notes), "bad": list(self.bad)}
+        """JSON values, which a loss that is not finite is none of."""
+        measured = [look for look in self.eval_losses if math.isfinite(look[1])]
+        return {**asdict(self), "notes": list(self.notes), "bad": list(self.bad), "eval_losses": measured}
 
     def figures(self) -> list[tuple[str, str]]:
         """What to print: a name and its text. The scores' own error is left out: it may rise as the decisions near."""

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from ..data.batches import Batch, Batches, as_batches, collated, images_in, is_pair
+from ..data.batches import Batch, Batches, as_batches, collated, images_in, is_pair, needed
 from ..data.image_folder import ImageBatches, ImageData, open_images
 from ..errors import DataError
 from ..training.seeding import mixed_seed, seed_step
@@ -114,7 +114,8 @@ def stream_of(data: Any, batch_size: int, seed: int, *, hold: bool = True, netwo
         data = open_images(data)
     if isinstance(data, ImageData):
         data = data.batches(batch_size=batch_size)
-    data = data[0] if is_pair(data) else data
+    if is_pair(data):
+        data = TensorDataset(*data) if len(needed(network)) > 1 else data[0]
     if isinstance(data, Tensor) and data.dim() > 0:
         return _indexed(len(data), batch_size, seed, lambda parts: (data[part] for part in parts), hold=hold)
     if isinstance(data, ImageBatches):

@@ -21,6 +21,7 @@ from .settings import Settings
 
 Outputs = Callable[..., Any]
 FEWER = "Take a smaller batch_size."
+_INSIDE = Text("Learn from the norms inside: leave out ", Fix("features", 0), ".")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ class Target:
         if not self.inside and floating(answers.wanted).keys() <= self._left_out:
             self._learn_inside()
 
+    def compares(self, answers: Answers) -> bool:
+        """Whether all that is to be compared is there in one shape; outputs may have come to differ in length."""
+        return self.inside or unlike(answers.wanted, answers.given) <= self._left_out
+
     def outer(self, answers: Answers) -> Tensor | None:
         """The loss of the outputs, without what is left out; None where this batch has nothing else."""
         settings = self.settings
@@ -100,6 +105,8 @@ class Target:
             loss = answers.inner if outer is None else outer
         else:
             loss = outer + weight * answers.inner
+        if loss is None and not self.compares(answers):
+            raise DataError("the networks' outputs have come to differ in length", hint=_INSIDE)
         if loss is None or not loss.requires_grad:
             raise DataError(
                 "the network's output has no gradient: it is computed without one, or from layers that are not trained",
@@ -119,7 +126,7 @@ class Target:
         if not self.settings.features:
             raise DataError(
                 "the networks' outputs do not compare: they hold no floating tensor, or as many as each network finds",
-                hint=Text("Learn from the norms inside: leave out ", Fix("features", 0), "."),
+                hint=_INSIDE,
             )
         self.inside = True
 

@@ -53,18 +53,27 @@ def _check_place(path: Path, overwrite: bool, inputs: list[Path]) -> None:
         return
     if not path.is_dir() or path.is_symlink():
         raise OutputError(f"{path} is not a folder", hint="Name another place for the shards.")
-    if any(file.resolve().is_relative_to(path.resolve()) for file in inputs):
+    within = path.resolve()  # of a link in it, as in Hugging Face's cache, the file may lie elsewhere
+    if any(place.is_relative_to(within) for f in inputs for place in (f.resolve(), f.parent.resolve() / f.name)):
         raise OutputError(
             f"{path} is read by the same command, which never writes over what it reads", hint="-o names another place."
         )
-    names = [name for name in os.listdir(path) if name != ".lock"]
-    others = sorted(name for name in names if not _OURS.fullmatch(name))
-    if others:
+    _check_replaceable(path)
+    if set(os.listdir(path)) - {".lock"} and not overwrite:
+        raise OutputError(f"{path} exists already", hint=Text(Fix("overwrite", True), " replaces it."))
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise OutputError for a folder that no other can be put in the place of, or that holds anything but shards."""
+    if path.resolve() == Path.cwd() or os.path.ismount(path):
+        what = "a mount point" if os.path.ismount(path) else "the current folder"
+        raise OutputError(
+            f"{path} is {what}, which cannot be replaced as a whole", hint=f"Name a folder in it: {path / 'shards'}"
+        )
+    if others := sorted(name for name in os.listdir(path) if not _OURS.fullmatch(name)):
         raise OutputError(
             f"{path} holds {others[0]}, and only a folder of shards alone is replaced", hint="Name another folder."
         )
-    if names and not overwrite:
-        raise OutputError(f"{path} exists already", hint=Text(Fix("overwrite", True), " replaces it."))
 
 
 @contextmanager
@@ -87,6 +96,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 with open(entry.path, "rb+") as file:
                     os.fsync(file.fileno())
             if path.is_dir():
+                _check_replaceable(path)  # somebody may have put something into it since
                 os.replace(path, hidden / "old")
             os.replace(temporary, path)
         except BaseException:

@@ -2,7 +2,8 @@
 
 What torch and safetensors read from a file is memory-mapped. A page of it stays in memory once it was touched, though,
 so that whoever goes through a whole checkpoint holds the whole in the end. Within `Spilling`, the pages of mapped
-tensors are let go after each operation; the next one that touches them has them read again.
+tensors are let go after each operation; the next one that touches them has them read again. Pages that somebody has
+written to since, in whatever way, are kept: they are in no file.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import ctypes
 import math
 import mmap
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -30,7 +31,7 @@ LEAST = 1 << 14
 """Tensors below so many bytes are not worth a file."""
 _BLOCK = 1 << 24  # bytes that are copied at a time
 _OFTEN = 1 << 25  # bytes that are spilled between two times of tidying up
-_MAPS = Path("/proc/self/maps")
+_MAPS, _PAGES = Path("/proc/self/maps"), Path("/proc/self/pagemap")
 _ACTIVE: list[Spilling] = []
 
 
@@ -46,12 +47,13 @@ class Spilling(TorchDispatchMode):
         self._folder, self._least = folder, least
         self._mapped: dict[int, tuple[StorageWeakRef, bool]] = {}
         self._last: list[tuple[StorageWeakRef, int, int]] = []
+        self._names: list[str] = []  # of files that are still to be removed
         self._since = 0
-        self._private = True  # whether pages of read files may be let go
         self._libc = ctypes.CDLL(None, use_errno=True) if _MAPS.exists() else None
 
     def __enter__(self) -> Spilling:
-        self._hidden = tempfile.mkdtemp(prefix=".normswap-", suffix=".spill", dir=self._folder)
+        import torch._dynamo  # noqa: F401  # a mode's first operation does, for a second in which torch drops a Ctrl-C
+
         _ACTIVE.append(self)
         super().__enter__()
         return self
@@ -59,14 +61,14 @@ class Spilling(TorchDispatchMode):
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
         _ACTIVE.remove(self)
-        shutil.rmtree(self._hidden, ignore_errors=True)
+        for name in self._names:
+            with suppress(OSError):
+                os.unlink(name)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._let_go_last()
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if self._private and func._schema.is_mutable:
-            self._private = not any(self.is_private(t) for t in _written(func, args, kwargs))
         for tensor in pytree.tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor) and (known := self._known(tensor)) is not None:
                 last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -92,15 +94,17 @@ class Spilling(TorchDispatchMode):
         if size < max(1, self._least):
             return torch.empty(tuple(shape), dtype=dtype)
         with told(self._folder):
-            handle, name = tempfile.mkstemp(dir=self._hidden)
+            handle, name = tempfile.mkstemp(prefix=".normswap-", suffix=".spill", dir=self._folder)
             try:
                 if hasattr(os, "posix_fallocate"):  # a full disk is told now, and not by a signal when it is written to
                     os.posix_fallocate(handle, 0, size)
                 storage: Any = torch.UntypedStorage.from_file(name, True, size)
             finally:
                 os.close(handle)
-                with suppress(OSError):  # where none that is open can be removed, the folder's end is its own
+                try:
                     os.unlink(name)
+                except OSError:  # Windows removes none that is open
+                    self._names.append(name)
         self._mapped[storage.data_ptr()] = StorageWeakRef(storage), True
         self._since += size
         if self._since > _OFTEN:
@@ -160,10 +164,12 @@ class Spilling(TorchDispatchMode):
         self._last.clear()
 
     def _let_go(self, start: int, size: int, *, shared: bool) -> None:
-        if self._libc is None or not (shared or self._private):
+        if self._libc is None:
             return
         low = start - start % mmap.PAGESIZE
         length = start + size - low
+        if not shared and _written_to(low, length):
+            return
         self._libc.madvise(ctypes.c_void_p(low), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_DONTNEED))
 
 
@@ -210,11 +216,21 @@ def release() -> None:
         _ACTIVE[-1].release()
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that an operation writes to."""
-    said = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i, a in enumerate(func._schema.arguments)]
-    values = [value for a, value in said if a.alias_info is not None and a.alias_info.is_write]
-    return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
+def _written_to(low: int, length: int) -> bool:
+    """Whether memory of this process, from a page's start on, holds what no file does; True where that is not told.
+
+    The kernel is asked, since not every write is an operation: NumPy, other libraries and other threads write too.
+    Source: Linux, Documentation/admin-guide/mm/pagemap.rst.
+    """
+    count = -(-length // mmap.PAGESIZE)
+    try:
+        with _PAGES.open("rb", buffering=0) as file:
+            said = os.pread(file.fileno(), 8 * count, low // mmap.PAGESIZE * 8)
+    except OSError:
+        return True
+    pages = np.frombuffer(said, np.uint64)
+    held, of_a_file = pages & np.uint64(0b11 << 62), pages & np.uint64(1 << 61)  # in memory or swapped out
+    return len(pages) < count or bool(((held != 0) & (of_a_file == 0)).any())
 
 
 def _file_ranges() -> list[tuple[int, int]]:

@@ -57,7 +57,7 @@ def read_index(path: Path, *, complete: bool = True) -> Index:
         raise WeightsError(f"{path} names no tensors")
     shards: dict[Path, list[str]] = defaultdict(list)
     for name, file in places.items():
-        if Path(file).name != file:
+        if not file or Path(file).name != file:
             raise WeightsError(f"{path} names the shard {file!r}, which is not a file beside it")
         shards[path.with_name(file)].append(name)
     missing = [file.name for file in shards if not file.is_file()]

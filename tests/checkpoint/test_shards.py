@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import normswap
 from normswap.checkpoint.saving import save_state
 from normswap.errors import CheckpointError, OptionError, OutputError
+from normswap.files.folders import reserved_folder
 from normswap.files.sharding import parse_size
 
 INDEX = "model.safetensors.index.json"
@@ -185,3 +186,55 @@ def test_a_folder_of_shards_is_replaced_only_where_that_is_asked_for(tmp_path: P
     shards(tmp_path)
     with pytest.raises(OutputError, match="exists already"):
         shards(tmp_path)
+
+
+def test_what_came_into_the_folder_during_the_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversion may take hours, and its folder need not stay empty."""
+    real = os.fsync
+
+    def meanwhile(handle: int) -> None:
+        (tmp_path / "s").mkdir(exist_ok=True)
+        (tmp_path / "s" / "notes.txt").write_text("mine")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    with pytest.raises(OutputError, match=r"holds notes\.txt"):
+        shards(tmp_path)
+    assert (tmp_path / "s" / "notes.txt").read_text() == "mine"
+    assert names(tmp_path) == ["s"]
+
+
+@pytest.mark.parametrize("named", [".", "../s"])
+def test_the_folder_in_which_one_works_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    """It would be gone from under the process, with what relative names lead to."""
+    before = {file.name: file.read_bytes() for file in shards(tmp_path).iterdir()}
+    monkeypatch.chdir(tmp_path / "s")
+    with pytest.raises(OutputError, match="is the current folder, which cannot be replaced as a whole"):
+        normswap.save(normswap.convert(small(), "gn", check=False), named, max_shard_size="1KB", overwrite=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()} == before
+
+
+def test_a_mount_point_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "s").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "s")  # mounting takes root
+    with (
+        pytest.raises(OutputError, match="is a mount point, which cannot be replaced as a whole"),
+        reserved_folder(tmp_path / "s", overwrite=True),
+    ):
+        pytest.fail("the work has begun")
+
+
+def test_a_folder_of_links_to_shards_that_are_read_is_not_replaced(tmp_path: Path) -> None:
+    """So lie snapshots in Hugging Face's cache: the files are elsewhere, and named by their digests."""
+    folder = shards(tmp_path)
+    (tmp_path / "blobs").mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(tmp_path / "blobs" / str(number))
+        file.symlink_to(tmp_path / "blobs" / str(number))
+    with (
+        pytest.raises(OutputError, match="never writes over what it reads"),
+        reserved_folder(folder, overwrite=True, inputs=[folder / INDEX]),
+    ):
+        pytest.fail("the work has begun")

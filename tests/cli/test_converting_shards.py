@@ -168,6 +168,35 @@ def test_a_conversion_from_shards_to_shards_is_undone_bit_for_bit(
     assert_same(read_since, state)
 
 
+WRITES = """
+
+class Clipped(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_load_state_dict_post_hook(Clipped.clip)
+
+    def clip(self, keys):
+        values = self.weight.detach().numpy()
+        values[:] = values.clip(-0.1, 0.1)
+
+
+def clipped():
+    norm = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*norm, nn.Flatten(), Clipped(8, 4))
+"""
+
+
+def test_what_a_network_writes_to_its_weights_past_torch_is_kept(cli: Cli, folder: Path) -> None:
+    """NumPy's writes are no operations that the command could see."""
+    (folder / "nets.py").write_text((folder / "nets.py").read_text() + WRITES)
+    scope: dict[str, Any] = {}
+    exec((folder / "nets.py").read_text(), scope)
+    state = weights(scope["clipped"](), folder)
+    (tensors, _), (sharded, _) = made_both_ways(cli, folder, "clipped", "--to", "gn", "--groups", "2")
+    assert torch.equal(sharded["5.weight"], state["5.weight"].clip(-0.1, 0.1))
+    assert_same(tensors, sharded)
+
+
 class HeldInMemory(Held):
     """Counts what operations have made and what lies in no file."""
 

@@ -207,6 +207,8 @@ def test_numbers_that_count_no_nodes_leave_a_batch_to_be_cut() -> None:
     for other in (torch.zeros(40, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long), torch.zeros(2, 90)):
         assert images_in((NODES, other)) == 40
     assert images_in((EDGES,)) == 2
+    words = torch.randint(0, 49_408, (10, 77), generator=torch.Generator().manual_seed(3))  # of ten texts
+    assert images_in((NODES, words)) == 40
 
 
 @pytest.mark.parametrize("batch", [((NODES, EDGES), torch.arange(40) % 4), {"x": NODES, "edges": EDGES}])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -93,6 +95,57 @@ def test_outputs_of_a_length_of_their_own_are_left_out_beside_those_that_compare
         p, q = ((m(images)["logits"].double() / 2).log_softmax(1) for m in (original, model))
     assert report.eval_loss_before == pytest.approx(4 * float((p.exp() * (p - q)).sum(1).mean()), rel=1e-4)
     assert any(note.startswith("points: of another length in each network") for note in report.notes)
+
+
+class Brightest(Outputs):
+    """The brightest points of each image, as many as `count` says, and its mean."""
+
+    count = 5
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.body(x)
+        return {"points": y.flatten(1).topk(self.count, 1).values, "mean": y.mean((2, 3))}
+
+
+def test_a_state_whose_outputs_have_come_to_differ_in_length_is_not_the_nearest(images: Tensor) -> None:
+    """What of them still compares would say less than what was measured at the start."""
+    original = randomized(Brightest("points"))
+    model = normswap.convert(original, "gn", groups=2, check=False)
+
+    def found(progress: Progress) -> None:
+        model.count = 4 if progress.step == 11 else 5
+
+    report = normswap.distil(model, original, images, steps=40, batch_size=8, lr=0.05, progress=found)
+    losses = dict(report.eval_losses)
+    assert [step for step, loss in losses.items() if math.isinf(loss)] == [12]
+    assert losses[report.kept] == min(losses.values())
+    written = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert dict(written["eval_losses"]) == {step: loss for step, loss in losses.items() if step != 12}
+
+
+def test_outputs_that_come_to_differ_in_length_are_told_as_that(images: Tensor) -> None:
+    class Alone(Brightest):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x)["points"]
+
+    original = randomized(Alone("points"))
+    model = normswap.convert(original, "gn", groups=2, check=False)
+    with pytest.raises(DataError, match="have come to differ in length") as error:
+        normswap.distil(model, original, images, steps=9, features=0.0, progress=lambda _: setattr(model, "count", 4))
+    assert "leave out features" in str(error.value)
+
+
+def test_a_pair_is_two_inputs_where_the_forward_needs_two(images: Tensor) -> None:
+    class Scaled(Outputs):
+        def forward(self, x: Tensor, times: Tensor) -> Tensor:
+            return self.body(x) * times.view(-1, 1, 1, 1)
+
+    original = randomized(Scaled("map"))
+    model = normswap.convert(original, "gn", groups=2, check=False)
+    times = torch.arange(1, len(images) + 1)
+    eval_data = [(images, times)]
+    report = normswap.distil(model, original, (images, times), steps=40, batch_size=8, lr=0.05, eval_data=eval_data)
+    assert report.eval_loss_after < 0.7 * report.eval_loss_before
 
 
 def test_another_head_is_an_error_still(model: nn.Module, images: Tensor) -> None:

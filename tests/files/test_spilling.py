@@ -117,8 +117,7 @@ def test_nothing_is_spilled_without_being_asked_for(tmp_path: Path) -> None:
 def test_no_file_has_a_name_while_it_is_used_and_no_folder_afterwards(tmp_path: Path) -> None:
     with Spilling(tmp_path):
         found = spilled(torch.ones(COUNT))
-        folders = list(tmp_path.iterdir())
-        assert [list(folder.iterdir()) for folder in folders] == [[]]
+        assert list(tmp_path.iterdir()) == []  # so that nothing is left of a process that is killed either
     assert list(tmp_path.iterdir()) == []
     assert bool((found == 1).all())
 

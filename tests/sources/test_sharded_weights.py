@@ -124,7 +124,7 @@ def test_a_damaged_index_is_told(tmp_path: Path, text: str) -> None:
     assert index.name in failure(index).message
 
 
-@pytest.mark.parametrize("file", ["../model-00001-of-00002.safetensors", "/etc/passwd"])
+@pytest.mark.parametrize("file", ["../model-00001-of-00002.safetensors", "/etc/passwd", ""])
 def test_an_index_reaches_no_file_outside_of_its_folder(tmp_path: Path, file: str) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": file}}))
