@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import run_on
+from ..data.batches import as_batches, images_in, run_on
 from ..modules.restore import evaluating, undisturbed
 from ..modules.tree import aliases
 from ..norms.registry import identify
@@ -21,6 +21,7 @@ FITS, ODD, MADE = 0.3, 0.45, 0.12
 """ResNet-20: its own images 0.17, crops of unrelated photographs 0.25, their values in another range from 0.39 on,
 noise 0.55, values 255 times too large 1.0. A network of CT slices: photographs 0.74; inputs made for it that reach 0.16
 harm it, so that MADE is the limit for those."""
+_ENOUGH = 64  # images that tell how near the rest are
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,18 @@ class Fit:
         """One phrase for people."""
         if self.suits:
             return "like what the network was trained on"
-        if self.distance <= ODD:
+        if not self.far:
             return "somewhat unlike what the network was trained on"
         return "not what the network was trained on"
+
+    @property
+    def far(self) -> bool:
+        """Whether what a network makes of the inputs is nothing to be kept: its statistics do not suit them.
+
+        Fitted to its outputs there, a GroupNorm network trains worse than as it was converted, and worse than BN, which
+        takes the statistics of its batches (`benchmarks/far_data.py`).
+        """
+        return self.distance > ODD
 
     @property
     def suits(self) -> bool:
@@ -71,6 +81,16 @@ def fit(model: nn.Module, batches: Iterable[tuple[Any, ...]]) -> Fit | None:
             run_on(model, model, args, fewer="Use fewer images at a time.")
             count += len(args[0])
     return measured(norms, moments, count)
+
+
+def fit_of_some(model: nn.Module, data: Any) -> Fit | None:
+    """The `fit` of the first images of anything that `as_batches` takes, for a network that is to train on them."""
+    some: list[tuple[Any, ...]] = []
+    for args, _ in as_batches(data, network=model):
+        some.append(args)
+        if sum(map(images_in, some)) >= _ENOUGH:
+            break
+    return fit(model, some)
 
 
 def measured(norms: Mapping[str, nn.Module], moments: Mapping[str, Moments], images: int) -> Fit:

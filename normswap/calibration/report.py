@@ -77,7 +77,10 @@ class CalibrationReport(BeforeAfter, ReportInNotebook):
     @property
     def fit(self) -> str:
         """One sentence on whether the images were of the kind the network was trained on; empty where unknown."""
-        return self.stand_ins or ("" if self.distance is None else f"the images: {Fit(self.distance, self.images)}")
+        if self.stand_ins or self.distance is None:
+            return self.stand_ins
+        found = Fit(self.distance, self.images)
+        return f"the images: {found}" + ("; to train on such, start from the network as converted" if found.far else "")
 
     @property
     def error_before(self) -> float:

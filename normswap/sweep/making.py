@@ -7,11 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 from torch import nn
 
 from ..calibration.calibrate import calibrate
+from ..calibration.fit import fit_of_some
 from ..conversion.convert import convert
 from ..conversion.record import record_of
 from ..data.preprocess import Preprocess
@@ -96,8 +98,10 @@ class Maker:
         folder, conditions = setting.of(cell.name), setting.conditions
         resume = (folder / STATE).is_file()
         model, target = self._converted(cell)
-        note = _other_groups(cell, model)
-        if target.per_sample:  # also where it goes on: a run knows its network by what became of it
+        notes = [_other_groups(cell, model)]
+        if target.per_sample and self.far:
+            notes.append("not calibrated: the images are not what the network was trained on")
+        elif target.per_sample:  # also where it goes on: a run knows its network by what became of it
             self._calibrate(model)
         report: FinetuneReport = finetune(
             model, setting.sets, task=conditions.task, output=folder, batch_size=cast(int, cell.batch_size),
@@ -114,7 +118,7 @@ class Maker:
             "images": report.steps * report.global_batch,
             "evaluated": len(setting.sets.validation),
             "folder": folder,
-            "note": note,
+            "note": "; ".join(filter(None, notes)),
         }
 
     def _calibrate(self, model: nn.Module) -> int:
@@ -125,6 +129,12 @@ class Maker:
             count = calibrate(model, self.model, self.inputs(), progress=False).images
         model.cpu()
         return count
+
+    @cached_property
+    def far(self) -> bool:
+        """Whether the training images are not what the network was trained on; see `Fit.far`."""
+        found = fit_of_some(self.model, self.inputs())
+        return found is not None and found.far
 
     def inputs(self) -> list[Any]:
         """The training images to calibrate on, the same for every cell."""

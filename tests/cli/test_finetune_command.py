@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,9 +33,23 @@ def weights(folder: str, name: str = "last.safetensors") -> dict[str, torch.Tens
     return normswap.load(Path(folder) / name, trust_code=True).state_dict()
 
 
+@pytest.mark.usefixtures("images")
+@pytest.mark.parametrize("of_its_own", [True, False])
+def test_calibrated_is_on_images_like_those_of_the_pretraining_only(cli: Cli, nets: Any, of_its_own: bool) -> None:
+    network = nets.tiny()
+    normswap.estimate_statistics(network, Path("photos") if of_its_own else 0.1 * torch.randn(8, 3, 20, 20) - 3)
+    torch.save(network.state_dict(), "weights.pth")
+    ran = cli(*TINY, "--weights", "weights.pth", "--to", "gn", "--groups", "4", "--epochs", "1")
+    assert ran.code == 0, ran.err
+    told = " ".join(ran.err.split())
+    assert ("calibrated on 8 training images" in told) == of_its_own
+    assert ("not calibrated: the training images are not what the network was trained on" in told) != of_its_own
+
+
 @pytest.mark.usefixtures("images", "pictures")
 def test_one_command_converts_calibrates_and_trains(cli: Cli) -> None:
-    ran = cli(*TINY, "--to", "gn", "--groups", "4", "--epochs", "12", "--lr", "0.01", "--json")
+    images = ("--calibrate-images", "8")
+    ran = cli(*TINY, "--to", "gn", "--groups", "4", *images, "--epochs", "12", "--lr", "0.01", "--json")
     assert ran.code == 0, ran.err
     report = ran.json
     assert report["output"] == "runs/tiny-gn"

@@ -145,6 +145,7 @@ def converted(
     )
     if unknown:
         origin = _with_statistics(model, origin, images, out)
+    calibrating = calibrating and not (swap.images is None and _far(model, images, out))
     out.step("converting" if swap.wanted else "preparing")
     rules = swap.rules if swap.wanted else [("*", "keep")]
     with with_commands(ctx):
@@ -179,6 +180,20 @@ def _with_statistics(model: nn.Module, origin: ResolvedSource, images: Images, o
         report = estimate(model, origin, images.wish, out)
     out.note(f"the running statistics were never updated: estimated on {report.images} {images.told}")
     return estimated(origin, model)
+
+
+def _far(model: nn.Module, images: Images, out: Output) -> bool:
+    """Whether the images to train on are not what the network was trained on, so that its outputs there are no aim."""
+    from ...calibration.fit import fit_of_some
+
+    found = None if images.wish is not None else fit_of_some(model, images.batches)
+    if found is None or not found.far:
+        return False
+    out.note(
+        f"not calibrated: the training images are {found.verdict} (distance {found.distance:.2g} from the running "
+        "statistics), and a network that is fitted to what it makes of them trains worse; --calibrate-images N does it"
+    )
+    return True
 
 
 def _calibrate(model: nn.Module, origin: ResolvedSource, images: Images, out: Output) -> None:

@@ -65,7 +65,7 @@ def finetune(
         str | None,
         typer.Option(
             metavar="NORM",
-            help="Convert to this norm first, and calibrate on the training images.",
+            help="Convert to this norm first; calibrate on the training images, if it was trained on such.",
             autocompletion=options.norm_names,
             show_default=False,
         ),
