@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import typer.main
 from PIL import Image
 from ran import COLOURS, Cli, Ran
 
 from normswap.cli import app
+
+# What `app` makes anew at each call, from the signatures of all commands, which takes as long as many of these tests.
+COMMAND: Any = typer.main.get_command(app)
 
 NETS = '''
 import torch
@@ -163,7 +167,7 @@ def cli(folder: Path) -> Cli:
         code = 0
         with redirect_stdout(out), redirect_stderr(err):
             try:
-                app([str(arg) for arg in args], prog_name="normswap")
+                COMMAND([str(arg) for arg in args], prog_name="normswap")
             except SystemExit as end:
                 code = int(end.code or 0)
         return Ran(code, out.getvalue(), err.getvalue())
