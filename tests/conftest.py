@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import pytest
@@ -9,6 +10,11 @@ import torch
 
 # The tests run in several processes at once; threads beside them would only wait for each other.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported until here stays: no garbage collection need go through all of it again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
