@@ -14,6 +14,7 @@ from PIL import Image
 from ran import COLOURS, Cli, Ran
 
 from normswap.cli import app
+from normswap.cli.commands import _calibration_trial
 
 # What `app` makes anew at each call, from the signatures of all commands, which takes as long as many of these tests.
 COMMAND: Any = typer.main.get_command(app)
@@ -156,6 +157,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "nets.py").write_text(NETS, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def trial() -> None:
+    """For tests of what `convert` says that calibrating would gain; to the others every network is too large for it."""
+
+
+@pytest.fixture(autouse=True)
+def _untried(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trying it takes as long as all the rest of a conversion of networks as small as these."""
+    if "trial" not in request.fixturenames:
+        monkeypatch.setattr(_calibration_trial, "_LARGEST", 0)
 
 
 @pytest.fixture
