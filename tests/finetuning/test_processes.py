@@ -128,7 +128,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run that was killed, and one of each task by two processes, which are started once for all three."""
+    """A folder with a run that was killed, and one of each task by two processes, all started at once."""
     folder = tmp_path_factory.mktemp("together")
     fill(folder)
     shapes_folder(folder / "shapes", 64)
