@@ -13,8 +13,9 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported until here stays: no garbage collection need go through all of it again."""
+    """What is imported until here stays: garbage collections need not go through all of it, and need not be so many."""
     gc.freeze()
+    gc.set_threshold(10_000)
 
 
 def pytest_sessionfinish() -> None:
