@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import pytest
@@ -9,6 +10,17 @@ import torch
 
 # The tests run in several processes at once; threads beside them would only wait for each other.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported until here stays: garbage collections need not go through all of it, and need not be so many."""
+    gc.freeze()
+    gc.set_threshold(10_000)
+
+
+def pytest_sessionfinish() -> None:
+    """Libraries that count what is left of them at the end complain of what was never collected."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

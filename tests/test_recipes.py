@@ -46,6 +46,8 @@ FIGURES = {
     "ultralytics_trainer": r"(?:BatchNorm|GroupNorm): mAP50 (0\.\d{4})",
 }
 """What a run prints, at least once for each thing it compares."""
+DRAWN = {"batch_size_sweep"}
+"""Those that draw by themselves; the curves of a run of theirs are drawn in the tests of runs."""
 RUNS = {
     "batch_size_sweep": 3,
     "ema_policy": 7,
@@ -90,6 +92,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
 
     def started(name: str, *arguments: object) -> str:
+        if name not in DRAWN:
+            monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
         monkeypatch.setattr("sys.argv", [f"{name}.py", *map(str, arguments)])
         runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
         return capsys.readouterr().out

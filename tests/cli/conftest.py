@@ -9,10 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import typer.main
 from PIL import Image
 from ran import COLOURS, Cli, Ran
 
 from normswap.cli import app
+from normswap.cli.commands import _calibration_trial
+
+# What `app` makes anew at each call, from the signatures of all commands, which takes as long as many of these tests.
+COMMAND: Any = typer.main.get_command(app)
 
 NETS = '''
 import torch
@@ -155,6 +160,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def trial() -> None:
+    """For tests of what `convert` says that calibrating would gain; to the others every network is too large for it."""
+
+
+@pytest.fixture(autouse=True)
+def _untried(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trying it takes as long as all the rest of a conversion of networks as small as these."""
+    if "trial" not in request.fixturenames:
+        monkeypatch.setattr(_calibration_trial, "_LARGEST", 0)
+
+
+@pytest.fixture
 def cli(folder: Path) -> Cli:
     """`cli("convert", "nets.py:tiny", ...)` runs that command line."""
 
@@ -163,7 +180,7 @@ def cli(folder: Path) -> Cli:
         code = 0
         with redirect_stdout(out), redirect_stderr(err):
             try:
-                app([str(arg) for arg in args], prog_name="normswap")
+                COMMAND([str(arg) for arg in args], prog_name="normswap")
             except SystemExit as end:
                 code = int(end.code or 0)
         return Ran(code, out.getvalue(), err.getvalue())

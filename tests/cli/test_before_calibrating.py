@@ -11,6 +11,8 @@ from ran import Cli
 
 import normswap
 
+pytestmark = pytest.mark.usefixtures("trial")
+
 TRAINED = """
 import torch
 from torch import nn

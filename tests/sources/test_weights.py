@@ -7,12 +7,13 @@ import pickle
 import re
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from normswap.errors import WeightsError
 from normswap.sources.weights import empty_parameters, has_empty_parameters, load_state, read_state
@@ -391,6 +392,27 @@ def test_modules_built_empty_have_parameters_without_values_and_real_buffers() -
     assert not any(b.is_meta for b in model.buffers())
     assert has_empty_parameters(model)
     assert not any(p.is_meta for p in net().parameters())
+
+
+def test_values_are_drawn_for_what_holds_values_alone() -> None:
+    class Drawn(nn.Linear):
+        def reset_parameters(self) -> None:
+            self.weight.data.normal_()
+            nn.init.kaiming_normal_(self.weight)
+            nn.init.normal_(self.weight, std=0.1)
+            self.register_buffer("noise", torch.zeros(2).normal_())
+
+    class Draws(TorchDispatchMode):
+        devices: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "normal_" in str(func):
+                self.devices.append(args[0].device.type)
+            return func(*args, **(kwargs or {}))
+
+    with Draws() as seen, empty_parameters():
+        assert Drawn(2, 2).noise.abs().min() > 0
+    assert seen.devices == ["cpu"]
 
 
 def test_requires_grad_is_kept_on_empty_parameters() -> None:
