@@ -38,7 +38,7 @@ def test_no_file_but_one_lists_the_words_of_an_option() -> None:
         ("distil", "augment", choices.Augment),
         ("finetune", "task", choices.Task),
         ("finetune", "augment", choices.Augment),
-        ("finetune", "device", choices.Device),
+        ("compare", "device", choices.Device),
         ("evaluate", "task", choices.Task),
         ("export", "to", choices.Export),
     ],

@@ -36,8 +36,8 @@ PANELS = {
     "private federated inference",
     "Network": "reference weights arg input_shape source built_by trust_pickle trust_code allow_nonfinite",
     "Run": "config device devices channels_last compile workers seed resume checkpoint_every no_check no_undo dry_run",
-    "Result": "kind output opset force report license evaluation tensorboard track show_all fail_below print_config "
-    "json quiet verbose help",
+    "Result": "kind output max_shard_size opset force report license evaluation tensorboard track show_all fail_below "
+    "print_config json quiet verbose help",
     OTHER: "",
 }
 """The options of each group, in all commands alike. Groups are shown in this order."""
