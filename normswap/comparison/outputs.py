@@ -78,7 +78,8 @@ class OutputTally:
     (images; pixels of a segmentation; queries of a DETR), `same`: equal ones; `divergence`: the sum of KL(a || b).
     correct, labelled: for accuracy. boxes: matched, of a, of b. classes: how many the labels tell apart, if known.
     same_layers: the networks differ in their norms alone, so that tensors of other lengths (boxes, key points: as many
-    as each network finds) are no fault; they are left out, and `notes` says so.
+    as each network finds) are no fault; they are left out, and `notes` says so. uneven: kinds of those (see `kind_of`);
+    decided: of the tensor that decisions were counted in.
     """
 
     classes: int | None = None
@@ -92,6 +93,7 @@ class OutputTally:
     boxes: list[int] | None = None
     notes: dict[str, None] = field(default_factory=dict)
     uneven: set[str] = field(default_factory=set)
+    decided: str | None = None
 
     def add(self, a: Any, b: Any, labels: Tensor | None) -> None:
         """Count one batch's outputs. Raises DataError when the two do not have the same structure and shapes."""
@@ -107,13 +109,14 @@ class OutputTally:
                 self.notes[_NONE] = None
                 return
             self._leave_out(first, second)
-            if self.uneven >= first.keys():
+            if not first:
                 return
         _require_same(first, second)
         for name, tensor in first.items():
             self.outputs.setdefault(name, Deviation()).add(tensor, second[name])
         scores = _logits(a, first)
         if scores is not None:
+            self.decided = kind_of(scores)
             one, other = first[scores], second[scores].to(first[scores].device)
             self._decide(_class_last(one), _class_last(other))
             if labels is not None and one.dim() == 2:
@@ -121,15 +124,17 @@ class OutputTally:
 
     def _leave_out(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         """Take from both what the networks do not have in one shape, in this batch or an earlier one."""
-        names = a.keys() | b.keys()
-        self.uneven |= {n for n in names if n not in a or n not in b or a[n].shape != b[n].shape}
-        if not self.uneven:
-            return
-        for name in self.uneven & names:
-            for table in (a, b, self.outputs):
-                table.pop(name, None)
-        self.notes = {note: None for note in self.notes if _UNEVEN not in note}
-        self.notes[f"{', '.join(sorted(n or 'the output' for n in self.uneven))}: {_UNEVEN}"] = None
+        new = {kind_of(name) for name in unlike(a, b)} - self.uneven
+        self.uneven |= new
+        for table in (a, b, self.outputs):
+            for name in [name for name in table if kind_of(name) in self.uneven]:
+                del table[name]
+        if self.decided in new:  # what earlier batches decided by it was by chance
+            self.samples = self.same = self.labelled = 0
+            self.divergence, self.correct = 0.0, [0, 0]
+        if new:
+            self.notes = {note: None for note in self.notes if _UNEVEN not in note}
+            self.notes[f"{', '.join(sorted(kind or 'the output' for kind in self.uneven))}: {_UNEVEN}"] = None
 
     def _decide(self, a: Tensor, b: Tensor) -> None:
         """Count decisions between the classes in the last dimension."""
@@ -192,6 +197,19 @@ def floating(tree: Any, name: str = "") -> dict[str, Tensor]:
     else:
         return {}
     return {k: t for key, value in items for k, t in floating(value, f"{name}.{key}" if name else key).items()}
+
+
+def kind_of(name: str) -> str:
+    """What a tensor of an output is: its name, without the number of its image where each has some of its own."""
+    number, dot, rest = name.partition(".")
+    return rest if dot and number.isdecimal() else name
+
+
+def unlike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> set[str]:
+    """Names that are not in both in one shape, and all of their kind: equal numbers for some images are chance."""
+    names = a.keys() | b.keys()
+    kinds = {kind_of(n) for n in names if n not in a or n not in b or a[n].shape != b[n].shape}
+    return {name for name in names if kind_of(name) in kinds}
 
 
 def are_detections(out: Any) -> bool:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..comparison.outputs import floating
+from ..comparison.outputs import are_detections, floating, kind_of, unlike
 from ..comparison.verification import same_layers
 from ..data.batches import run_on
 from ..errors import DataError, Fix, Text, plural
 from ..modules.restore import is_detector
-from ..training.losses import agreement_of, loss_of, unlike
+from ..training.losses import agreement_of, loss_of
 from .feature_loss import Features
 from .settings import Settings
 
@@ -70,16 +70,16 @@ class Target:
         Raises DataError where the networks differ in more than their norms, in their heads say, and where nothing is
         left to compare.
         """
-        found = unlike(answers.wanted, answers.given)
+        found = _unlike(answers)
         if found and not same_layers(self.reference, self.model):
             raise _other_outputs(answers)
-        self._left_out |= found
-        if not self.inside and floating(answers.wanted).keys() <= self._left_out:
+        self._left_out |= {kind_of(name) for name in found}
+        if not self.inside and floating(answers.wanted).keys() <= self._missing(answers):
             self._learn_inside()
 
     def compares(self, answers: Answers) -> bool:
         """Whether all that is to be compared is there in one shape; outputs may have come to differ in length."""
-        return self.inside or unlike(answers.wanted, answers.given) <= self._left_out
+        return self.inside or {kind_of(name) for name in _unlike(answers)} <= self._left_out
 
     def outer(self, answers: Answers) -> Tensor | None:
         """The loss of the outputs, without what is left out; None where this batch has nothing else."""
@@ -93,7 +93,7 @@ class Target:
         return agreement_of(answers.wanted, answers.given, without=self._missing(answers))
 
     def _missing(self, answers: Answers) -> set[str]:
-        return self._left_out | unlike(answers.wanted, answers.given)
+        return _unlike(answers) | {name for name in floating(answers.wanted) if kind_of(name) in self._left_out}
 
     def loss(self, answers: Answers, weight: float) -> Tensor:
         """What a step lowers: the outputs' loss and so much of the norms', which count fully where they are all.
@@ -149,6 +149,12 @@ def outputs_of(model: nn.Module) -> Outputs:
         return {"features": maps, "head": {} if head is None else head(list(maps.values()))}
 
     return features
+
+
+def _unlike(answers: Answers) -> set[str]:
+    """The output tensors that do not compare; all of them for boxes, which have no order in which to compare them."""
+    wanted, given = floating(answers.wanted), floating(answers.given)
+    return set(wanted.keys() | given.keys()) if are_detections(answers.wanted) else unlike(wanted, given)
 
 
 def _run(outputs: Outputs, model: nn.Module, args: tuple[Any, ...]) -> Any:

@@ -38,7 +38,7 @@ def is_sharded(tensor: Any) -> bool:
 
 def check_not_flattened(model: nn.Module, what: str) -> None:
     """Raise OptionError for a network in the first FSDP, whose layers do not have weights of their own any more."""
-    if any(type(m).__name__ == _FLATTENS and type(m).__module__.startswith("torch.") for m in model.modules()):
+    if any(type(m).__name__ == _FLATTENS and type(m).__module__.startswith("torch.") for m in nn.Module.modules(model)):
         raise OptionError(
             f"{what} needs the weights of each layer, and {_FLATTENS} has put them into flat pieces",
             hint="Shard with torch.distributed.fsdp.fully_shard (accelerate: fsdp_version=2) instead.",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..comparison.outputs import are_detections, floating
+from ..comparison.outputs import floating
 from ..modules.precision import at_least_float32
 
 
@@ -47,17 +47,6 @@ def scores_in(tree: Any) -> str | None:
     return name if found is not None and found.dim() == 2 and found.shape[1] > 1 else None
 
 
-def unlike(teacher: Any, student: Any) -> set[str]:
-    """The names of the floating tensors that are not in both outputs in one shape; all of them for boxes, which have
-    no order in which to compare them.
-    """
-    a, b = floating(teacher), floating(student)
-    names = a.keys() | b.keys()
-    if are_detections(teacher):
-        return set(names)
-    return {name for name in names if name not in a or name not in b or a[name].shape != b[name].shape}
-
-
 def loss_of(
     teacher: Any, student: Any, temperature: float, kind: str = "auto", *, without: Collection[str] = ()
 ) -> Tensor | None:
@@ -65,7 +54,7 @@ def loss_of(
 
     kind: "auto" takes `divergence` for a classifier's scores (see `scores_in`) and the mean of `distance` over all
     other floating tensors, and adds the two; "match" takes `distance` for all of them. without: names among
-    `floating(teacher)` that are left out, `unlike` ones with them.
+    `floating(teacher)` that are left out, those with them that the two do not have in one shape.
     """
     a, b = floating(teacher), floating(student)
     names = [name for name in a if name not in without]

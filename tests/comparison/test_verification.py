@@ -437,6 +437,29 @@ def test_networks_that_give_nothing_else_are_compared_by_their_layers() -> None:
     assert "the output: of another length" in str(report)
 
 
+class PerImage(Points):
+    """For each image its points, as many as it has, of two coordinates, and a description of the whole."""
+
+    def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
+        maps = self.bn(self.conv(x))
+        return [{"points": (y[0] > 0.7).nonzero().float(), "whole": y.mean((1, 2))} for y in maps]
+
+
+def test_points_that_are_as_many_for_some_images_by_chance_are_not_compared_for_these() -> None:
+    a = randomized(PerImage())
+    b = normswap.convert(a, to="ln", check=False)
+    images = torch.randn(12, *X.shape[1:])
+    alike = [len(p["points"]) == len(q["points"]) for p, q in zip(a(images), b(images), strict=True)]
+    assert 0 < sum(alike) < 12
+    chance = images[[i for i, same in enumerate(alike) if same]]
+    report = normswap.verify(a, b, [chance, images])
+    assert {difference.path.partition(".")[2] for difference in report.outputs} == {"whole"}
+    assert report.agreement is None
+    assert [note for note in report.notes if note.startswith("points: of another length in each network")]
+    report = normswap.distil(b, a, images, steps=1, batch_size=4, eval_data=images)
+    assert any(note.startswith("points: of another length in each network") for note in report.notes)
+
+
 def test_other_classes_are_an_error_still() -> None:
     a, b = (nn.Sequential(nn.Flatten(), nn.Linear(192, classes)).eval() for classes in (3, 4))
     with pytest.raises(normswap.DataError, match="cannot be compared"):
