@@ -106,7 +106,7 @@ def measured(place: Path, shards: int, shard: int, width: int, whole: bool) -> t
         largest, total = checkpoint(folder / "w", blocks, width, shard)
         gc.collect()
         out = folder / "out"
-        peak, seconds = converted(folder, blocks, width, "--max-shard-size", str(largest), "-o", str(out))
+        peak, seconds = converted(folder, blocks, width, "--max-shard-size", f"{largest}B", "-o", str(out))
         shutil.rmtree(out)
         whole = whole and total < 10**9
         one = converted(folder, blocks, width, "-o", str(folder / "one.safetensors"))[0] if whole else 0

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .batches import as_batches as as_batches
     from .box_data import BoxData as BoxData
     from .coco import CocoData as CocoData
     from .coco import open_coco as open_coco
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .yolo import open_yolo as open_yolo
 
 _HOME = {
+    "as_batches": "batches",
     "BoxData": "box_data",
     "CocoData": "coco",
     "ImageBatches": "image_folder",
@@ -46,6 +48,7 @@ __all__ = [
     "MaskData",
     "Preprocess",
     "Shapes",
+    "as_batches",
     "open_coco",
     "open_images",
     "open_masks",

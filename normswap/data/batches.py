@@ -216,7 +216,9 @@ def _split(item: Any, network: nn.Module | None = None) -> Batch:
         if len(item) == 2:
             args = _named(item[0], network) if isinstance(item[0], Mapping) else _args(item[0])
             return args, _labels(item[1], _length(args))
-        raise DataError(f"a batch of data is {_described(item)}; expected x or (x, y)", hint=_ACCEPTED)
+        raise DataError(
+            f"a batch of data is {_described(item)}; expected x, (x, y) or ((x, lengths), y)", hint=_ACCEPTED
+        )
     raise DataError(f"a batch of data is {_described(item)}", hint=_ACCEPTED)
 
 

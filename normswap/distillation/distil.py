@@ -183,7 +183,7 @@ def _compared(stream: Stream, settings: Settings, given: Batches | None) -> Comp
 def _report(work: DistillationRun, *, interrupted: bool = False) -> DistillationReport:
     first, best = work.judge.first, work.judge.final()
     notes = (*work.notes, *first.tally.notes)
-    if best.step == 0 and work.step:
+    if best.step == 0 and work.step and not interrupted:
         notes += (UNCHANGED,)
     begun, ended = work.losses
     return DistillationReport(

@@ -219,7 +219,7 @@ def test_no_more_than_a_shard_is_held_whatever_the_total(cli: Cli, folder: Path,
     largest = max(sum(t.nbytes for t in load_file(file).values()) for file in (folder / "w").glob("*.safetensors"))
     call = ("convert", "nets.py:plain", "--arg", f"blocks={blocks}", "--weights", "w", "--to", "gn", "--groups", "2")
     with HeldInMemory() as held:
-        ran = cli(*call, "--input", "1,3,4,4", "--max-shard-size", str(largest), "-o", "out")
+        ran = cli(*call, "--input", "1,3,4,4", "--max-shard-size", f"{largest}B", "-o", "out")
     assert ran.code == 0, ran.err
     assert sum(t.nbytes for t in state.values()) > 2.5 * largest
     assert held.peak <= 1.1 * largest

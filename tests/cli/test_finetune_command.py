@@ -46,6 +46,26 @@ def test_calibrated_is_on_images_like_those_of_the_pretraining_only(cli: Cli, ne
     assert ("not calibrated: the training images are not what the network was trained on" in told) != of_its_own
 
 
+@pytest.mark.usefixtures("images")
+def test_a_converted_file_is_told_to_be_calibrated_first_and_not_calibrated_in_silence(cli: Cli) -> None:
+    assert (
+        cli("convert", "nets.py:tiny", "--weights", "none", "--to", "gn", "--groups", "4", "-o", "gn.safetensors").code
+        == 0
+    )
+    call = ("finetune", "gn.safetensors", "--trust-code", "--data", "photos", "--device", "cpu", "--steps", "2")
+    ran = cli(*call, "--calibrate", "photos")
+    assert ran.code == 2
+    assert "normswap calibrate gn.safetensors --data photos" in " ".join(ran.err.split())
+    told = "gn.safetensors is as it was converted"
+    assert told in " ".join(cli(*call, "-o", "first").err.split())
+    assert (
+        cli("calibrate", "gn.safetensors", "--data", "photos", "--trust-code", "-o", "repaired.safetensors").code == 0
+    )
+    assert "as it was converted" not in " ".join(
+        cli(*call[:1], "repaired.safetensors", *call[2:], "-o", "second").err.split()
+    )
+
+
 @pytest.mark.usefixtures("images", "pictures")
 def test_one_command_converts_calibrates_and_trains(cli: Cli) -> None:
     images = ("--calibrate-images", "8")

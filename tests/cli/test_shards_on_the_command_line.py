@@ -78,8 +78,9 @@ def test_shards_that_are_read_are_never_replaced(cli: Cli) -> None:
     assert "is read by the same command" in ran.err
 
 
-def test_a_size_that_is_none_is_an_error_of_the_call(cli: Cli) -> None:
-    ran = cli("convert", "nets.py:tiny", "--to", "gn", "--max-shard-size", "big")
+@pytest.mark.parametrize("size", ["big", "3", "2 XB"])
+def test_a_size_that_is_none_is_an_error_of_the_call(cli: Cli, size: str) -> None:
+    ran = cli("convert", "nets.py:tiny", "--to", "gn", "--max-shard-size", size)
     assert ran.code == 2
     assert "no size such as 500MB, 2GB or 2GiB" in " ".join(ran.err.split())
 

@@ -35,3 +35,12 @@ def test_a_request_that_no_machine_can_meet_is_named(
     assert "bug" not in ran.err
     assert "Traceback" not in ran.err
     assert not Path("runs").exists()
+
+
+def test_what_runs_in_one_process_is_not_started_by_torchrun(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for processes, code in (("2", 2), ("1", 0)):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        ran = cli("inspect", "nets.py:tiny", "--weights", "none")
+        assert ran.code == code
+        assert ("inspect runs in one process: start it without torchrun" in ran.err) == (code == 2)

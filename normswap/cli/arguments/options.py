@@ -288,6 +288,8 @@ def shard_size(ctx: typer.Context, text: str | None) -> int | None:
     if text is None:
         return None
     try:
+        if text.strip().isdecimal():  # 3 would be taken for bytes, and make a file of each tensor
+            raise OptionError("without a unit")
         return parse_size(text)
     except OptionError:
         why = f"{text!r} is no size such as 500MB, 2GB or 2GiB"

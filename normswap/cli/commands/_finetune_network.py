@@ -113,8 +113,28 @@ def network_of(
             f"{origin.file} is converted already",
             hint=f"Leave --to out, or convert its source: {' '.join(building(origin.source, origin.made_with))}",
         )
+    if origin.file is not None and (swap.place is not None or swap.images is not None):
+        raise OptionError(
+            f"{origin.file} is converted already; --calibrate goes with --to, which calibrates what it converts",
+            hint=f"Calibrate the file first: normswap calibrate {origin.file} --data {swap.place or 'FOLDER'}",
+        )
     model, origin = open_network(origin, wanted, out)
+    if origin.file is not None and _as_converted(model):
+        out.note(
+            f"{origin.file} is as it was converted; on images like those of its pretraining it trains better after "
+            f"`normswap calibrate {origin.file} --data FOLDER`"
+        )
     return model, origin, prepare(model, origin, asked)
+
+
+def _as_converted(model: nn.Module) -> bool:
+    """Whether norms that calibration would have repaired are as the conversion has left them."""
+    from ...conversion.record import record_of
+    from ...norms.registry import norm_named
+
+    record = record_of(model)
+    steps = () if record is None or record.history else record.plan.steps
+    return any(norm_named(step.target).per_sample for step in steps)
 
 
 def converted(

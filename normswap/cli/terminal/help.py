@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import typer
 from typer.core import TyperCommand
 
+from ..arguments.options import UsageError
 from .errors import Commands
 from .streams import is_terminal
 
@@ -58,6 +59,13 @@ class Command(TyperCommand):
     def _today(self, arg: str) -> str:
         flag, equals, value = arg.partition("=")
         return f"{self.old_names.get(flag, flag)}{equals}{value}"
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it; each of several processes that torchrun has started would do the same work and write the same file."""
+        together = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+        if together and ctx.info_name != "finetune":
+            raise UsageError(f"{ctx.info_name} runs in one process: start it without torchrun", ctx)
+        return super().invoke(ctx)
 
     def get_help(self, ctx: Any) -> str:
         """The help, as wide as the terminal."""
