@@ -61,7 +61,7 @@ class Command(TyperCommand):
         return f"{self.old_names.get(flag, flag)}{equals}{value}"
 
     def invoke(self, ctx: Any) -> Any:
-        """Run it; each of several processes that torchrun has started would do the same work and write the same file."""
+        """Run it. Each of several processes that torchrun has started would do the same and write one file."""
         together = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
         if together and ctx.info_name != "finetune":
             raise UsageError(f"{ctx.info_name} runs in one process: start it without torchrun", ctx)
