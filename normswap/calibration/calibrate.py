@@ -13,7 +13,8 @@ from ..choices import STAND_INS, Method
 from ..conversion.history import Calibrated
 from ..conversion.record import check_order, record_of
 from ..conversion.revert import revert
-from ..data.batches import MAX_BAD, images_in
+from ..data.batches import MAX_BAD
+from ..data.one_batch import images_in
 from ..errors import Fix, NetworkError, OptionError, RevertError, Text
 from ..modules.frozen_class import FrozenStatistics
 from ..modules.restore import moved

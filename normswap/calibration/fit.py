@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import as_batches, images_in, run_on
+from ..data.batches import as_batches, run_on
+from ..data.one_batch import images_in
 from ..modules.restore import evaluating, undisturbed
 from ..modules.tree import aliases
 from ..norms.registry import identify

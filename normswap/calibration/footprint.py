@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..comparison.layers import parts
-from ..data.batches import images_in
+from ..data.one_batch import images_in
 from ..errors import NormswapError
 from ..modules.tree import device_and_dtype
 from .moments import Args

@@ -15,7 +15,8 @@ from ..choices import STAND_INS
 from ..comparison.layers import parts
 from ..comparison.outputs import OutputTally
 from ..conversion.apply import standardization
-from ..data.batches import as_batches, images_in
+from ..data.batches import as_batches
+from ..data.one_batch import images_in
 from ..errors import DataError, OptionError
 from ..modules.precision import at_least_float32
 from ..modules.restore import evaluating, undisturbed

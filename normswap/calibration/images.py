@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..arguments import whole
-from ..data.batches import Batches, as_batches, images_in, rows
+from ..data.batches import Batches, as_batches, rows
+from ..data.one_batch import images_in
 from ..errors import DataError, Fix, OptionError, Text
 from .moments import Args
 from .norm_targets import Target

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..comparison.before_after import before_after
 from ..comparison.outputs import OutputTally
-from ..data.batches import images_in
+from ..data.one_batch import images_in
 from .images import leading
 from .matching import forward
 from .moments import Args

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import images_in
+from ..data.one_batch import images_in
 from ..errors import Fix, Text, plural
 from ..modules.restore import evaluating, undisturbed
 from .fit import measured

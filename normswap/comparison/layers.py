@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..conversion.convert import back_in_order
 from ..conversion.record import record_of
-from ..data.batches import CHECK_IMAGES, Batch, images_in, placed, rows
+from ..data.batches import CHECK_IMAGES, placed, rows
+from ..data.one_batch import Batch, images_in
 from ..errors import DataError, Fix, Text, first_line, plural
 from ..inspection.inventory import inspect
 from ..modules.tree import aliases, device_and_dtype, module_at

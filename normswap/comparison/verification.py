@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import MAX_BAD, Batches, as_batches, images_in
+from ..data.batches import MAX_BAD, Batches, as_batches
+from ..data.one_batch import images_in
 from ..display.overview import ReportInNotebook
 from ..errors import DataError, Fix, Text
 from ..inspection.example_inputs import guess_inputs, random_tensor, runs

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..comparison.outputs import OutputTally
-from ..data.batches import images_in, run_on
+from ..data.batches import run_on
+from ..data.one_batch import images_in
 from ..modules.restore import is_detector
 from ..training.seeding import seed_step
 from ..training.snapshot import Snapshot

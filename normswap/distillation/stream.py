@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from ..data.batches import Batch, Batches, as_batches, collated, images_in, is_pair, needed
+from ..data.batches import Batches, as_batches, collated, is_pair
 from ..data.image_folder import ImageBatches, ImageData, open_images
+from ..data.one_batch import Batch, images_in, needed
 from ..errors import DataError
 from ..training.seeding import mixed_seed, seed_step
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from normswap.data import open_images, shapes
-from normswap.data.batches import as_batches, images_in, placed
+from normswap.data.batches import as_batches, placed
+from normswap.data.one_batch import images_in
 from normswap.errors import DataError, OptionError
 
 X = torch.randn(10, 3, 5, 5)

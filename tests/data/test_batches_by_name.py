@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 import normswap
 from normswap.comparison.layers import parts
-from normswap.data.batches import as_batches, images_in
+from normswap.data.batches import as_batches
+from normswap.data.one_batch import images_in
 
 
 class Two(nn.Module):
