@@ -491,3 +491,16 @@ def test_stand_ins_calibrate_before_training(cli: Cli, images: Path) -> None:
     ran = cli(*real, *said, "--calibrate", "photos", "--calibrate-images", "13")
     assert ran.code == 0, ran.err
     assert "calibrated on 13 crops of photographs 3x16x16" in " ".join(ran.err.split())
+
+
+@pytest.mark.usefixtures("images")
+def test_a_run_goes_on_whose_code_lies_beside_the_file_that_it_began_with(cli: Cli) -> None:
+    assert cli("convert", "nets.py:tiny", "--weights", "none", "--to", "gn", "-o", "gn.safetensors").code == 0
+    Path("elsewhere").mkdir()
+    for name in ("nets.py", "gn.safetensors"):
+        Path(name).rename(Path("elsewhere", name))
+    call = ("finetune", "elsewhere/gn.safetensors", "--trust-code", *TINY[5:], "--steps", "2", "-o", "run")
+    for more in ((), ("--resume",)):
+        ran = cli(*call, *more)
+        assert ran.code == 0, ran.err
+    assert "the run was complete" in ran.out

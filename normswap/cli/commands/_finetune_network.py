@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ...errors import CheckpointError, OptionError, plural
+from ...errors import CheckpointError, OptionError, SourceError, plural
 from ..arguments.networks import ResolvedSource, SourceRequest, open_network
 from ..arguments.options import stands_in
 from ..arguments.preprocessing import Preparation, PreprocessOverrides, prepare
@@ -106,7 +107,7 @@ def network_of(
             )
         if origin.file is None:  # the command names the code itself, and `keep_command` has seen that it is the same
             wanted = replace(wanted, trust_code=True)
-        model, origin = open_network(ResolvedSource(origin.source, resumed / LAST), wanted, out)
+        model, origin = _resumed(origin, wanted, resumed / LAST, out)
         return model, origin, prepare(model, origin, asked)
     if origin.file is not None and swap.wanted:
         raise OptionError(
@@ -125,6 +126,21 @@ def network_of(
             f"`normswap calibrate {origin.file} --data FOLDER`"
         )
     return model, origin, prepare(model, origin, asked)
+
+
+def _resumed(
+    origin: ResolvedSource, wanted: SourceRequest, file: Path, out: Output
+) -> tuple[nn.Module, ResolvedSource]:
+    """The network of a run's file. Its code may lie beside the file that the run began with, and not beside this."""
+    from ...sources.user_code import beside
+
+    source = origin.source
+    if origin.file is not None and source is not None and wanted.source is None:
+        with suppress(SourceError):  # beside the run's file, then, or not at all
+            found = beside(source, origin.file)
+            wanted, origin = replace(wanted, source=str(found)), replace(origin, source=found)
+    model, opened = open_network(ResolvedSource(origin.source, file), wanted, out)
+    return model, replace(opened, source=source)  # as it was noted
 
 
 def _as_converted(model: nn.Module) -> bool:
