@@ -158,6 +158,8 @@ def test_it_runs_with_a_package_that_is_no_dependency(name: str, tmp_path: Path)
         cwd=tmp_path, capture_output=True, text=True, timeout=240,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent), "YOLO_CONFIG_DIR": str(tmp_path)},
     )  # fmt: skip
+    if missing := re.search(r"^ModuleNotFoundError: No module named '(?!normswap)(.+)'", ran.stderr, re.MULTILINE):
+        pytest.skip(f"{ELSEWHERE[name]} is installed without {missing[1]}, which it imports")
     assert ran.returncode == 0, ran.stderr
     assert len(re.findall(FIGURES[name], ran.stdout)) == RUNS.get(name, 2), ran.stdout
     if name == "ultralytics_trainer":
