@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..modules.attributes import leaves_of
 
 # Where the instructions are known; elsewhere nothing counts as run, and so every doubt stays.
-KNOWN = ("cpython", {(3, 10), (3, 11), (3, 12), (3, 13)})
+KNOWN = ("cpython", {(3, 10), (3, 11), (3, 12), (3, 13), (3, 14)})
 
 _TORCH = torch.__path__[0] + os.sep
 # Code that others' modules are called from too, and the recorder's own.
