@@ -12,6 +12,7 @@ from ..calibration.fit import Fit, fit, remembering
 from ..calibration.images import collected
 from ..choices import Purpose
 from ..conversion.preconditions import never_updated
+from ..conversion.record import arguments_of
 from ..errors import NetworkError, PlanError
 from ..inspection.example_inputs import inputs_for, runs
 from ..inspection.inventory import Inventory, inventory_of, positions
@@ -67,7 +68,7 @@ def advise(
     inventory = inventory_of(model, example_inputs)
     _check(model, inventory)
     unknown = bool(never_updated(states_in(model)))
-    found = None if data is None or unknown else _fit(model, data, preprocess)
+    found = None if data is None or unknown else _fit(model, data, preprocess, example_inputs)
     situation = replace(situation, resembles=None if found is None else found.suits)
     rule = rule_for(situation)
     inputs = inputs_for(model, example_inputs)
@@ -106,8 +107,9 @@ def _check(model: nn.Module, inventory: Inventory) -> None:
     )
 
 
-def _fit(model: nn.Module, data: Any, preprocess: Callable[[Any], Tensor] | None) -> Fit | None:
-    batches, _, _ = collected(model, data, IMAGES, 16, preprocess, 10)
+def _fit(model: nn.Module, data: Any, preprocess: Callable[[Any], Tensor] | None, example_inputs: Any) -> Fit | None:
+    inputs = arguments_of(model, example_inputs=example_inputs)
+    batches, _, _ = collected(model, data, IMAGES, 16, preprocess, 10, inputs)
     return fit(model, batches) if remembering(model) else None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..choices import STAND_INS, Method
 from ..conversion.history import Calibrated
-from ..conversion.record import check_order, record_of
+from ..conversion.record import arguments_of, check_order, record_of
 from ..conversion.revert import revert
 from ..data.batches import MAX_BAD
 from ..data.one_batch import images_in
@@ -102,8 +102,9 @@ def calibrate(
         with teller(progress, "making inputs") as tell:
             made = _stand_ins(data, model, reference, example_inputs, images, seed, tell)
         batches, labels, source = collected(
-            model, made.batches if made else data, images, batch_size, preprocess, max_bad
-        )
+            model, made.batches if made else data, images, batch_size, preprocess, max_bad,
+            arguments_of(model, example_inputs=example_inputs),
+        )  # fmt: skip
         targets = targets_of(model, reference)
         if images is None and made is None and method == "refit" and not any(target.statistics for target in targets):
             batches, labels = fewer_of_large(batches, labels)
@@ -159,7 +160,8 @@ def estimate_statistics(
     targets = [Target(path, spec.name, m, None, True, False) for path, m, spec in moving if spec.read(m).has_statistics]
     if not targets:
         raise NetworkError(f"{type(model).__name__} has no running statistics to estimate")
-    batches, labels, source = collected(model, data, images, batch_size, preprocess, max_bad)
+    inputs = arguments_of(model)
+    batches, labels, source = collected(model, data, images, batch_size, preprocess, max_bad, inputs)
     check_enough(targets, sum(map(images_in, batches)) + len(source.bad), images)
     given = batches, labels, source.classes
     with told(progress, len(targets), "estimating running statistics") as step:

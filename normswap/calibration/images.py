@@ -22,10 +22,11 @@ def collected(
     batch_size: int,
     preprocess: Callable[[Any], Tensor] | None,
     max_bad: int,
+    inputs: int | None = None,
 ) -> tuple[list[Args], list[Tensor | None], Batches]:
     """The batches to use, the last one cut to what was asked for, in memory: both networks see the same ones.
 
-    With their labels, and what they were read from.
+    With their labels, and what they were read from. inputs: see `as_batches`.
     """
     if images is not None:
         whole("images", images)
@@ -35,7 +36,8 @@ def collected(
         )
     most = images or (len(data) if isinstance(data, Tensor) else 256)
     batches, labels, left = [], [], most
-    source = as_batches(data, batch_size, once=True, preprocess=preprocess, max_bad=max_bad, network=model)
+    reading: dict[str, Any] = {"preprocess": preprocess, "max_bad": max_bad, "network": model, "inputs": inputs}
+    source = as_batches(data, batch_size, once=True, **reading)
     for args, y in source:
         part, part_y = first_images(args, y, left)
         batches.append(part)

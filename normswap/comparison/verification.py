@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..conversion.record import arguments_of
 from ..data.batches import MAX_BAD, Batches, as_batches
 from ..data.one_batch import images_in
 from ..display.overview import ReportInNotebook
@@ -128,7 +129,8 @@ def verify(
     if data is None:
         batches = _random_batches(a)
     else:
-        batches = as_batches(data, batch_size, once=True, preprocess=preprocess, max_bad=max_bad, network=a)
+        reading: dict[str, Any] = {"preprocess": preprocess, "max_bad": max_bad, "inputs": arguments_of(a, b)}
+        batches = as_batches(data, batch_size, once=True, network=a, **reading)
     layers = LayerTally(comparable_paths(a, b))
     uneven = bool(layers.paths) and same_layers(a, b)
     tally = OutputTally(None if batches.classes is None else len(batches.classes), uneven)

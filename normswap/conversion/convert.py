@@ -14,7 +14,7 @@ from ..choices import Indivisible, MissingStatistics
 from ..choices import Transfer as TransferWord
 from ..errors import OptionError
 from ..files.spilling import spilled, spilling
-from ..inspection.example_inputs import as_inputs, inputs_for
+from ..inspection.example_inputs import as_inputs, inputs_for, tensors_given
 from ..modules.tree import copied
 from ..modules.wrappers import check_wrapper, rewrapped, unwrapped
 from ..norms.registry import identify, states_in
@@ -181,7 +181,7 @@ def converted(model: nn.Module, options: ConvertOptions) -> nn.Module:
     root, undo = apply(work, bound, keep_undo=options.undo or reference is not None)
     check = Check(None, reason=unproved, total=len(plan.steps))
     record = Record(plan, undo, check, previous=previous, notes=dict(previous.notes) if previous else {})
-    record.inputs = _shape_of(options.example_inputs) or (dict(previous.inputs) if previous else {})
+    record.inputs = _known_of(options.example_inputs) or (dict(previous.inputs) if previous else {})
     attach(root, record)
     if reference is not None:
         record.check = prove(root, bound, reference, original)
@@ -201,9 +201,11 @@ def _spill(model: nn.Module, bound: BoundPlan) -> None:
         tensor.data = spilled(tensor.data)
 
 
-def _shape_of(example_inputs: Any) -> dict[str, Any]:
-    """What to remember of inputs that were given: the shape of one, of a network that takes one floating tensor."""
+def _known_of(example_inputs: Any) -> dict[str, Any]:
+    """What to remember of inputs that were given: the shape of a single floating tensor, or how many there are."""
     given = as_inputs(example_inputs)
+    if (count := tensors_given(example_inputs)) > 1:
+        return {"arguments": count}
     single = len(given) == 1 and isinstance(given[0], torch.Tensor) and given[0].is_floating_point()
     return {"shape": list(given[0].shape[1:])} if single and given[0].dim() > 1 else {}
 

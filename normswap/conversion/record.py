@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 from torch import fx, nn
 
 from ..errors import NetworkError
+from ..inspection.example_inputs import tensors_given
 from ..modules.attributes import RECORD
 from ..norms.registry import identify
 from ..planning.plan import Plan
@@ -59,7 +60,8 @@ class Record:
 
     source: how to rebuild the original architecture (see `sources.spec.Source.to_dict`), None when only its caller can.
     previous: of the conversion before this one, when a converted network was converted again. inputs: what is known of
-    the inputs, JSON values: `shape` of one of them, and how pixels in [0, 1] are prepared: `mean`, `std`, `bgr`.
+    the inputs, JSON values: `shape` of one of them, or the number of `arguments` of a forward that is given several;
+    and how pixels in [0, 1] are prepared: `mean`, `std`, `bgr`.
     notes: of other parts of normswap, by their class.
     """
 
@@ -104,6 +106,12 @@ def detach(root: nn.Module) -> Record | None:
     if root.__dict__.get("is_fused") is fused_already:
         del root.__dict__["is_fused"]
     return record
+
+
+def arguments_of(*models: nn.Module, example_inputs: Any = None) -> int | None:
+    """How many tensors forward is known to be given: by these example inputs, or those that a conversion was given."""
+    records = filter(None, map(record_of, models))
+    return tensors_given(example_inputs) or next((n for r in records if (n := r.inputs.get("arguments"))), None)
 
 
 def fused_already(*args: Any) -> bool:

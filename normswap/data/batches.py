@@ -29,12 +29,13 @@ class Batches:
     args: the positional arguments of the network's forward; labels: int64 `(N,)`, or None where there are none, or
     what comes with the inputs is not one class for each of them (boxes, masks, several labels). Nothing is moved
     to another device or dtype: see `placed`. classes: the names the labels count, where the source knows them.
-    network: whose arguments a dict's keys are, by their names.
+    network: whose arguments a dict's keys are, by their names. inputs: how many it is known to be given.
     """
 
     source: Iterable[Any]
     classes: tuple[str, ...] | None = None
     network: nn.Module | None = None
+    inputs: int | None = None
 
     @property
     def bad(self) -> tuple[str, ...]:
@@ -45,7 +46,7 @@ class Batches:
         """Raises DataError for a batch it cannot read, and when there is none."""
         empty = True
         for item in self.source:
-            args, labels = split(item, self.network)
+            args, labels = split(item, self.network, self.inputs)
             if images_in(args) > 0:
                 empty = False
                 yield args, labels
@@ -63,6 +64,7 @@ def as_batches(
     preprocess: Transform | None = None,
     max_bad: int = MAX_BAD,
     network: nn.Module | None = None,
+    inputs: int | None = None,
 ) -> Batches:
     """Read what the Python API accepts as `data=`.
 
@@ -74,16 +76,19 @@ def as_batches(
     or a list of images `(C, H, W)` with 1, 3 or 4 channels, as torchvision's detectors take; x may be any of these,
     or a tuple of tensors for a forward with several arguments, or a list of one dict for each image.
     network: what the batches are for. Of as many tensors as its forward needs, if that is more than one, all are
-    inputs, and one more is y. A dict gives it all arguments that have the names of its keys; where none has,
-    and no key is known, the dict itself.
+    inputs, and one more is y. So is what goes with x by the name of an optional argument, in the order of forward: one
+    number for each sample of "lengths", "x_lens", ..., a tensor `(N, T)` or larger of a "mask"; with `forward(x,
+    lengths=None)` a batch is `(x, lengths)` or `(x, lengths, y)`. A dict gives it all arguments that have the names of
+    its keys; where none has, and no key is known, the dict itself. inputs: how many arguments the network is given in
+    any case, as of its example inputs.
     once: the caller iterates a single time. Otherwise a generator, which can be read only once, is read into memory.
 
     Raises OptionError for a batch size below 1, and DataError, saying what is accepted, for anything else.
     """
     whole("batch_size", batch_size)
     if isinstance(data, Batches):
-        return data if network is None else replace(data, network=network)
-    return replace(_batches(data, batch_size, once, preprocess, max_bad), network=network)
+        return data if network is None else replace(data, network=network, inputs=inputs)
+    return replace(_batches(data, batch_size, once, preprocess, max_bad), network=network, inputs=inputs)
 
 
 def _batches(data: Any, batch_size: int, once: bool, preprocess: Transform | None, max_bad: int) -> Batches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,13 +18,14 @@ _INPUTS = ("pixel_values", "pixel_values_videos", "image", "images", "input", "i
 _LABELS = ("label", "labels", "target", "targets", "y", "class", "fine_label")
 ACCEPTED = (
     "data takes a tensor (N, C, H, W), a pair of it and labels (N,), a Dataset, a DataLoader or another iterable of "
-    "batches, or a folder; a batch is a tensor, (x, y), a dict with a key such as 'pixel_values' or 'image', or with "
-    "those of the forward's arguments, or a list of images (C, H, W)"
+    "batches, or a folder; a batch is a tensor, (x, y), (x, lengths) or (x, lengths, y) for a forward that takes both, "
+    "a dict with a key such as 'pixel_values' or 'image', or with those of the forward's arguments, or a list of "
+    "images (C, H, W)"
 )
 
 
-def split(item: Any, network: nn.Module | None = None) -> Batch:
-    """One item of an iterable -> (args, labels)."""
+def split(item: Any, network: nn.Module | None = None, inputs: int | None = None) -> Batch:
+    """One item of an iterable -> (args, labels). inputs: how many arguments the caller is known to give the network."""
     if isinstance(item, Tensor) or _are_images(item):
         return _args(item), None
     if isinstance(item, Mapping):
@@ -34,16 +36,62 @@ def split(item: Any, network: nn.Module | None = None) -> Batch:
         return (item,), None
     if isinstance(item, (list, tuple)):
         if len(item) == 1:
-            return split(item[0], network)
-        count = len(needed(network))
-        if count > 1 and len(item) in (count, count + 1) and all(isinstance(part, Tensor) for part in item):
-            args = tuple(_one(_args(part)) for part in item[:count])
+            return split(item[0], network, inputs)
+        count = arguments_in(item, network, inputs)
+        if count > 1 and len(item) in (count, count + 1) and all(isinstance(part, Tensor) for part in item[:count]):
+            args = tuple(_one(_args(part)) if part.dim() > 2 or part is item[0] else part for part in item[:count])
             return args, None if len(item) == count else labels_of(item[count], _length(args))
         if len(item) == 2:
             args = _named(item[0], network) if isinstance(item[0], Mapping) else _args(item[0])
             return args, labels_of(item[1], _length(args))
         raise DataError(f"a batch of data is {described(item)}; expected x, (x, y) or ((x, lengths), y)", hint=ACCEPTED)
     raise DataError(f"a batch of data is {described(item)}", hint=ACCEPTED)
+
+
+def arguments_in(item: Sequence[Any], network: nn.Module | None, inputs: int | None) -> int:
+    """How many of a batch's parts are arguments of forward: those it needs, and what the others' names say goes with x.
+
+    inputs: so many are known to be, wherever labels would not do as well.
+    """
+    parameters = [p for p in _parameters(network) if p.kind in _BY_POSITION]
+    if not parameters:
+        return inputs or 0
+    count = len(needed(network))
+    for place in range(max(count, 1), min(len(item), len(parameters))):
+        if not _goes_with(item[0], parameters[place].name, item[place], told=place < (inputs or 0)):
+            break
+        count = place + 1
+    return count
+
+
+_LENGTHS = re.compile(r"(?<!wave)len(gth)?s?(_|$)")
+_NO_LENGTHS = re.compile(r"(^|_)(max|min|total)")
+
+
+def _goes_with(x: Any, name: str, part: Any, *, told: bool) -> bool:
+    """Whether that is what the optional parameter `name` takes beside x, and no labels.
+
+    Raises DataError for numbers that a parameter of lengths would be given, and that are no lengths of x.
+    """
+    name = name.lower()
+    if not (isinstance(x, Tensor) and isinstance(part, Tensor)) or any(word in name for word in ("label", "target")):
+        return False
+    if "mask" in name:  # one number for each sample masks nothing; one for each pixel is what segmentation learns
+        pixels = x.dim() > 3 and part.shape[-2:] == x.shape[-2:]
+        return part.dim() > 1 and (told or not pixels)
+    if told:
+        return name not in _LABELS
+    if not _LENGTHS.search(name) or _NO_LENGTHS.search(name) or part.shape != x.shape[:1] or part.dtype == torch.bool:
+        return False
+    longest = max(x.shape[1:], default=0)
+    if not part.is_floating_point() and part.numel() and not 1 <= int(part.min()) <= int(part.max()) <= longest:
+        raise DataError(
+            f"the second part of a batch is read as the {name} that forward takes, and holds numbers from "
+            f"{int(part.min())} to {int(part.max())}, which are no lengths of x, {tuple(x.shape)}",
+            hint=f"Labels go third, (x, {name}, y), or into a dict: {{'x': x, 'labels': y}}, with forward's own names; "
+            f"lengths that count something else too: {{'x': x, '{name}': ...}}.",
+        )
+    return True
 
 
 def _named(batch: Mapping[str, Any], network: nn.Module | None) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..choices import Augment, Loss, Parameters, Precision
 from ..comparison.before_after import before_after
 from ..conversion.history import Distilled
-from ..conversion.record import record_of
+from ..conversion.record import arguments_of, record_of
 from ..data.batches import MAX_BAD, Batches, as_batches, opened
 from ..errors import CheckpointError, Fix, Interrupted, OptionError, Text
 from ..files.locking import locked
@@ -126,8 +126,9 @@ def distil(
     reference = original_of(model, None if reference is None else unwrapped(reference))
     data = list(data) if isinstance(data, Iterator) else data
     reading: dict[str, Any] = {"preprocess": preprocess, "max_bad": max_bad}
-    stream = stream_of(opened(data, batch_size, **reading), batch_size, seed, hold=eval_data is None, network=model)
-    given = None if eval_data is None else as_batches(eval_data, batch_size, network=model, **reading)
+    network: dict[str, Any] = {"network": model, "inputs": arguments_of(model)}
+    stream = stream_of(opened(data, batch_size, **reading), batch_size, seed, hold=eval_data is None, **network)
+    given = None if eval_data is None else as_batches(eval_data, batch_size, **network, **reading)
     alone = nullcontext() if kept.file is None else locked(kept.file)
     work: DistillationRun | None = None
     try:

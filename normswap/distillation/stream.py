@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from ..data.batches import Batches, as_batches, collated, is_pair
 from ..data.image_folder import ImageBatches, ImageData, open_images
-from ..data.one_batch import Batch, images_in, needed
+from ..data.one_batch import Batch, arguments_in, images_in
 from ..errors import DataError
 from ..training.seeding import mixed_seed, seed_step
 
@@ -95,7 +95,15 @@ def held_of(count: int) -> int:
     return min(MOST_HELD, max(count // 10, min(32, count // 4)))
 
 
-def stream_of(data: Any, batch_size: int, seed: int, *, hold: bool = True, network: nn.Module | None = None) -> Stream:
+def stream_of(
+    data: Any,
+    batch_size: int,
+    seed: int,
+    *,
+    hold: bool = True,
+    network: nn.Module | None = None,
+    inputs: int | None = None,
+) -> Stream:
     """Read `data` in random order, each image once per pass.
 
     hold: keep some of the images apart, `held_of` as many as there are, always the same ones by `seed`; of a list of
@@ -106,7 +114,7 @@ def stream_of(data: Any, batch_size: int, seed: int, *, hold: bool = True, netwo
     DataLoader or another iterable of batches decides on its own order and is iterated again and again; a generator
     is read into memory.
 
-    network: whose arguments a dict's keys name.
+    network: whose arguments a dict's keys name. inputs: how many it is known to be given; see `as_batches`.
 
     Raises OptionError for a batch size below 1, and DataError for data that `as_batches` does not take.
     """
@@ -116,7 +124,7 @@ def stream_of(data: Any, batch_size: int, seed: int, *, hold: bool = True, netwo
     if isinstance(data, ImageData):
         data = data.batches(batch_size=batch_size)
     if is_pair(data):
-        data = TensorDataset(*data) if len(needed(network)) > 1 else data[0]
+        data = TensorDataset(*data) if arguments_in(data, network, inputs) > 1 else data[0]
     if isinstance(data, Tensor) and data.dim() > 0:
         return _indexed(len(data), batch_size, seed, lambda parts: (data[part] for part in parts), hold=hold)
     if isinstance(data, ImageBatches):
@@ -131,16 +139,19 @@ def stream_of(data: Any, batch_size: int, seed: int, *, hold: bool = True, netwo
             lambda parts: (collated([samples[i] for i in p]) for p in parts),
             hold=hold,
             network=network,
+            inputs=inputs,
         )
     last: list[Any] = []
     if hold and isinstance(data, (list, tuple)) and len(data) > 1:
         apart = len(data) - max(1, len(data) // 10)
         data, last = data[:apart], list(data[apart:])
-    batches = as_batches(data, batch_size, network=network)
+    batches = as_batches(data, batch_size, network=network, inputs=inputs)
     return Stream(
         seed,
         lambda number, first: (args for args, _ in batches),
-        held=lambda: (args for args, _ in as_batches(last, batch_size, network=network)) if last else iter(()),
+        held=lambda: (
+            (args for args, _ in as_batches(last, batch_size, network=network, inputs=inputs)) if last else iter(())
+        ),
     )
 
 
@@ -152,6 +163,7 @@ def _indexed(
     *,
     hold: bool,
     network: nn.Module | None = None,
+    inputs: int | None = None,
 ) -> Stream:
     """A stream over data that can be read in any order: `read` gives the batches of the given indices."""
     if count == 0:
@@ -162,7 +174,7 @@ def _indexed(
     size = min(batch_size, len(kept))
 
     def given(parts: list[list[int]]) -> Iterator[Args]:
-        return (args for args, _ in Batches(_once(read(parts)), network=network)) if parts else iter(())
+        return (args for args, _ in Batches(_once(read(parts)), network=network, inputs=inputs)) if parts else iter(())
 
     def epoch(number: int, first: int) -> Iterator[Args]:
         generator = torch.Generator().manual_seed(mixed_seed(seed, plus=number))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -47,6 +48,11 @@ def inputs_for(model: nn.Module, example_inputs: Any) -> tuple[Any, ...] | None:
 def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
     """The forward's positional arguments from what callers pass as `example_inputs`."""
     return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+
+
+def tensors_given(example_inputs: Any) -> int:
+    """How many tensors the forward's arguments begin with, in what callers pass as `example_inputs`; 0 of None."""
+    return len(list(takewhile(lambda value: isinstance(value, torch.Tensor), as_inputs(example_inputs))))
 
 
 def random_tensor(shape: tuple[int, ...], model: nn.Module) -> torch.Tensor:
