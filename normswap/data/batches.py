@@ -30,12 +30,14 @@ class Batches:
     what comes with the inputs is not one class for each of them (boxes, masks, several labels). Nothing is moved
     to another device or dtype: see `placed`. classes: the names the labels count, where the source knows them.
     network: whose arguments a dict's keys are, by their names. inputs: how many it is known to be given.
+    labelled: every batch has labels, as `split` has it.
     """
 
     source: Iterable[Any]
     classes: tuple[str, ...] | None = None
     network: nn.Module | None = None
     inputs: int | None = None
+    labelled: bool = False
 
     @property
     def bad(self) -> tuple[str, ...]:
@@ -46,7 +48,7 @@ class Batches:
         """Raises DataError for a batch it cannot read, and when there is none."""
         empty = True
         for item in self.source:
-            args, labels = split(item, self.network, self.inputs)
+            args, labels = split(item, self.network, self.inputs, labelled=self.labelled)
             if images_in(args) > 0:
                 empty = False
                 yield args, labels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,9 +25,31 @@ ACCEPTED = (
 )
 
 
-def split(item: Any, network: nn.Module | None = None, inputs: int | None = None) -> Batch:
-    """One item of an iterable -> (args, labels). inputs: how many arguments the caller is known to give the network."""
-    if isinstance(item, Tensor) or _are_images(item):
+@dataclass(frozen=True)
+class Forward:
+    """What a network's forward takes, without the network: what worker processes need to read its batches."""
+
+    name: str
+    parameters: tuple[inspect.Parameter, ...]
+
+    @classmethod
+    def of(cls, network: nn.Module) -> Forward:
+        """Without annotations, whose types need not go to another process."""
+        plain = (p.replace(annotation=inspect.Parameter.empty) for p in _parameters(network))
+        return cls(type(network).__name__, tuple(plain))
+
+
+Taker = nn.Module | Forward | None
+
+
+def split(item: Any, network: Taker = None, inputs: int | None = None, *, labelled: bool = False) -> Batch:
+    """One item of an iterable -> (args, labels).
+
+    inputs: how many arguments the caller is known to give the network. labelled: the last of several parts that the
+    network can do without is y.
+    """
+    count = arguments_in(item, network, inputs, labelled=labelled) if isinstance(item, (list, tuple)) and item else 1
+    if isinstance(item, Tensor) or (count < 2 and _are_images(item)):
         return _args(item), None
     if isinstance(item, Mapping):
         labels = next((item[key] for key in _LABELS if key in item), None)
@@ -37,27 +60,27 @@ def split(item: Any, network: nn.Module | None = None, inputs: int | None = None
     if isinstance(item, (list, tuple)):
         if len(item) == 1:
             return split(item[0], network, inputs)
-        count = arguments_in(item, network, inputs)
         if count > 1 and len(item) in (count, count + 1) and all(isinstance(part, Tensor) for part in item[:count]):
             args = tuple(_one(_args(part)) if part.dim() > 2 or part is item[0] else part for part in item[:count])
             return args, None if len(item) == count else labels_of(item[count], _length(args))
         if len(item) == 2:
-            args = _named(item[0], network) if isinstance(item[0], Mapping) else _args(item[0])
+            args = _named(item[0], network) if isinstance(item[0], Mapping) else _several(item[0], network)
             return args, labels_of(item[1], _length(args))
         raise DataError(f"a batch of data is {described(item)}; expected x, (x, y) or ((x, lengths), y)", hint=ACCEPTED)
     raise DataError(f"a batch of data is {described(item)}", hint=ACCEPTED)
 
 
-def arguments_in(item: Sequence[Any], network: nn.Module | None, inputs: int | None) -> int:
+def arguments_in(item: Sequence[Any], network: Taker, inputs: int | None = None, *, labelled: bool = False) -> int:
     """How many of a batch's parts are arguments of forward: those it needs, and what the others' names say goes with x.
 
-    inputs: so many are known to be, wherever labels would not do as well.
+    inputs: so many are known to be, wherever labels would not do as well. labelled: the last part is none of the
+    arguments that forward can do without.
     """
     parameters = [p for p in _parameters(network) if p.kind in _BY_POSITION]
     if not parameters:
         return inputs or 0
     count = len(needed(network))
-    for place in range(max(count, 1), min(len(item), len(parameters))):
+    for place in range(max(count, 1), min(len(item) - labelled, len(parameters))):
         if not _goes_with(item[0], parameters[place].name, item[place], told=place < (inputs or 0)):
             break
         count = place + 1
@@ -94,7 +117,13 @@ def _goes_with(x: Any, name: str, part: Any, *, told: bool) -> bool:
     return True
 
 
-def _named(batch: Mapping[str, Any], network: nn.Module | None) -> tuple[Any, ...]:
+def _several(x: Any, network: Taker) -> tuple[Any, ...]:
+    """The x of (x, y): a list of images of a network that takes one argument; its arguments, where it takes several."""
+    together = isinstance(x, (list, tuple)) and len(x) == len(needed(network)) > 1
+    return tuple(map(_one, map(_args, x))) if together else _args(x)
+
+
+def _named(batch: Mapping[str, Any], network: Taker) -> tuple[Any, ...]:
     """The arguments of a network's forward, in their order, by their names; else what has a usual name."""
     known = any(key in batch for key in _INPUTS)
     if network is None:
@@ -104,8 +133,9 @@ def _named(batch: Mapping[str, Any], network: nn.Module | None) -> tuple[Any, ..
     taken = [p.name for p in parameters if p.name in given and p.name not in _LABELS]
     named = [p.name for p in all_of_them if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name in given]
     if named:
+        of = network.name if isinstance(network, Forward) else type(network).__name__
         raise DataError(
-            f"{type(network).__name__} takes {', '.join(named)} by name alone, and batches go to it by position",
+            f"{of} takes {', '.join(named)} by name alone, and batches go to it by position",
             hint="Leave the key out, or wrap the network in a module whose forward takes it among the others.",
         )
     if taken and without.issubset(given):
@@ -115,15 +145,15 @@ def _named(batch: Mapping[str, Any], network: nn.Module | None) -> tuple[Any, ..
     return _args(batch) if known or len(without) != 1 else (dict(batch),)
 
 
-def needed(network: nn.Module | None) -> set[str]:
+def needed(network: Taker) -> set[str]:
     """The arguments that a network's forward cannot do without."""
     parameters = [p for p in _parameters(network) if p.kind in _BY_POSITION]
     return {p.name for p in parameters if p.default is inspect.Parameter.empty}
 
 
-def _parameters(network: nn.Module | None) -> list[inspect.Parameter]:
-    if network is None:
-        return []
+def _parameters(network: Taker) -> list[inspect.Parameter]:
+    if network is None or isinstance(network, Forward):
+        return [] if network is None else [*network.parameters]
     try:
         return [*inspect.signature(network.forward).parameters.values()]
     except ValueError:  # a traced network's has no signature

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..data.image_folder import spread_over_classes
 from ..data.preprocess import Preprocess
 from ..display.progress import shown
 from ..errors import DataError, Fix, Text
+from ..finetuning.datasets.batched import given_batches, loaded
 from ..finetuning.datasets.loader import Loaded, Loader, Samples, Skipped
 from ..finetuning.datasets.sampler import Key
 from ..finetuning.datasets.splits import Sets
@@ -53,17 +54,19 @@ def evaluate(
     """Measure a network on labelled data: accuracy, mAP or mean IoU, for all classes and for each. Leaves it as it was.
 
     data: what `finetune` takes for the same task: a folder, a Dataset, for classification also a pair of tensors; of a
-    folder with `train` and `val` folders, the latter. task: "classification" gives top-1 and top-5 accuracy and what
-    each class is taken for; "detection" COCO's mAP and the AP of each class; "segmentation" the mean IoU, that of each
-    class, and what its pixels are taken for.
+    folder with `train` and `val` folders, the latter. For classification also a DataLoader, with all that it does, and
+    any iterable of batches that `calibrate` takes, if they have labels; they keep their size.
+    task: "classification" gives top-1 and top-5 accuracy and what each class is taken for; "detection" COCO's mAP and
+    the AP of each class; "segmentation" the mean IoU, that of each class, and what its pixels are taken for.
     class_names: what the network's classes are called, the background included. Where the data has names too, and the
     network knows all of them, they count; folders named by numbers may hold a part of the network's classes; otherwise
     there have to be as many classes, in the same order.
-    images: at most so many, the same every time, spread evenly over the classes. batch_size: by default 64, or 4 with
-    boxes or masks. device: where the network runs (and comes back from), "auto" for a GPU if there is one; by default
-    where it is. preprocess: of pictures in files, by default `Preprocess()`; detectors do that. workers: processes
-    that read; by default none on a CPU. max_bad: so many unreadable images are left out. progress: told how many
-    batches are done, of how many; by default a line on a terminal or in a notebook shows it.
+    images: at most so many, the same every time, spread evenly over the classes; of given batches, the first.
+    batch_size: by default 64, or 4 with boxes or masks. device: where the network runs (and comes back from), "auto"
+    for a GPU if there is one; by default where it is. preprocess: of pictures in files, by default `Preprocess()`;
+    detectors do that. workers: processes that read; by default none on a CPU. max_bad: so many unreadable images are
+    left out. progress: told how many batches are done, of how many; by default a line on a terminal or in a notebook
+    shows it.
 
     Detection needs the extra `normswap[train]`, and so does segmentation. Raises DataError for data that cannot be used
     or classes that do not fit, and OptionError for a device that is not there or a network that is none for the task.
@@ -74,19 +77,28 @@ def evaluate(
     check_module(model)
     model = unwrapped(model)
     doing = task_of(task)
-    sets = data if isinstance(data, Sets) else doing.open_one(model, data)
-    sets = doing.prepared(sets, preprocess or _usual(task), "none")
+    given = None if isinstance(data, Sets) or task != "classification" else given_batches(data, model)
+    if given is not None:
+        sets = Sets(None, None, given.classes)
+    else:
+        sets = data if isinstance(data, Sets) else doing.open_one(model, data)
+        sets = doing.prepared(sets, preprocess or _usual(task), "none")
     with moved(model, device), evaluating(model), undisturbed(model):
         place, _ = device_and_dtype(model)
         skipped = Skipped(max_bad)
-        samples = Samples(sets.validation, doing.collate, seed=0, replace=False)
-        turns = _Turns(sets.validation, images, batch_size or AT_ONCE[task])
-        loader = Loader(samples, turns, _workers(workers, place), skipped, pin=place.type == "cuda")
+        batches: Iterable[Loaded]
+        if given is not None:
+            batches, total = loaded(given, images), len(data) if hasattr(data, "__len__") else 0
+        else:
+            samples = Samples(sets.validation, doing.collate, seed=0, replace=False)
+            turns = _Turns(sets.validation, images, batch_size or AT_ONCE[task])
+            batches = Loader(samples, turns, _workers(workers, place), skipped, pin=place.type == "cuda")
+            total = len(turns)
         classes = Classes(sets.classes, None if class_names is None else tuple(class_names), first=task == "detection")
         meter = _meter(doing, model, classes)
-        done = _measured(model, meter, loader, len(turns), progress)
+        done = _measured(model, meter, batches, total, progress)
     found = meter.result()
-    bad = tuple(str(each) for each in skipped.found.values())
+    bad = tuple(str(each) for each in skipped.found.values()) if given is None else given.bad
     notes = tuple(filter(None, [sets.note, found.note]))
     return EvaluationReport(task, done, found.figures, **vars(found.of), notes=notes, bad=bad)
 
@@ -94,7 +106,7 @@ def evaluate(
 def _measured(
     model: nn.Module,
     meter: ClassMeter,
-    loader: Loader,
+    batches: Iterable[Loaded],
     total: int,
     progress: Callable[[int, int], None] | bool | None,
 ) -> int:
@@ -102,19 +114,19 @@ def _measured(
     images = 0
     with shown(progress if isinstance(progress, bool) or progress is None else False, "evaluating") as line:
         tell = progress if callable(progress) else line
-        for done, batch in enumerate(_with_images(loader), 1):
+        for done, batch in enumerate(_with_images(batches), 1):
             fewer = Text("Try a smaller ", Fix("batch_size"), ".")
             run_on(lambda *content: meter.add(model, content), model, batch.content, fewer=fewer)
             images += batch.count
             if tell is not None:
-                tell(done, total)
+                tell(done, max(done, total))
     if not images:
         raise DataError("none of the images could be read")
     return images
 
 
-def _with_images(loader: Loader) -> Iterator[Loaded]:
-    return (batch for batch in loader if batch.count)
+def _with_images(batches: Iterable[Loaded]) -> Iterator[Loaded]:
+    return (batch for batch in batches if batch.count)
 
 
 def _usual(task: str) -> Preprocess | None:

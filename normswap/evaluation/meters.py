@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ..finetuning.datasets.batched import called
 from ..finetuning.output.by_class import Answers, ByClass, accuracies, overlaps, precisions
 from ..finetuning.tasks.classification import check_labels
 from ..finetuning.tasks.detection import MeanPrecision
@@ -45,9 +46,9 @@ class Classified:
         self._best = self._right = self._images = 0
 
     def add(self, model: nn.Module, content: Any) -> None:
-        """One batch: inputs `(N, *)` and labels `(N,)`."""
+        """One batch: inputs `(N, *)`, or a tuple of forward's arguments, and labels `(N,)`."""
         inputs, labels = content
-        scores = scores_of(model(inputs)).float()
+        scores = scores_of(called(model, inputs)).float()
         labels = self._classes.numbered(labels.cpu(), scores.shape[1])
         check_labels(labels, scores)
         labels = labels.to(scores.device)

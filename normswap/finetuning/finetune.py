@@ -29,6 +29,7 @@ from ..training.parameters import training_only
 from ..training.run_state import network_digest
 from ..training.teacher import original_of
 from .asked import Asked, monitored, name_of, settled
+from .datasets.batched import told_of
 from .datasets.mixing import Mixing
 from .datasets.splits import Sets
 from .engine.accelerator import processes
@@ -96,8 +97,10 @@ def finetune(
 
     data: a folder with `train` and `val` folders, or without, when a tenth of its images is held back for validation;
     or a map-style Dataset. eval_data: likewise. task says what is in them:
-    "classification": one subfolder of images for each class; samples are (input, label). Also a pair of tensors,
-    inputs `(N, *)` and int64 labels `(N,)`, batches of such, or a DataLoader, of which the data set is used.
+    "classification": one subfolder of images for each class; samples are (input, label), or, for a network that takes
+    several arguments, (x, lengths, label), ((x, lengths), label) or a dict. Also a pair of tensors, inputs `(N, *)` and
+    int64 labels `(N,)`; batches of one size; or a DataLoader, of which the data set and the `collate_fn` are used: the
+    batches are of `batch_size`, in an order of finetune's own.
     "detection", for networks in torchvision's convention, `model(images, targets)` -> a dict of losses: what
     `normswap.data.open_coco`, `open_yolo` or `open_voc` reads; in a folder, `annotations.json` with the images beside
     it or in `images/`, COCO's own layout, YOLO's (or its data.yaml), or Pascal VOC's. Samples are (image, target); see
@@ -167,6 +170,7 @@ def finetune(
         task, label_smoothing=label_smoothing, distil=distil, mixup=mixup, cutmix=cutmix, rand_augment=rand_augment
     )  # fmt: skip
     sets = data if isinstance(data, Sets) else doing.open(model, data, eval_data, seed=seed)
+    note = told_of(data, batch_size)
     if folder is not None:
         check_outside(folder, (getattr(part, "folder", None) for part in (sets.train, sets.validation)))
     job = Job(doing, replace(settings, data=sets.digest), place, doing.prepared(sets, preprocess, augment))
@@ -177,6 +181,7 @@ def finetune(
             if folder is not None and accelerator.is_main_process:  # before anything takes time
                 stack.enter_context(run_folder(folder, resume=resume, force=overwrite))
         report, stopped_by = _run(model, job, asked, accelerator, progress)
+    report = replace(report, notes=(*filter(None, [note]), *report.notes))
     if stopped_by == signal.SIGINT:
         raise Interrupted(report)
     if stopped_by is not None:

@@ -114,7 +114,10 @@ def scores_of(output: Any, *, per_pixel: bool = False) -> Tensor:
     scores = next((found for found in parts if found.dim() == dims), None)
     if scores is None:
         got = f"a tensor of shape {tuple(parts[0].shape)}" if parts else type(output).__name__
-        raise NetworkError(f"the network gives {got}; a {wanted}")
+        raise NetworkError(
+            f"the network gives {got}; a {wanted}",
+            hint="What gives something else is trained in a loop of your own, within normswap.stabilized(model).",
+        )
     return scores
 
 

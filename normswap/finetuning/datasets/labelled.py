@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ...data.batches import is_pair
 from ...data.decoding import Unreadable, decode
 from ...data.image_folder import ImageData, open_images
+from ...data.one_batch import Taker
 from ...errors import DataError, Fix, NormswapError, Text
 from . import box_folders
 from .augmentation import Plain, settled
+from .batched import are_batches, batch_of, gathered, samples_of
 from .collate import check_input
 from .loader import Tensors, Transform, spread
 from .splits import TRAIN, VALIDATION, Sets, check_apart, classes_of, held_note, held_out, part_of, sized, split
@@ -61,11 +63,13 @@ PICTURES = (LabelledImages, TorchvisionSubset)
 """Sets that normswap reads itself, and may change at random."""
 
 
-def open_sets(data: Any, eval_data: Any = None, *, seed: int = 0) -> Sets:
+def open_sets(data: Any, eval_data: Any = None, *, seed: int = 0, network: Taker = None) -> Sets:
     """Read what the Python API accepts: training data, and validation data if there is any.
 
     data: a folder with one subfolder for each class, or with `train` and `val` folders of such; a pair of tensors
-    `(N, *)` and int64 `(N,)`; or a map-style Dataset whose items are (input, label). eval_data: likewise. A single
+    `(N, *)` and int64 `(N,)`; a map-style Dataset whose items are (input, label), or what `batch_of` takes; a
+    DataLoader, whose set and `collate_fn` are used; or batches of one size. eval_data: likewise. network: as
+    `as_batches` has it. A single
     folder of classes is split, a tenth for validation, spread evenly over the classes, always the same by `seed`.
 
     Raises DataError, saying what was found, for data that cannot be used.
@@ -77,10 +81,11 @@ def open_sets(data: Any, eval_data: Any = None, *, seed: int = 0) -> Sets:
             )
         with _boxes_told(Path(data)):
             return _folders(Path(data), None if eval_data is None else Path(eval_data), seed)
-    return Sets(_set("data", data), None if eval_data is None else _set("eval_data", eval_data), classes_of(data))
+    second = None if eval_data is None else _set("eval_data", eval_data, network)
+    return Sets(_set("data", data, network), second, classes_of(data))
 
 
-def open_one(data: Any) -> Sets:
+def open_one(data: Any, network: Taker = None) -> Sets:
     """One labelled set, to measure on, as both parts: the validation part of a folder that has two, else all of it.
 
     data: as `open_sets` has it, or an `ImageData`. Raises DataError.
@@ -94,7 +99,7 @@ def open_one(data: Any) -> Sets:
         names = _with_classes(data).classes or ()
         pictures = LabelledImages.of(data, range(len(names)))
         return Sets(pictures, pictures, names)
-    found = _set("data", data)
+    found = _set("data", data, network)
     return Sets(found, found, classes_of(data))
 
 
@@ -120,21 +125,20 @@ def transformed(sets: Sets, train: Transform, validation: Transform) -> Sets:
     return replace(sets, train=first, validation=second)
 
 
-def some_inputs(sets: Sets, prepare: Transform, count: int, batch_size: int) -> Iterator[Tensor]:
-    """Batches `(N, C, H, W)` of up to `count` training images, spread over the whole set, without random changes."""
+def some_inputs(sets: Sets, prepare: Transform, count: int, batch_size: int, network: Taker = None) -> Iterator[Any]:
+    """Batches `(N, C, H, W)` of up to `count` training images, spread over the whole set, without random changes.
+
+    Of several arguments of the network's forward, or others than tensors, as a pair with None.
+    """
     source = sets.train
     if isinstance(source, LabelledImages):
         prepare = settled(prepare, source.files)
     if isinstance(source, PICTURES):
         source = replace(source, transform=Plain(prepare))
-    found: list[Tensor] = []
-    for item in spread(source, count):
-        found.append(torch.as_tensor(item[0]))
-        if len(found) == batch_size:
-            yield torch.stack(found)
-            found = []
-    if found:
-        yield torch.stack(found)
+    items = spread(source, count)
+    while some := list(islice(items, batch_size)):
+        inputs, _ = batch_of(some, network)
+        yield inputs if isinstance(inputs, Tensor) else (inputs, None)
 
 
 def _folders(folder: Path, evaluation: Path | None, seed: int) -> Sets:
@@ -181,21 +185,19 @@ def _with_classes(data: ImageData) -> ImageData:
     return data
 
 
-def _in_memory(data: Any) -> Any:
-    """A pair of tensors from batches (x, y); a DataLoader's own data set, whose order and batches finetune decides."""
+def _in_memory(data: Any, network: Taker) -> Any:
+    """One set from batches; a DataLoader's own data set, whose order and batches finetune decides."""
     if isinstance(data, DataLoader):
-        return data.dataset
-    if isinstance(data, Iterator) or (isinstance(data, (list, tuple)) and data and all(map(is_pair, data))):
-        batches = list(data)
-        if batches and all(map(is_pair, batches)):
-            return tuple(torch.cat([batch[part] for batch in batches]) for part in (0, 1))
-        return batches
-    return data
+        return samples_of(data)
+    batches = list(data) if isinstance(data, Iterator) else data
+    if are_batches(batches, network):
+        return gathered([batches] if isinstance(batches, Mapping) else batches, network)
+    return batches
 
 
-def _set(name: str, data: Any) -> Any:
+def _set(name: str, data: Any, network: Taker) -> Any:
     """A map-style set of (input, label). Batches of such, that are no set of samples, are read into memory."""
-    data = _in_memory(data)
+    data = _in_memory(data, network)
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(hasattr(t, "shape") for t in data):
         inputs, labels = (torch.as_tensor(t) for t in data)
         if len(inputs) != len(labels) or labels.dim() != 1:
@@ -207,5 +209,8 @@ def _set(name: str, data: Any) -> Any:
         check_input(inputs)
         return Tensors(inputs, labels.long())
     return sized(
-        name, data, "Give a folder, a pair of tensors (inputs, labels), or a Dataset with __len__ and __getitem__."
+        name,
+        data,
+        "Give a folder, a pair of tensors (inputs, labels), a Dataset with __len__ and __getitem__, or a "
+        "DataLoader of such.",
     )

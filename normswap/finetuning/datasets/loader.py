@@ -86,20 +86,26 @@ def _drawing(seed: int, epoch: int, index: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Tensors:
-    """Samples in memory: inputs `(N, *)` and labels `(N,)`; batches are cut out without reading one by one."""
+    """Samples in memory: inputs `(N, *)`, or a tuple of the arguments that a network takes, and labels `(N,)`.
 
-    inputs: Tensor
+    Batches are cut out without reading one by one.
+    """
+
+    inputs: Tensor | tuple[Tensor, ...]
     labels: Tensor
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.inputs[index], self.labels[index]
+    def __getitem__(self, index: int) -> tuple[Any, Tensor]:
+        return self._inputs(index), self.labels[index]
 
-    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: list[int]) -> tuple[Any, Tensor]:
         chosen = torch.tensor(indices)
-        return self.inputs[chosen], self.labels[chosen]
+        return self._inputs(chosen), self.labels[chosen]
+
+    def _inputs(self, chosen: Any) -> Any:
+        return tuple(x[chosen] for x in self.inputs) if isinstance(self.inputs, tuple) else self.inputs[chosen]
 
 
 def spread(source: Any, count: int) -> Iterator[Any]:

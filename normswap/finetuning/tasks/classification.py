@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...data.one_batch import Forward
 from ...data.preprocess import Preprocess
-from ...errors import DataError, Fix, OptionError, Text
+from ...errors import DataError, Fix, NormswapError, OptionError, Text, first_line
 from ...heads.classifier import Head, find_head, scores_of
 from ...modules.path_ranges import matches
 from ...modules.tree import device_and_dtype
+from ...modules.wrappers import unwrapped
 from ...training.distributed import gathered
 from ...training.losses import divergence
 from ..datasets.augmentation import Plain, settled, training_transform
-from ..datasets.collate import collate
+from ..datasets.batched import LABELLED, batch_of, called
 from ..datasets.labelled import PICTURES, LabelledImages, open_one, open_sets, some_inputs, transformed
 from ..datasets.loader import Tensors, spread
 from ..datasets.mixing import Mixing
@@ -42,7 +44,7 @@ class Classification:
     teacher: the original network, in eval mode, never changed; its share of the loss is
     `T^2 KL(softmax(teacher / T) || softmax(model / T))` at T = 2 (Hinton, Vinyals and Dean 2015).
     mixing: of the training batches, whose accuracy is then that of the larger share. random: changes of RandAugment for
-    each training picture.
+    each training picture. forward: what the network takes, once data is opened for it.
     """
 
     label_smoothing: float = 0.0
@@ -50,6 +52,7 @@ class Classification:
     distil: float = 0.0
     mixing: Mixing = field(default_factory=Mixing)
     random: int | None = None
+    forward: Forward | None = None
 
     name: ClassVar[str] = "classification"
     best: ClassVar[str] = "val_accuracy"
@@ -62,11 +65,13 @@ class Classification:
 
     def open(self, model: nn.Module, data: Any, eval_data: Any, *, seed: int) -> Sets:
         """See `open_sets`."""
-        return open_sets(data, eval_data, seed=seed)
+        self.forward = Forward.of(unwrapped(model))
+        return open_sets(data, eval_data, seed=seed, network=self.forward)
 
     def open_one(self, model: nn.Module, data: Any) -> Sets:
         """See `labelled.open_one`."""
-        return open_one(data)
+        self.forward = Forward.of(unwrapped(model))
+        return open_one(data, self.forward)
 
     def prepared(self, sets: Sets, preprocess: Callable[[Any], Tensor] | None, augment: str) -> Sets:
         """With random crops and mirroring in training, as `augment` says, for pictures in files."""
@@ -82,9 +87,9 @@ class Classification:
             train = training_transform(prepare, augment, self.random)
         return transformed(sets, train, Plain(prepare))
 
-    def inputs(self, sets: Sets, preprocess: Callable[[Any], Tensor] | None, count: int) -> Iterator[Tensor]:
-        """Batches `(N, C, H, W)`."""
-        return some_inputs(sets, preprocess or Preprocess(), count, self.at_once)
+    def inputs(self, sets: Sets, preprocess: Callable[[Any], Tensor] | None, count: int) -> Iterator[Any]:
+        """Batches `(N, C, H, W)`, or as `some_inputs` has it."""
+        return some_inputs(sets, preprocess or Preprocess(), count, self.at_once, self.forward)
 
     def fit(self, model: nn.Module, sets: Sets, num_classes: int | None, seed: int) -> Head | None:
         """The last layer; None for a network whose scores no layer is seen to make. Raises OptionError."""
@@ -92,22 +97,22 @@ class Classification:
         if not first:
             raise DataError("none of the training images that were tried can be read")
         inputs, _ = self.collate(first[:1])
-        if self.mixing and (inputs.dim() != 4 or not inputs.is_floating_point()):
-            raise OptionError(
-                Text(
-                    Fix("cutmix" if self.mixing.mixup is None else "mixup"),
-                    f" mixes pictures, float (C, H, W), and the inputs are {inputs.dtype} {tuple(inputs.shape[1:])}",
-                )
-            )
+        if self.mixing:
+            _check_pictures(inputs, "cutmix" if self.mixing.mixup is None else "mixup")
         device, dtype = device_and_dtype(model)
-        if inputs.is_floating_point() and inputs.dtype != dtype:
+        if isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.dtype != dtype:
             raise DataError(f"the network is {dtype}, its inputs are {inputs.dtype}", hint="model.float() trains best.")
         try:
-            found = find_head(model, (on_device(inputs, device),))
+            found = find_head(model, on_device(inputs if isinstance(inputs, tuple) else (inputs,), device))
         except OptionError:
             if num_classes is not None:
                 raise
             return None
+        except (NormswapError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a stranger's forward raises
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise DataError(f"{type(model).__name__} cannot run on the data ({what})", hint=LABELLED) from error
         wanted = num_classes if num_classes is not None else sets.count
         if self.distil and wanted is not None and wanted != found.classes:
             raise OptionError(
@@ -128,8 +133,8 @@ class Classification:
         return None if head is None else [n for n, _ in model.named_parameters() if matches(head.path, n)]
 
     def collate(self, items: Sequence[Any]) -> Any:
-        """`(N, *)` and int64 `(N,)`."""
-        return collate(items)
+        """`(N, *)`, or several arguments of forward, and int64 `(N,)`."""
+        return batch_of(items, self.forward)
 
     def outcome(self, forward: Callable[..., Any], content: Any) -> Outcome:
         """The loss on one batch, and how many are right. Raises DataError for labels without a score."""
@@ -137,7 +142,7 @@ class Classification:
         shares = None
         if self.mixing:
             inputs, shares = self.mixing(inputs)
-        output = forward(inputs)
+        output = called(forward, inputs)
         scores = scores_of(output).float()
         check_labels(labels, scores)
         if shares is not None:
@@ -149,7 +154,7 @@ class Classification:
             loss = loss + AUXILIARY * F.cross_entropy(more.float(), labels, label_smoothing=self.label_smoothing)
         if self.teacher is not None and self.distil:
             with torch.no_grad():
-                wanted = scores_of(self.teacher(inputs))
+                wanted = scores_of(called(self.teacher, inputs))
             loss = (1 - self.distil) * loss + self.distil * divergence(wanted.to(scores), scores, TEMPERATURE)
         right = labels if shares is None else labels.argmax(1)
         return Outcome(loss, {"accuracy": (scores.detach().argmax(1) == right).sum()})
@@ -174,7 +179,7 @@ class Accuracy:
     def add(self, model: nn.Module, content: Any) -> None:
         """One batch."""
         inputs, labels = content
-        scores = scores_of(model(inputs)).float()
+        scores = scores_of(called(model, inputs)).float()
         check_labels(labels, scores)
         if self._right is None:
             self._right = metric("MulticlassAccuracy", scores.shape[1], average="micro").to(scores.device)
@@ -196,6 +201,15 @@ class Accuracy:
         parts = gathered((self._answers.known, self._answers.cells()))
         known = max(known for known, _ in parts)
         return accuracies(summed(cells for _, cells in parts), (*named(range(known), names), "NaN"))
+
+
+def _check_pictures(inputs: Any, option: str) -> None:
+    """Raise OptionError for what cannot be mixed."""
+    if not isinstance(inputs, Tensor):
+        raise OptionError(Text(Fix(option), " mixes pictures, and the network is given several inputs"))
+    if inputs.dim() != 4 or not inputs.is_floating_point():
+        what = f"{inputs.dtype} {tuple(inputs.shape[1:])}"
+        raise OptionError(Text(Fix(option), f" mixes pictures, float (C, H, W), and the inputs are {what}"))
 
 
 def _auxiliary(output: Any) -> list[Tensor]:
