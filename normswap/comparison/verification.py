@@ -27,6 +27,9 @@ JUMP = 10.0
 """A layer jumps when its error is so many times the largest error before it."""
 
 _RANDOM_IMAGES = 8
+_ALIKE = 1e-4
+"""Up to this relative error, what the self-check of a conversion allows too, two networks give the same."""
+ALL_ZERO = "both networks give nothing but 0, as with a new last layer, so their outputs tell nothing; layers do"
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,23 @@ class VerificationReport(ReportInNotebook):
             lines.append(f"accuracy: {self.accuracy_a:.4f} -> {self.accuracy_b:.4f} on {self.labelled} labelled images")
         if self.layers:
             lines.append(f"layers: {len(self.layers)} compared, {self._about_layers()}")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join([*lines, *filter(None, [self.verdict and f"{self.verdict}; data of your own does"])])
+
+    @property
+    def verdict(self) -> str:
+        """What random inputs show, in words; empty where there was data, whose figures speak."""
+        if not self.random_inputs:
+            return ""
+        where = f"on {self.images} random inputs"
+        if self.error is None or not math.isfinite(self.error):
+            return f"A and B cannot be told alike or different {where}, which say nothing about accuracy"
+        if ALL_ZERO in self.notes:
+            return f"A and B give nothing but 0 {where}, which says nothing about accuracy"
+        if self.error == 0:
+            return f"A and B agree exactly {where}, which says nothing about accuracy"
+        alike = "agree to rounding" if self.error <= _ALIKE else "differ"
+        return f"A and B {alike} {where} (relative error {self.error:.2g}), which says nothing about accuracy"
 
     def _about_layers(self) -> str:
         worst = self.worst
@@ -164,7 +183,7 @@ def _random_batches(model: nn.Module) -> Batches:
     if inputs is None:
         raise DataError(
             f"no input is known that {type(model).__name__} runs on, so the networks cannot be compared without data",
-            hint=Text("Give images with ", Fix("data"), "."),
+            hint=Text("Give images with ", Fix("data"), "; of other inputs batches in Python, or --input in a shell."),
         )
     if len(inputs) == 1 and isinstance(inputs[0], Tensor):
         more = (random_tensor((_RANDOM_IMAGES, *inputs[0].shape[1:]), model),)
@@ -177,9 +196,6 @@ def _rounding(model: nn.Module) -> float:
     device, dtype = device_and_dtype(model)
     unit = 2.0**-10 if device.type == "cuda" and dtype == torch.float32 else torch.finfo(dtype).eps
     return max(1e-4, 10 * unit)
-
-
-ALL_ZERO = "both networks give nothing but 0, as with a new last layer, so their outputs tell nothing; layers do"
 
 
 def first_jump(layers: Iterable[Difference], floor: float = 1e-4) -> str | None:

@@ -14,6 +14,7 @@ from ...errors import CheckpointError
 from ..terminal.output import Output
 from ..terminal.suggestions import repeated
 from . import options
+from .inputs import GivenInput
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -278,13 +279,9 @@ def _same(one: ResolvedSource, other: ResolvedSource) -> bool:
     return mine == theirs
 
 
-def example_inputs(model: nn.Module, shapes: list[tuple[int, ...]]) -> tuple[Tensor, ...] | None:
-    """Random inputs of the shapes that --input gives; None without any."""
-    if not shapes:
-        return None
-    from ...inspection.example_inputs import random_tensor
-
-    return tuple(random_tensor(shape, model) for shape in shapes)
+def example_inputs(model: nn.Module, given: list[GivenInput]) -> tuple[Tensor, ...] | None:
+    """The inputs that --input gives; None without any."""
+    return tuple(each.tensor(model) for each in given) if given else None
 
 
 def remembered_inputs(model: nn.Module, images: int = 1) -> tuple[Tensor, ...] | None:

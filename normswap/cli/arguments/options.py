@@ -13,7 +13,6 @@ import typer
 from ...arguments import MOST_SEED
 from ...choices import DEVICES, INDIVISIBLE, METHODS, NORMS, STAND_INS
 from ...errors import OptionError, did_you_mean
-from ...machine.limits import check_memory
 from .completion import converted_files, model_names
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's own, under a name that all versions of typer have
@@ -78,7 +77,9 @@ Input = Annotated[
     typer.Option(
         "--input",
         metavar="N,C,H,W",
-        help="Shape of an input to run the network on, such as 1,3,224,224; repeat it for several arguments.",
+        help="Shape of an input to run the network on, such as 1,3,224,224; 4,100:0..999 draws whole numbers, "
+        "4,100:true is a mask, and =100,80,60,50 gives values. Repeat it for several arguments: --input 4,40,100 "
+        "--input =100,80,60,50.",
         show_default=False,
     ),
 ]
@@ -220,14 +221,6 @@ Reference = Annotated[
         metavar="SOURCE", help="The original network; by default it is rebuilt from FILE.", show_default=False
     ),
 ]
-
-
-def shapes(ctx: typer.Context, texts: list[str] | None) -> list[tuple[int, ...]]:
-    """The shapes that --input gives. Raises OptionError for an input that no memory holds."""
-    found = [_numbers(ctx, "--input", text, int, "1,3,224,224") for text in texts or ()]
-    for shape in found:
-        check_memory(4 * math.prod(shape), f"an input of {'x'.join(map(str, shape))}", "Take a smaller --input.")
-    return found
 
 
 def image_size(ctx: typer.Context, text: str | None) -> tuple[int, int] | str | None:

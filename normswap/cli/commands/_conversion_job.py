@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ...errors import NetworkError
+from ..arguments.inputs import GivenInput
 from ..arguments.networks import (
     ResolvedSource,
     SourceRequest,
@@ -48,7 +49,7 @@ class Job:
     to: str | None
     rules: list[tuple[str, str]]
     planning: dict[str, Any]
-    shapes: list[tuple[int, ...]]
+    inputs: list[GivenInput]
     check: bool
     undo: bool
     approximate: bool
@@ -82,7 +83,7 @@ def _converted(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output)
     from ...conversion.convert import convert as convert_model
     from ...planning.planner import plan
 
-    inputs = example_inputs(model, job.shapes)
+    inputs = example_inputs(model, job.inputs)
     with with_commands(ctx):
         made = plan(model, job.to, rules=job.rules, example_inputs=inputs, **job.planning)
     for caution in cautions(made):

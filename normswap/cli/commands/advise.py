@@ -10,6 +10,7 @@ import typer
 from ...choices import PURPOSES
 from ..arguments import options
 from ..arguments.datasets import images_in
+from ..arguments.inputs import given_inputs
 from ..arguments.networks import ResolvedSource, SourceRequest, example_inputs, locate, on_device, open_network
 from ..arguments.preprocessing import PreprocessOverrides, prepare
 from ..terminal import flags
@@ -70,7 +71,7 @@ def advise(
     normswap advise nets.py:policy --ema
     """
     asked = PreprocessOverrides.of(ctx)
-    shapes = options.shapes(ctx, input_shape)
+    given = given_inputs(ctx, input_shape)
     if data is None:
         if size is not None and not input_shape:
             raise options.usage(ctx, _size_alone(asked.size))
@@ -95,7 +96,7 @@ def advise(
             read = folder.batches(preparation.transform, 16, stack=preparation.stack, max_bad=max_bad)
         out.step("looking at the network")
         with on_device(device, model):
-            advice = advice_on(model, **situation, data=read, example_inputs=example_inputs(model, shapes))
+            advice = advice_on(model, **situation, data=read, example_inputs=example_inputs(model, given))
         words = command_of(advice, wanted, data, asked)
         out.show(
             lambda: {"network": origin.to_dict(), **advice.to_dict(), "command": command(words) if words else None},

@@ -8,6 +8,7 @@ import typer
 
 from ...choices import NORMS, TRANSFERS
 from ..arguments import options
+from ..arguments.inputs import given_inputs
 from ..arguments.networks import SourceRequest
 from ..arguments.preprocessing import PreprocessOverrides
 from ..terminal.output import reporting
@@ -137,7 +138,7 @@ def convert(
         to,
         options.rules(ctx, rule),
         planning,
-        options.shapes(ctx, input_shape),
+        given_inputs(ctx, input_shape),
         check=not no_check,
         undo=not no_undo,
         approximate=approximate,

@@ -9,6 +9,7 @@ import typer
 
 from ...choices import EXPORTS
 from ..arguments import options
+from ..arguments.inputs import given_inputs
 from ..arguments.networks import (
     ResolvedSource,
     SourceRequest,
@@ -73,7 +74,7 @@ def export(
     normswap export nets.py:build --weights mine.pth --input 1,3,512,512 --to exported
     """
     options.choice(ctx, "--to", kind, EXPORTS)
-    shapes = options.shapes(ctx, input_shape)
+    given = given_inputs(ctx, input_shape)
     wanted = SourceRequest.of(ctx, source)
     words: Any = {"to": kind}
     with reporting(ctx) as out:
@@ -86,7 +87,7 @@ def export(
         target = output or Path(f"{stem}{_SUFFIX[kind]}")
         check_writable(target, overwrite=force, inputs=files_read((origin, wanted)))
         model, origin = open_network(origin, wanted, out)
-        inputs = example_inputs(model, shapes) or remembered_inputs(model) or _trained_with(model, origin)
+        inputs = example_inputs(model, given) or remembered_inputs(model) or _trained_with(model, origin)
         if inputs is None:
             out.note("the size of the inputs is a guess; --input N,C,H,W says it")
         out.step(f"exporting to {kind}")

@@ -12,6 +12,7 @@ import typer
 
 from ...display.overview import layers_table
 from ..arguments import options
+from ..arguments.inputs import given_inputs
 from ..arguments.networks import ResolvedSource, SourceRequest, example_inputs, locate, on_device, open_network
 from ..terminal.output import reporting
 
@@ -56,7 +57,7 @@ def inspect(
     normswap inspect fasterrcnn_resnet50_fpn_v2 --rule 'role:backbone=frozen' --rule 'role:head=gn'
     """
     pairs = options.rules(ctx, rule)
-    shapes = options.shapes(ctx, input_shape)
+    given = given_inputs(ctx, input_shape)
     with reporting(ctx) as out:
         wanted = SourceRequest.of(ctx, source)
         out.step("loading PyTorch")
@@ -65,10 +66,10 @@ def inspect(
 
         rules = rules_of(None, pairs) if pairs else []
         origin = locate(ctx, wanted, default_weights="none")
-        model, origin = open_network(origin, wanted, out, values=bool(shapes), warn=False)
+        model, origin = open_network(origin, wanted, out, values=bool(given), warn=False)
         out.step("looking for norms")
-        with on_device(device, model) if shapes else nullcontext():
-            found = inventory.inspect(model, example_inputs(model, shapes))
+        with on_device(device, model) if given else nullcontext():
+            found = inventory.inspect(model, example_inputs(model, given))
         matched = Matched(rules, assigned(found, rules, selected(found)))
         out.show(lambda: _values(origin, found, matched), lambda page: _render(page, origin, found, matched, show_all))
 

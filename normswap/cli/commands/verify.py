@@ -12,6 +12,7 @@ from ...errors import DataError, plural
 from ..arguments import options
 from ..arguments.completion import model_names
 from ..arguments.datasets import images_in
+from ..arguments.inputs import GivenInput, given_inputs
 from ..arguments.networks import (
     ResolvedSource,
     SourceRequest,
@@ -28,7 +29,7 @@ from ..arguments.preprocessing import Preparation, PreprocessOverrides, prepare
 from ..terminal import flags
 from ..terminal.errors import BelowLimit
 from ..terminal.output import Output, reporting
-from ..terminal.suggestions import building, command
+from ..terminal.suggestions import building, command, repeated
 
 if TYPE_CHECKING:
     from torch import nn
@@ -92,10 +93,10 @@ def verify(
     normswap verify resnet50 resnet50-gn.safetensors --data photos/
     """
     asked = PreprocessOverrides.of(ctx)
-    shapes = options.shapes(ctx, input_shape)
+    given = given_inputs(ctx, input_shape)
     if data is None:
         options.check_alone(ctx, ("images", "size", "mean", "std"), "--data FOLDER")
-    if data is not None and shapes:
+    if data is not None and given:
         raise options.usage(ctx, "--input and --data exclude each other")
     wanted = SourceRequest.of(ctx, a)
     with reporting(ctx) as out:
@@ -108,7 +109,7 @@ def verify(
         read = None
         if folder is not None:
             read = folder.batches(preparation.transform, batch_size, stack=preparation.stack, max_bad=max_bad)
-        batches = _batches((first, second), read, shapes, out)
+        batches = _batches((first, second), read, given, out)
         if folder is None:
             out.step("comparing")
         found = verification.verify(first, second, batches, device=device)
@@ -117,7 +118,9 @@ def verify(
         used = preparation if folder is not None else None
         out.show(
             lambda: _values(found, origins, used, data),
-            lambda page: _render(page, found, origins, _description(folder, used), show_all, fail_below is not None),
+            lambda page: _render(
+                page, found, origins, _description(folder, used), show_all, fail_below is not None, _ways_on(ctx, given)
+            ),
         )
         _check_agreement(found, fail_below)
 
@@ -170,14 +173,14 @@ def _pair(
 
 
 def _batches(
-    pair: tuple[nn.Module, nn.Module], read: ImageBatches | None, shapes: list[tuple[int, ...]], out: Output
+    pair: tuple[nn.Module, nn.Module], read: ImageBatches | None, given: list[GivenInput], out: Output
 ) -> Batches | None:
-    """Images, inputs of the shapes asked for or remembered, or None for inputs that verify finds itself."""
+    """Images, inputs that were given or are remembered, or None for inputs that verify finds itself."""
     from ...data.batches import Batches
 
     if read is None:
         remembered = (remembered_inputs(model, _IMAGES) for model in reversed(pair))
-        inputs = example_inputs(pair[0], shapes) or next(filter(None, remembered), None)
+        inputs = example_inputs(pair[0], given) or next(filter(None, remembered), None)
         return None if inputs is None else Batches((inputs[0] if len(inputs) == 1 else (inputs, None),))
     return Batches(out.track(read, len(read), "comparing batches"), read.classes)
 
@@ -220,6 +223,13 @@ def _values(
     }
 
 
+def _ways_on(ctx: typer.Context, given: list[GivenInput]) -> str:
+    """What gives a verdict that counts, where the inputs are random: images, if these were made like such."""
+    if given and (len(given) > 1 or not given[0].like_images):
+        return "normswap.verify(a, b, data) in Python takes data of your own"
+    return repeated(ctx, drop=("--input",), add=("--data", "FOLDER"))
+
+
 def _render(
     page: Page,
     report: VerificationReport,
@@ -227,6 +237,7 @@ def _render(
     inputs: str,
     show_all: bool,
     limited: bool,
+    ways_on: str,
 ) -> None:
     page.facts(
         ("A", origins[0].told),
@@ -240,6 +251,10 @@ def _render(
     for note in report.notes:
         page.line(("note: ", "dim"), flags.told(note))
     page.skipped(report.bad)
+    if report.verdict:
+        page.gap()
+        page.line(("Verdict: ", "strong"), f"{report.verdict}.")
+        page.line("A verdict that counts: ", ways_on)
 
 
 def _layers(page: Page, report: VerificationReport, show_all: bool) -> None:
