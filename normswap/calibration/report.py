@@ -75,6 +75,11 @@ class CalibrationReport(BeforeAfter, ReportInNotebook):
     stand_ins: str = ""
 
     @property
+    def fitted(self) -> bool:
+        """See `BeforeAfter`."""
+        return True
+
+    @property
     def fit(self) -> str:
         """One sentence on whether the images were of the kind the network was trained on; empty where unknown."""
         if self.stand_ins or self.distance is None:

@@ -26,17 +26,29 @@ class BeforeAfter:
     accuracy_before: float | None = None
     accuracy_after: float | None = None
 
+    @property
+    def fitted(self) -> bool:
+        """Whether the network was fitted to the very images compared, so that on others it does less well."""
+        return False
+
     def lines(self) -> list[str]:
         """Those figures that there are."""
         found = []
+        fitted = " that it was calibrated on" if self.fitted else ""
         if self.drift_before is not None and self.drift_after is not None:
-            on = f" (on {plural(self.compared, 'image')})"
+            on = f" (on {plural(self.compared, 'image')}{fitted})"
             found.append(f"output drift: {self.drift_before:.3g} -> {self.drift_after:.3g}{on}")
         if self.agreement_before is not None and self.agreement_after is not None:
-            found.append(f"agreement: {self.agreement_before:.1%} -> {self.agreement_after:.1%}")
+            found.append(
+                f"agreement: {self.agreement_before:.1%} -> {self.agreement_after:.1%}{' on these' if fitted else ''}"
+            )
         if self.accuracy_before is not None and self.accuracy_after is not None:
             before, after = f"{self.accuracy_before:.1%}", f"{self.accuracy_after:.1%}"
-            found.append(f"accuracy: {before} -> {after} (original {self.accuracy_original:.1%})")
+            found.append(
+                f"accuracy: {before} -> {after} (original {self.accuracy_original:.1%}){' on these' if fitted else ''}"
+            )
+        if fitted and found:
+            found.append("on other images it may do less well: normswap.verify tells")
         return found
 
 

@@ -298,6 +298,14 @@ def test_labels_give_accuracies(net: nn.Module) -> None:
     assert "accuracy" in str(report)
 
 
+def test_figures_of_the_images_that_it_was_fitted_to_are_said_to_be_so(net: nn.Module) -> None:
+    batches = [(images(6), torch.tensor([0, 1, 2, 3, 4, 0]))]
+    told = str(calibrate(normswap.convert(net, "gn", groups=2), reference=net, data=batches)).splitlines()
+    assert next(line for line in told if "drift" in line).endswith("(on 6 images that it was calibrated on)")
+    assert all(line.endswith("on these") for line in told if line.startswith(("agreement", "accuracy")))
+    assert "on other images it may do less well: normswap.verify tells" in told
+
+
 def test_wrong_options_are_named(net: nn.Module) -> None:
     model = normswap.convert(net, to="gn")
     with pytest.raises(OptionError, match="balance, refit, moments"):

@@ -169,6 +169,7 @@ def test_every_figure_says_how_many_images_it_is_over(cli: Cli, images: Path) ->
     for name in ("output", "agreement"):
         line = next(line for line in ran.out.splitlines() if line.startswith(name))
         assert line.endswith("on 4 images that it was calibrated on")
+    assert "normswap verify --data with other images tells" in ran.out
     assert "on 1 image that" in cli(*arguments, "--images", "1", "--force").out
 
 

@@ -220,6 +220,8 @@ def figures(report: CalibrationReport) -> list[tuple[str, str]]:
     if report.accuracy_before is not None and report.accuracy_after is not None:
         before, after = f"{report.accuracy_before:.4f}", f"{report.accuracy_after:.4f}"
         found.append(("accuracy", f"{before}, after {after}; the original {report.accuracy_original:.4f}; {on}"))
+    if len(found) > 2 and report.compared and not report.stand_ins:
+        found.append(("on others", "it may do less well than on these: normswap verify --data with other images tells"))
     return found
 
 
