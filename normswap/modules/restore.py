@@ -56,10 +56,12 @@ def moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None]
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Undo what a forward pass leaves behind: attributes of the modules, buffers, random states.
 
-    Lists, dicts, sets and objects among the attributes get their members back, buffers changed in place their values;
-    the random states are those of torch, Python and NumPy.
+    Lists, dicts, sets and objects among the attributes get their members back, buffers changed in place their values,
+    and so do weights that a layer keeps below a `max_norm`, as embeddings do; the random states are those of torch,
+    Python and NumPy.
     """
     values = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
+    limited = [(w, w.data, w.data.clone()) for w in _limited(model)]
     with torch.random.fork_rng(devices=_cuda_devices(model)), _other_random_states(), attributes_restored(model):
         try:
             yield
@@ -67,6 +69,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for buffer, version, value in values:
                 if buffer._version != version:
                     buffer.data.copy_(value)
+            for weight, data, value in limited:
+                if weight.device == data.device:  # a forward may have put other storage in
+                    weight.data = data
+                weight.data.copy_(value)
+
+
+def _limited(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that a forward pass rewrites: those of embeddings, and layers like them, with a `max_norm`."""
+    layers = [layer for layer in nn.Module.modules(model) if getattr(layer, "max_norm", None) is not None]
+    found = {id(w): w for layer in layers for w in layer._parameters.values() if w is not None}
+    return [weight for weight in found.values() if not weight.is_inference()]
 
 
 @contextmanager
