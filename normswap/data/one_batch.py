@@ -49,7 +49,8 @@ def split(item: Any, network: Taker = None, inputs: int | None = None, *, labell
     network can do without is y.
     """
     count = arguments_in(item, network, inputs, labelled=labelled) if isinstance(item, (list, tuple)) and item else 1
-    if isinstance(item, Tensor) or (count < 2 and _are_images(item)):
+    certain = len(needed(network)) > 1 or (inputs or 0) > 1
+    if isinstance(item, Tensor) or (_are_images(item) and (count < 2 or not (certain or _one_is_whole(item)))):
         return _args(item), None
     if isinstance(item, Mapping):
         labels = next((item[key] for key in _LABELS if key in item), None)
@@ -198,6 +199,11 @@ def _are_images(x: Any) -> bool:
         and len(x) > 0
         and all(isinstance(i, Tensor) and i.dim() == 3 and i.shape[0] in (1, 3, 4) for i in x)
     )
+
+
+def _one_is_whole(parts: Sequence[Tensor]) -> bool:
+    """Whether a mask is among them, say, as which no images come."""
+    return any(not part.is_floating_point() and part.dtype != torch.uint8 for part in parts)
 
 
 def labels_of(y: Any, count: int) -> Tensor | None:

@@ -66,6 +66,10 @@ def test_whole_numbers_values_and_masks_reach_the_network(cli: Cli) -> None:
     ran = cli("convert", "seq.py:words", "--to", "gn", "--groups", 2, *ASK)
     assert ran.code == 0
     assert "Self-check: passed" in ran.out
+    following = (
+        "normswap verify words-gn.safetensors --trust-code --input 4,20:3..49 --input =20,10,5,3 --input 4,20:true"
+    )
+    assert following in ran.out
     ran = cli("verify", "words-gn.safetensors", "--trust-code", *ASK, "--json")
     assert ran.json["images"] == 4
     assert ran.json["error"] > 0

@@ -116,6 +116,27 @@ def test_detectors_targets_are_no_argument() -> None:
     assert labels is None
 
 
+def test_lists_of_images_stay_such_beside_an_optional_mask() -> None:
+    images = [torch.rand(3, 8, 8), torch.rand(3, 8, 8)]
+    for batch in (images, [images[0], torch.rand(3, 9, 9)]):
+        ((args, _),) = as_batches([batch], network=taking("masks=None"))
+        assert len(args) == 1
+        assert len(args[0]) == 2
+    ((args, _),) = as_batches([images], network=taking("masks=None"), inputs=2)
+    assert len(args) == 2
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5])
+def test_arguments_that_look_like_lists_of_images_are_told_by_what_forward_needs(count: int) -> None:
+    x, other = X[:count], X[count : 2 * count]
+    assert len(read("other", x, other)[0]) == 2
+    args, labels = read("other", x, other, LABELS[:count])
+    assert (len(args), len(labels)) == (2, count)
+    ((args, labels),) = as_batches([((x, other), LABELS[:count])], network=taking("other"))
+    assert (len(args), len(labels)) == (2, count)
+    assert len(read("mask=None", x, VALID[:count, None])[0]) == 2
+
+
 def test_as_many_as_the_example_inputs_are_arguments_whatever_they_are_called() -> None:
     speakers = LABELS
     assert len(read("speaker=None", X, speakers)[0]) == 1

@@ -36,7 +36,12 @@ class GivenInput:
     @property
     def like_images(self) -> bool:
         """Whether it has the form of images, random numbers `(N, C, H, W)`."""
-        return len(self.shape) == 4 and self.between is None and self.mask is None
+        return len(self.shape) == 4 and self.random
+
+    @property
+    def random(self) -> bool:
+        """Whether the shape is all that was said."""
+        return self.between is None and self.mask is None and self.values is None
 
     def tensor(self, model: nn.Module) -> Tensor:
         """On the network's device; random ones are the same each time."""

@@ -103,7 +103,14 @@ def _converted(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output)
     if onward:
         _as_one(model, origin)
     _record(model).source = None if origin.source is None else origin.source.to_dict()
-    return _written(ctx, model, Result(origin, made, target, True, calibration=report, trial=trial), job, out)
+    result = Result(origin, made, target, True, calibration=report, trial=trial, inputs=_unremembered(ctx, job))
+    return _written(ctx, model, result, job, out)
+
+
+def _unremembered(ctx: typer.Context, job: Job) -> tuple[str, ...]:
+    """Values of --input that go with the next command: a single one of a shape alone is known from the file."""
+    known = len(job.inputs) < 2 and all(each.random for each in job.inputs)
+    return () if known else tuple(ctx.params["input_shape"])
 
 
 def _is_large(job: Job, origin: ResolvedSource) -> bool:

@@ -44,7 +44,7 @@ class Result:
     check: None before it has run, and where there is nothing to check. calibration: None where it was not asked for;
     trial: what it would have gained then, None where it would have nothing to do.
     target: where the result goes; written: whether it is there. undo: whether it holds what undoes the conversion, and
-    undo_bytes: how much that is.
+    undo_bytes: how much that is. inputs: values of --input that the file does not remember.
     """
 
     origin: ResolvedSource
@@ -58,6 +58,7 @@ class Result:
     trial: Trial | None = None
     undo: bool = True
     undo_bytes: int = 0
+    inputs: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -206,7 +207,7 @@ def _trust(result: Result) -> list[str]:
 def _verifying(result: Result) -> str:
     """The command that compares the result with the original, which is named where the file cannot restore it."""
     source, weights = result.origin.source, result.origin.made_with
-    trust = _trust(result)
+    trust = [*_trust(result), *(word for text in result.inputs for word in ("--input", shlex.quote(text)))]
     if result.undo or source is None or (weights is not None and weights.random and weights.given is None):
         return " ".join(["normswap verify", _quoted(result.target), *trust])
     original, *options = building(source, weights)
