@@ -183,7 +183,7 @@ def _random_batches(model: nn.Module) -> Batches:
     if inputs is None:
         raise DataError(
             f"no input is known that {type(model).__name__} runs on, so the networks cannot be compared without data",
-            hint=Text("Give images with ", Fix("data"), "; of other inputs batches in Python, or --input in a shell."),
+            hint=Text("Give images with ", Fix("data"), ", or batches of other inputs."),
         )
     if len(inputs) == 1 and isinstance(inputs[0], Tensor):
         more = (random_tensor((_RANDOM_IMAGES, *inputs[0].shape[1:]), model),)

@@ -43,7 +43,7 @@ def lazy():
 def test_inputs_beyond_the_machine_are_no_bug(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, shape: str, words: str
 ) -> None:
-    monkeypatch.setattr("normswap.cli.arguments.options.check_memory", lambda *given: None)
+    monkeypatch.setattr("normswap.cli.arguments.inputs.check_memory", lambda *given: None)
     ran = cli("inspect", "nets.py:tiny", "--input", shape)
     assert ran.code == 1
     assert f"error: {words} (" in ran.err

@@ -54,7 +54,7 @@ def words():
 def shares():
     return trained(Shares())
 """
-ASK = ("--input", "4,20:3..49", "--input", "=20,10,5,3", "--input", "4,20:true")
+ASK = ("--input", "4,20:3..49", "--input", "4=20,10,5,3", "--input", "4,20:true")
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_whole_numbers_values_and_masks_reach_the_network(cli: Cli) -> None:
     assert ran.code == 0
     assert "Self-check: passed" in ran.out
     following = (
-        "normswap verify words-gn.safetensors --trust-code --input 4,20:3..49 --input =20,10,5,3 --input 4,20:true"
+        "normswap verify words-gn.safetensors --trust-code --input 4,20:3..49 --input 4=20,10,5,3 --input 4,20:true"
     )
     assert following in ran.out
     ran = cli("verify", "words-gn.safetensors", "--trust-code", *ASK, "--json")
@@ -76,7 +76,7 @@ def test_whole_numbers_values_and_masks_reach_the_network(cli: Cli) -> None:
 
 
 def test_values_that_are_not_all_whole_are_floating(cli: Cli) -> None:
-    ran = cli("inspect", "seq.py:shares", "--input", "2,4,9", "--input", "=1,0.5", "--json")
+    ran = cli("inspect", "seq.py:shares", "--input", "2,4,9", "--input", "2=1,0.5", "--json")
     assert ran.json["recorded"] is True
 
 
@@ -97,9 +97,11 @@ def test_each_number_of_a_range_may_be_drawn() -> None:
         ("4,20:0-9", "neither LOW..HIGH"),
         ("4,20:9..0", "no whole number of 64 bits from 9 to 0"),
         ("4,20:", "neither LOW..HIGH"),
-        ("=4,x", "'x' in '=4,x' is no number; values are given like =100,80,60,50"),
-        ("=", "'' in '=' is no number"),
-        ("=nan", "'nan' in '=nan' is no number"),
+        ("2=4,x", "'x' in '2=4,x' is no number; values are given like 4=100,80,60,50"),
+        ("1=", "'' in '1=' is no number"),
+        ("1=nan", "'nan' in '1=nan' is no number"),
+        ("4=1,2", "'4=1,2' has 2 values for a shape of 4"),
+        ("=1,2", "'=1,2' is not like 1,3,224,224"),
         ("4x20", "'4x20' is not like 1,3,224,224 (a shape), 4,100:0..999 (whole numbers)"),
         ("0,3:true", "every size must be at least 1"),
     ],
@@ -111,7 +113,7 @@ def test_a_misspelt_input_is_told(cli: Cli, text: str, told: str) -> None:
 
 
 def test_the_help_says_it(cli: Cli) -> None:
-    assert "--input =100,80,60,50" in " ".join(cli("inspect", "--help").out.split())
+    assert "--input 4=100,80,60,50" in " ".join(cli("inspect", "--help").out.split())
 
 
 # --- what `verify` concludes from them -------------------------------------------------------------------------------
@@ -136,7 +138,7 @@ def test_for_sequences_the_way_on_is_python(cli: Cli) -> None:
     assert last == "A verdict that counts: normswap.verify(a, b, data) in Python takes data of your own"
     none = cli("verify", "words-gn.safetensors", "--trust-code")
     assert none.code == 1
-    assert "or --input in a shell" in none.err
+    assert "--input 4,40,100 --input 4=100,80,60,50" in none.err
 
 
 def test_images_have_figures_and_no_verdict(cli: Cli, images: Path) -> None:

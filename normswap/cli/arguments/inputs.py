@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _SHAPE = re.compile(r"(\d+)(,\d+)*")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 _WORDS = {"true": True, "false": False}
-_FORMS = "1,3,224,224 (a shape), 4,100:0..999 (whole numbers), 4,100:true (a mask), or =100,80,60,50 (the values)"
+_FORMS = "1,3,224,224 (a shape), 4,100:0..999 (whole numbers), 4,100:true (a mask), or 4=100,80,60,50 (the values)"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class GivenInput:
         device, dtype = device_and_dtype(model)
         if self.values is not None:
             whole = all(isinstance(value, int) for value in self.values)
-            return torch.tensor(self.values, dtype=torch.int64 if whole else dtype, device=device)
+            return torch.tensor(self.values, dtype=torch.int64 if whole else dtype, device=device).view(self.shape)
         if self.mask is not None:
             return torch.full(self.shape, self.mask, device=device)
         if self.between is not None:
@@ -72,17 +72,19 @@ def given_inputs(ctx: typer.Context, texts: list[str] | None) -> list[GivenInput
 
 
 def _given(ctx: typer.Context, text: str) -> GivenInput:
-    if text.startswith("="):
-        values = tuple(_number(ctx, text, part) for part in text[1:].split(","))
-        return GivenInput((len(values),), values=values)
-    size, colon, what = text.partition(":")
+    size, sign, what = re.match(r"([^:=]*)([:=]?)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
     if _SHAPE.fullmatch(size) is None:
         raise _wrong(ctx, f"{text!r} is not like {_FORMS}")
     shape = tuple(map(int, size.split(",")))
     if min(shape) < 1:
         raise _wrong(ctx, f"every size must be at least 1, got {text!r}")
-    if not colon:
+    if not sign:
         return GivenInput(shape)
+    if sign == "=":
+        values = tuple(_number(ctx, text, part) for part in what.split(","))
+        if len(values) != math.prod(shape):
+            raise _wrong(ctx, f"{text!r} has {len(values)} values for a shape of {math.prod(shape)}")
+        return GivenInput(shape, values=values)
     if what in _WORDS:
         return GivenInput(shape, mask=_WORDS[what])
     ends = _RANGE.fullmatch(what)
@@ -105,7 +107,7 @@ def _number(ctx: typer.Context, text: str, part: str) -> float:
             continue
         if math.isfinite(value) and abs(value) < 2**63:
             return value
-    raise _wrong(ctx, f"{part!r} in {text!r} is no number; values are given like =100,80,60,50")
+    raise _wrong(ctx, f"{part!r} in {text!r} is no number; values are given like 4=100,80,60,50")
 
 
 def _wrong(ctx: typer.Context, text: str) -> typer.BadParameter:

@@ -78,8 +78,8 @@ Input = Annotated[
         "--input",
         metavar="N,C,H,W",
         help="Shape of an input to run the network on, such as 1,3,224,224; 4,100:0..999 draws whole numbers, "
-        "4,100:true is a mask, and =100,80,60,50 gives values. Repeat it for several arguments: --input 4,40,100 "
-        "--input =100,80,60,50.",
+        "4,100:true is a mask, and 4=100,80,60,50 gives values. Repeat it for several arguments: --input 4,40,100 "
+        "--input 4=100,80,60,50.",
         show_default=False,
     ),
 ]

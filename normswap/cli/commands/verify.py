@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -112,7 +114,8 @@ def verify(
         batches = _batches((first, second), read, given, out)
         if folder is None:
             out.step("comparing")
-        found = verification.verify(first, second, batches, device=device)
+        with _inputs_asked_for(first, batches):
+            found = verification.verify(first, second, batches, device=device)
         notes = (*found.notes, *_untrained(first))
         found = replace(found, random_inputs=folder is None, notes=notes, bad=() if read is None else tuple(read.bad))
         used = preparation if folder is not None else None
@@ -123,6 +126,20 @@ def verify(
             ),
         )
         _check_agreement(found, fail_below)
+
+
+@contextmanager
+def _inputs_asked_for(model: nn.Module, batches: Batches | None) -> Iterator[None]:
+    """Where none are given and none can be guessed, the error names the option for others than images, too."""
+    from ...inspection.example_inputs import guess_inputs
+
+    try:
+        yield
+    except DataError as error:
+        if batches is not None or guess_inputs(model) is not None:
+            raise
+        way = "--data FOLDER gives images, --input other inputs, such as --input 4,40,100 --input 4=100,80,60,50."
+        raise DataError(error.message, hint=way) from error
 
 
 def _check_agreement(report: VerificationReport, limit: float | None) -> None:
