@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 import normswap
+from normswap.data.one_batch import Forward
 from normswap.finetuning.datasets.batched import given_batches, loaded
 
 COUNT = 24
@@ -246,6 +248,17 @@ def test_what_a_run_does_otherwise_than_a_loader_is_told(options: dict[str, Any]
     else:
         (only,) = found
         assert re.search(note, only)
+
+
+def test_worker_processes_make_batches_of_any_form() -> None:
+    net = network(Sequences)
+    assert pickle.loads(pickle.dumps(Forward.of(net))) == Forward.of(net)
+    loader = DataLoader(Uneven(), 6, collate_fn=Uneven.padded)
+    options: dict[str, Any] = {"batch_size": 4, "steps": 2, "device": "cpu", "progress": False}
+    alone, helped = copy.deepcopy(net), copy.deepcopy(net)
+    normswap.finetune(alone, loader, workers=0, **options)
+    normswap.finetune(helped, loader, workers=1, **options)
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), helped.parameters(), strict=True))
 
 
 def test_a_graph_is_measured_whole() -> None:
