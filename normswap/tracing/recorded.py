@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..modules.attributes import tensors_kept_by
+from ..modules.gains import kept_weight
 from ..modules.restore import evaluating, undisturbed
 from ..modules.storage import Origins
 from .executed import Execution
@@ -53,6 +54,11 @@ class _Recorder(TorchDispatchMode):
         self.origins.note(outputs, len(self.calls) - 1, fills=call.kind != "parameter")
         return len(self.calls) - 1
 
+    def note_weight(self, layer: nn.Module, path: str) -> None:
+        """Know a weight that the layer has computed and keeps, should anything else read it."""
+        if (weight := kept_weight(layer)) is not None:
+            self.origins.note_parameter(f"{path}.weight", weight)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if self.depth == 0:
@@ -87,6 +93,7 @@ def record(
         recorder.depth += 1
 
     def after(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        recorder.note_weight(module, watched[module])
         recorder.depth -= 1
         if recorder.depth == 0:
             sources, shape = entered.pop()
@@ -100,7 +107,8 @@ def record(
         stack.enter_context(evaluating(model))
         stack.enter_context(undisturbed(model))
         stack.enter_context(torch.no_grad())
-        for module in watched:
+        for module, path in watched.items():
+            recorder.note_weight(module, path)
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
             stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
         stack.enter_context(recorder)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
+from ..modules.gains import computed_weights
 from ..modules.restore import evaluating, undisturbed
 from .code_paths import Leaf, Tracer, kept_on_modules
 from .run import Call, Region, is_below, join
@@ -57,6 +58,9 @@ def _trace_below(module: nn.Module, path: str, leaf: Leaf, traced: Traced) -> No
     tracer = Tracer(leaf)
     try:
         with undisturbed(module):
+            for layer in computed_weights(module):
+                # As a parameter for the while, because nobody sees how a tensor in an attribute is read.
+                layer._parameters["weight"] = nn.Parameter(layer.__dict__.pop("weight").detach())
             graph = tracer.trace(module)
             calls = _calls_of(graph, path, {"": kept_on_modules(module), **tracer.given}, tracer.way_of)
     except Exception:  # as above

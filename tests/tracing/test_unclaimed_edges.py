@@ -144,6 +144,75 @@ class WeightNormed(Net):
         parametrizations.weight_norm(self.conv)
 
 
+class NormedWeightUsed(WeightNormed):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) * self.conv.weight.data.abs().mean()
+
+
+class NormedWeightCached(WeightNormed):
+    """The weight that is read was computed within the convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with nn.utils.parametrize.cached():
+            return self.bn(self.conv(x)) * self.conv.weight.data.abs().mean()
+
+
+class GainUsed(WeightNormed):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) * self.conv.parametrizations.weight.original0.mean()
+
+
+class TiedGain(WeightNormed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.twin = parametrizations.weight_norm(nn.Conv2d(3, 4, 3, padding=1))
+        self.twin.parametrizations.weight.original0 = self.conv.parametrizations.weight.original0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) + self.twin(x)
+
+
+class TiedWeightNorm(TiedGain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.twin.parametrizations = self.conv.parametrizations
+
+
+class OneGainForAll(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        parametrizations.weight_norm(self.conv, dim=None)
+
+
+class GainsOfInputs(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        parametrizations.weight_norm(self.conv, dim=1)
+
+
+class TransposedGainsOfInputs(Net):
+    """Of a transposed convolution, whose output channels are the weight's second dimension, by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = parametrizations.weight_norm(nn.ConvTranspose2d(3, 4, 3, padding=1))
+
+
+class TransposedInGroups(Net):
+    """As many gains as a group has output channels, for all groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = parametrizations.weight_norm(nn.ConvTranspose2d(3, 6, 3, padding=1, groups=3), dim=1)
+        self.bn = nn.BatchNorm2d(6)
+
+
+class WeightNormedTwice(WeightNormed):
+    def __init__(self) -> None:
+        super().__init__()
+        nn.utils.parametrize.register_parametrization(self.conv, "weight", nn.Tanh())
+
+
 class SpectralNormed(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -158,6 +227,33 @@ class OldWeightNormed(Net):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             nn.utils.weight_norm(self.conv)
+
+
+class OldNormedWeightUsed(OldWeightNormed):
+    """Read where the hook has left it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) * self.conv.weight.data.abs().mean()
+
+
+class OldNormedWeightReadBefore(OldWeightNormed):
+    def forward(self, x: Tensor) -> Tensor:
+        size = self.conv.weight.abs().mean()
+        return self.bn(self.conv(x)) * size
+
+
+class OldTransposedGainsOfInputs(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self.conv = nn.utils.weight_norm(nn.ConvTranspose2d(3, 4, 3, padding=1))
+
+
+class OldWeightNormedAndHooked(OldWeightNormed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv.register_forward_pre_hook(lambda m, a: (a[0] + 1,))
 
 
 class OldSpectralNormed(Net):
@@ -273,7 +369,10 @@ class Pooled(Net):
 NEVER = [
     UsedElsewhere, UsedByNameOfNorm, UsedLater, TwoNorms, InPlaceBetween, InPlaceThroughView, Augmented, ViewBetween,
     DataUsed, DetachUsed, ConvTwice, NormTwice, WeightUsed, WeightViewUsed, BiasUsed, TiedWeight, TiedBias,
-    WeightNormed, SpectralNormed, OldWeightNormed, OldSpectralNormed, ParametrizedBias, SubclassedConv,
+    NormedWeightUsed, NormedWeightCached, GainUsed, TiedGain, TiedWeightNorm, OneGainForAll, GainsOfInputs,
+    TransposedGainsOfInputs, TransposedInGroups, WeightNormedTwice, OldNormedWeightUsed, OldNormedWeightReadBefore,
+    OldTransposedGainsOfInputs, OldWeightNormedAndHooked, SpectralNormed, OldSpectralNormed, ParametrizedBias,
+    SubclassedConv,
     SubclassedConvInside, PatchedConv, HookedConv, PreHookedNorm, HookedBlock, PreHookedBlock, Stored, StoredInList,
     StoredInDict, LinearOnMaps, OtherDimensions, Pooled,
 ]  # fmt: skip
@@ -285,6 +384,17 @@ def test_an_edge_that_something_else_hangs_on_is_not_claimed(case: type[nn.Modul
     net = case()
     before = fingerprint(net.eval())
     assert edges(net, mode) == {}
+    assert fingerprint(net) == before
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", [WeightNormed, OldWeightNormed])
+def test_a_layer_whose_weight_norm_has_a_gain_for_each_output_channel_is_claimed(
+    case: type[nn.Module], mode: str
+) -> None:
+    net = case()
+    before = fingerprint(net.eval())
+    assert edges(net, mode) == {"bn": ("conv",)}
     assert fingerprint(net) == before
 
 
