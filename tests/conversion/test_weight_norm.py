@@ -36,6 +36,8 @@ def weight_normed(layer: nn.Module, form: str, dim: int = 0) -> nn.Module:
             parameter.data.mul_(torch.linspace(-1.6, 2.3, parameter.numel()).view(parameter.shape))
         elif parameter.dim() > 1:
             parameter.data.mul_(3)
+    for compute in layer._forward_pre_hooks.values():
+        compute(layer, ())
     return layer
 
 
@@ -90,6 +92,9 @@ def test_the_gain_and_the_bias_take_the_statistics_and_the_direction_stays(kind:
     model: Any = normswap.convert(net, "gn", groups=2)
     (step,) = record_of(model).plan.steps
     assert (step.transfer, step.producers) == ("fold", ("layer",))
+    scale = (net.norm.running_var + net.norm.eps).rsqrt()
+    by_channel = scale.view(*[1] * LAYERS[kind][2], -1, *[1] * (net.layer.weight.dim() - 1 - LAYERS[kind][2]))
+    torch.testing.assert_close(model.layer.weight, net.layer.weight * by_channel)  # before any run of it
     torch.testing.assert_close(model.layer(x).double(), standardised(net, x), rtol=1e-4, atol=1e-5)
     direction = "weight_v" if form == "hooked" else "parametrizations.weight.original1"
     assert bits(model.layer.get_parameter(direction)) == bits(net.layer.get_parameter(direction))
@@ -214,8 +219,8 @@ def test_stabilized_the_weights_are_at_their_old_size_and_directions_have_centra
         assert factors_of(model) == {}
         torch.testing.assert_close(run(model, X), out, rtol=1e-5, atol=1e-5)
         model.train()(X).square().mean().backward()
+        assert [direction.shape for direction in directions] == [(8, 3, 3, 3), (8, 8, 3, 3)]
         for direction in directions:
-            assert direction.shape[1:] in ((3, 3, 3), (8, 3, 3))
             assert direction.grad.mean((1, 2, 3)).abs().max() < 1e-6 < direction.grad.abs().max()
     assert contents(model) == before
 
@@ -251,6 +256,7 @@ def test_an_optimizer_goes_on_with_the_gains(form: str) -> None:
     scale = (net.bn1.running_var + net.bn1.eps).rsqrt().view(-1, 1, 1, 1)
     found = optimizer.state[gain_of(model.conv1)]["momentum_buffer"]
     torch.testing.assert_close(found, momentum / scale, rtol=1e-5, atol=1e-7)
+    assert any(p is model.conv2.bias for group in optimizer.param_groups for p in group["params"])  # which is new
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import MODES, Net, X, edges, fingerprint, randomized
+from helpers import MODES, Net, X, edges, fingerprint, needs_known_instructions, randomized
 from holders import Stored, StoredInDict, StoredInList
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -144,6 +144,11 @@ class WeightNormed(Net):
         parametrizations.weight_norm(self.conv)
 
 
+class WeightNormedUntraced(WeightNormed):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * float(x.mean())
+
+
 class NormedWeightUsed(WeightNormed):
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x)) * self.conv.weight.data.abs().mean()
@@ -155,6 +160,13 @@ class NormedWeightCached(WeightNormed):
     def forward(self, x: Tensor) -> Tensor:
         with nn.utils.parametrize.cached():
             return self.bn(self.conv(x)) * self.conv.weight.data.abs().mean()
+
+
+class NormedWeightCachedUntraced(NormedWeightCached):
+    """No trace shows it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * float(x.mean())
 
 
 class GainUsed(WeightNormed):
@@ -229,6 +241,11 @@ class OldWeightNormed(Net):
             nn.utils.weight_norm(self.conv)
 
 
+class OldWeightNormedUntraced(OldWeightNormed):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * float(x.mean())
+
+
 class OldNormedWeightUsed(OldWeightNormed):
     """Read where the hook has left it."""
 
@@ -236,9 +253,16 @@ class OldNormedWeightUsed(OldWeightNormed):
         return self.bn(self.conv(x)) * self.conv.weight.data.abs().mean()
 
 
-class OldNormedWeightReadBefore(OldWeightNormed):
+class OldNormedWeightUsedUntraced(OldNormedWeightUsed):
     def forward(self, x: Tensor) -> Tensor:
-        size = self.conv.weight.abs().mean()
+        return super().forward(x) * float(x.mean())
+
+
+class OldNormedWeightReadBeforeUntraced(OldWeightNormed):
+    """The weight that the hook left the last time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = self.conv.weight.abs().mean() * float(x.mean())
         return self.bn(self.conv(x)) * size
 
 
@@ -367,15 +391,16 @@ class Pooled(Net):
 
 
 NEVER = [
-    UsedElsewhere, UsedByNameOfNorm, UsedLater, TwoNorms, InPlaceBetween, InPlaceThroughView, Augmented, ViewBetween,
-    DataUsed, DetachUsed, ConvTwice, NormTwice, WeightUsed, WeightViewUsed, BiasUsed, TiedWeight, TiedBias,
-    NormedWeightUsed, NormedWeightCached, GainUsed, TiedGain, TiedWeightNorm, OneGainForAll, GainsOfInputs,
-    TransposedGainsOfInputs, TransposedInGroups, WeightNormedTwice, OldNormedWeightUsed, OldNormedWeightReadBefore,
+    UsedElsewhere, UsedByNameOfNorm, UsedLater, TwoNorms, InPlaceBetween, InPlaceThroughView, Augmented,
+    ViewBetween, DataUsed, DetachUsed, ConvTwice, NormTwice, WeightUsed, WeightViewUsed, BiasUsed, TiedWeight,
+    TiedBias, NormedWeightUsed, NormedWeightCached, GainUsed, TiedGain, TiedWeightNorm, OneGainForAll,
+    GainsOfInputs, TransposedGainsOfInputs, TransposedInGroups, WeightNormedTwice, OldNormedWeightUsed,
+    OldNormedWeightUsedUntraced, OldNormedWeightReadBeforeUntraced, NormedWeightCachedUntraced,
     OldTransposedGainsOfInputs, OldWeightNormedAndHooked, SpectralNormed, OldSpectralNormed, ParametrizedBias,
-    SubclassedConv,
-    SubclassedConvInside, PatchedConv, HookedConv, PreHookedNorm, HookedBlock, PreHookedBlock, Stored, StoredInList,
-    StoredInDict, LinearOnMaps, OtherDimensions, Pooled,
+    SubclassedConv, SubclassedConvInside, PatchedConv, HookedConv, PreHookedNorm, HookedBlock, PreHookedBlock,
+    Stored, StoredInList, StoredInDict, LinearOnMaps, OtherDimensions, Pooled,
 ]  # fmt: skip
+UNTRACED = [WeightNormedUntraced, OldWeightNormedUntraced]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -388,7 +413,9 @@ def test_an_edge_that_something_else_hangs_on_is_not_claimed(case: type[nn.Modul
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", [WeightNormed, OldWeightNormed])
+@pytest.mark.parametrize("case", [
+    WeightNormed, OldWeightNormed, *(pytest.param(case, marks=needs_known_instructions) for case in UNTRACED)
+])  # fmt: skip
 def test_a_layer_whose_weight_norm_has_a_gain_for_each_output_channel_is_claimed(
     case: type[nn.Module], mode: str
 ) -> None:
