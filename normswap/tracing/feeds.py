@@ -63,7 +63,7 @@ def analyse(
             elif kind == "parameter" or (kind == "module" and PARAMETRIZED in name):
                 _add(layer_users[known.first_name.get(layer_of(name), "")], None, run.calls[index].way)
             elif kind == "module":
-                users = [(run.norms[u], run.calls[u].way) for u in run.users[index]]
+                users = [(run.norms[u], run.calls[u].way) for u in run.readers(index)]
                 for user, way in users or [(None, run.calls[index].way)]:
                     _add(layer_users[name], user, way)
     reached = {
@@ -146,7 +146,7 @@ def _feed_of(
     kind = _kind(first)
     positions, dims = _extent(first)
     last = all(ends_branch(run, i) for run, i in first)
-    sources = [(run, run.source(i)) for run, i in calls if not run.outside(i)]
+    sources = [(run, run.feeder(i)) for run, i in calls if not run.outside(i)]
     producers = tuple(dict.fromkeys(run.names[s] for run, s in sources if s is not None))
     reason = ""
     if _kind(calls) != kind:
@@ -163,7 +163,8 @@ def _feed_of(
         if any(map(doubts.about, (path, *producers))):
             reason = reason or IN_DOUBT
     vectors = known.facts[path].dims in (None, 1)
-    if kind == "linear" and (not vectors or any((run.calls[i].input_shape or (0, 0))[2:] for run, i in calls)):
+    direct = [run.calls[i].input_shape or (0, 0) for run, i in calls if run.feeder(i) == run.source(i)]
+    if kind == "linear" and (not vectors or any(shape[2:] for shape in direct)):
         reason = reason or "a linear layer's channels are its last dimension, the norm's its second"
     foldable = not reason
     return Feed(kind, producers if foldable else (), foldable, reason, last, dims, positions)
@@ -171,7 +172,7 @@ def _feed_of(
 
 def _kind(calls: list[tuple[CallGraph, int]]) -> str:
     """What the norm is fed by in all of these calls; those that do not show it count only where none does."""
-    shown = [(run, run.source(i)) for run, i in calls if not run.outside(i)]
+    shown = [(run, run.feeder(i)) for run, i in calls if not run.outside(i)]
     kinds = {"other" if s is None else run.kinds[s] for run, s in shown} or {"input"}
     return kinds.pop() if len(kinds) == 1 else "other"
 
@@ -232,7 +233,7 @@ def _extent(calls: list[tuple[CallGraph, int]]) -> tuple[int | None, int | None]
     extents = [shape[2:] for shape in shapes if shape is not None]
     if extents:
         return min(_product(e) for e in extents), max(1, len(extents[0]))
-    sources = [(run, run.source(i)) for run, i in calls]
+    sources = [(run, run.feeder(i)) for run, i in calls]
     dims = {run.dims(s) if s is not None else None for run, s in sources}
     return None, dims.pop() if len(dims) == 1 else None
 

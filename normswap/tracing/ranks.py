@@ -48,7 +48,8 @@ def _flattened(start: Any, end: Any) -> int | None:
 
 
 def vectors_by_code(known: KnownModules, regions: Iterable[Region], doubtful: Collection[str]) -> set[str]:
-    """Paths of the norms whose input has two dimensions in every call, whatever the network is given.
+    """Paths of the norms whose input has two dimensions in every call, or channels that were moved to the second,
+    whatever the network is given.
 
     regions: symbolic runs, which show how the code makes it. They do not show what hooks make of it: with any hook, or
     with what changes a tensor's dimensions in place, nothing is said. doubtful: paths of what may get other values too.
@@ -66,7 +67,8 @@ def vectors_by_code(known: KnownModules, regions: Iterable[Region], doubtful: Co
         for i, path in enumerate(run.norms):
             if path is not None:
                 source = run.source(i)
-                found[path].add(None if source is None else ranks[source])
+                moved = run.feeder(i) != source
+                found[path].add(2 if moved else None if source is None else ranks[source])
     unsure = {first for alias, first in known.first_name.items() if any(is_below(alias, d) for d in doubtful)}
     return {path for path, ranks in found.items() if ranks == {2}} - unsure
 

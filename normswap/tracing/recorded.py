@@ -16,6 +16,7 @@ from ..modules.gains import kept_weight
 from ..modules.restore import evaluating, undisturbed
 from ..modules.storage import Origins
 from .executed import Execution
+from .moves import was_move
 from .run import Call, Region
 
 # --- recorded ---------------------------------------------------------------------------------------------------
@@ -63,7 +64,9 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if self.depth == 0:
             inputs = [self.source_of(t) for t in _tensors((args, kwargs))]
-            self.add("function", func.overloadpacket.__name__, inputs, _tensors(out))
+            name = func.overloadpacket.__name__
+            index = self.add("function", name, inputs, _tensors(out))
+            self.calls[index].moves = was_move(name, args, out)
         return out
 
 

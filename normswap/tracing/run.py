@@ -14,6 +14,7 @@ class Call:
 
     way: what would have to be otherwise for the code to get here, such as "with raw=True"; empty for what it does as
     it stands. rank: how many dimensions its output has whatever the network is given, where the call says it.
+    moves: it puts the last dimension second, whole (see `moves`).
     """
 
     kind: str
@@ -23,6 +24,7 @@ class Call:
     input_shape: tuple[int, ...] | None = None
     way: str = ""
     rank: int | None = None
+    moves: bool = False
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch import fx, nn
 from ..modules.gains import computed_weights
 from ..modules.restore import evaluating, undisturbed
 from .code_paths import Leaf, Tracer, kept_on_modules
+from .moves import is_move
 from .ranks import rank_given
 from .run import Call, Region, is_below, join
 from .source_reading import ALL, doubtful_below, uses_of
@@ -111,7 +112,8 @@ def _region_of(graph: fx.Graph, root: str, kept: Mapping[str, Collection[fx.Node
         kind, target = _kind_of(node, root)
         index[node] = len(calls)
         inputs = tuple(index[n] for n in node.all_input_nodes if n in index)
-        calls.append(Call(kind, target, inputs, way=tracer.way_of.get(node, ""), rank=rank_given(node)))
+        way = tracer.way_of.get(node, "")
+        calls.append(Call(kind, target, inputs, way=way, rank=rank_given(node), moves=is_move(node)))
     for way, nodes in kept.items():
         calls.append(Call("output", "", tuple(index[n] for n in nodes if n in index), way=way))
     return Region(root, calls, [[index.get(node) for node in nodes] for nodes in tracer.alike])
