@@ -43,7 +43,7 @@ def was_move(name: str, args: Sequence[Any], out: Any) -> bool:
     if name == "transpose":
         return {args[1] % x.dim(), args[2] % x.dim()} == {1, x.dim() - 1}
     if name == "permute":
-        return x.dim() == 3 and [dim % 3 for dim in args[1]] == [0, 2, 1]
+        return [dim % x.dim() for dim in args[1]] == [0, 2, 1]
     return name in ("view", "_unsafe_view") and out.dim() == 2
 
 
