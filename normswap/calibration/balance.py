@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..conversion.apply import standardization
-from ..conversion.exact_scaling import by_output_channel, fold_exactly, folded_bias, scaled, undo_layer
+from ..conversion.exact_scaling import by_output_channel, fold_gain, folded_bias, scaled, undo_layer
 from ..conversion.undo_record import LayerUndo, Undo
+from ..modules.gains import gain_of, refresh
 from ..modules.tree import module_at
 from ..planning.plan import Step, Transfer
 from .moments import Rows
@@ -155,20 +156,19 @@ def rescale(model: nn.Module, target: Target, step: Step, factor: Tensor, undo: 
 
 def _rescale_layer(layer: nn.Module, factor: Tensor, record: LayerUndo | None) -> LayerUndo | None:
     """As if the layer had been folded with the new factor right away, so that it can be undone exactly."""
-    weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
+    weight, bias = gain_of(layer), layer.get_parameter("bias")
     original = undo_layer(layer, record) if record is not None else None
     if record is None or original is None:  # nothing was kept, or it was trained since: no exact way back anyway
         weight.copy_(scaled(weight, by_output_channel(layer, factor.to(record.scale if record else weight))))
         bias.copy_(bias * factor)
+        refresh(layer)
         return None
     scale, shift = (t.to(weight.device) * factor.to(weight.device, t.dtype) for t in (record.scale, record.shift))
     by_channel = by_output_channel(layer, scale)
     weight.copy_(original[0])
-    new = LayerUndo(record.path, scale, shift, record.bias, fold_exactly(weight.data, by_channel))
-    if new.correction is None:
-        new.weight = original[0].clone()
-        weight.copy_(scaled(weight, by_channel))
+    new = LayerUndo(record.path, scale, shift, record.bias, *fold_gain(layer, by_channel))
     bias.copy_(folded_bias(original[1], scale, shift, weight.dtype))
+    refresh(layer)
     return new
 
 

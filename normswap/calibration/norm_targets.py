@@ -16,6 +16,7 @@ from ..conversion.bound import inner_norm
 from ..conversion.exact_scaling import scale_layer
 from ..conversion.record import record_of
 from ..errors import Fix, NetworkError, NormswapError, Text
+from ..modules.gains import gain_of
 from ..modules.precision import at_least_float32
 from ..modules.tree import module_at
 from ..norms._padded import PADDED
@@ -242,7 +243,7 @@ def _scale_carrier(carrier: Any, k: Tensor, shift: Tensor) -> None:
         carrier.shift.copy_(k * carrier.shift + shift)
         carrier.scale.copy_(k * carrier.scale)
     else:
-        device = carrier.weight.device
+        device = gain_of(carrier).device
         scale_layer(carrier, "", at_least_float32(k).to(device), at_least_float32(shift).to(device), keep_undo=False)
 
 

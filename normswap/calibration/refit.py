@@ -67,7 +67,8 @@ class Refit:
         def given(module: nn.Module, args: Any, kwargs: Any) -> None:
             i = job()
             arrive()
-            first_input(args, kwargs).copy_(self._again(i))  # in place: a second one would be held for all images
+            if self._fits(self.inputs[i]):  # in place: a second one would be held for all images
+                first_input(args, kwargs).copy_(self._again(i))
 
         def wanted(module: nn.Module, args: Any, kwargs: Any) -> None:
             x = first_input(args, kwargs)
@@ -93,7 +94,7 @@ class Refit:
         """Set weight and bias. What the original gave is not needed any more."""
         wanted, self.wanted = self.wanted, {}
         batches = [(x, wanted[i]) for i, x in self.inputs.items() if i in wanted and len(x)]
-        if batches and not (isinstance(self.layer, nn.Linear) and batches[0][0].dim() != 2):
+        if batches and self._fits(batches[0][0]):
             with torch.autocast(self.layer.weight.device.type, enabled=False):
                 rows = None if self.order is None else self.order.rows
                 scale, shift = self.record.scale, self.record.shift
@@ -103,6 +104,10 @@ class Refit:
             self.layer.weight.copy_(weight)
             if self.layer.bias is not None:  # else what follows, which takes the mean out, has no use for one
                 self.layer.bias.copy_(bias)
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether the layer is fitted on such an input; else it is as it was, and so is what the norm is given."""
+        return not isinstance(self.layer, nn.Linear) or x.dim() == 2
 
     def _again(self, i: int) -> Tensor:
         """What the layer makes of its input in batch i now."""

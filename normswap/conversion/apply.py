@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from ..modules.fast_path import fit_fast_paths
 from ..modules.frozen_class import ATTRIBUTE, WANTED, hand_over
+from ..modules.gains import gain_of
 from ..modules.hooks import adopt
 from ..modules.precision import at_least_float32
 from ..modules.tree import replace_module
@@ -77,7 +78,7 @@ def gamma_factor(state: NormState | None, step: Step) -> Tensor | None:
 def folded_in(bound: BoundStep) -> tuple[Tensor, Tensor]:
     """What is multiplied into the outputs of the layers before a norm, and added to them, each `(C,)`."""
     if bound.step.transfer is Transfer.ABSORB:
-        sign = signs(bound.state, bound.producers[0].weight)
+        sign = signs(bound.state, gain_of(bound.producers[0]))
         return sign, torch.zeros_like(sign)
     if bound.step.transfer is Transfer.FOLD:
         return standardization(bound.state, unit=bound.step.unit)
@@ -178,8 +179,9 @@ def _give_values(norm: nn.Module) -> None:
 def _add_biases(bound: BoundStep) -> None:
     for layer in bound.producers:
         if layer.bias is None:
-            empty = layer.weight.new_empty(bound.step.channels)
-            layer._parameters["bias"] = nn.Parameter(empty, requires_grad=layer.weight.requires_grad)
+            gain = gain_of(layer)
+            empty = gain.new_empty(bound.step.channels)
+            layer._parameters["bias"] = nn.Parameter(empty, requires_grad=gain.requires_grad)
 
 
 def _replacement(bound: BoundStep, device: torch.device, dtype: torch.dtype) -> nn.Module:

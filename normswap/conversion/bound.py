@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import PlanError
+from ..modules.gains import gain_name
 from ..modules.tree import aliases, device_and_dtype, module_at
 from ..norms._wrappers import NormSequence
 from ..norms.registry import identify, norm_named
@@ -134,7 +135,7 @@ def _misfits(bound: BoundStep) -> Iterator[str]:
 
 def _producer_misfits(bound: BoundStep, uses: Mapping[Any, int]) -> Iterator[str]:
     for path, layer in bound.layers:
-        if layer is None or producer_kind(layer) is None or layer._parameters.get("weight") is None:
+        if layer is None or producer_kind(layer) is None or gain_name(layer) is None:
             yield f"there is no layer to fold into at {path}"
         elif out_channels(layer) != bound.step.channels:
             yield f"{path} has {out_channels(layer)} output channels, the norm {bound.step.channels}"

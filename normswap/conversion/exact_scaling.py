@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files.spilling import spilled, spilled_copy
+from ..modules.gains import gain_name, gain_of, refresh
 from ..modules.precision import at_least_float32
 from .undo_record import LayerUndo, Order, in_first_order
 
@@ -20,8 +21,9 @@ _INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 def by_output_channel(layer: Any, vector: Tensor) -> Tensor:
-    """View `(C,)` so that it broadcasts over the weight of a convolution, transposed convolution or linear layer."""
-    weight = layer.weight
+    """View `(C,)` so that it broadcasts over the gain (the weight, see `gain_of`) of a convolution, transposed
+    convolution or linear layer."""
+    weight = gain_of(layer)
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         # (in, out / groups, *k): input channels are ordered by group, and so are the output channels they make.
         per_input = vector.view(layer.groups, 1, -1).expand(layer.groups, weight.shape[0] // layer.groups, -1)
@@ -105,17 +107,13 @@ def folded_bias(bias: Tensor | None, scale: Tensor, shift: Tensor, dtype: torch.
 
 
 def scale_layer(layer: Any, path: str, scale: Tensor, shift: Tensor, *, keep_undo: bool) -> LayerUndo | None:
-    """Multiply the layer's output by `scale` and add `shift`, `(C,)` each, by changing its weight and bias in place."""
+    """Multiply the layer's output by `scale` and add `shift`, `(C,)` each, by changing its gain and bias in place."""
     factor = by_output_channel(layer, scale)
-    weight, bias = layer.weight, layer.bias
+    weight, bias = gain_of(layer), layer.bias
     record = None
     if keep_undo and not weight.is_meta:
         old_bias = None if bias is None else bias.detach().clone()
-        correction = fold_exactly(weight.data, factor)
-        record = LayerUndo(path, scale, shift, old_bias, None if correction is None else spilled(correction))
-        if record.correction is None:
-            record.weight = spilled_copy(weight.detach())
-            weight.data.copy_(scaled(weight, factor))
+        record = LayerUndo(path, scale, shift, old_bias, *fold_gain(layer, factor))
     elif weight.dtype == scale.dtype:
         weight.data.mul_(factor)
     else:
@@ -125,17 +123,33 @@ def scale_layer(layer: Any, path: str, scale: Tensor, shift: Tensor, *, keep_und
         layer._parameters["bias"] = nn.Parameter(new_bias.clone(), requires_grad=weight.requires_grad)
     else:
         bias.data.copy_(new_bias)
+    refresh(layer)
     return record
+
+
+def fold_gain(layer: nn.Module, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Multiply a layer's gain in place. Returns what gives it back: corrections of two bits, or a copy.
+
+    Copied is what no corrections undo, and the g of a weight norm: it is small, and so few values might agree with the
+    corrections by chance after a training, which nobody would notice then.
+    """
+    gain = gain_of(layer).data
+    correction = fold_exactly(gain, factor) if gain_name(layer) == "weight" else None
+    if correction is not None:
+        return spilled(correction), None
+    copy = spilled_copy(gain)
+    gain.copy_(scaled(gain, factor))
+    return None, copy
 
 
 @torch.no_grad()
 def undo_layer(layer: Any, record: LayerUndo, order: Order | None = None) -> tuple[Tensor, Tensor | None] | None:
-    """The layer's original weight and bias; None when it was changed since it was folded.
+    """The layer's original gain and bias; None when it was changed since it was folded.
 
     Folding the recovered weight again must give the layer's present weight to the bit, which tells a trained layer
     from an untouched one without having kept a checksum. order: the one that the layer stands in now.
     """
-    device = layer.weight.device
+    device = gain_of(layer).device
     scale, shift = record.scale.to(device), record.shift.to(device)
     bias = None if record.bias is None else record.bias.to(device)
     factor = by_output_channel(layer, scale)
@@ -165,16 +179,18 @@ def layer_digest(*tensors: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def restore_layer(layer: Any, record: LayerUndo, original: tuple[Tensor, Tensor | None] | None) -> None:
-    """Give a folded layer its original weight and bias; where it has none, what it has, divided by what was folded."""
+    """Give a folded layer its original gain and bias; where it has none, what it has, divided by what was folded."""
     weight, old_bias = _divided(layer, record) if original is None else original
-    layer.weight.data.copy_(weight)
+    gain_of(layer).data.copy_(weight)
     if old_bias is None:
         layer._parameters["bias"] = None
     else:
         layer.bias.data.copy_(old_bias)
+    refresh(layer)
 
 
 def _divided(layer: Any, record: LayerUndo) -> tuple[Tensor, Tensor | None]:
-    scale, shift = record.scale.to(layer.weight.device), record.shift.to(layer.weight.device)
+    weight = gain_of(layer)
+    scale, shift = record.scale.to(weight.device), record.shift.to(weight.device)
     bias = None if record.bias is None else ((at_least_float32(layer.bias) - shift) / scale).to(layer.bias.dtype)
-    return unscaled(layer.weight, by_output_channel(layer, scale)), bias
+    return unscaled(weight, by_output_channel(layer, scale)), bias

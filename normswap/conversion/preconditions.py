@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import Fix, PlanError, Text
+from ..modules.gains import gain_of
 from ..modules.precision import at_least_float32
 from ..norms.spec import NormState
 from .apply import folded_in, scales_gamma
@@ -108,13 +109,14 @@ def _gamma_problems(model: nn.Module, bound: BoundPlan) -> Iterator[str]:
 def _overflows(bound: BoundPlan) -> Iterator[str]:
     for each in bound:
         for path, layer in each.layers:
-            half = layer.weight.dtype is torch.float16 and not layer.weight.is_meta
+            gain = gain_of(layer)
+            half = gain.dtype is torch.float16 and not gain.is_meta
             if half and _overflows_float16(layer, *folded_in(each)):
                 yield f"{each.step.path}: folded into {path}, it leaves the range of float16; convert in float32 first"
 
 
 def _overflows_float16(layer: Any, scale: Tensor, shift: Tensor) -> bool:
-    weight = layer.weight.detach()
+    weight = gain_of(layer).detach()
     bias = folded_bias(layer.bias, scale, shift, weight.dtype)
     folded = scaled(weight, by_output_channel(layer, scale))
     return bool((weight.isfinite() & ~folded.isfinite()).any() | ~bias.isfinite().all())

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import DataError, Fix, NormswapError, SelfCheckError, Text, first_line
 from ..files.spilling import spilled, spilling
+from ..modules.gains import gain_of
 from ..modules.restore import seed_everything, trial_run
 from ..modules.tree import copied, device_and_dtype, module_at
 from ..norms._wrappers import per_channel
@@ -262,7 +263,7 @@ def _bare(stack: ExitStack, bound: BoundStep, original: nn.Module | None) -> Non
 
         _override(stack, norm, affine)
     elif step.transfer is Transfer.ABSORB and original is not None:
-        sign = signs(BoundStep(step, original, ()).state, bound.producers[0].weight)
+        sign = signs(BoundStep(step, original, ()).state, gain_of(bound.producers[0]))
         _override(stack, bound.module, lambda x: original.forward(x * per_channel(sign.to(x), x.dim())))
     elif not step.transfer.keeps_outputs and original is not None:
         _override(stack, bound.module, original.forward)

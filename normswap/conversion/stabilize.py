@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..modules.gains import direction_of, gain_of, refresh
 from ..modules.sharding import check_not_flattened, reshard, whole
 from ..planning.plan import Transfer
 from .bound import BoundStep, bound_after
@@ -62,7 +63,7 @@ def factors_of(model: nn.Module) -> dict[str, float]:
             continue
         now = before = 0.0
         for path, layer in each.layers:
-            weight = whole(layer.weight.detach()).double()
+            weight = whole(gain_of(layer).detach()).double()  # a weight norm's g is as long as the weights are
             scale = by_output_channel(layer, scales[path].to(weight)).abs().clamp_min(_TINY)
             now += float(weight.square().sum())
             before += float((weight / scale).square().sum())
@@ -89,8 +90,9 @@ def rescale(model: nn.Module, factors: Mapping[str, float], *, back: bool = Fals
             continue
         factor = 1 / factor if back else factor
         for layer in each.producers if values else ():
-            layer.weight.mul_(factor)
+            gain_of(layer).mul_(factor)
             layer.bias.mul_(factor)
+            refresh(layer)
         each.norm.eps = each.norm.eps * factor**2
         total = now.pop(path, 1.0) * factor
         if total != 1:
@@ -169,8 +171,8 @@ def folded_weights(model: nn.Module) -> list[nn.Parameter]:
     """Weights of the layers that feed norms which follow their sample, those that `centralize` is for."""
     record = record_of(model)
     bound = () if record is None else bound_after(model, record.plan)
-    layers = [layer for each in bound if _applies(each) for layer in each.producers]
-    return [layer.weight for layer in layers if layer.weight.dim() > 1 and layer.weight[0].numel() > 1]
+    weights = [direction_of(layer) for each in bound if _applies(each) for layer in each.producers]
+    return [weight for weight in weights if weight.dim() > 1 and weight[0].numel() > 1]
 
 
 def centralize(weight: Tensor) -> None:

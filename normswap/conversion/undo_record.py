@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..modules.gains import gain_of
+
 TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -26,7 +28,7 @@ class NormUndo:
 
 @dataclass
 class LayerUndo:
-    """How to get the weight and bias of a folded layer back.
+    """How to get the weight (or the gain of its weight norm, see `gain_of`) and bias of a folded layer back.
 
     scale, shift: what was applied per output channel, `(C,)`. correction: packed two-bit corrections (uint8), or
     None where `weight` holds the original whole (when rounding went further than one unit). bias: the original.
@@ -86,8 +88,8 @@ def ordered(tensor: Tensor, order: Order, *, back: bool = False) -> Tensor:
 
 
 def in_first_order(layer: Any, order: Order | None) -> tuple[Tensor, Tensor | None]:
-    """A layer's weight and bias, with their channels as the original has them."""
-    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+    """A layer's gain (its weight, see `gain_of`) and bias, with their channels as the original has them."""
+    weight, bias = gain_of(layer).detach(), None if layer.bias is None else layer.bias.detach()
     if order is None:
         return weight, bias
     return ordered(weight, order, back=True), None if bias is None else ordered(bias, order, back=True)

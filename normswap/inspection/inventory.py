@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -24,6 +24,7 @@ from ..norms.spec import NormSpec, NormState
 from ..tracing.calls import KnownModules, producer_kind
 from ..tracing.executed import Execution
 from ..tracing.feeds import UNKNOWN, Feed, analyse
+from ..tracing.ranks import vectors_by_code
 from ..tracing.recorded import record
 from ..tracing.run import Region
 from ..tracing.symbolic import trace
@@ -183,7 +184,8 @@ def _feeds(
         regions += _recorded(model, known, example_inputs, execution)
         settled = execution.settled() - {*held}
         feeds = analyse(known, regions, doubts, settled)
-    feeds |= _without_vectors(model, known, feeds, example_inputs)
+    by_code = vectors_by_code(known, traced.regions, doubts)
+    feeds |= _without_vectors(model, known, feeds, example_inputs, by_code)
     if not any(suspect.reason == IN_CODE for suspect in suspects):
         # A recorded run sees into suspects and compiled parts, which are named already; a symbolic one does not.
         named = any(suspect.reason == SCRIPTED or example_inputs is None for suspect in suspects)
@@ -192,10 +194,14 @@ def _feeds(
 
 
 def _without_vectors(
-    model: nn.Module, known: KnownModules, feeds: Mapping[str, Feed], example_inputs: Any
+    model: nn.Module, known: KnownModules, feeds: Mapping[str, Feed], example_inputs: Any, by_code: Collection[str]
 ) -> dict[str, Feed]:
-    """The feeds by a linear layer that are not known to be `(N, C)` in every run, now not foldable."""
-    linear = {known.modules[path]: path for path, feed in feeds.items() if feed.foldable and feed.kind == "linear"}
+    """The feeds by a linear layer that are not known to be `(N, C)` in every run, now not foldable.
+
+    by_code: norms that are given nothing else, as their network's code shows.
+    """
+    doubtful = [path for path, feed in feeds.items() if feed.foldable and feed.kind == "linear" and path not in by_code]
+    linear = {known.modules[path]: path for path in doubtful}
     if not linear:
         return {}
     inputs = inputs_for(model, example_inputs)

@@ -60,10 +60,16 @@ class Origins:
         # Each goes with a weak reference to what it stood for, and means nothing once that is gone.
         self._made_by: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._filled_by: dict[int, tuple[StorageWeakRef, int]] = {}  # for views no operation announces (`x.data`)
+        self._computed: dict[int, tuple[StorageWeakRef, str]] = {}
         self._parameters: dict[int, list[tuple[Span, str]]] = defaultdict(list)
         for name, parameter in model.named_parameters():
             if (span := span_of(parameter)) is not None:
                 self._parameters[span[0]].append((span, name))
+
+    def note_parameter(self, name: str, tensor: Tensor) -> None:
+        """Let what reads a tensor's memory read the parameter of that name."""
+        if memory := storage_of(tensor):
+            self._computed[memory] = StorageWeakRef(tensor.untyped_storage()), name
 
     def note(self, tensors: Iterable[Tensor], step: int, *, fills: bool = True) -> None:
         """fills: the memory of the tensors is the step's too."""
@@ -88,4 +94,6 @@ class Origins:
         """The names of the parameters that have bytes of the tensor's memory."""
         span = span_of(tensor)
         known = self._parameters.get(span[0], ()) if span is not None else ()
-        return [name for own, name in known if overlap(span, own)]
+        memory, computed = self._computed.get(storage_of(tensor), (None, ""))
+        held = [computed] if memory is not None and not memory.expired() else []
+        return [*held, *(name for own, name in known if overlap(span, own))]

@@ -14,6 +14,7 @@ from ..conversion.exact_scaling import by_output_channel
 from ..conversion.record import Record, record_of
 from ..conversion.undo_record import Order
 from ..errors import OptionError
+from ..modules.gains import gain_name, gain_of
 from ..modules.tree import module_at
 from ..planning.plan import Step, Transfer
 
@@ -163,7 +164,7 @@ class Changes:
         held = {name for name in self.target.values() if name is not None}
         for path in (p for s in record.plan.steps if s.transfer.edits_producer for p in s.producers):
             layer: Any = module_at(self.model, path)
-            for own in ("weight", "bias"):
+            for own in (gain_name(layer) or "weight", "bias"):
                 name = _join(path, own)
                 if name not in held or (own == "bias" and name not in self.known):
                     continue
@@ -172,8 +173,8 @@ class Changes:
                 elif not bool(((scales[path] != 0) & scales[path].isfinite()).all()):
                     self.restart[name] = "some channel was folded with a scale of 0"
                 else:
-                    scale = scales[path].to(layer.weight.device)
-                    self._scale(name, by_output_channel(layer, scale) if own == "weight" else scale)
+                    scale = scales[path].to(gain_of(layer).device)
+                    self._scale(name, scale if own == "bias" else by_output_channel(layer, scale))
 
     def _change_norm(self, step: Step, record: Record) -> None:
         """Gamma and beta of a norm whose values the conversion changed."""
@@ -213,7 +214,7 @@ class Changes:
         path, _, own = name.rpartition(".")
         fed = [step for step in self.steps.values() if path in step.producers]
         if fed and own == "bias":
-            weight = _join(path, "weight")
+            weight = _join(path, gain_name(module_at(self.model, path)) or "weight")
             betas = [n for step in fed for n in (_join(step.path, "bias"), _join(step.path, "norm.bias"))]
             return _Place((*betas, weight), needed=weight)
         taken = [s for s in self.steps.values() if any(reader.bias == name for reader in s.readers)]

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..modules.storage import sharers
 from ..norms.registry import inner_of, looks_batch
+from .moves import takes_moved
 from .own_convolution import is_convolution
 from .run import Region, join
 
@@ -132,6 +133,30 @@ class CallGraph:
     def source(self, index: int) -> int | None:
         """The call whose output a call reads first."""
         return self.calls[index].inputs[0] if self.calls[index].inputs else None
+
+    def feeder(self, index: int) -> int | None:
+        """What a call of a norm reads: the linear layer, if but its channels are moved to where the norm has them."""
+        source = self.source(index)
+        layer = None if source is None or not self._moved(source, index) else self.calls[source].inputs[0]
+        return source if layer is None else layer
+
+    def readers(self, index: int) -> list[int]:
+        """Who reads a call's output, among them the norms that `feeder` finds to read it."""
+        return [reader for user in self.users[index] for reader in self._beyond(user)]
+
+    def _beyond(self, user: int) -> list[int]:
+        found = self.users[user]
+        return found if found and all(self._moved(user, reader) for reader in found) else [user]
+
+    def _moved(self, index: int, norm: int) -> bool:
+        """Whether a call moves all channels of a linear layer, no more and no less, for a call of a norm.
+
+        That both have as many is asked for elsewhere.
+        """
+        call, path = self.calls[index], self.norms[norm]
+        if not call.moves or not call.inputs or path is None or not takes_moved(self.modules[path]):
+            return False
+        return self.layer_kind(call.inputs[0]) == "linear"
 
     def outside(self, index: int) -> bool:
         """Whether what a call reads comes from outside of the part of the network that this run is of."""

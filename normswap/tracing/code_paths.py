@@ -150,7 +150,8 @@ class Tracer(fx.Tracer):
     """fx.Tracer that goes every way a module's code can go, and keeps a submodule it cannot trace as one opaque call.
 
     way_of: for each node, what would have to be otherwise for the code to get there; empty for the first way, which
-    is the code as it stands. given: by way, what it alone returns, or keeps on a module.
+    is the code as it stands. given: by way, what it alone returns, or keeps on a module. alike: values that
+    stand for one another: all that a module is called on which is not run anew, all that one returns by its ways.
     """
 
     def __init__(self, leaf: Leaf) -> None:
@@ -159,6 +160,7 @@ class Tracer(fx.Tracer):
         self.called: dict[str, str] = {}
         self.way_of: dict[fx.Node, str] = {}
         self.given: dict[str, set[fx.Node]] = {}
+        self.alike: list[set[fx.Node]] = []
         self._returned: dict[str, list[tuple[set[fx.Node], Any]]] = {}
         self._opaque: list[tuple[str, str]] = []
         self._way = ""
@@ -216,6 +218,7 @@ class Tracer(fx.Tracer):
         calls = self._returned[path]
         same = [out for before, out in calls if before == read]
         if not same:
+            self.alike.append(read.union(*(before for before, _ in calls)))
             self._give(read.difference(*(before for before, _ in calls)))
             self._give(set().union(*(_nodes_in(out) for _, out in calls[:-1])))
         return _shallow(same[0] if same else calls[-1][1])
@@ -273,6 +276,8 @@ class Tracer(fx.Tracer):
     def _gives(self, value: Any, first: Any) -> None:
         """Note what a way returns and the first does not: whoever reads the one may read the other."""
         known = _nodes_in(first)
+        if not known >= _nodes_in(value):
+            self.alike.append(known | _nodes_in(value))
         layers = {node.target for node in known if node.op == "call_module"}
         self._give({n for n in _nodes_in(value) - known if n.op != "call_module" or n.target not in layers})
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from ..modules.gains import PARAMETRIZED, foreign_hooks, gain_name, gain_of, layer_of
 from .calls import CallGraph, KnownModules
 from .residual import ends_branch
 from .run import Region, is_below
@@ -59,12 +60,12 @@ def analyse(
             kind = run.calls[index].kind
             if run.norms[index] is not None:
                 norm_calls[name].append((run, index))
+            elif kind == "parameter" or (kind == "module" and PARAMETRIZED in name):
+                _add(layer_users[known.first_name.get(layer_of(name), "")], None, run.calls[index].way)
             elif kind == "module":
-                users = [(run.norms[u], run.calls[u].way) for u in run.users[index]]
+                users = [(run.norms[u], run.calls[u].way) for u in run.readers(index)]
                 for user, way in users or [(None, run.calls[index].way)]:
                     _add(layer_users[name], user, way)
-            elif kind == "parameter":
-                _add(layer_users[known.first_name.get(name.rpartition(".")[0], "")], None, run.calls[index].way)
     reached = {
         known.first_name.get(c.target, c.target) for region in regions if region.path == "" for c in region.calls
     }
@@ -145,7 +146,7 @@ def _feed_of(
     kind = _kind(first)
     positions, dims = _extent(first)
     last = all(ends_branch(run, i) for run, i in first)
-    sources = [(run, run.source(i)) for run, i in calls if not run.outside(i)]
+    sources = [(run, run.feeder(i)) for run, i in calls if not run.outside(i)]
     producers = tuple(dict.fromkeys(run.names[s] for run, s in sources if s is not None))
     reason = ""
     if _kind(calls) != kind:
@@ -162,7 +163,8 @@ def _feed_of(
         if any(map(doubts.about, (path, *producers))):
             reason = reason or IN_DOUBT
     vectors = known.facts[path].dims in (None, 1)
-    if kind == "linear" and (not vectors or any((run.calls[i].input_shape or (0, 0))[2:] for run, i in calls)):
+    direct = [run.calls[i].input_shape or (0, 0) for run, i in calls if run.feeder(i) == run.source(i)]
+    if kind == "linear" and (not vectors or any(shape[2:] for shape in direct)):
         reason = reason or "a linear layer's channels are its last dimension, the norm's its second"
     foldable = not reason
     return Feed(kind, producers if foldable else (), foldable, reason, last, dims, positions)
@@ -170,7 +172,7 @@ def _feed_of(
 
 def _kind(calls: list[tuple[CallGraph, int]]) -> str:
     """What the norm is fed by in all of these calls; those that do not show it count only where none does."""
-    shown = [(run, run.source(i)) for run, i in calls if not run.outside(i)]
+    shown = [(run, run.feeder(i)) for run, i in calls if not run.outside(i)]
     kinds = {"other" if s is None else run.kinds[s] for run, s in shown} or {"input"}
     return kinds.pop() if len(kinds) == 1 else "other"
 
@@ -185,18 +187,18 @@ _WORDS = {
 
 def _why_not(producer: str, path: str, known: KnownModules, layer_users: Mapping[str, Users]) -> str:
     layer, facts = known.modules[producer], known.facts[producer]
-    weight = layer._parameters.get("weight")
+    gain = gain_name(layer)
     sizes = {facts.dims, known.facts[path].dims} - {None}
     if len(sizes) > 1:
         return f"the norm reads the output of {producer} in other dimensions than it was made"
-    if weight is None:
+    if gain is None:
         return f"the weight of {producer} is computed, not a parameter"
-    if known.owners[id(weight)] > 1:
+    if known.owners[id(gain_of(layer))] > 1 or _parametrized_twice(producer, gain, known):
         return f"the weight of {producer} is shared with another layer"
     others = [way for user, way in layer_users[producer].items() if user != path]
     if others:
         return ", ".join([*filter(None, [min(others)]), f"the output of {producer} is used elsewhere too"])
-    if layer._forward_hooks or layer._forward_pre_hooks:
+    if foreign_hooks(layer):
         return f"a hook on {producer} sees its output or input"
     if facts.channels != known.norms[path]:
         return f"{producer} has {facts.channels} output channels, the norm {known.norms[path]}"
@@ -204,6 +206,15 @@ def _why_not(producer: str, path: str, known: KnownModules, layer_users: Mapping
     if (bias is None and layer.bias is not None) or (bias is not None and known.owners[id(bias)] > 1):
         return f"the bias of {producer} is computed or shared"
     return ""
+
+
+def _parametrized_twice(producer: str, gain: str, known: KnownModules) -> bool:
+    """Whether what computes a layer's weight computes another layer's too."""
+    if gain == "weight" or PARAMETRIZED.strip(".") not in gain:
+        return False
+    holder = known.first_name[f"{producer}.{gain.rpartition('.')[0]}"]
+    names = (name for name, first in known.first_name.items() if first == holder)
+    return any(known.first_name[layer_of(name)] != producer for name in names)
 
 
 def _hooked_between(producer: str, path: str, modules: Mapping[str, nn.Module]) -> str:
@@ -222,7 +233,7 @@ def _extent(calls: list[tuple[CallGraph, int]]) -> tuple[int | None, int | None]
     extents = [shape[2:] for shape in shapes if shape is not None]
     if extents:
         return min(_product(e) for e in extents), max(1, len(extents[0]))
-    sources = [(run, run.source(i)) for run, i in calls]
+    sources = [(run, run.feeder(i)) for run, i in calls]
     dims = {run.dims(s) if s is not None else None for run, s in sources}
     return None, dims.pop() if len(dims) == 1 else None
 

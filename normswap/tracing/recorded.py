@@ -12,9 +12,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..modules.attributes import tensors_kept_by
+from ..modules.gains import kept_weight
 from ..modules.restore import evaluating, undisturbed
 from ..modules.storage import Origins
 from .executed import Execution
+from .moves import was_move
 from .run import Call, Region
 
 # --- recorded ---------------------------------------------------------------------------------------------------
@@ -53,11 +55,18 @@ class _Recorder(TorchDispatchMode):
         self.origins.note(outputs, len(self.calls) - 1, fills=call.kind != "parameter")
         return len(self.calls) - 1
 
+    def note_weight(self, layer: nn.Module, path: str) -> None:
+        """Know a weight that the layer has computed and keeps, should anything else read it."""
+        if (weight := kept_weight(layer)) is not None:
+            self.origins.note_parameter(f"{path}.weight", weight)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if self.depth == 0:
             inputs = [self.source_of(t) for t in _tensors((args, kwargs))]
-            self.add("function", func.overloadpacket.__name__, inputs, _tensors(out))
+            name = func.overloadpacket.__name__
+            index = self.add("function", name, inputs, _tensors(out))
+            self.calls[index].moves = was_move(name, args, out)
         return out
 
 
@@ -87,6 +96,7 @@ def record(
         recorder.depth += 1
 
     def after(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        recorder.note_weight(module, watched[module])
         recorder.depth -= 1
         if recorder.depth == 0:
             sources, shape = entered.pop()
@@ -100,7 +110,8 @@ def record(
         stack.enter_context(evaluating(model))
         stack.enter_context(undisturbed(model))
         stack.enter_context(torch.no_grad())
-        for module in watched:
+        for module, path in watched.items():
+            recorder.note_weight(module, path)
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
             stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
         stack.enter_context(recorder)

@@ -5,7 +5,7 @@ One rule rules: a wrong edge destroys a network, a missing one costs two buffers
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
@@ -13,7 +13,8 @@ class Call:
     """One step of a run: `kind` is module, function, input, output or parameter; `inputs` index earlier calls.
 
     way: what would have to be otherwise for the code to get here, such as "with raw=True"; empty for what it does as
-    it stands.
+    it stands. rank: how many dimensions its output has whatever the network is given, where the call says it.
+    moves: it puts the last dimension second, whole (see `moves`).
     """
 
     kind: str
@@ -22,14 +23,21 @@ class Call:
     shape: tuple[int, ...] | None = None
     input_shape: tuple[int, ...] | None = None
     way: str = ""
+    rank: int | None = None
+    moves: bool = False
 
 
 @dataclass
 class Region:
-    """The calls of one run of the module at `path` (paths in calls are from the model's root)."""
+    """The calls of one run of the module at `path` (paths in calls are from the model's root).
+
+    alike: calls that stand for one another, None for what is none: all that a module was called on which was gone into
+    once, all that one returns by the ways of its code.
+    """
 
     path: str
     calls: list[Call]
+    alike: list[list[int | None]] = field(default_factory=list)
 
 
 def join(path: str, name: str) -> str:

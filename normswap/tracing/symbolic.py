@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
+from ..modules.gains import computed_weights
 from ..modules.restore import evaluating, undisturbed
 from .code_paths import Leaf, Tracer, kept_on_modules
+from .moves import is_move
+from .ranks import rank_given
 from .run import Call, Region, is_below, join
 from .source_reading import ALL, doubtful_below, uses_of
 
@@ -57,13 +60,16 @@ def _trace_below(module: nn.Module, path: str, leaf: Leaf, traced: Traced) -> No
     tracer = Tracer(leaf)
     try:
         with undisturbed(module):
+            for layer in computed_weights(module):
+                # As a parameter for the while, because nobody sees how a tensor in an attribute is read.
+                layer._parameters["weight"] = nn.Parameter(layer.__dict__.pop("weight").detach())
             graph = tracer.trace(module)
-            calls = _calls_of(graph, path, {"": kept_on_modules(module), **tracer.given}, tracer.way_of)
+            region = _region_of(graph, path, {"": kept_on_modules(module), **tracer.given}, tracer)
     except Exception:  # as above
         opaque = [""]
     else:
         opaque = tracer.untraced()
-        traced.regions.append(Region(path, calls))
+        traced.regions.append(region)
     # A subtree erased as opaque may have been entered before: only the outermost opaque modules count.
     outer = [p for p in opaque if not any(p != q and is_below(p, q) for q in opaque)]
     for inner in dict.fromkeys(outer):
@@ -96,9 +102,7 @@ def _trace_children(
             _trace_below(child, child_path, leaf, traced)
 
 
-def _calls_of(
-    graph: fx.Graph, root: str, kept: Mapping[str, Collection[fx.Node]], way_of: Mapping[fx.Node, str]
-) -> list[Call]:
+def _region_of(graph: fx.Graph, root: str, kept: Mapping[str, Collection[fx.Node]], tracer: Tracer) -> Region:
     """kept: what is used beside, by way."""
     index: dict[fx.Node, int] = {}
     calls: list[Call] = []
@@ -108,10 +112,11 @@ def _calls_of(
         kind, target = _kind_of(node, root)
         index[node] = len(calls)
         inputs = tuple(index[n] for n in node.all_input_nodes if n in index)
-        calls.append(Call(kind, target, inputs, way=way_of.get(node, "")))
+        way = tracer.way_of.get(node, "")
+        calls.append(Call(kind, target, inputs, way=way, rank=rank_given(node), moves=is_move(node)))
     for way, nodes in kept.items():
         calls.append(Call("output", "", tuple(index[n] for n in nodes if n in index), way=way))
-    return calls
+    return Region(root, calls, [[index.get(node) for node in nodes] for nodes in tracer.alike])
 
 
 _METADATA_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout"}

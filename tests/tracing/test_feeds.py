@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import normswap
+from normswap.inspection.example_inputs import guess_inputs
 from normswap.inspection.inventory import inspect
 
 # --- what can be folded -----------------------------------------------------------------------------------------
@@ -91,6 +93,109 @@ def test_a_linear_layer_that_no_run_reaches_is_not_folded_into() -> None:
 
     assert not inspect(Picky().eval())["body.1"].feed.foldable
     assert inspect(Picky().eval(), (torch.randn(2, 8), torch.ones(7)))["body.1"].feed.foldable
+
+
+class Shaped(nn.Module):
+    """What `shape` makes of an input that nobody guesses, through two linear layers and their norms."""
+
+    def __init__(self, shape: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.body = mlp(nn.ReLU(), nn.Dropout(), *mlp())
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.shape[0] == 7, "seven")
+        return self.body(self.shape(x))
+
+
+def unsqueezed_later(x: Tensor) -> Tensor:
+    y = x.reshape(-1, 8)
+    y.unsqueeze_(1)
+    return y
+
+
+TWO_DIMENSIONS = {
+    "view": lambda x: x.view(x.size(0), -1),
+    "reshape": lambda x: x.reshape(-1, x.shape[-1]),
+    "reshape to a tuple": lambda x: x.reshape((x.shape[0], 8)),
+    "torch.reshape": lambda x: torch.reshape(x, (-1, 8)),
+    "flatten": lambda x: x.flatten(1),
+    "torch.flatten": lambda x: torch.flatten(x, start_dim=1),
+    "by values after": lambda x: torch.tanh(x.flatten(1)) * 2 + x.flatten(1).relu(),
+    "joined": lambda x: torch.cat([x.flatten(1)[:, :4] * 1, x.flatten(1)], 1).reshape(-1, 8),
+}
+MAYBE_MORE = {
+    "as it is": lambda x: x,
+    "three sizes": lambda x: x.reshape(x.shape[0], -1, 8),
+    "a shape": lambda x: x.view(x.shape),
+    "flattened from the third": lambda x: x.flatten(2),
+    "flattened to the second": lambda x: x.flatten(0, 1),
+    "flattened from the second to the third": lambda x: x.flatten(1, 2),
+    "one more": lambda x: x.reshape(-1, 8).unsqueeze(1),
+    "one more, in place": unsqueezed_later,
+    "joined with more": lambda x: x.reshape(-1, 8) + x,
+    "summed": lambda x: x.flatten(1).sum(),
+}
+
+
+@pytest.mark.parametrize("shape", TWO_DIMENSIONS)
+def test_a_linear_layer_is_found_where_the_code_makes_vectors_of_any_input(shape: str) -> None:
+    net = Shaped(TWO_DIMENSIONS[shape]).eval()
+    assert guess_inputs(net) is None
+    assert edges(net, "symbolic") == {"body.1": ("body.0",), "body.5": ("body.4",)}
+
+
+@pytest.mark.parametrize("shape", MAYBE_MORE)
+def test_a_linear_layer_is_not_folded_into_where_the_code_may_make_more_than_vectors(shape: str) -> None:
+    assert edges(Shaped(MAYBE_MORE[shape]), "symbolic") == {}
+
+
+def test_a_linear_layer_is_not_folded_into_where_a_hook_may_give_vectors_another_dimension() -> None:
+    net = Shaped(TWO_DIMENSIONS["flatten"])
+    net.body[2].register_forward_hook(lambda m, args, out: out.unsqueeze(1))
+    assert edges(net, "symbolic") == {}
+
+
+def test_a_linear_layer_is_not_folded_into_where_another_way_of_the_code_gives_more_than_vectors() -> None:
+    class Flagged(Shaped):
+        raw = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch._assert(x.shape[0] == 7, "seven")
+            return self.body(x if self.raw else x.flatten(1))
+
+    assert edges(Flagged(nn.Identity()), "symbolic") == {}
+    flagged = Flagged(nn.Identity())
+    flagged.body = nn.Sequential(flagged.body, nn.Flatten(), *mlp())  # which makes vectors of anything
+    assert edges(flagged, "symbolic") == {"body.3": ("body.2",)}
+
+
+def test_a_linear_layer_is_not_folded_into_behind_a_part_that_another_way_gives_more_than_vectors() -> None:
+    class Flagged(Shaped):
+        raw = False
+
+        def __init__(self) -> None:
+            super().__init__(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch._assert(x.shape[0] == 7, "seven")
+            return self.body[1](self.body[0](self.shape(x if self.raw else x.flatten(1))))
+
+    assert edges(Flagged(), "symbolic") == {}
+
+
+class Sometimes(nn.Module):
+    def __init__(self, otherwise: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.otherwise = otherwise
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) if x.sum() > 0 else self.otherwise(x)
+
+
+def test_a_linear_layer_is_folded_into_behind_a_part_that_branches_only_where_each_branch_makes_vectors() -> None:
+    assert edges(Shaped(Sometimes(lambda x: x.reshape(-1, 8))), "symbolic") != {}
+    assert edges(Shaped(Sometimes(lambda x: x * 2)), "symbolic") == {}
 
 
 class SharedNorm(Net):

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import MODES, Net, X, edges, fingerprint, randomized
+from helpers import MODES, Net, X, edges, fingerprint, needs_known_instructions, randomized
 from holders import Stored, StoredInDict, StoredInList
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -144,6 +144,87 @@ class WeightNormed(Net):
         parametrizations.weight_norm(self.conv)
 
 
+class WeightNormedUntraced(WeightNormed):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * float(x.mean())
+
+
+class NormedWeightUsed(WeightNormed):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) * self.conv.weight.data.abs().mean()
+
+
+class NormedWeightCached(WeightNormed):
+    """The weight that is read was computed within the convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with nn.utils.parametrize.cached():
+            return self.bn(self.conv(x)) * self.conv.weight.data.abs().mean()
+
+
+class NormedWeightCachedUntraced(NormedWeightCached):
+    """No trace shows it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * float(x.mean())
+
+
+class GainUsed(WeightNormed):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) * self.conv.parametrizations.weight.original0.mean()
+
+
+class TiedGain(WeightNormed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.twin = parametrizations.weight_norm(nn.Conv2d(3, 4, 3, padding=1))
+        self.twin.parametrizations.weight.original0 = self.conv.parametrizations.weight.original0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) + self.twin(x)
+
+
+class TiedWeightNorm(TiedGain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.twin.parametrizations = self.conv.parametrizations
+
+
+class OneGainForAll(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        parametrizations.weight_norm(self.conv, dim=None)
+
+
+class GainsOfInputs(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        parametrizations.weight_norm(self.conv, dim=1)
+
+
+class TransposedGainsOfInputs(Net):
+    """Of a transposed convolution, whose output channels are the weight's second dimension, by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = parametrizations.weight_norm(nn.ConvTranspose2d(3, 4, 3, padding=1))
+
+
+class TransposedInGroups(Net):
+    """As many gains as a group has output channels, for all groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = parametrizations.weight_norm(nn.ConvTranspose2d(3, 6, 3, padding=1, groups=3), dim=1)
+        self.bn = nn.BatchNorm2d(6)
+
+
+class WeightNormedTwice(WeightNormed):
+    def __init__(self) -> None:
+        super().__init__()
+        nn.utils.parametrize.register_parametrization(self.conv, "weight", nn.Tanh())
+
+
 class SpectralNormed(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -158,6 +239,45 @@ class OldWeightNormed(Net):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             nn.utils.weight_norm(self.conv)
+
+
+class OldWeightNormedUntraced(OldWeightNormed):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * float(x.mean())
+
+
+class OldNormedWeightUsed(OldWeightNormed):
+    """Read where the hook has left it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) * self.conv.weight.data.abs().mean()
+
+
+class OldNormedWeightUsedUntraced(OldNormedWeightUsed):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * float(x.mean())
+
+
+class OldNormedWeightReadBeforeUntraced(OldWeightNormed):
+    """The weight that the hook left the last time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = self.conv.weight.abs().mean() * float(x.mean())
+        return self.bn(self.conv(x)) * size
+
+
+class OldTransposedGainsOfInputs(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self.conv = nn.utils.weight_norm(nn.ConvTranspose2d(3, 4, 3, padding=1))
+
+
+class OldWeightNormedAndHooked(OldWeightNormed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv.register_forward_pre_hook(lambda m, a: (a[0] + 1,))
 
 
 class OldSpectralNormed(Net):
@@ -271,12 +391,16 @@ class Pooled(Net):
 
 
 NEVER = [
-    UsedElsewhere, UsedByNameOfNorm, UsedLater, TwoNorms, InPlaceBetween, InPlaceThroughView, Augmented, ViewBetween,
-    DataUsed, DetachUsed, ConvTwice, NormTwice, WeightUsed, WeightViewUsed, BiasUsed, TiedWeight, TiedBias,
-    WeightNormed, SpectralNormed, OldWeightNormed, OldSpectralNormed, ParametrizedBias, SubclassedConv,
-    SubclassedConvInside, PatchedConv, HookedConv, PreHookedNorm, HookedBlock, PreHookedBlock, Stored, StoredInList,
-    StoredInDict, LinearOnMaps, OtherDimensions, Pooled,
+    UsedElsewhere, UsedByNameOfNorm, UsedLater, TwoNorms, InPlaceBetween, InPlaceThroughView, Augmented,
+    ViewBetween, DataUsed, DetachUsed, ConvTwice, NormTwice, WeightUsed, WeightViewUsed, BiasUsed, TiedWeight,
+    TiedBias, NormedWeightUsed, NormedWeightCached, GainUsed, TiedGain, TiedWeightNorm, OneGainForAll,
+    GainsOfInputs, TransposedGainsOfInputs, TransposedInGroups, WeightNormedTwice, OldNormedWeightUsed,
+    OldNormedWeightUsedUntraced, OldNormedWeightReadBeforeUntraced, NormedWeightCachedUntraced,
+    OldTransposedGainsOfInputs, OldWeightNormedAndHooked, SpectralNormed, OldSpectralNormed, ParametrizedBias,
+    SubclassedConv, SubclassedConvInside, PatchedConv, HookedConv, PreHookedNorm, HookedBlock, PreHookedBlock,
+    Stored, StoredInList, StoredInDict, LinearOnMaps, OtherDimensions, Pooled,
 ]  # fmt: skip
+UNTRACED = [WeightNormedUntraced, OldWeightNormedUntraced]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -285,6 +409,19 @@ def test_an_edge_that_something_else_hangs_on_is_not_claimed(case: type[nn.Modul
     net = case()
     before = fingerprint(net.eval())
     assert edges(net, mode) == {}
+    assert fingerprint(net) == before
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", [
+    WeightNormed, OldWeightNormed, *(pytest.param(case, marks=needs_known_instructions) for case in UNTRACED)
+])  # fmt: skip
+def test_a_layer_whose_weight_norm_has_a_gain_for_each_output_channel_is_claimed(
+    case: type[nn.Module], mode: str
+) -> None:
+    net = case()
+    before = fingerprint(net.eval())
+    assert edges(net, mode) == {"bn": ("conv",)}
     assert fingerprint(net) == before
 
 
