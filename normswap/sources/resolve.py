@@ -6,7 +6,7 @@ Architectures are built without weights, on no memory; weights are memory-mapped
 from __future__ import annotations
 
 import ast
-import difflib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +17,12 @@ from torch import nn
 from ..errors import Fix, NormswapError, OptionError, SourceError, Text, did_you_mean
 from ..modules.wrappers import unwrapped
 from . import timm, torchvision, transformers, user_code
-from .shards import index_of
-from .spec import Source, build_error
-from .weights import State, check_finite, empty_parameters, has_empty_parameters, load_state, read_state
+from .shards import whole_file
+from .spec import FORMS, Source, build_error, near_file
+from .weights import State, check_finite, empty_parameters, has_empty_parameters, in_parts, load_state, read_state
+
+_WEIGHTS = (".pth", ".pt", ".th", ".ckpt", ".bin", ".pkl", ".tar")
+_FILES = (".safetensors", ".json", *_WEIGHTS)
 
 
 def parse(text: str, args: Mapping[str, Any] | None = None) -> Source:
@@ -36,7 +39,7 @@ def parse(text: str, args: Mapping[str, Any] | None = None) -> Source:
     if rest:
         raise SourceError(
             f"{text!r} is no source",
-            hint="A source is a torchvision name, timm:NAME, hf:ID, package.module:factory or path/to/file.py:factory.",
+            hint=FORMS,
         )
     if text.endswith(".py"):
         raise SourceError(f"{text} names a file but no factory in it", hint=f"For example {text}:build_model")
@@ -154,10 +157,7 @@ def names_a_file(source: Source, weights: str) -> bool:
     if weights == "DEFAULT":
         return False
     path = Path(weights)
-    looks = (
-        path.suffix in (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pkl", ".tar", ".json")
-        or "/" in weights
-    )
+    looks = path.suffix in _FILES or "/" in weights
     return looks or path.exists() or source.kind in ("factory", "file")
 
 
@@ -175,22 +175,35 @@ def _resolved(source: Source) -> Source:
 
 
 def missing_file(text: str) -> SourceError | None:
-    """What to say of a SOURCE that must be a file that normswap wrote, by its name, and is not there."""
+    """What to say of a SOURCE that is a file by its name, and is not there; None for any other."""
     path = Path(text)
-    if path.suffix != ".safetensors" or path.exists():
+    if not _is_path(text) or path.exists():
         return None
-    there = sorted(p.name for p in path.parent.glob("*.safetensors")) if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, there, n=3, cutoff=0.5)
-    names = " or ".join(str(path.with_name(name)) for name in near)
-    return SourceError(f"{text} does not exist", hint=f"Did you mean {names}?" if near else None)
+    ways = [near_file(path) or FORMS]
+    if text.count("/") == 1 and not path.suffix and text[0] not in "./~":
+        ways.insert(0, f"A model of the Hugging Face hub is hf:{text}")
+    return SourceError(f"{text} does not exist", hint="\n".join(ways))
+
+
+def _is_path(text: str) -> bool:
+    return "/" in text.rstrip("/") or text.startswith(("/", ".")) or Path(text).suffix in _FILES
 
 
 def _unknown_name(text: str) -> NoReturn:
     if (missing := missing_file(text)) is not None:
         raise missing
+    if text and Path(text).exists():
+        raise _no_network(text)
     near = did_you_mean(text, torchvision.names())
-    ways = [near] if near else []
-    if Path(text).suffix in (".pth", ".pt", ".th", ".ckpt", ".bin", ".json") or index_of(Path(text)) is not None:
-        ways = [f"A checkpoint needs its architecture: normswap convert SOURCE --weights {text}"]
-    ways.append("A source is a torchvision name, timm:NAME, hf:ID, package.module:factory, file.py:factory, or a file")
-    raise SourceError(f"unknown model {text!r}", hint="\n".join(ways) + " normswap wrote.")
+    raise SourceError(f"unknown model {text!r}", hint="\n".join([*([near] if near else []), FORMS]))
+
+
+def _no_network(text: str) -> SourceError:
+    """What to say of a file or folder that is there."""
+    path = Path(text)
+    if os.path.isdir(path) and (path / "config.json").is_file():
+        return SourceError(f"{text} is a folder, and no source", hint=f"If transformers wrote it, it is hf:{text}")
+    if path.suffix in _WEIGHTS or whole_file(path) != path or in_parts(path):
+        way = f"A checkpoint needs its architecture: normswap convert SOURCE --weights {text}\n{FORMS}"
+        return SourceError(f"{text} holds weights alone, and no network that they belong to", hint=way)
+    return SourceError(f"{text} is a {'folder' if path.is_dir() else 'file'}, and no network", hint=FORMS)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, Fix, SourceError, Text, WeightsError, first_line
 
 KINDS = ("torchvision", "timm", "hf", "factory", "file")
+FORMS = (
+    "A source is a torchvision name, timm:NAME, hf:ID, package.module:factory, file.py:factory, or a file normswap "
+    "wrote."
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,13 @@ class Source:
         if source.kind not in KINDS:
             raise CheckpointError(f"the manifest's source is of an unknown kind, {source.kind!r}")
         return source
+
+
+def near_file(path: Path) -> str | None:
+    """A hint with the files of the same kind beside one that is not there, those whose names are near."""
+    beside = path.parent.glob(f"*{path.suffix}") if path.suffix and path.parent.is_dir() else ()
+    near = difflib.get_close_matches(path.name, sorted(p.name for p in beside if p.is_file()), n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(str(path.with_name(name)) for name in near)}?" if near else None
 
 
 def build_error(source: Source, error: BaseException) -> SourceError:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Fix, SourceError, Text, did_you_mean, first_line
-from .spec import Source
+from .spec import FORMS, Source, near_file
 
 _FILE = "normswap_source_"  # and what is the same in any process: classes are pickled under the module's name
 
@@ -89,7 +89,9 @@ def _module(name: str) -> Any:
 def _module_from_file(place: str) -> Any:
     path = Path(place)
     if not path.is_file():
-        raise SourceError(f"{place} does not exist" if not path.exists() else f"{place} is not a file")
+        if path.exists():
+            raise SourceError(f"{place} is not a file")
+        raise SourceError(f"{place} does not exist", hint=near_file(path) or FORMS)
     name = f"{_FILE}{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]

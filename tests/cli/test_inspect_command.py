@@ -151,7 +151,7 @@ def test_quiet_and_verbose_exclude_each_other(cli: Cli) -> None:
         ("no.such.module:build", "cannot be imported"),
         ("what is this:", "unknown model"),
         ("missing.safetensors", "missing.safetensors does not exist"),
-        ("weights.pth", "A checkpoint needs its architecture"),
+        ("weights.pth", "weights.pth does not exist"),
     ],
 )
 def test_a_source_that_is_none_gets_one_clear_message(cli: Cli, source: str, said: str) -> None:

@@ -31,6 +31,15 @@ def test_a_converted_file_that_is_not_there_is_told_as_such(cli: Cli, command: s
     assert "Convert" not in ran.err
 
 
+@pytest.mark.parametrize("command", ["calibrate", "distil"])
+def test_weights_alone_are_not_offered_to_be_converted(cli: Cli, command: str) -> None:
+    Path("mine.pth").touch()
+    ran = cli(command, "mine.pth", "--data", ".")
+    assert ran.code == 1
+    assert "error: mine.pth is not a file that normswap wrote\n" in ran.err
+    assert "normswap convert SOURCE --weights mine.pth\n" in ran.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [

@@ -47,7 +47,9 @@ def test_a_source_is_told_by_its_form(text: str, kind: str, name: str, stem: str
         ("", "unknown model ''", "A source is"),
         ("timm:", "unknown model 'timm:'", "A source is"),
         ("nets.py", "nets.py names a file but no factory in it", "For example nets.py:build_model"),
-        ("weights.pth", "unknown model 'weights.pth'", "normswap convert SOURCE --weights weights.pth"),
+        ("weights.pth", "weights.pth does not exist", "A source is"),
+        ("nets/mine", "nets/mine does not exist", "A model of the Hugging Face hub is hf:nets/mine\nA source is"),
+        ("/nets/mine", "/nets/mine does not exist", "A source is"),
         ("net-gn.safetensors", "net-gn.safetensors does not exist", ""),
         ("https://a.b/c", "'https://a.b/c' is no source", "A source is"),
         ("1abc:build", "'1abc:build' is no source", "A source is"),
@@ -56,6 +58,35 @@ def test_a_source_is_told_by_its_form(text: str, kind: str, name: str, stem: str
 def test_what_is_no_source_says_what_one_is(text: str, said: str, way: str) -> None:
     error = refused(parse, text)
     assert error.message == said
+    assert way in (error.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "way"),
+    [
+        (
+            "mine.pth",
+            "mine.pth holds weights alone, and no network",
+            "normswap convert SOURCE --weights mine.pth\nA source",
+        ),
+        ("hub", "hub holds weights alone", "normswap convert SOURCE --weights hub"),
+        ("./hub", "./hub holds weights alone", "normswap convert SOURCE --weights ./hub"),
+        ("whole", "whole is a folder, and no source", "If transformers wrote it, it is hf:whole"),
+        ("photos", "photos is a folder, and no network", "A source is"),
+        ("notes.txt", "notes.txt is a file, and no network", "A source is"),
+        ("nine.pth", "nine.pth does not exist", "Did you mean mine.pth?"),
+    ],
+)
+def test_a_file_or_folder_that_is_no_source_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str, way: str
+) -> None:
+    for folder in ("hub", "whole", "photos"):
+        (tmp_path / folder).mkdir()
+    for file in ("mine.pth", "hub/model.safetensors", "whole/model.safetensors", "whole/config.json", "notes.txt"):
+        (tmp_path / file).touch()
+    monkeypatch.chdir(tmp_path)
+    error = refused(parse, text)
+    assert error.message.startswith(said)
     assert way in (error.hint or "")
 
 
@@ -217,10 +248,12 @@ def test_a_file_that_changes_the_import_path_is_no_problem(tmp_path: Path) -> No
 
 def test_a_missing_file_folder_or_module_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder.py").mkdir()
+    (tmp_path / "not.py").touch()
     (tmp_path / "broken_nets.py").write_text("raise ValueError('not today')")
     monkeypatch.chdir(tmp_path)
     importlib.invalidate_caches()
-    assert refused(build, parse("no.py:build")).message == "no.py does not exist"
+    missing = refused(build, parse("no.py:build"))
+    assert (missing.message, missing.hint) == ("no.py does not exist", "Did you mean not.py?")
     assert refused(build, parse("folder.py:build")).message == "folder.py is not a file"
     assert "module 'no.such' cannot be imported" in refused(build, parse("no.such:build")).message
     failed = refused(build, parse("broken_nets:build")).message

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, SourceError
 from ..terminal.output import Output
 from ..terminal.suggestions import repeated
 from . import options
@@ -118,13 +118,17 @@ def converted_file(text: str) -> Path | None:
 
 
 def check_converted(text: str, what: str, hint: str) -> None:
-    """Raise SourceError for a file that is not there, CheckpointError, with `hint`, for anything else not converted."""
+    """Raise SourceError for what is not there, CheckpointError for what is not converted: `hint`, for a network."""
     if converted_file(text) is not None:
         return
-    from ...sources.resolve import missing_file
+    from ...sources.resolve import parse
 
-    if (missing := missing_file(text)) is not None:
-        raise missing
+    try:
+        parse(text)
+    except SourceError as error:
+        if not Path(text).exists():
+            raise
+        hint = error.hint or hint
     raise CheckpointError(f"{what}{text} is not a file that normswap wrote", hint=hint)
 
 
