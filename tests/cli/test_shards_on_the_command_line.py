@@ -56,6 +56,17 @@ def test_shards_are_undone_into_shards(cli: Cli, folder: Path, converted: dict[s
     assert all(torch.equal(found[name], tensor) for name, tensor in converted.items())
 
 
+def test_it_is_told_how_many_files_shards_are_and_how_large(cli: Cli, folder: Path) -> None:
+    call = ("convert", "nets.py:tiny", "--to", "gn", "--groups", "2", "--max-shard-size", "1KB", "--force", "-o", "out")
+    shown = cli(*call)
+    shards, everything = list((folder / "out").glob("*.safetensors")), list((folder / "out").iterdir())
+    assert len(everything) == len(shards) + 1 > 2
+    total = sum(file.stat().st_size for file in everything)
+    assert f"Written: out, {len(shards)} files and an index, {total / 1024:.1f} KiB in all" in shown.out
+    told = json.loads(cli(*call, "--json").out)
+    assert (told["files"], told["bytes"]) == (len(shards), total)
+
+
 @pytest.mark.usefixtures("converted")
 def test_a_card_is_refused_for_shards_with_a_way_out(cli: Cli) -> None:
     ran = cli("card", "out", "--license", "mit")

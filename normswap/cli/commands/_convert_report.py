@@ -66,6 +66,7 @@ class Result:
             "network": self.origin.to_dict(),
             "output": str(self.target) if self.written else None,
             "bytes": _bytes(self.target) if self.written else None,
+            "files": len(_weight_files(self.target)) if self.written else None,
             "dry_run": not self.written,
             "undone": self.undone,
             "approximate": self.approximate,
@@ -175,12 +176,15 @@ def _file(page: Page, result: Result) -> None:
     if not result.written:
         page.line(("Dry run: ", "strong"), "nothing was written; the result would be ", (str(result.target), "path"))
         return
+    from ...errors import plural
     from ..terminal.render import size
 
     total = _bytes(result.target)
     undoing = f", {size(result.undo_bytes)} of it to undo the conversion (--no-undo leaves them out)"
     more = undoing if result.undo_bytes > total // 5 else ""
-    page.line(("Written: ", "strong"), (str(result.target), "path"), f", {size(total)}{more}")
+    shards = plural(len(_weight_files(result.target)), "file")
+    much = f"{shards} and an index, {size(total)} in all" if result.target.is_dir() else size(total)
+    page.line(("Written: ", "strong"), (str(result.target), "path"), f", {much}{more}")
     if result.undone:
         how = f"a plain state dict, for load_state_dict or --weights {_quoted(result.target)}"
         page.line(("Next: ", "strong"), how)
@@ -194,6 +198,11 @@ def _file(page: Page, result: Result) -> None:
 def _bytes(target: Path) -> int:
     """Of a file, or of all files in a folder."""
     return sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]) if file.is_file())
+
+
+def _weight_files(target: Path) -> list[Path]:
+    """The file, or the shards in a folder."""
+    return sorted(target.glob("*.safetensors")) if target.is_dir() else [target]
 
 
 def _calibrating(result: Result) -> str:
