@@ -19,13 +19,15 @@ class Weights:
 
     name: a file, the name of published weights, or whose they are. random: nobody has trained them. given: what
     `--weights` has to be given to have them again, None where leaving it out gives them. digest: see
-    `weights.digest_of`; None where no values were read.
+    `weights.digest_of`; None where no values were read. cast: what became of the dtype of a file's values in the
+    network, such as `float16 to float32`; None where it is the network's own.
     """
 
     name: str
     random: bool = False
     given: str | None = None
     digest: str | None = None
+    cast: str | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -45,13 +47,18 @@ NOT_READ = Weights("not read")
 OWN = "the factory's own"
 
 
-def weights_of(model: nn.Module, source: Source, asked: str, *, file: bool, seed: int) -> Weights:
-    """What `sources.build` gave `model`. asked: its argument `weights`; file: whether that is one; seed: used."""
+def weights_of(
+    model: nn.Module, source: Source, asked: str, *, file: bool, seed: int, cast: str | None = None
+) -> Weights:
+    """What `sources.build` gave `model`. asked: its argument `weights`; file: whether that is one; seed: used.
+
+    cast: what `sources.build` told of it.
+    """
     digest = digest_of(model.state_dict())
     if asked == "none":
         return Weights("random", random=True, given="none", digest=digest)
     if file:
-        return Weights(asked, given=asked, digest=digest)
+        return Weights(asked, given=asked, digest=digest, cast=cast)
     given = None if asked == "DEFAULT" else asked
     if source.runs_code:
         if _untrained(model, source, digest, seed):

@@ -69,11 +69,13 @@ def build(
     trust_pickle: bool = False,
     allow_nonfinite: bool = False,
     progress: bool = True,
+    when_cast: Callable[[str], None] | None = None,
 ) -> tuple[nn.Module, Source]:
     """Build the network with its weights. Returns it, and the source with what building it has shown.
 
     weights: `DEFAULT` (a named model's best, a factory's own), `none` (random), a checkpoint file, or the name of
     one of the model's published weights, such as `IMAGENET1K_V1`.
+    when_cast: told `float16 to float32`, say, where a file's values are not of the network's dtype, which stays.
 
     Raises SourceError or WeightsError.
     """
@@ -86,7 +88,8 @@ def build(
         if source.kind == "torchvision" and (entry := torchvision.published_file(source.name, weights)):
             return torchvision.with_state(source, entry, state)
         model = build_empty(source)
-        load_state(model, state, str(weights))
+        if (cast := load_state(model, state, str(weights))) is not None and when_cast is not None:
+            when_cast(cast)
         return _completed(model, source, state, weights), source
     model, source = _pretrained(source, weights, progress)
     if not allow_nonfinite:

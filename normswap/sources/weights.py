@@ -56,12 +56,13 @@ def in_parts(path: str | Path) -> bool:
     return index_of(Path(path)) is not None or is_distributed(Path(path))
 
 
-def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str, *, cast: bool = True) -> None:
+def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str, *, cast: bool = True) -> str | None:
     """Load `state` into `model`, replacing its tensors, each on the device that the model has there.
 
     cast: to the model's dtypes; else the dtypes of `state` are kept.
     A prefix all names share is dropped where that makes them fit. BN counters (`num_batches_tracked`) may be missing,
     and so may all names but one of a tied tensor; it stays tied.
+    Returns what was cast, such as `float16 to float32`; None where nothing was.
     Raises WeightsError with at most ten missing, unexpected and mis-shaped names each, and the counts; the model is
     then as it was.
     """
@@ -90,6 +91,8 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str, *, ca
     model.load_state_dict(placed, strict=False, assign=True)
     for names in ties:
         _tie(model, names)
+    floats = [(fitted[name], becomes) for name, becomes in placed.items() if fitted[name].is_floating_point()]
+    return ", ".join(sorted({_cast(was, becomes) for was, becomes in floats if was.dtype != becomes.dtype})) or None
 
 
 def digest_of(state: Mapping[str, Tensor]) -> str:
@@ -109,6 +112,10 @@ def _like(tensor: Tensor, own: Tensor, cast: bool) -> Tensor:
     dtype = own.dtype if cast and not tensor.is_complex() else tensor.dtype
     placed = tensor.to(device=None if own.is_meta else own.device, dtype=dtype)
     return placed if placed is tensor else spilled(placed)
+
+
+def _cast(was: Tensor, becomes: Tensor) -> str:
+    return " to ".join(str(tensor.dtype).removeprefix("torch.") for tensor in (was, becomes))
 
 
 def _sizes_itself(model: nn.Module, name: str) -> bool:

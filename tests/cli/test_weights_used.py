@@ -36,6 +36,18 @@ def test_a_factory_that_trains_its_network_is_not_called_random(cli: Cli) -> Non
     assert "random weights" not in ran.err
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_checkpoint_of_another_dtype_is_told(cli: Cli, nets: Any, dtype: str) -> None:
+    torch.save(nets.tiny(seed=5).to(getattr(torch, dtype)).state_dict(), "mine.pth")
+    ran = cli("convert", "nets.py:tiny", "--weights", "mine.pth", *CONVERT, "--json")
+    cast = None if dtype == "float32" else f"{dtype} to float32"
+    assert (f"note: mine.pth is cast from {cast}: the network keeps" in ran.err) is (cast is not None)
+    assert ran.json["network"]["weights"]["cast"] == cast
+    with safe_open("tiny-gn.safetensors", "pt") as file:
+        held = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    assert {each for each in held if each.is_floating_point} == {torch.float32}
+
+
 def test_a_checkpoint_is_named_and_goes_into_the_manifest(cli: Cli, nets: Any) -> None:
     torch.save(nets.tiny(seed=5).state_dict(), "mine.pth")
     ran = cli("convert", "nets.py:tiny", "--weights", "mine.pth", *CONVERT)

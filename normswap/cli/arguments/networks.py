@@ -213,15 +213,19 @@ def _built(
     if not (values or local):
         model, source = outline(origin.source, asked)
         return model, replace(origin, source=source, weights=NOT_READ)
+    casts: list[str] = []
     model, source = build(
         origin.source,
         asked,
         trust_pickle=wanted.trust_pickle,
         allow_nonfinite=wanted.allow_nonfinite,
         progress=out.live,
+        when_cast=casts.append,
     )
+    if casts:
+        out.note(f"{asked} is cast from {casts[0]}: the network keeps the dtype that {source} makes it with")
     file = asked not in ("none", "DEFAULT") and names_a_file(origin.source, asked)
-    weights = weights_of(model, source, asked, file=file, seed=wanted.seed)
+    weights = weights_of(model, source, asked, file=file, seed=wanted.seed, cast=next(iter(casts), None))
     return model, replace(origin, source=replace(source, weights=weights.to_dict()), weights=weights)
 
 
