@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..calibration.fit import Fit, fit, remembering
 from ..calibration.images import collected
+from ..calibration.stand_ins import stand_ins
 from ..choices import Purpose
 from ..conversion.preconditions import never_updated
 from ..conversion.record import arguments_of
-from ..errors import NetworkError, PlanError
+from ..errors import DataError, NetworkError, PlanError
 from ..inspection.example_inputs import inputs_for, runs
 from ..inspection.inventory import Inventory, inventory_of, positions
 from ..inspection.norm_shapes import fewest, shapes_of
@@ -31,6 +32,7 @@ from .rules import Rule, Situation, rule_for
 
 IMAGES = 64
 """How many of the user's images are looked at."""
+_CROPS = 26  # of photographs, to see whether they fit
 GROUPS = (1, 2, 4, 8, 16, 32)
 
 
@@ -53,7 +55,8 @@ def advise(
     per-sample gradients, as for differential privacy and `vmap`; federated; ema: its weights are averaged. inference:
     it is not trained any more.
     data: images without labels, whatever `calibrate` takes; the first 64 tell whether they are like what the network
-    was trained on, by its running statistics. Without any, nothing but weights and statistics is looked at.
+    was trained on, by its running statistics. Without any, it is seen whether the photographs that come with normswap
+    can stand in.
     example_inputs: a tensor, or a tuple of the forward's arguments, of the size that the network takes; by default a
     guess. The expected drift is for that size: small maps drift further.
 
@@ -78,13 +81,16 @@ def advise(
     noise = noise_for(model, inputs)
     noise = noise if noise is not None and runs(model, noise) else None
     drift, by_groups = _drift(model, inventory, plan, noise) if plan is not None and noise else (None, {})
+    repairs = plan is not None and norm_named(rule.norm).per_sample
+    alone = repairs and data is None and not unknown
     return Advice(
         situation,
         rule,
         norms=len(inventory.layers),
         layers=0 if plan is None else len(plan.steps),
         options={} if plan is None else options,
-        calibrate=plan is not None and data is not None and norm_named(rule.norm).per_sample,
+        calibrate=repairs and data is not None,
+        stand_in=_stand_in(model, noise, guessed=example_inputs is None) if alone and drift is not None else "",
         risks=tuple(risks_of(model, inventory, plan, held, noise)),
         drift=drift,
         drift_by_groups=by_groups,
@@ -154,6 +160,17 @@ def _planned(
         return planned(model, PlanOptions(**options, example_inputs=example_inputs)), ""
     except PlanError as error:
         return None, f"No command: {error.message}"
+
+
+def _stand_in(model: nn.Module, noise: tuple[Tensor, ...] | None, *, guessed: bool) -> str:
+    """What calibrates the swap where there are no images: "photos" where the network takes them for its own, or ""."""
+    if noise is None or len(noise) != 1 or noise[0].dim() != 4:
+        return ""
+    try:
+        stand_ins("photos", model, None if guessed else noise, images=_CROPS)
+    except DataError:  # no images, or not those that it knows
+        return ""
+    return "photos"
 
 
 def _drift(

@@ -18,10 +18,12 @@ class Advice(ReportInNotebook):
     """A norm for a network and a task, and what to expect of the swap.
 
     rule: the one that decided. options: arguments of `normswap.convert`; empty where nothing need be converted, or
-    where it cannot be, which `problem` then says. layers: how many the swap changes, of `norms`. risks: the worst
-    first. drift: expected relative error of the output right after the swap, before any repair; None where it cannot
-    be told. drift_by_groups: of GroupNorm, by the number of groups. inputs: what the noise that these come from looks
-    like; guessed: since nobody said it. fit: how near the user's images are to what the network was trained on.
+    where it cannot be, which `problem` then says. calibrate: whether the swap is to be repaired, on the user's images;
+    stand_in: or, without any, on those that come with normswap, "" where none fit the network. layers: how many the
+    swap changes, of `norms`. risks: the worst first. drift: expected relative error of the output right after the
+    swap, before any repair; None where it cannot be told. drift_by_groups: of GroupNorm, by the number of groups.
+    inputs: what the noise that these come from looks like; guessed: since nobody said it. fit: how near the user's
+    images are to what the network was trained on.
     """
 
     situation: Situation
@@ -30,6 +32,7 @@ class Advice(ReportInNotebook):
     layers: int
     options: Mapping[str, Any] = field(default_factory=dict)
     calibrate: bool = False
+    stand_in: str = ""
     risks: tuple[Risk, ...] = ()
     drift: float | None = None
     drift_by_groups: Mapping[int, float] = field(default_factory=dict)
@@ -70,15 +73,16 @@ class Advice(ReportInNotebook):
         if not self.options:
             return ""
         what = f"model, {Text.joined(', ', map(Text, self.fixes))}"
-        if not self.calibrate:
+        if not (self.calibrate or self.stand_in):
             return f"converted = normswap.convert({what})"
+        data = "data" if self.calibrate else repr(self.stand_in)
         lines = [f"converted = normswap.convert({what})"]
         if self.groups is not None:
             lines = [
-                f"plan = normswap.choose_groups(model, normswap.plan({what}), data)",
+                f"plan = normswap.choose_groups(model, normswap.plan({what}), {data})",
                 "converted = normswap.convert(model, using=plan)",
             ]
-        return "\n".join([*lines, "normswap.calibrate(converted, model, data)"])
+        return "\n".join([*lines, f"normswap.calibrate(converted, model, {data})"])
 
     @property
     def facts(self) -> list[tuple[str, str]]:
@@ -89,7 +93,7 @@ class Advice(ReportInNotebook):
             found.append(("but", self.rule.but))
         found.append(("source", "; ".join(map(str, self.rule.sources))))
         if self.groups is not None:
-            found.append(("groups", _GROUPS[self.calibrate]))
+            found.append(("groups", _GROUPS["images" if self.calibrate else self.stand_in]))
         if self.options:
             found.append(("transfer", f"{self.transfer}, {count}: {_TRANSFERS[self.transfer]}"))
         if self.fit is not None:
@@ -138,8 +142,9 @@ class Advice(ReportInNotebook):
 
 
 _GROUPS = {
-    True: "auto: as many as each layer bears on your images",
-    False: "auto: about 16 channels a group, the best fixed choice in Wu and He 2018, table 3",
+    "images": "auto: as many as each layer bears on your images",
+    "photos": "auto: as many as each layer bears on photographs that come with normswap; better on yours",
+    "": "auto: about 16 channels a group, the best fixed choice in Wu and He 2018, table 3",
 }
 _TRANSFERS = {
     "fold": "the running statistics go into the layers before",

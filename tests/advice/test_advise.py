@@ -31,7 +31,10 @@ def risk(advice: Advice, kind: str) -> Risk | None:
 def test_the_call_that_it_gives_works_when_pasted() -> None:
     model = network()
     scope: dict[str, Any] = {"model": model, "normswap": normswap, "data": torch.randn(32, 3, 16, 16) * 3}
-    for advice in (normswap.advise(model), normswap.advise(model, ema=True, data=scope["data"])):
+    alone, given = normswap.advise(model), normswap.advise(model, ema=True, data=scope["data"])
+    assert "'photos'" in alone.command
+    assert "'photos'" not in given.command
+    for advice in (alone, given):
         exec(advice.command, scope)
         assert isinstance(scope["converted"][1], nn.GroupNorm)
 

@@ -13,6 +13,7 @@ from ran import Cli
     "options",
     [
         (),
+        ("--input", "1,3,24,20"),
         ("--task", "style"),
         ("--ema", "--data", "photos", "--size", "20"),
         ("--data", "photos", "--size", "20", "--mean", "0", "--std", "1"),
@@ -26,6 +27,38 @@ def test_the_command_that_it_gives_works_when_pasted(cli: Cli, images: Path, opt
     assert line.startswith("Next: normswap convert nets.py:real ")
     pasted = cli(*shlex.split(line.removeprefix("Next: normswap ")))
     assert pasted.code == 0, pasted.err
+
+
+@pytest.mark.parametrize(
+    ("options", "repair"),
+    [
+        ((), "--calibrate photos"),
+        (("--input", "1,3,24,20"), "--calibrate photos --size 24,20"),
+    ],
+)
+def test_without_images_the_command_repairs_on_photographs_and_works(
+    cli: Cli, options: tuple[str, ...], repair: str
+) -> None:
+    ran = cli("advise", "nets.py:real", *options)
+    line = ran.out.splitlines()[-1]
+    assert line.endswith(repair)
+    assert "photographs that come with normswap" in ran.out
+    pasted = cli(*shlex.split(line.removeprefix("Next: normswap ")), "--calibrate-images", "26")
+    assert pasted.code == 0, pasted.err
+    assert "crops of photographs" in pasted.out
+
+
+def test_a_folder_named_like_the_photographs_is_not_what_the_command_names(cli: Cli, images: Path) -> None:
+    assert images.name == "photos"
+    assert "--calibrate" not in (out := cli("advise", "nets.py:real").out)
+    assert "photographs" not in out
+
+
+@pytest.mark.parametrize("source", ["nets.py:Detector", "nets.py:fresh"])
+def test_no_photographs_are_named_for_boxes_and_statistics_that_say_nothing(cli: Cli, source: str) -> None:
+    ran = cli("advise", source)
+    assert ran.code == 0, ran.err
+    assert "--calibrate" not in ran.out
 
 
 def test_the_page_says_norm_reason_source_and_drift(cli: Cli) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,8 +63,9 @@ def advise(
 ) -> None:
     """Recommend a norm, groups and transfer, with the reason, the risks in this network, and the command to paste.
 
-    Without --data only weights and statistics are read. --data tells whether the images are like what the network was
-    trained on, and repairs the swap in the command. --input gives the size of inputs that the expected drift is for.
+    Without --data the command repairs the swap on photographs that come with normswap, if they fit. --data tells
+    whether the images are like what the network was trained on, and the command repairs on them. --input gives the
+    size of inputs that the expected drift is for.
 
     \b
     normswap advise resnet50 --batch-size 2
@@ -97,6 +99,8 @@ def advise(
         out.step("looking at the network")
         with on_device(device, model):
             advice = advice_on(model, **situation, data=read, example_inputs=example_inputs(model, given))
+        if not options.stands_in(advice.stand_in):  # a folder of that name goes before
+            advice = replace(advice, stand_in="")
         words = command_of(advice, wanted, data, asked)
         out.show(
             lambda: {"network": origin.to_dict(), **advice.to_dict(), "command": command(words) if words else None},
@@ -117,6 +121,9 @@ def command_of(advice: Advice, wanted: SourceRequest, data: Path | None, asked: 
     words = ["convert", *wanted.words(), *(word for fix in advice.fixes for word in flags.words(fix))]
     if advice.calibrate:
         words += ["--calibrate", str(data), *asked.words()]
+    elif advice.stand_in:
+        size = [] if advice.guessed else ["--size", ",".join(map(str, advice.inputs[0][-2:]))]
+        words += ["--calibrate", advice.stand_in, *size]
     return words
 
 
