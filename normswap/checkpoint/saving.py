@@ -20,7 +20,7 @@ from ..conversion.history import Entry
 from ..conversion.record import Check, Note, Record, attach, record_of
 from ..conversion.stabilize import Sizes, at_own_size
 from ..conversion.undo_record import Undo
-from ..errors import CheckpointError, Fix, NormswapError, OptionError, PlanError, Text, WeightsError
+from ..errors import CheckpointError, Fix, NetworkError, NormswapError, OptionError, PlanError, Text, WeightsError
 from ..files.folders import reserved_folder
 from ..files.sharding import parse_size, write_shards
 from ..files.writing import reserved, write_safetensors
@@ -144,11 +144,11 @@ def load(
         check_finite(tensors, path)
     if model is None:
         builder = _trusted_source(manifest, Path(path), trust_code or source is not None)
-        root, undo = _swapped(_headed(build_empty(builder), manifest), plan, tensors, path)
+        root, undo = _swapped(_headed(build_empty(builder), manifest, path), plan, tensors, path)
         if has_empty_parameters(root):  # values that no state dict holds
-            root, undo = _swapped(_headed(build_full(builder), manifest), plan, tensors, path)
+            root, undo = _swapped(_headed(build_full(builder), manifest, path), plan, tensors, path)
     else:
-        model = _headed(unwrapped(model), manifest)
+        model = _headed(unwrapped(model), manifest, path)
         root, undo = _swapped(model, plan, tensors, path)
     _retie(root, manifest["ties"])
     fill_undo(undo, stored, manifest["undo"])
@@ -168,10 +168,15 @@ def _record(manifest: Mapping[str, Any], plan: Plan, undo: Undo, check: Check) -
     return record
 
 
-def _headed(model: nn.Module, manifest: Mapping[str, Any]) -> nn.Module:
-    """The architecture with the last layer that fine-tuning has given it."""
+def _headed(model: nn.Module, manifest: Mapping[str, Any], path: str | Path) -> nn.Module:
+    """The architecture with the last layer that fine-tuning has given it. Raises WeightsError where it has none."""
     if manifest.get("head"):
-        resize_head(model, Head(**manifest["head"]))
+        head = Head(**manifest["head"])
+        try:
+            resize_head(model, head)
+        except (KeyError, NetworkError) as error:
+            what = f"{head.path}, which gives the scores in the file, is no linear layer or convolution of it"
+            raise WeightsError(f"{path} does not fit {type(model).__name__}:\n  {what}") from error
     return model
 
 

@@ -131,15 +131,17 @@ class Settings:
         return self.steps // max(1, self.epoch)
 
 
-def refuse(path: Path, was: Mapping[str, Any], settings: Settings) -> None:
+def refuse(path: Path, was: Mapping[str, Any], settings: Settings) -> frozenset[str]:
     """Raise OptionError, in the words of who asks, where a run that began with other settings cannot go on.
+
+    Returns the settings that differ only since they follow from others that do: nobody gave them.
 
     was: the settings of the state in `path`. The learning rate of a step depends on the length of the whole run, so a
     longer one would not be what it had been from the start.
     """
     differing = {name for name, value in vars(settings).items() if was.get(name) != value}
     if "network" in differing:
-        return  # which matters more, and has words of its own
+        return frozenset()  # which matters more, and has words of its own
     if differing & {"data", "samples"}:
         raise OptionError(
             f"{path} is the state of a run on other data",
@@ -158,8 +160,23 @@ def refuse(path: Path, was: Mapping[str, Any], settings: Settings) -> None:
                 ".",
             ),
         )
+    if "processes" in differing:
+        begun = was["processes"]
+        same = f"torchrun --nproc-per-node={begun}, or as many on several nodes" if begun > 1 else "one"
+        anew = f"begin another run from {path.with_name(LAST)}, in another "
+        raise OptionError(
+            f"{path} is the state of a run with processes: {begun} (now {settings.processes})",
+            hint=Text(
+                f"Resume with {same}. To train with {settings.processes}, {anew}",
+                Fix("output"),
+                ".",
+            ),
+        )
+    return _FOLLOWING if differing & _LEADING else frozenset()
 
 
+_LEADING = frozenset(("batch_size", "accumulate", "optimizer"))
+_FOLLOWING = frozenset(("steps", "lr"))  # where the user gives epochs, and no rate
 _EVERY = re.compile(r"(\d+(?:\.\d+)?) *(step|minute|min|hour|h)?s?")
 _SECONDS = {"minute": 60.0, "min": 60.0, "hour": 3600.0, "h": 3600.0}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,12 @@ def load_state(
     path: Path,
     settings: Mapping[str, Any],
     parameters: Mapping[str, Tensor],
-    explain: Callable[[Mapping[str, Any]], None] | None = None,
+    explain: Callable[[Mapping[str, Any]], Collection[str] | None] | None = None,
 ) -> dict[str, Any]:
     """What `save_state` wrote, for a run with the same settings and parameters; tensors on the CPU.
 
-    explain: given what was found, to raise an error of its own where it has better words.
+    explain: given what was found, to raise an error of its own where it has better words, or to name settings that
+    follow from others, and are told only where these do not differ.
     Read without running any code in it. Raises CheckpointError for a file that is missing, damaged, or no training
     state, and OptionError for one of a run with other settings, which could not go on as it began.
     """
@@ -77,9 +78,8 @@ def load_state(
             hint=Text("Resume from the file that ", Fix("checkpoint"), " named."),
         )
     found["settings"] = _in_words_of_today(found["settings"], settings)
-    if explain is not None:
-        explain(found)
-    _check(path, found, settings, parameters)
+    following = None if explain is None else explain(found)
+    _check(path, found, settings, parameters, following or ())
     return found
 
 
@@ -98,13 +98,19 @@ def _was(name: str, value: Any) -> tuple[str | Fix, ...]:
     return ("no ", Fix(name)) if value is None else (Fix(name, value),)
 
 
-def _check(path: Path, found: dict[str, Any], settings: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+def _check(
+    path: Path,
+    found: dict[str, Any],
+    settings: Mapping[str, Any],
+    parameters: Mapping[str, Tensor],
+    following: Collection[str],
+) -> None:
     theirs = found["settings"]
     differing = [k for k in settings if theirs.get(k) != settings[k]]
     if "network" in differing:
         raise OptionError(f"{path} is the state of another network, or of another conversion of this one")
     if differing:
-        was = [Text(*_was(k, theirs.get(k)), f" (now {plainly(settings[k])})") for k in differing]
+        was = [Text(*_was(k, theirs.get(k)), f" (now {plainly(settings[k])})") for k in differing if k not in following]
         raise OptionError(
             Text(f"{path} is the state of a run with ", Text.joined(", ", was)),
             hint="Resume with the settings it began with.",

@@ -504,3 +504,56 @@ def test_a_run_goes_on_whose_code_lies_beside_the_file_that_it_began_with(cli: C
         ran = cli(*call, *more)
         assert ran.code == 0, ran.err
     assert "the run was complete" in ran.out
+
+
+@pytest.mark.usefixtures("images")
+def test_a_run_goes_on_with_its_code_elsewhere_and_not_with_another_network(cli: Cli) -> None:
+    assert cli("convert", "nets.py:tiny", "--weights", "none", "--to", "gn", "-o", "gn.safetensors").code == 0
+    call = ("finetune", "gn.safetensors", "--trust-code", *TINY[5:], "--steps", "2", "-o", "run")
+    assert (began := cli(*call)).code == 0, began.err
+    Path("elsewhere").mkdir()
+    Path("nets.py").rename("elsewhere/moved.py")
+    ran = cli(*call, "--resume", "--source", "elsewhere/moved.py:tiny")
+    assert ran.code == 0, ran.err
+    assert "the run was complete" in ran.out
+    Path("elsewhere/body.py").write_text("from moved import tiny\ndef body():\n    return tiny()[:5]\n")
+    for other in ("moved.py:deep", "body.py:body"):  # the latter without the layer that got a new number of classes
+        ran = cli(*call, "--resume", "--source", f"elsewhere/{other}")
+        assert ran.code == 1
+        assert f"elsewhere/{other} builds another network than the run in run began with:\n  " in ran.err
+    ran = cli(*call, "--resume", "--source", "elsewhere/moved.py:tiny", "--arg", "width=8")
+    assert ran.code == 2
+    assert "run is a run with source" in ran.err
+
+
+@pytest.mark.usefixtures("images")
+def test_a_run_that_converted_its_network_goes_on_with_its_code_elsewhere(cli: Cli) -> None:
+    more = ("--trust-code", *TINY[5:], "--to", "gn", "--calibrate", "none", "--steps", "2", "-o", "run")
+    assert (began := cli("finetune", "nets.py:tiny", *more)).code == 0, began.err
+    Path("elsewhere").mkdir()
+    Path("nets.py").rename("elsewhere/moved.py")
+    ran = cli("finetune", "elsewhere/moved.py:tiny", *more, "--resume")
+    assert ran.code == 0, ran.err
+    assert "the run was complete" in ran.out
+    ran = cli("finetune", "elsewhere/moved.py:deep", *more, "--resume")
+    assert ran.code == 1
+    assert "elsewhere/moved.py:deep builds another network than the run in run began with:" in ran.err
+
+
+@pytest.mark.usefixtures("images")
+def test_of_settings_that_differ_those_are_named_that_others_do_not_follow_from(cli: Cli) -> None:
+    call = (*TINY, "--calibrate", "none", "--epochs", "2", "--output", "run")
+    assert cli(*call).code == 0
+    ran = cli(*call, "--resume", "--batch-size", "1")
+    assert ran.code == 2
+    assert "is the state of a run with --batch-size 2 (now 1)\n" in ran.err
+    file = Path("run/state.pt")
+    state = torch.load(file, weights_only=True)
+    state["settings"] |= {"processes": 2, "steps": state["settings"]["steps"] // 2, "lr": 1e-5}
+    torch.save(state, file)
+    ran = cli(*call, "--resume")
+    assert ran.code == 2
+    assert "is the state of a run with processes: 2 (now 1)\n" in ran.err
+    assert "Resume with torchrun --nproc-per-node=2, or as many on several nodes." in ran.err
+    assert "run/last.safetensors, in another --output." in ran.err
+    assert "--lr" not in ran.err

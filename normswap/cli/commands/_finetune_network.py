@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ...errors import CheckpointError, OptionError, SourceError, plural
+from ...errors import CheckpointError, OptionError, SourceError, WeightsError, plural
 from ..arguments.networks import ResolvedSource, SourceRequest, open_network
 from ..arguments.options import stands_in
 from ..arguments.preprocessing import Preparation, PreprocessOverrides, prepare
@@ -131,15 +131,34 @@ def network_of(
 def _resumed(
     origin: ResolvedSource, wanted: SourceRequest, file: Path, out: Output
 ) -> tuple[nn.Module, ResolvedSource]:
-    """The network of a run's file. Its code may lie beside the file that the run began with, and not beside this."""
+    """The network of a run's file. Its code may lie beside the file that the run began with, and not beside this.
+
+    Or elsewhere: what the command names then builds it. Raises WeightsError where that is another network.
+    """
+    from ...checkpoint.manifest import read_manifest
+    from ...sources.spec import Source
     from ...sources.user_code import beside
 
-    source = origin.source
+    source, held = origin.source, read_manifest(file)["source"]
+    if origin.file is None and source is not None and source.runs_code and Source.from_dict(held) != source:
+        wanted = replace(wanted, source=str(source))
+    if wanted.source is not None and source is not None and held is not None:
+        source = replace(source, weights=held.get("weights"))
+        origin = replace(origin, source=source)
     if origin.file is not None and source is not None and wanted.source is None:
         with suppress(SourceError):  # beside the run's file, then, or not at all
             found = beside(source, origin.file)
             wanted, origin = replace(wanted, source=str(found)), replace(origin, source=found)
-    model, opened = open_network(ResolvedSource(origin.source, file), wanted, out)
+    try:
+        model, opened = open_network(ResolvedSource(origin.source, file), wanted, out)
+    except WeightsError as error:
+        if wanted.source is None:
+            raise
+        raise WeightsError(
+            f"{origin.source} builds another network than the run in {file.parent} began with:\n"
+            + error.message.partition("\n")[2],
+            hint="Give the code that the run began with, wherever it lies now.",
+        ) from error
     return model, replace(opened, source=source)  # as it was noted
 
 

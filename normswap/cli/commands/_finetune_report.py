@@ -38,8 +38,8 @@ def options_of(ctx: typer.Context, **settled: Any) -> dict[str, Any]:
 def keep_command(folder: Path, asked: Mapping[str, Any], *, resume: bool) -> None:
     """Note what was asked for; a run that goes on must be asked for the same, as far as it is in `asked`.
 
-    That is what made the network and prepares its images; the other settings are compared with the run's state.
-    Raises OptionError.
+    That is what made the network and prepares its images; the other settings are compared with the run's state. Code
+    may have moved, and whether it builds the same network shows when that is loaded. Raises OptionError.
     """
     from ...files.writing import atomic
     from ...finetuning.output.layout import COMMAND
@@ -56,9 +56,19 @@ def keep_command(folder: Path, asked: Mapping[str, Any], *, resume: bool) -> Non
     except (OSError, ValueError):
         return  # of a run that Python started
     differing = [name for name in asked if was.get(name) != asked[name]]
+    if differing == ["source"] and _may_be_the_same(was.get("source"), asked["source"]):
+        return
     if differing:
         found = ", ".join(f"{name} {plainly(was.get(name))} (now {plainly(asked[name])})" for name in differing)
         raise OptionError(f"{folder} is a run with {found}", hint="Resume with the command that it began with.")
+
+
+def _may_be_the_same(*sources: Mapping[str, Any] | None) -> bool:
+    """Whether both are code, called with the same arguments."""
+    from ...sources.spec import Source
+
+    one, other = (None if each is None else Source.from_dict(each) for each in sources)
+    return one is not None and other is not None and one.runs_code and other.runs_code and one.args == other.args
 
 
 def keep_result(folder: Path, report: FinetuneReport) -> None:
