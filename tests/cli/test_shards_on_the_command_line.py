@@ -81,6 +81,29 @@ def test_shards_are_calibrated(cli: Cli, images: Path, folder: Path) -> None:
     assert (folder / "out-calibrated.safetensors").is_file()
 
 
+@pytest.mark.usefixtures("converted", "images")
+@pytest.mark.parametrize(
+    ("file", "name"), [("out", "out"), (f"out/{INDEX}", "out"), ("out.v2/", "out.v2"), (INDEX, "."), (".", ".")]
+)
+def test_results_of_shards_are_named_after_their_folder(
+    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, file: str, name: str
+) -> None:
+    (folder / "out").rename(folder / "out.v2") if "v2" in file else None
+    if name == ".":
+        monkeypatch.chdir("out")
+        name = "out"
+    more = ("--trust-code", "--source", str(folder / "nets.py:tiny"))
+    prepared = ("--data", str(folder / "photos"), "--size", "16", "--mean", "0", "--std", "1")
+    for command, written in (
+        (("calibrate", *prepared), f"{name}-calibrated.safetensors"),
+        (("export", "--to", "torchscript", "--input", "1,3,16,16"), f"{name}.pt"),
+        (("distil", *prepared, "--steps", "1", "--batch-size", "2"), f"{name}-distilled.safetensors"),
+    ):
+        ran = cli(command[0], file, *command[1:], *more, "--json")
+        assert ran.code == 0, ran.err
+        assert Path(written).is_file()
+
+
 @pytest.mark.usefixtures("converted")
 def test_shards_that_are_read_are_never_replaced(cli: Cli) -> None:
     again = ("convert", "nets.py:tiny", "--to", "gn", "--max-shard-size", "1KB", "--force")

@@ -80,7 +80,9 @@ class ResolvedSource:
     @property
     def stem(self) -> str:
         """What results are named after."""
-        return self.source.stem if self.source is not None else self.file.stem if self.file is not None else "model"
+        if self.source is not None:
+            return self.source.stem
+        return "model" if self.file is None else named_after(self.file).name
 
     @property
     def made_with(self) -> Weights | None:
@@ -103,6 +105,15 @@ class ResolvedSource:
             "source": None if self.source is None else self.source.to_dict(),
             "weights": None if self.weights is None else self.weights.to_dict(),
         }
+
+
+def named_after(file: str | Path) -> Path:
+    """Where results of a converted file go, and what they begin with: its name, or of shards that of their folder."""
+    path = Path(file)
+    if not (path.is_dir() or path.name.endswith(".index.json")):
+        return path.with_name(path.stem)
+    folder = path if path.is_dir() else path.parent
+    return folder if folder.name not in ("", "..") else Path(folder.resolve().name or "model")
 
 
 def converted_file(text: str) -> Path | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ...errors import CheckpointError, OptionError, SourceError, WeightsError, plural
-from ..arguments.networks import ResolvedSource, SourceRequest, open_network
+from ..arguments.networks import ResolvedSource, SourceRequest, named_after, open_network
 from ..arguments.options import stands_in
 from ..arguments.preprocessing import Preparation, PreprocessOverrides, prepare
 from ..terminal.output import Output
@@ -86,7 +86,9 @@ def transform_of(task: Task, preparation: Preparation) -> Any:
 
 def stem_of(origin: ResolvedSource, swap: ConversionRequest) -> str:
     """What the folder of the run is called, if the user does not say."""
-    return f"{origin.stem}-{swap.to or 'mixed'}" if swap.wanted else origin.file.stem if origin.file else origin.stem
+    if swap.wanted:
+        return f"{origin.stem}-{swap.to or 'mixed'}"
+    return named_after(origin.file).name if origin.file else origin.stem
 
 
 def network_of(

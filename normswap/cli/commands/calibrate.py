@@ -12,7 +12,7 @@ from ...choices import STAND_INS
 from ...errors import DataError, plural
 from ..arguments import options
 from ..arguments.datasets import images_in
-from ..arguments.networks import ResolvedSource, check_converted, on_device
+from ..arguments.networks import ResolvedSource, check_converted, named_after, on_device
 from ..arguments.options import stands_in
 from ..arguments.pair import Pair
 from ..arguments.preprocessing import PreprocessOverrides, known_inputs, prepare
@@ -118,7 +118,7 @@ def calibrate(
         out.step("loading PyTorch")
         way = f"Convert and calibrate in one go: normswap convert {file} --to gn --calibrate {data}"
         check_converted(file, "", way)
-        target = output or Path(file).with_name(f"{Path(file).stem}-calibrated.safetensors")
+        target = output or Path(f"{named_after(file)}-calibrated.safetensors")
         from ...checkpoint.saving import save
 
         opened = pair.opened(ctx, out, target, overwrite=force)

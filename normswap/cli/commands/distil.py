@@ -11,7 +11,7 @@ from ...choices import AUGMENTS, PARAMETERS, PRECISIONS
 from ...errors import CheckpointError, DataError, Fix, Interrupted, Text, plural
 from ..arguments import options
 from ..arguments.datasets import images_in
-from ..arguments.networks import ResolvedSource, check_converted, on_device
+from ..arguments.networks import ResolvedSource, check_converted, named_after, on_device
 from ..arguments.pair import OpenedPair, Pair
 from ..arguments.preprocessing import PreprocessOverrides, prepare
 from ..terminal import flags
@@ -89,7 +89,7 @@ def distil(
     with reporting(ctx) as out:
         out.step("loading PyTorch")
         check_converted(file, "", f"Convert the network first: normswap convert {file} --to gn")
-        target = output or Path(file).with_name(f"{Path(file).stem}-distilled.safetensors")
+        target = output or Path(f"{named_after(file)}-distilled.safetensors")
         state = target.with_name(f"{target.name}.training")
         if resume and not state.exists():
             raise CheckpointError(

@@ -16,6 +16,7 @@ from ..arguments.networks import (
     example_inputs,
     files_read,
     locate,
+    named_after,
     open_network,
     remembered_inputs,
 )
@@ -83,7 +84,7 @@ def export(
         from ...files.writing import check_writable
 
         origin = locate(ctx, wanted)
-        stem = origin.file.stem if origin.file is not None else origin.stem
+        stem = named_after(origin.file).name if origin.file is not None else origin.stem
         target = output or Path(f"{stem}{_SUFFIX[kind]}")
         check_writable(target, overwrite=force, inputs=files_read((origin, wanted)))
         model, origin = open_network(origin, wanted, out)
