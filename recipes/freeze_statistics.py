@@ -1,6 +1,6 @@
 """Fine-tune a BatchNorm network at batch size 2 on frozen running statistics, beside one whose statistics move.
 
-Goal:      train on batches too small for BatchNorm, with a loop of your own and one line more: freeze the statistics
+Goal:      train on batches too small for BatchNorm, with a loop of your own; one line more freezes the statistics
 Command:   python recipes/freeze_statistics.py [--data FOLDER --network FILE.py:FUNCTION --weights FILE]
 Time:      about 20 s on one CPU core for the digits, 2 minutes for 4,000 images of CIFAR-10
 Expected:  digits turned by a quarter: accuracy 0.730 with moving statistics, 0.802 with frozen ones; ResNet-20 on 4,000

@@ -1,7 +1,7 @@
 """Fine-tune a network that is shared out over many GPUs: GroupNorm, FSDP2 and checkpoints in pieces.
 
-Goal:      a network too large for one GPU: convert once, shard parameters, gradients and optimizer over all processes,
-           train stabilized, stop, go on with another number of processes, and save the whole network with its manifest
+Goal:      train a network too large for one GPU; convert once, shard parameters, gradients and optimizer over all
+           processes, train stabilized, stop, go on with another number of processes, and save it whole
 Command:   torchrun --nproc-per-node=2 recipes/large_model_fsdp.py
            [--data FOLDER --network FILE.py:FUNCTION --weights FILE --wrap CLASS] [--stop-after STEP] [--resume]
 Time:      about 1 min on two CPU cores for the digits

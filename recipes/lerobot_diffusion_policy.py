@@ -1,7 +1,7 @@
 """Train lerobot's DiffusionPolicy with a pretrained ResNet-18 and averaged weights (EMA): BatchNorm and GroupNorm.
 
-Goal:      GroupNorm in the pretrained encoder of a diffusion policy, which lerobot refuses ("You can't replace
-           BatchNorm in a pretrained model without ruining the weights!"), and what EMA does to either norm
+Goal:      GroupNorm in the pretrained encoder of a diffusion policy; lerobot refuses it ("You can't replace
+           BatchNorm in a pretrained model without ruining the weights!"), and EMA does other things to either norm
 Command:   python recipes/lerobot_diffusion_policy.py [--weights resnet18.pth]; needs lerobot:
            pip install 'lerobot[diffusion]'
 Time:      about 2 minutes on one CPU core

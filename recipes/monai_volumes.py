@@ -1,6 +1,6 @@
 """Convert, calibrate and fine-tune a 3-D U-Net of MONAI, one volume at a time: BatchNorm and GroupNorm.
 
-Goal:      segment volumes, of which a GPU holds one or two, with GroupNorm and the weights of a BatchNorm network
+Goal:      segment volumes, of which a GPU holds one or two, with GroupNorm; its weights were BatchNorm's
 Command:   python recipes/monai_volumes.py [--weights unet.pth --batch-size 1]; needs MONAI: pip install monai
 Time:      about 30 s on one CPU core
 Expected:  Dice before: BatchNorm 0.964, GroupNorm 0.961 as converted and 0.964 calibrated; on volumes of other

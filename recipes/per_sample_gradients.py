@@ -1,6 +1,6 @@
 """Gradients of each sample with torch.func's vmap, and with them DP-SGD in a loop of one's own.
 
-Goal:      a gradient for each image, for private training, influence functions or weights of samples; vmap refuses
+Goal:      a gradient for each image, for private training, influence functions, weights of samples; vmap refuses
            BatchNorm that trains, since it mixes samples, and takes GroupNorm and frozen statistics
 Command:   python recipes/per_sample_gradients.py [--epsilon 4]; needs opacus: pip install opacus
 Time:      about 30 s on one CPU core

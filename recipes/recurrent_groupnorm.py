@@ -1,6 +1,6 @@
 """Swap the BatchNorm layers between two GRU layers for GroupNorm, on sentences of different lengths.
 
-Goal:      find the spaces in text without any: train with BatchNorm, convert, calibrate, go on at batch size 2
+Goal:      find the spaces in text without any; train with BatchNorm, convert, calibrate, go on at batch size 2
 Command:   python recipes/recurrent_groupnorm.py [--to gn|ln|ln-channel --groups 4]
 Time:      about 60 s on one CPU core
 Expected:  F1 of the spaces in Python's own documentation, 0.907 with BatchNorm: 0.508 with gamma and beta copied, 0.899

@@ -1,6 +1,6 @@
 """Train a small segmentation network from scratch at batch sizes 1 and 2: BatchNorm and GroupNorm.
 
-Goal:      a class for each pixel, learned from one or two images at a time, with mean IoU, curves and example pictures
+Goal:      a class for each pixel, learned from one or two images at a time; mean IoU, curves and example pictures
 Command:   python recipes/segmentation_groupnorm.py [--data FOLDER]
 Time:      about 2.5 minutes on one CPU core for the shapes
 Expected:  600 images of coloured shapes, twice: mean IoU at batch 1 0.339 with BatchNorm and 0.491 with GroupNorm, at

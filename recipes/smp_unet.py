@@ -1,6 +1,6 @@
 """Convert, calibrate and fine-tune a U-Net of segmentation_models_pytorch at batch size 2: BatchNorm and GroupNorm.
 
-Goal:      a trained U-Net with a ResNet encoder goes on with GroupNorm, on other images, two at a time
+Goal:      a trained U-Net with a ResNet encoder goes on with GroupNorm; on other images, two at a time
 Command:   python recipes/smp_unet.py [--weights unet.pth]; needs pip install segmentation-models-pytorch
 Time:      about 1 minute on one CPU core
 Expected:  mean IoU before: BatchNorm 0.412, GroupNorm 0.392 as converted and 0.409 calibrated; on other images, after

@@ -1,6 +1,6 @@
 """Paint photographs in the style of others: InstanceNorm becomes AdaIN, and the network learns to take styles.
 
-Goal:      arbitrary style transfer (Huang and Belongie 2017): convert `in` to `adain`, train, write a PNG
+Goal:      arbitrary style transfer (Huang and Belongie 2017); convert `in` to `adain`, train, write a PNG
 Command:   python recipes/style_transfer.py [--steps 400 --pictures FOLDER]
 Time:      about 60 s on one CPU core
 Expected:  distance of a painted picture's statistics from its style's, the photograph's own being 1: 0.264; correlation

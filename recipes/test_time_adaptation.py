@@ -1,6 +1,6 @@
 """Adapt a network to disturbed images while it is used, image by image, without labels.
 
-Goal:      entropy minimisation at test time (TENT) on a stream of single images, with BatchNorm and with GroupNorm
+Goal:      entropy minimisation at test time (TENT) on a stream of single images; with BatchNorm and with GroupNorm
 Command:   python recipes/test_time_adaptation.py [--severity 0.35 --lr 0.002 --images 597]
 Time:      about 20 s on one CPU core
 Expected:  accuracy on foggy digits, as it is, adapted one by one, adapted in batches of 16: BatchNorm 0.786, 0.117 and

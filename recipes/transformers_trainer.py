@@ -1,6 +1,6 @@
 """Fine-tune a converted network of transformers with its own Trainer, at batch size 2.
 
-Goal:      a ResNet of transformers with GroupNorm in `transformers.Trainer`, against the same with BatchNorm
+Goal:      a ResNet of transformers with GroupNorm in `transformers.Trainer`; against the same with BatchNorm
 Command:   python recipes/transformers_trainer.py [--batch-size 2 --steps 600 --groups 4]
 Time:      about 1 minute on one CPU core
 Expected:  digits that lie down, after 600 steps at batch size 2: BatchNorm 0.936, GroupNorm 0.948

@@ -1,6 +1,6 @@
 """Fine-tune a YOLO detector with ultralytics' own trainer at batch size 2: BatchNorm and GroupNorm.
 
-Goal:      a trained YOLO network goes on with GroupNorm in ultralytics' trainer, two images at a time, and predicts
+Goal:      a trained YOLO network goes on with GroupNorm in ultralytics' trainer; on two images at a time, and predicts
 Command:   python recipes/ultralytics_trainer.py [--batch-size 2 --epochs 2]; needs ultralytics: pip install ultralytics
 Time:      about 1.5 minutes on one CPU core
 Expected:  mAP50 on shapes in fog after 2 epochs at batch size 2, one seed: BatchNorm 0.435, GroupNorm 0.428, which is

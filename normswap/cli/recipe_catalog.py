@@ -27,6 +27,11 @@ class Recipe:
     time: str
     expected: str
 
+    @property
+    def gist(self) -> str:
+        """The first part of the goal, for one line of a list."""
+        return self.goal.partition("; ")[0]
+
     @classmethod
     def read(cls, file: Path) -> Recipe:
         """Raises OptionError for a file whose docstring lacks a part."""

@@ -14,15 +14,24 @@ FOLDER = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.py"))
 
 
-def test_every_recipe_is_listed_with_its_goal_and_time(cli: Cli) -> None:
+def test_every_recipe_is_one_line_that_says_what_it_is_for(cli: Cli) -> None:
     ran = cli("recipes")
     assert ran.code == 0, ran.err
+    assert max(map(len, ran.out.splitlines())) <= 120
     rows = {line.split()[0]: line for line in ran.out.splitlines()[1:] if line.strip()}
     for name in NAMES:
         text = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text("utf-8"))) or ""
-        lines = {line.partition(":")[0]: line.partition(":")[2].strip() for line in text.splitlines()}
-        assert lines["Goal"] in rows[name]
-        assert lines["Time"] in rows[name]
+        goal = " ".join(text.partition("Goal:")[2].partition("Command:")[0].split())
+        assert rows[name].removeprefix(name).strip() in goal
+        assert goal.startswith(rows[name].removeprefix(name).strip())
+
+
+def test_a_terminal_is_shown_the_whole_goal_and_the_time(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
+    monkeypatch.setattr("normswap.cli.terminal.render.is_terminal", lambda stream: True)
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = "".join(cli("recipes").out.split())
+    assert "45s" in shown
+    assert "time" in shown
 
 
 def test_json_holds_all_that_a_header_says(cli: Cli) -> None:

@@ -73,7 +73,10 @@ def _copied(chosen: Recipe, output: Path, force: bool) -> Path:
 
 
 def _list(page: Page, found: tuple[Recipe, ...]) -> None:
-    page.table(("recipe", "goal", "time"), [((r.name, "strong"), r.goal, r.time) for r in found])
+    if page.terminal:
+        page.table(("recipe", "goal", "time"), [((r.name, "strong"), r.goal, r.time) for r in found])
+    else:  # lines for grep and less, which a table without a width would be too wide for
+        page.table(("recipe", "goal"), [(r.name, r.gist) for r in found])
     page.gap()
     page.line("normswap recipes NAME copies one.")
 
