@@ -186,7 +186,7 @@ def finetune(
 
     \b
     normswap finetune resnet50 --to gn --data photos/ --batch-size 2
-    normswap finetune resnet50-gn.safetensors --data torchvision:CIFAR10 --download --epochs 5
+    normswap finetune resnet50-gn-calibrated.safetensors --data torchvision:CIFAR10 --download --epochs 5
     normswap finetune fasterrcnn_resnet50_fpn_v2 --task detection --data coco/ --rule 'role:head=gn' --batch-size 1
     """
     job = FinetuneJob.of(ctx, DataPlace(task, data, eval_data, annotations, eval_annotations, data_root, download))
