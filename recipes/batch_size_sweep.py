@@ -48,6 +48,7 @@ else:  # handwritten digits, turned by a quarter, which the network of the demo 
     unlabelled = digits.split()[0].images
     bn = pretrained()
 
+# --- The part to copy begins here. ---
 bn.eval()
 gn = normswap.convert(bn, to="gn", groups=options.groups)
 normswap.calibrate(gn, reference=bn, data=unlabelled)
@@ -66,6 +67,7 @@ for name, (network, freeze) in norms.items():
             student, training, held_out, batch_size=size, freeze_stats=freeze, freeze_affine=freeze, seed=0, **length
         )
         found[name].append(report.figures["val_accuracy"])
+        # --- The part to copy ends here. ---
     print(f"{name:17s}" + "".join(f"  {accuracy:.4f}" for accuracy in found[name]))
 
 figure = Figure(figsize=(6, 4), layout="constrained")

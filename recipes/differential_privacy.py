@@ -44,6 +44,7 @@ training, held_out = digits.split()
 private = TensorDataset(training.images.rot90(1, (2, 3)), training.labels)
 bn = pretrained()
 print(f"BatchNorm: opacus finds {len(ModuleValidator.validate(bn))} layers that it cannot train")
+# --- The part to copy begins here. ---
 folded = normswap.convert(bn, to="gn", groups=4)
 normswap.calibrate(folded, reference=bn, data=training.images)  # public images only
 networks = {
@@ -72,7 +73,11 @@ for name, network in networks.items():
                 F.cross_entropy(model(images), labels).backward()
                 optimizer.step()
 
-    model.eval()
+    model = model._module.eval()  # opacus's wrapper has done its work
+    if network is folded:
+        normswap.save(model, "differential_privacy.safetensors", overwrite=True)
+        model = normswap.load("differential_privacy.safetensors", model=pretrained())
+        # --- The part to copy ends here. ---
     with torch.no_grad():
         right = model(held_out.images.rot90(1, (2, 3))).argmax(1) == held_out.labels
     accuracy, spent = right.float().mean().item(), engine.get_epsilon(DELTA)

@@ -96,6 +96,7 @@ def success(policy):
 
 training, held_out = digits.split()
 bn = pretrained()
+# --- The part to copy begins here. ---
 gn = normswap.convert(bn, to="gn", groups=4)
 normswap.calibrate(gn, reference=bn, data=training.images)
 
@@ -114,6 +115,7 @@ for name, network in (("BatchNorm", bn), ("GroupNorm", gn)):
         torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
         optimizer.step()
         average.update_parameters(policy)
+        # --- The part to copy ends here. ---
 
     averaged = average.module
     print(f"{name}, last weights: success {success(policy):.3f}")

@@ -49,6 +49,7 @@ for step in range(options.pretraining):
     optimizer.step()
 backbone.eval()
 
+# --- The part to copy begins here. ---
 # The same weights with each norm. New layers of the GroupNorm detector get GroupNorm too, as in Wu and He 2018; those
 # of the frozen one get none, as is usual, since they have no statistics to freeze.
 images = torch.stack([pictures[i][0] for i in range(min(64, len(pictures)))])
@@ -72,6 +73,7 @@ for batch_size in (1, 2):
             lr=options.lr * (batch_size / 2) ** 0.5, device="cpu",
             seed=options.seed,
         )  # fmt: skip
+        # --- The part to copy ends here. ---
         found = report.figures
         pace = 1000 * batch_size / report.samples_per_second
         print(f"{name:10}  {batch_size:5}  {found['val_map']:.4f}  {found['val_map_50']:.4f}   {pace:.0f}", flush=True)

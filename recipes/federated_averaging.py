@@ -38,6 +38,7 @@ x, y = training.images.rot90(1, (2, 3)), training.labels
 shares = [torch.nonzero((y == 2 * i) | (y == 2 * i + 1)).flatten() for i in range(CLIENTS)]
 
 bn = pretrained()
+# --- The part to copy begins here. ---
 gn = normswap.convert(bn, to="gn", groups=4)
 normswap.calibrate(gn, reference=bn, data=training.images)
 networks = {
@@ -70,6 +71,7 @@ for name, (network, average_buffers) in networks.items():
             for key, value in server.named_buffers():
                 if average_buffers and value.is_floating_point():
                     value.copy_(torch.stack([client.get_buffer(key) for client in clients]).mean(0))
+                    # --- The part to copy ends here. ---
 
     server.eval()
     with torch.no_grad():

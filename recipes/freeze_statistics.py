@@ -69,6 +69,7 @@ def accuracy(network):
 print(f"{len(training)} training images, {len(held_out)} held out; before: accuracy {accuracy(network):.4f}")
 for name in ("statistics move", "statistics frozen"):
     model = copy.deepcopy(network)
+    # --- The part to copy begins here. ---
     if name == "statistics frozen":
         normswap.freeze(model, affine=False)  # γ and β train; model.train() below does not undo this
 
@@ -85,6 +86,7 @@ for name in ("statistics move", "statistics frozen"):
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         schedule.step()
+        # --- The part to copy ends here. ---
 
     print(f"{name}: accuracy {accuracy(model):.4f} after {steps} steps at batch {BATCH_SIZE}")
 

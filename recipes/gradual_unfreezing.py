@@ -78,6 +78,7 @@ print(f"{len(training)} training images, {len(held_out)} held out; with the new 
 with_norms = {layer.path.split(".")[0] for layer in normswap.inspect(network).layers}
 for name in ("all at once", "gradually"):
     model = copy.deepcopy(network)
+    # --- The part to copy begins here. ---
     normswap.freeze(model, affine=name == "gradually")  # the statistics in both; γ and β until their stage's turn
     if name == "gradually":
         model.requires_grad_(False)
@@ -103,6 +104,7 @@ for name in ("all at once", "gradually"):
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         schedule.step()
+        # --- The part to copy ends here. ---
 
     print(f"{name}: accuracy {accuracy(model):.4f} after {steps} steps at batch {BATCH_SIZE}")
 

@@ -43,6 +43,7 @@ else:  # handwritten digits, turned by a quarter, which the network of the demo 
     bn = pretrained()
 length = {"steps": 3 if options.tiny else options.steps} if options.tiny or options.steps else {"epochs": 1}
 
+# --- The part to copy begins here. ---
 # The statistics go into the convolutions; calibration repairs what groups cost, with some images and no labels.
 bn.eval()
 gn = normswap.convert(bn, to="gn", groups=options.groups)
@@ -51,5 +52,6 @@ print(normswap.calibrate(gn, reference=bn, data=unlabelled))
 print("accuracy of   before   after")
 for name, network in (("BatchNorm", bn), ("GroupNorm", gn)):
     report = normswap.finetune(copy.deepcopy(network), training, held_out, batch_size=2, seed=0, **length)
+    # --- The part to copy ends here. ---
     before, after = report.before["val_accuracy"], report.figures["val_accuracy"]
     print(f"{name}     {before:.4f}  {after:.4f}  {report.steps} steps")

@@ -91,6 +91,7 @@ if options.tiny:
 steps = options.steps or (6 if options.tiny else len(training) // options.batch)
 every, print_every = (3, 1) if options.tiny else (options.checkpoint_every, max(1, steps // 10))
 
+# --- The part to copy begins here. ---
 # One process converts and calibrates; the others read what it wrote, so that all shards are of the same network.
 start, end = options.output / "start.safetensors", options.output / "trained.safetensors"
 pieces = options.output / "checkpoints"
@@ -183,6 +184,7 @@ else:
         gathered = normswap.load(start, model=build())
         gathered.load_state_dict(state)
         normswap.save(gathered, end, overwrite=True)
+        # --- The part to copy ends here. ---
     dist.barrier()
     read = normswap.load(end, model=build()).to(device)
     tell(f"{end}: accuracy {accuracy(read):.4f}")

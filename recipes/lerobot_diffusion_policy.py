@@ -117,6 +117,7 @@ config = DiffusionConfig(
 
 bn = torch.nn.Sequential(*list(resnet.children())[:-2])  # as lerobot cuts it
 images = drawn(*worlds(64, training)[:2])
+# --- The part to copy begins here. ---
 gn = normswap.convert(bn, to="gn", groups=options.groups)
 if options.weights:  # else the running statistics are of 40 batches, and what they lead to is nothing to come back to
     normswap.calibrate(gn, reference=bn, data=images, progress=False)
@@ -136,6 +137,12 @@ for name, network in (("BatchNorm", bn), ("GroupNorm", gn)):
             torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
             optimizer.step()
             average.update_parameters(policy)
+    if name == "GroupNorm":
+        normswap.save(average.module, "lerobot_diffusion_policy.safetensors", overwrite=True)
+        fresh = DiffusionPolicy(config)
+        fresh.diffusion.rgb_encoder.backbone = copy.deepcopy(bn)
+        average.module = normswap.load("lerobot_diffusion_policy.safetensors", model=fresh)
+        # --- The part to copy ends here. ---
     print(f"{name}, last weights: success {success(policy):.3f}")
     print(f"{name}, EMA weights: success {success(average.module):.3f}")
     if before := dict(network.named_buffers(prefix="diffusion.rgb_encoder.backbone")):

@@ -87,6 +87,7 @@ if options.weights:
 else:
     trained(bn, images, labels, 4, pretraining)
 bn.eval()
+# --- The part to copy begins here. ---
 # The network ends in a norm of two channels: as many groups as fit there.
 gn = normswap.convert(bn, to="gn", groups=options.groups, indivisible="nearest")
 print(f"as converted: Dice {dice(gn, *test):.4f}")
@@ -104,6 +105,7 @@ for name, network in (("BatchNorm", bn), ("GroupNorm", gn)):
     tuned = copy.deepcopy(network)
     with normswap.stabilized(tuned):  # the learning rates of the original network suit the converted one
         trained(tuned, other, other_labels, options.batch_size, steps)
+        # --- The part to copy ends here. ---
     print(
         f"{name}: Dice {dice(network, *test):.4f} before, on other volumes "
         f"{dice(network, other_test, other_test_labels):.4f}, and {dice(tuned, other_test, other_test_labels):.4f} "

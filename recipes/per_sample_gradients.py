@@ -44,6 +44,7 @@ warnings.filterwarnings("ignore", message="Full backward hook is firing")
 training, held_out = digits.split()
 x, y = training.images.rot90(1, (2, 3)), training.labels
 bn = pretrained()
+# --- The part to copy begins here. ---
 gn = normswap.convert(bn, to="gn", groups=4)
 normswap.calibrate(gn, reference=bn, data=training.images, progress=False)  # public images only
 
@@ -70,6 +71,7 @@ def private_step(network, optimizer, noise):
         total = torch.einsum("n,n...->...", scale, g)
         network.get_parameter(name).grad = (total + noise * CLIP * torch.randn_like(total)) / BATCH_SIZE
     optimizer.step()
+    # --- The part to copy ends here. ---
 
 
 def accuracy(network):

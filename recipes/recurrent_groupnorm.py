@@ -101,6 +101,7 @@ train(bn, size=20, epochs=1 if options.tiny else 4, lr=4e-3)
 print(f"{len(training)} sentences to train on, {len(held_out)} held out")
 print(f"BatchNorm                     F1 {f1(bn):.4f}")
 
+# --- The part to copy begins here. ---
 # Lengths differ: the new norm leaves padded steps out, as it reads what `pad_packed_sequence` gave.
 example, _ = next(batches(held_out, 4))
 groups = {"groups": options.groups} if options.to == "gn" else {}
@@ -119,4 +120,5 @@ with torch.no_grad():
 for name, model in (("BatchNorm", copy.deepcopy(bn)), (options.to, new)):
     torch.manual_seed(1)
     train(model, size=2, epochs=1, lr=5e-4)
+    # --- The part to copy ends here. ---
     print(f"trained on at batch size 2:   F1 {f1(model):.4f} ({name})")

@@ -70,6 +70,7 @@ if not folder.exists():
 classes = open_masks(folder / "train").count_classes()
 length = {"steps": 2} if options.tiny else {"epochs": options.epochs}
 
+# --- The part to copy begins here. ---
 # An untrained network has nothing to keep; both start from the same weights.
 torch.manual_seed(0)
 bn = Net(classes)
@@ -81,4 +82,5 @@ for size in options.batch:
             augment="flip", preprocess=Preprocess(size=options.size),
             output=options.output / f"{name}-{size}", overwrite=True,
         )  # fmt: skip
+        # --- The part to copy ends here. ---
         print(f"{name}, batch {size}: mean IoU {report.figures['val_miou']:.4f} after {report.steps} steps")

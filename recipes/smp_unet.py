@@ -78,6 +78,7 @@ if options.weights:
 else:
     trained(bn, images, labels, 8, pretraining)
 bn.eval()
+# --- The part to copy begins here. ---
 gn = normswap.convert(bn, to="gn", groups=options.groups)
 print(f"as converted: mean IoU {mean_iou(gn, test_images, test_labels):.4f}")
 normswap.calibrate(gn, reference=bn, data=images[:64], progress=False)
@@ -90,6 +91,7 @@ for name, network in (("BatchNorm", bn), ("GroupNorm", gn)):
     tuned = copy.deepcopy(network)
     with normswap.stabilized(tuned):  # the learning rates of the original network suit the converted one
         trained(tuned, other, labels, options.batch_size, steps)
+        # --- The part to copy ends here. ---
     print(
         f"{name}: mean IoU {before:.4f} before, on other images {mean_iou(network, other_test, test_labels):.4f}, "
         f"and {mean_iou(tuned, other_test, test_labels):.4f} after {steps} steps at batch size {options.batch_size}"

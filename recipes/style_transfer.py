@@ -115,6 +115,7 @@ def copying(model: nn.Module) -> Tensor:
 model = Painter()
 train(model, max(STEPS // 10, 2), copying)
 model.eval()
+# --- The part to copy begins here. ---
 adain = normswap.convert(model, to="adain", example_inputs=crops(1, 48))
 with torch.no_grad():
     x = crops(4, 48)
@@ -135,6 +136,7 @@ def painting(model: nn.Module) -> Tensor:
 
 
 train(adain, STEPS, painting)
+# --- The part to copy ends here. ---
 
 # Photographs down, styles across; the statistics that judge are others than those that it was trained on.
 names = [file.stem for file in sorted(options.pictures.glob("*.jpg"))]

@@ -31,6 +31,7 @@ fog = options.severity * torch.linspace(0, 1, 8).view(1, 1, 1, 8)
 images = chosen.images * (1 - options.severity) + fog + 0.3 * options.severity * torch.randn_like(chosen.images)
 
 bn = pretrained().eval()
+# --- The part to copy begins here. ---
 gn = normswap.convert(bn, to="gn", groups=2)
 normswap.calibrate(gn, reference=bn, data=training.images, progress=False)
 
@@ -53,6 +54,7 @@ def adapted(network: torch.nn.Module, batch_size: int) -> float:
         optimizer.zero_grad()
         entropy.backward()
         optimizer.step()
+        # --- The part to copy ends here. ---
     return right / len(images)
 
 

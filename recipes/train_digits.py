@@ -30,6 +30,7 @@ torch.manual_seed(SEED)
 torch.set_num_threads(1)  # sums, and so the weights, depend on the number of threads
 
 training, held_out = split()
+# --- The part to copy begins here. ---
 network = DigitNet()
 per_epoch = len(training) // BATCH_SIZE
 optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=0.05)
@@ -55,4 +56,5 @@ for epoch in range(1, epochs + 1):
         print(f"epoch {epoch}: loss {loss.item():.3f}, held-out accuracy {right.float().mean().item():.4f}")
 
 save_file(network.state_dict(), options.output)
+# --- The part to copy ends here. ---
 print(f"written: {options.output}")

@@ -75,6 +75,7 @@ training, held_out = digits.split()
 upright = Digits(training, turned=False)
 bn = trained(ResNetForImageClassification(config), upright, 32, 3 if options.tiny else 150, 3e-3)
 
+# --- The part to copy begins here. ---
 gn = normswap.convert(bn, to="gn", groups=options.groups, example_inputs=upright.images[:2])
 normswap.calibrate(gn, reference=bn, data=upright.images[:256], progress=False)
 
@@ -86,4 +87,8 @@ for name, network in (("BatchNorm", bn), ("GroupNorm", gn)):
         network = trained(
             copy.deepcopy(network) if name == "BatchNorm" else network, turned, options.batch_size, STEPS, 1e-3
         )
+    if name == "GroupNorm":
+        normswap.save(network, "transformers_trainer.safetensors", overwrite=True)
+        network = normswap.load("transformers_trainer.safetensors", model=ResNetForImageClassification(config))
+        # --- The part to copy ends here. ---
     print(f"{name}: accuracy {before:.4f} before, {accuracy(network, test):.4f} after {STEPS} steps")

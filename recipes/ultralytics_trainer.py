@@ -94,6 +94,7 @@ before, file = trained(bn, clear, 16, pretraining, "pretrained", 2e-3)
 print(f"BatchNorm, trained on shapes: mAP50 {before:.4f}")
 bn = YOLO(file).model.float().eval()
 
+# --- The part to copy begins here. ---
 gn = normswap.convert(bn, to="gn", groups=options.groups)
 normswap.calibrate(gn, reference=bn, data=inputs(clear, 64), progress=False)
 for name, network in (("BatchNorm", bn), ("GroupNorm", gn)):
@@ -101,8 +102,12 @@ for name, network in (("BatchNorm", bn), ("GroupNorm", gn)):
     with normswap.stabilized(network):  # the learning rates of the original network suit the converted one
         figure, file = trained(network, fog, options.batch_size, epochs, name, 5e-4)
     print(f"{name}: mAP50 {figure:.4f} on shapes in fog after {epochs} epochs at batch size {options.batch_size}")
-# What the trainer wrote is the converted network, which `predict` leaves as it is: there is nothing to fuse.
+# What the trainer wrote is the converted network, which `predict` leaves as it is: there is nothing to fuse. Its file
+# is ultralytics' own; normswap's holds what was swapped for what, and no code.
 yolo = YOLO(file)
+normswap.save(yolo.model.float(), output / "trained.safetensors", overwrite=True)
+yolo.model = normswap.load(output / "trained.safetensors", model=copy.deepcopy(bn))
+# --- The part to copy ends here. ---
 kinds = [type(layer) for layer in yolo.model.modules()]
 print(f"{kinds.count(nn.GroupNorm)} GroupNorm and {kinds.count(nn.BatchNorm2d)} BatchNorm layers were trained")
 found = yolo.predict(sorted((fog.parent / "images" / "val").glob("*.png")), imgsz=SIZE, verbose=False)

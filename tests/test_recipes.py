@@ -69,6 +69,15 @@ ELSEWHERE = {
     "ultralytics_trainer": "ultralytics",
 }
 """Recipes for packages that are no dependency, not even of the tests; `.ci/run recipes` installs them."""
+TRAINERS = (
+    "differential_privacy",
+    "flower_clients",
+    "lerobot_diffusion_policy",
+    "transformers_trainer",
+    "ultralytics_trainer",
+)
+"""Those that hand the network to a trainer, or policy, of another package, and get it back."""
+BEGIN, END = (f"# --- The part to copy {where} here. ---" for where in ("begins", "ends"))
 ALONE = [file for file in RECIPES if file.stem not in TOGETHER | ELSEWHERE.keys()]
 FROZEN = ("freeze_statistics", "freeze_statistics_and_affine", "gradual_unfreezing")
 FOLDER_RECIPES = [
@@ -112,6 +121,16 @@ def test_a_header_says_goal_command_time_and_expected_result(file: Path) -> None
     assert f"{'torchrun --nproc-per-node=2' if file.stem in TOGETHER else 'python'} recipes/{file.name}" in rest
     assert re.search(r"\d", rest.partition("Time:")[2].partition("Expected:")[0])
     assert re.search(r"\d", rest.partition("Expected:")[2])
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_the_part_to_copy_is_marked_in_the_same_words_in_all(file: Path) -> None:
+    lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
+    assert [line for line in lines if "part to copy" in line] == [BEGIN, END]
+    part = "\n".join(lines[lines.index(BEGIN) : lines.index(END)])
+    assert "normswap." in part or file.stem == "train_digits"
+    if file.stem in TRAINERS:
+        assert re.search(r"normswap\.save\(.*(\n.*)*normswap\.load\(", part)
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
