@@ -33,6 +33,7 @@ parser.add_argument("--network", default="yolov8n.yaml", help="a file of ultraly
 parser.add_argument("--batch-size", type=int, default=2)
 parser.add_argument("--epochs", type=int, default=2)
 parser.add_argument("--groups", type=int, default=4, help="of each GroupNorm layer")
+parser.add_argument("--warmup-bias-lr", type=float, default=0.0, help="when it goes on; ultralytics' default is 0.1")
 parser.add_argument("--output", type=Path, default=Path("runs/ultralytics_trainer"))
 parser.add_argument("--tiny", action="store_true", help="a few steps, to see that it runs")
 options = parser.parse_args()
@@ -61,13 +62,13 @@ def written(folder, changed):
     return folder / "data.yaml"
 
 
-def trained(network, data, batch_size, epochs, name, lr):
+def trained(network, data, batch_size, epochs, name, lr, bias_lr=0.0):
     """Trained by ultralytics, which takes a network as it is where it is given one. Returns mAP50 and what it wrote."""
     trainer = DetectionTrainer(
         overrides={
             "model": options.network, "data": str(data), "imgsz": SIZE, "batch": batch_size, "nbs": batch_size,
             "epochs": epochs, "optimizer": "AdamW", "lr0": lr, "warmup_epochs": 0.5,
-            "warmup_bias_lr": 0.0,  # the default, 0.1, is one for SGD; converted convolutions have biases to lose by it
+            "warmup_bias_lr": bias_lr,  # the default, 0.1, is one for SGD; converted convolutions have a bias each
             "mosaic": 0, "scale": 0.2,
             "device": "cpu", "workers": 0, "amp": False, "plots": False, "seed": 0, "verbose": False,
             "project": str(output), "name": name, "exist_ok": True,
@@ -100,7 +101,7 @@ normswap.calibrate(gn, reference=bn, data=inputs(clear, 64), progress=False)
 for name, network in (("BatchNorm", bn), ("GroupNorm", gn)):
     network = copy.deepcopy(network)
     with normswap.stabilized(network):  # the learning rates of the original network suit the converted one
-        figure, file = trained(network, fog, options.batch_size, epochs, name, 5e-4)
+        figure, file = trained(network, fog, options.batch_size, epochs, name, 5e-4, options.warmup_bias_lr)
     print(f"{name}: mAP50 {figure:.4f} on shapes in fog after {epochs} epochs at batch size {options.batch_size}")
 # What the trainer wrote is the converted network, which `predict` leaves as it is: there is nothing to fuse. Its file
 # is ultralytics' own; normswap's holds what was swapped for what, and no code.

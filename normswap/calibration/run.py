@@ -98,7 +98,7 @@ def _notes(preparation: Preparation, count: int, asked: int, drift: float) -> It
     """What the caller should know of a calibration on `count` of the `asked` images, which left the outputs so far."""
     refit = preparation.method == "refit"
     if count < FEW:
-        yield f"{plural(count, 'image')} tell little of others; {FEW} and more are better"
+        yield f"{plural(count, 'image')} tell{'s' * (count == 1)} little of others; {FEW} and more are better"
     if count < asked:
         less = Text("; ", Fix("method", "balance"), " takes less") if refit else ""
         yield Text(f"{count} of {asked} images used: more do not fit in memory at a time", less)

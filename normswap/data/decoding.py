@@ -33,4 +33,6 @@ def decode(file: Path) -> Image:
 
 def reason_of(error: Exception, file: Path) -> str:
     """Why a file could not be read, in the decoder's words without the file's name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return (str(error).strip() or type(error).__name__).splitlines()[0].replace(f" {str(file)!r}", "")

@@ -15,7 +15,10 @@ _NAMED = 10
 
 
 def files_in(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
-    """The images in the folder itself, and those anywhere below each of its subfolders."""
+    """The images in the folder itself, and those anywhere below each of its subfolders.
+
+    Links that lead nowhere count by their names, as unreadable images do.
+    """
     if not folder.exists():
         raise DataError(f"there is no folder {folder}", hint="Give a folder of images or of class folders.")
     if not folder.is_dir():
@@ -24,8 +27,9 @@ def files_in(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
         entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror or error}") from error
-    here = [Path(e.path) for e in entries if e.is_file() and _is_image(e.name)]
-    classes = [e for e in entries if e.is_dir()]
+    lost = {e.name for e in entries if e.is_symlink() and not os.path.exists(e.path)}  # gone, or a loop: is_dir raises
+    here = [Path(e.path) for e in entries if _is_image(e.name) and (e.name in lost or e.is_file())]
+    classes = [e for e in entries if e.name not in lost and e.is_dir()]
     seen = {identity(folder)}
     real = {identity(e.path) for e in classes} - seen  # walked in their own turn, whatever links lead to them
     below: dict[str, list[Path]] = {}

@@ -175,3 +175,12 @@ def test_finetune_and_inspect_name_the_weights(cli: Cli, nets: Any, images: Path
     with safe_open("run/last.safetensors", framework="pt") as file:
         assert "mine.pth" in file.metadata()["normswap"]
     assert "Weights: mine.pth" in cli("inspect", "nets.py:tiny", "--weights", "mine.pth").out
+
+
+def test_a_file_that_was_made_from_another_network_is_told(cli: Cli) -> None:
+    assert cli("convert", "nets.py:deep", *CONVERT, "-o", "deep.safetensors").code == 0
+    assert cli("convert", "nets.py:tiny", *CONVERT, "-o", "own.safetensors").code == 0
+    ran = cli("verify", "nets.py:tiny", "deep.safetensors", "--trust-code", "--input", "2,3,16,16")
+    said = "deep.safetensors was made from nets.py:deep (the factory's own), not from nets.py:tiny (the factory's own)"
+    assert f"note: {said}" in " ".join(ran.err.split())
+    assert "made from" not in cli("verify", "nets.py:tiny", "own.safetensors", "--trust-code").err

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from normswap.data.decoding import Unreadable, decode
 from normswap.data.image_folder import open_images
 from normswap.errors import DataError
 from normswap.finetuning.datasets.labelled import open_sets
@@ -111,3 +112,14 @@ def test_masks_of_training_images_do_not_validate_either(tmp_path: Path) -> None
         Image.new("L", (8, 8), 1).save(tmp_path / f"{name}_mask.png")
     with pytest.raises(DataError, match="2 of the 2 validation images"):
         open_mask_sets(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("to", ["b.png", "a.png", "nowhere.png"])
+def test_a_link_that_leads_nowhere_or_in_a_circle_is_one_unreadable_image(tmp_path: Path, to: str) -> None:
+    for i in range(3):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{i}.png")
+    (tmp_path / "a.png").symlink_to(to)
+    (tmp_path / "b.png").symlink_to("a.png" if to != "nowhere.png" else "0.png")
+    assert "a.png" in [file.name for file in open_images(tmp_path).files]
+    with pytest.raises(Unreadable, match=r"^(Too many levels of symbolic links|No such file or directory)$"):
+        decode(tmp_path / "a.png")

@@ -260,9 +260,12 @@ def open_original(
 
     model, origin = open_network(locate(ctx, wanted), wanted, out)
     theirs, weights = made.made_with, origin.weights
-    if made.file is None or theirs is None or weights is None or origin.file is not None or not _same(origin, made):
+    if made.file is None or theirs is None or weights is None or origin.file is not None:
         return model, origin
     if theirs.digest is None or weights.digest == theirs.digest:
+        return model, origin
+    if not _same(origin, made):
+        out.note(f"{made} was made from {made.source} ({theirs}), not from {origin.told}")
         return model, origin
     if not weights.random or wanted.weights is not None:
         out.note(f"{origin.told}; {made} was made from other weights: {theirs}")
