@@ -34,6 +34,7 @@ parser.add_argument("--batch-size", type=int, default=2)
 parser.add_argument("--epochs", type=int, default=2)
 parser.add_argument("--groups", type=int, default=4, help="of each GroupNorm layer")
 parser.add_argument("--warmup-bias-lr", type=float, default=0.0, help="when it goes on; ultralytics' default is 0.1")
+parser.add_argument("--seed", type=int, default=0, help="of the trainer")
 parser.add_argument("--output", type=Path, default=Path("runs/ultralytics_trainer"))
 parser.add_argument("--tiny", action="store_true", help="a few steps, to see that it runs")
 options = parser.parse_args()
@@ -70,7 +71,7 @@ def trained(network, data, batch_size, epochs, name, lr, bias_lr=0.0):
             "epochs": epochs, "optimizer": "AdamW", "lr0": lr, "warmup_epochs": 0.5,
             "warmup_bias_lr": bias_lr,  # the default, 0.1, is one for SGD; converted convolutions have a bias each
             "mosaic": 0, "scale": 0.2,
-            "device": "cpu", "workers": 0, "amp": False, "plots": False, "seed": 0, "verbose": False,
+            "device": "cpu", "workers": 0, "amp": False, "plots": False, "seed": options.seed, "verbose": False,
             "project": str(output), "name": name, "exist_ok": True,
         }
     )  # fmt: skip

@@ -162,7 +162,7 @@ def refuse(path: Path, was: Mapping[str, Any], settings: Settings) -> frozenset[
         )
     if "processes" in differing:
         begun = was["processes"]
-        same = f"torchrun --nproc-per-node={begun}, or as many on several nodes" if begun > 1 else "one"
+        same = f"torchrun and {begun} processes, on one node or several" if begun > 1 else "a single one"
         anew = f"begin another run from {path.with_name(LAST)}, in another "
         raise OptionError(
             f"{path} is the state of a run with processes: {begun} (now {settings.processes})",

@@ -554,6 +554,6 @@ def test_of_settings_that_differ_those_are_named_that_others_do_not_follow_from(
     ran = cli(*call, "--resume")
     assert ran.code == 2
     assert "is the state of a run with processes: 2 (now 1)\n" in ran.err
-    assert "Resume with torchrun --nproc-per-node=2, or as many on several nodes." in ran.err
+    assert "Resume with torchrun and 2 processes, on one node or several." in ran.err
     assert "run/last.safetensors, in another --output." in ran.err
     assert "--lr" not in ran.err
