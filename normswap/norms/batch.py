@@ -24,6 +24,11 @@ ATTRIBUTES = ("num_features", "momentum", "track_running_stats")
 _OF_ABN = ("activation", "activation_param", "act_name", "act_param")
 
 
+def insists_on_one_dim(module: nn.Module) -> bool:
+    """Whether a norm refuses inputs of other than two or three dimensions, as torch's BatchNorm1d does."""
+    return getattr(type(module), "_check_input_dim", None) is nn.BatchNorm1d._check_input_dim
+
+
 def _read(module: Any) -> NormState:
     dims = next((_DIMS[c] for c in type(module).__mro__ if c in _DIMS), None)
     state = read_statistics_norm(module, dims=dims)

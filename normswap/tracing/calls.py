@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..modules.storage import sharers
+from ..norms.batch import insists_on_one_dim
 from ..norms.registry import inner_of, looks_batch
-from .moves import takes_moved
 from .own_convolution import is_convolution
 from .run import Region, join
 
@@ -154,7 +154,7 @@ class CallGraph:
         That both have as many is asked for elsewhere.
         """
         call, path = self.calls[index], self.norms[norm]
-        if not call.moves or not call.inputs or path is None or not takes_moved(self.modules[path]):
+        if not call.moves or not call.inputs or path is None or not insists_on_one_dim(self.modules[path]):
             return False
         return self.layer_kind(call.inputs[0]) == "linear"
 

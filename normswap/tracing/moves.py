@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 _MOVES = {"view", "reshape", "permute", "flatten", "transpose", "swapaxes", "swapdims"}
 
@@ -45,8 +45,3 @@ def was_move(name: str, args: Sequence[Any], out: Any) -> bool:
     if name == "permute":
         return [dim % x.dim() for dim in args[1]] == [0, 2, 1]
     return name in ("view", "_unsafe_view") and out.dim() == 2
-
-
-def takes_moved(norm: nn.Module) -> bool:
-    """Whether a norm refuses inputs of other than two or three dimensions, as torch's BatchNorm1d does."""
-    return getattr(type(norm), "_check_input_dim", None) is nn.BatchNorm1d._check_input_dim
