@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..conversion.undo_record import Order, reorder
 from ..modules.tree import aliases, module_at
@@ -78,7 +79,7 @@ def _followed(run: CallGraph, start: int, steps: Mapping[str, Step], targets: Ma
     first = run.names[start]
     layers, norms, consumer = list(steps[first].producers), [first], ""
     channels, groups = targets[first].state.channels, targets[first].state.num_groups
-    if len(layers) != 1 or getattr(run.modules[layers[0]], "groups", 1) != 1 or _has_parameters(run, start):
+    if len(layers) != 1 or not _has_rows(run.modules[layers[0]]) or _has_parameters(run, start):
         return None
     values = {start}
     for i in range(start + 1, len(run.calls)):
@@ -108,6 +109,11 @@ def _followed(run: CallGraph, start: int, steps: Mapping[str, Step], targets: Ma
             return None
         values.add(i)
     return Chain(tuple(norms), tuple(layers), consumer) if consumer else None
+
+
+def _has_rows(layer: nn.Module) -> bool:
+    """Whether each row of a layer's weight makes one channel, from all of its input; a transposed one's columns do."""
+    return getattr(layer, "groups", 1) == 1 and not isinstance(layer, _ConvTransposeNd)
 
 
 def _has_parameters(run: CallGraph, index: int) -> bool:

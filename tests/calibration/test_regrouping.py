@@ -148,6 +148,14 @@ class Twice(Inner):
         return super().forward(x) + super().forward(x)
 
 
+class Transposed(Inner):
+    """The rows of a transposed convolution's weight are its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.norm4, self.head = nn.ConvTranspose2d(8, 8, 1), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+
 @pytest.mark.parametrize("cls", [Gated, Weighted, Shuffled, Sliced, Kept])
 def test_where_anything_else_sees_the_channels_their_order_stays(cls: type[nn.Module]) -> None:
     assert set(chains(network(cls))) == {("norm4",)}
@@ -200,8 +208,9 @@ def test_factors_for_another_order_are_told_in_the_present_one() -> None:
     torch.testing.assert_close(found[order], factors(moved, target, gamma[order], 1e-5))
 
 
-def test_another_order_computes_the_same_with_bare_norms_and_back_is_exact() -> None:
-    model = network()
+@pytest.mark.parametrize("cls", [Inner, Transposed])
+def test_another_order_computes_the_same_with_bare_norms_and_back_is_exact(cls: type[nn.Module]) -> None:
+    model = network(cls)
     gn = normswap.convert(model, "gn", groups=4)
     plan = record_of(gn).plan
     steps = {step.path: step for step in plan.steps}
