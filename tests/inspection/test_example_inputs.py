@@ -26,6 +26,7 @@ from normswap.inspection.example_inputs import guess_inputs, random_tensor, runs
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(100)), (1, 3, 224, 224)),
         (nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten(), nn.Linear(4 * 64 * 64, 2)), (1, 1, 64, 64)),
         (nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten(), nn.Linear(4 * 32 * 32, 2)), (1, 1, 32, 32)),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 160 * 64, 2)), (1, 3, 160, 64)),
     ],
 )
 def test_the_first_layers_say_what_a_network_takes(net: nn.Module, shape: tuple[int, ...]) -> None:
