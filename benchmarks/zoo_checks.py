@@ -93,8 +93,7 @@ def made(line: tuple[str, str], known: dict[str, Any]) -> tuple[nn.Module, tuple
     """A network in eval mode, and the positional arguments of its forward."""
     torch.manual_seed(0)
     model = eval(line[0], known)
-    for module in nn.Module.modules(model):  # some train() of strangers returns nothing
-        module.training = False
+    model.eval()
     randomise_statistics(model)
     return model, eval(line[1], known)
 
