@@ -91,20 +91,46 @@ def built_by(module: nn.Module) -> set[str]:
     With another value the module would have other children: what its code does then is not what this one will do.
     """
     cls: type = type(module)
-    return {name for name, children in _deciding(cls) if children & module._modules.keys()} - {"training"}
+    added = module._modules.keys() - _assigned(cls)
+    return {
+        name
+        for name, children in _deciding(cls)
+        if children & module._modules.keys() or (COMPUTED in children and added)
+    } - {"training"}
+
+
+COMPUTED = ""
+"""Stands for a child under a name that the constructor computes."""
 
 
 @functools.cache
 def _deciding(cls: type) -> list[tuple[str, frozenset[str]]]:
     """Attributes that a constructor asks, `if self.name:` or `if name:`, each with the children made in that case."""
     found = []
-    for base in cls.__mro__ if not cls.__module__.startswith("torch.nn.") else ():
-        nodes = [node for definition in definitions_of(base) for node in definition.body] if base is not object else []
-        for init in (n for n in nodes if isinstance(n, ast.FunctionDef) and n.name == "__init__"):
-            for asked in (n for n in ast.walk(init) if isinstance(n, ast.If)):
-                name = getattr(asked.test, "attr", getattr(asked.test, "id", None))
-                made = (n for step in asked.body for n in ast.walk(step) if isinstance(n, ast.Assign))
-                targets = {t.attr for n in made for t in n.targets if isinstance(t, ast.Attribute)}
-                if name is not None:
-                    found.append((str(name), frozenset(targets)))
+    for asked in (n for init in _constructors(cls) for n in ast.walk(init) if isinstance(n, ast.If)):
+        name = getattr(asked.test, "attr", getattr(asked.test, "id", None))
+        if name is not None:
+            found.append((str(name), frozenset(made for step in asked.body for made in _made_in(step))))
     return found
+
+
+@functools.cache
+def _assigned(cls: type) -> frozenset[str]:
+    """The names under which constructors make children, as far as the source says them."""
+    return frozenset(made for init in _constructors(cls) for made in _made_in(init))
+
+
+def _constructors(cls: type) -> list[ast.FunctionDef]:
+    bases = [] if cls.__module__.startswith("torch.nn.") else [base for base in cls.__mro__ if base is not object]
+    nodes = [node for base in bases for definition in definitions_of(base) for node in definition.body]
+    return [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+
+
+def _made_in(step: ast.AST) -> set[str]:
+    """Attributes that a part of a constructor sets, and children that it adds."""
+    made = {n.attr for n in ast.walk(step) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    for node in ast.walk(step):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("add_module", "register_module"):
+            name = node.args[0] if node.args else None
+            made.add(str(name.value) if isinstance(name, ast.Constant) else COMPUTED)
+    return made
