@@ -152,6 +152,8 @@ class Tracer(fx.Tracer):
     way_of: for each node, what would have to be otherwise for the code to get there; empty for the first way, which
     is the code as it stands. given: by way, what it alone returns, or keeps on a module. alike: values that
     stand for one another: all that a module is called on which is not run anew, all that one returns by its ways.
+    same: outputs of layers that another way returns, where the first returns an output of the same layer and of no
+    other: who reads the one reads the other.
     """
 
     def __init__(self, leaf: Leaf) -> None:
@@ -161,6 +163,7 @@ class Tracer(fx.Tracer):
         self.way_of: dict[fx.Node, str] = {}
         self.given: dict[str, set[fx.Node]] = {}
         self.alike: list[set[fx.Node]] = []
+        self.same: set[fx.Node] = set()
         self._returned: dict[str, list[tuple[set[fx.Node], Any]]] = {}
         self._opaque: list[tuple[str, str]] = []
         self._way = ""
@@ -279,7 +282,11 @@ class Tracer(fx.Tracer):
         if not known >= _nodes_in(value):
             self.alike.append(known | _nodes_in(value))
         layers = {node.target for node in known if node.op == "call_module"}
-        self._give({n for n in _nodes_in(value) - known if n.op != "call_module" or n.target not in layers})
+        others = _nodes_in(value) - known
+        same = {n for n in others if n.op == "call_module" and n.target in layers}
+        if sum(self.leaf(self.root.get_submodule(str(target))) for target in layers) == 1:
+            self.same |= same  # outputs of two may swap places
+        self._give(others - same)
 
     def _give(self, nodes: set[fx.Node]) -> None:
         self.given.setdefault(self._way, set()).update(nodes)

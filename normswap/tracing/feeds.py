@@ -64,7 +64,8 @@ def analyse(
                 _add(layer_users[known.first_name.get(layer_of(name), "")], None, run.calls[index].way)
             elif kind == "module":
                 users = [(run.norms[u], run.calls[u].way) for u in run.readers(index)]
-                for user, way in users or [(None, run.calls[index].way)]:
+                unread = [] if run.calls[index].same else [(None, run.calls[index].way)]
+                for user, way in users or unread:
                     _add(layer_users[name], user, way)
     reached = {
         known.first_name.get(c.target, c.target) for region in regions if region.path == "" for c in region.calls

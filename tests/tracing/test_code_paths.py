@@ -36,34 +36,6 @@ class DomainsBuilt(Net):
         return (self.aux if self.adv else self.bn)(self.conv(x))
 
 
-class DomainsAdded(Net):
-    """The flag added the second norm, under a name that is put together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.adv = True
-        if self.adv:
-            self.add_module("_".join(["bn", "adv"]), nn.BatchNorm2d(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.bn_adv if self.adv else self.bn)(self.conv(x))
-
-
-class SkippedUnlessAdded(Net):
-    """The flag was raised after the constructor had asked for it, and added nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.more = False
-        if self.more:
-            self.add_module("_".join(["bn", "more"]), nn.BatchNorm2d(4))
-        self.more = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        return self.bn(x) if self.more else x
-
-
 class DomainsByName(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -176,8 +148,6 @@ class NormedOrNot(Net):
 ANOTHER = [
     (Domains, "with adv=True, the output of conv is used elsewhere too"),
     (DomainsBuilt, "no run of the network showed what feeds bn, which may be conv"),
-    (DomainsAdded, "no run of the network showed what feeds bn, which may be conv"),
-    (SkippedUnlessAdded, "with more=False, the output of conv is used elsewhere too"),
     (DomainsByName, "no run of the network showed what feeds bns.b, which may be conv"),
     (DomainsByNumber, "no run of the network showed what feeds bns.1, which may be conv"),
     (NormOrNothing, "no run of the network called after.none, which may stand in its place"),
@@ -290,27 +260,6 @@ class BuiltByArgument(Built):
             self.bn = nn.BatchNorm2d(4)
 
 
-class BuiltByName(nn.Module):
-    """The norm is added, and found, by a name that its kind and its place give."""
-
-    def __init__(self, normalize: bool = True) -> None:
-        super().__init__()
-        self.with_norm, self.conv = normalize, nn.Conv2d(3, 4, 3)
-        if self.with_norm:
-            self.norm_name = "_".join(["bn", "1"][:1])
-            self.add_module(self.norm_name, nn.BatchNorm2d(4))
-
-    @property
-    def norm(self) -> nn.Module:
-        return self.get_submodule(self.norm_name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        if self.with_norm:
-            x = self.norm(x)
-        return x
-
-
 class OtherSizes(Net):
     """A spare norm that this convolution cannot feed: of other channels."""
 
@@ -337,7 +286,7 @@ class LoopsOnTheConvolution(Net):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", [Switches, Built, BuiltByArgument, BuiltByName, OtherSizes, SparePart])
+@pytest.mark.parametrize("case", [Switches, Built, BuiltByArgument, OtherSizes, SparePart])
 def test_ways_that_read_nothing_else_cost_no_fold(case: type[nn.Module], mode: str) -> None:
     assert edges(case(), mode) == {"bn": ("conv",)}
 
