@@ -20,8 +20,9 @@ def guess_inputs(model: nn.Module) -> tuple[Any, ...] | None:
 
     Images `(1, C, 64, 64)`, clips or volumes `(1, C, 16, 64, 64)`, sequences `(1, C, 256)`, vectors `(2, C)` or a few
     of them `(2, 16, C)`, with C from the first layer; numbers of words `(2, 16)` for an embedding. Then the size that
-    the network's configuration names (timm's `pretrained_cfg`, transformers' `config`), other usual sizes, and sound
-    `(1, 16000)`. torchvision's detectors get a list of images. A forward of several arguments gets the same for each.
+    the network's configuration names (timm's `pretrained_cfg`, transformers' `config`), other usual sizes, sound
+    `(1, 16000)`, half a minute at 100 Hz `(1, 1, 3000)` and spectrograms `(1, 64, 80)`. torchvision's detectors get a
+    list of images. A forward of several arguments gets the same for each.
     The same input each time.
     """
     for inputs in _candidates(model):
@@ -82,8 +83,8 @@ def _candidates(model: nn.Module) -> Iterator[tuple[Any, ...]]:
         else:
             for shape in _shapes_for(layer, _named_size(model)):
                 yield (_normal(shape, device, dtype),) * times
-    if any(getattr(layer, "in_channels", 0) == 1 for layer in firsts):  # sound, of which the network makes a map itself
-        for shape in ((1, 16000), (1, 1, 16000), (1, 48000)):
+    if any(getattr(layer, "in_channels", 0) == 1 for layer in firsts):  # signals that the network makes a map of itself
+        for shape in ((1, 16000), (1, 1, 16000), (1, 48000), (1, 1, 3000), (1, 64, 80)):
             yield (_normal(shape, device, dtype),) * times
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +127,18 @@ class Waves(nn.Module):
         return self.conv(x.unfold(1, 400, 200)[:, None])
 
 
+class Signal(nn.Module):
+    """Takes a map of one channel without that dimension; its classifier says of which size."""
+
+    def __init__(self, *size: int) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.Linear(math.prod(size), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, _ = x.shape
+        return self.fc(self.norm(self.conv(x.reshape(n, 1, *x.shape[1:]))).mean(1).flatten(1))
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -156,6 +169,8 @@ class Tokens(nn.Module):
         (Configured((40, 48), config=SimpleNamespace(image_size=[40, 48])), (1, 3, 40, 48)),
         (Words(), (2, 16)),
         (Waves(), (1, 16000)),
+        (Signal(1, 3000), (1, 1, 3000)),
+        (Signal(64, 80), (1, 64, 80)),
         (Recurrent(), (2, 16, 6)),
         (Tokens(), (2, 16, 6)),
         (nn.Sequential(nn.Flatten(), nn.Linear(784, 4), nn.Unflatten(1, (4,))), (2, 784)),
