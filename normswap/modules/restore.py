@@ -54,7 +54,7 @@ def moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None]
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward pass leaves behind: attributes of the modules, buffers, random states.
+    """Undo what a forward pass leaves behind: attributes and hooks of the modules, buffers, random states.
 
     Lists, dicts, sets and objects among the attributes get their members back, buffers changed in place their values,
     and so do weights that a layer keeps below a `max_norm`, as embeddings do; the random states are those of torch,
@@ -136,7 +136,7 @@ def seed_everything(model: nn.Module) -> None:
 
 @contextmanager
 def attributes_restored(model: nn.Module) -> Iterator[None]:
-    """Put the modules' attributes back as they were, lists, dicts and sets among them with their members."""
+    """Put the modules' attributes and hooks back as they were, lists, dicts and sets with their members."""
     containers = list(_containers(model))
     before = [dict(c) if isinstance(c, dict) else list(c) for c in containers]
     slots = [(value, _slots_of(value)) for value in kept_by(model) if _slots_of(value)]
@@ -172,20 +172,19 @@ def restored_on_error(model: nn.Module) -> Iterator[Callable[[], None]]:
         raise
 
 
+_TABLES = [name for name, value in nn.Module().__dict__.items() if isinstance(value, dict)]
 Container = list[Any] | dict[Any, Any] | set[Any] | deque[Any]
 
 
 def _containers(model: nn.Module) -> Iterator[Container]:
     """The modules' own tables, and every list, dict and set among their attributes, nested ones included.
 
-    So are the tables of objects of the network's own, a cache or a state, say.
+    So are the tables of hooks, which a forward may register, and of objects of the network's own, a cache, say.
     """
     for module in nn.Module.modules(model):
         yield module.__dict__
         if not isinstance(module, torch.jit.ScriptModule):  # whose tables are views of what was compiled
-            yield module._parameters
-            yield module._buffers
-            yield module._modules
+            yield from [module.__dict__[name] for name in _TABLES if name in module.__dict__]
     yield from (v for v in kept_by(model) if isinstance(v, (list, dict, set, deque)))
 
 

@@ -11,6 +11,7 @@ from helpers import fingerprint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import normswap
 from normswap.errors import NormswapError
 from normswap.modules.hooks import adopt
 from normswap.modules.path_ranges import matches
@@ -193,6 +194,36 @@ def test_undisturbed_undoes_what_a_forward_leaves_behind(fails: bool) -> None:
     assert fingerprint(net) == before
     assert net.cache == {"x": last} == {"x": []}
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Collecting(nn.Module):
+    """Its first forward registers hooks that collect what layers give, as many a network of transformers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.norm = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4)
+        self.collected: list[Tensor] = []
+
+    def collect(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        self.collected.append(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "hooked"):
+            for layer in self.layers:
+                layer.register_forward_hook(self.collect)
+            self.hooked = True
+        self.collected.clear()
+        self.layers(x)
+        first, second = self.collected
+        return self.norm(first + second)
+
+
+def test_hooks_that_a_first_forward_registers_are_registered_once() -> None:
+    net, x = Collecting().eval(), torch.ones(1, 3, 4, 4)
+    normswap.inspect(net)
+    assert not any(layer._forward_hooks for layer in net.layers)
+    converted = normswap.convert(net, "gn", groups=2, example_inputs=x)
+    assert net(x).shape == converted(x).shape == (1, 4, 4, 4)
 
 
 def test_evaluating_gives_every_module_its_own_flag_back() -> None:
