@@ -206,7 +206,8 @@ def round_trip(row: Row, model: nn.Module, inputs: Any, plan: normswap.Plan) -> 
 def repaired(row: Row, model: nn.Module, inputs: Any, plan: normswap.Plan) -> None:
     """Calibrate on the inputs."""
     gn = normswap.convert(model, using=plan, check=False)
-    normswap.calibrate(gn, model, [(inputs if len(inputs) > 1 else inputs[0], torch.zeros(1))], method="balance")
+    data = [(inputs, torch.zeros(1)) if len(inputs) > 1 else inputs[0]]
+    normswap.calibrate(gn, model, data, method="balance")
     found = [t for t in outputs(gn, inputs) if t.is_floating_point()]
     fine = [t for t in outputs(model, inputs) if t.is_floating_point()]
     row.calibrated = all(t.isfinite().all() for t in gn.state_dict().values())
