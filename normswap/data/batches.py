@@ -136,7 +136,19 @@ def collated(items: Sequence[Any]) -> Any:
     """
     if all(isinstance(i, (tuple, list)) and len(i) == 2 and _has_boxes(i[1]) for i in items):
         return [list(column) for column in zip(*items, strict=True)]
-    return default_collate(list(items))
+    return stacked(items)
+
+
+def stacked(items: Sequence[Any]) -> Any:
+    """Samples as torch makes a batch of them. Raises DataError where they differ in size, or are none."""
+    try:
+        return default_collate(list(items))
+    except (RuntimeError, TypeError) as error:
+        raise DataError(
+            f"samples cannot form a batch ({first_line(error)})",
+            hint="A DataLoader whose collate_fn pads them can be given in place of the Dataset; a data set of whole "
+            "batches as DataLoader(data, batch_size=None).",
+        ) from error
 
 
 def _has_boxes(target: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def evaluate(
     check_module(model)
     model = unwrapped(model)
     doing = task_of(task)
-    given = None if isinstance(data, Sets) or task != "classification" else given_batches(data, model)
+    given = None if isinstance(data, Sets) or task != "classification" else given_batches(data, model, batch_size)
     if given is not None:
         sets = Sets(None, None, given.classes)
     else:
@@ -88,7 +89,7 @@ def evaluate(
         skipped = Skipped(max_bad)
         batches: Iterable[Loaded]
         if given is not None:
-            batches, total = loaded(given, images), len(data) if hasattr(data, "__len__") else 0
+            batches, total = loaded(given, images), length_hint(data)  # a DataLoader of a stream has a len that raises
         else:
             samples = Samples(sets.validation, doing.collate, seed=0, replace=False)
             turns = _Turns(sets.validation, images, batch_size or AT_ONCE[task])

@@ -65,7 +65,7 @@ def vectors_only(
     """
     if inputs is None:
         return ()
-    given = [inputs, *(_raised(inputs, width) for width in sorted(set(channels)))]
+    given = [inputs, *(_raised(inputs, width, at) for width in sorted(set(channels)) for at in _places(inputs))]
     runs = [shapes_of(model, each, layers) for each in given]
     known = [run for run in runs if run is not None]
     return [p for p in layers.values() if runs[0] and runs[0].get(p) and all(_vectors(run.get(p, [])) for run in known)]
@@ -84,11 +84,19 @@ def _enlarged(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return _mapped(lambda x: x.repeat(1, 1, *[4] * (x.dim() - 2)) if x.dim() > 2 else x, inputs)
 
 
-def _raised(inputs: tuple[Any, ...], width: int) -> tuple[Any, ...]:
-    """With one more dimension, of that width, after the batch."""
+def _places(inputs: tuple[Any, ...]) -> tuple[int, ...]:
+    """Where another dimension can stand: after the batch, and before the last."""
+    return (1, 2) if any(isinstance(x, Tensor) and x.dim() == 3 for x in pytree.tree_leaves(inputs)) else (1,)
+
+
+def _raised(inputs: tuple[Any, ...], width: int, at: int) -> tuple[Any, ...]:
+    """With one more dimension, of that width, there, or before the last."""
 
     def raised(x: Tensor) -> Tensor:
-        return x.unsqueeze(1).expand(-1, width, *x.shape[1:]) if x.dim() in (2, 3) and x.is_floating_point() else x
+        if x.dim() not in (2, 3) or not x.is_floating_point():
+            return x
+        place = min(at, x.dim() - 1)
+        return x.unsqueeze(place).expand(*x.shape[:place], width, *x.shape[place:])
 
     return _mapped(raised, inputs)
 

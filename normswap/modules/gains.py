@@ -17,6 +17,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from .parametrized import forget
+
 PARAMETRIZED = ".parametrizations."
 
 
@@ -49,7 +51,8 @@ def direction_of(layer: nn.Module) -> nn.Parameter:
 
 @torch.no_grad()
 def refresh(layer: Any) -> None:
-    """Compute the weight that the older weight norm keeps on the layer, after its gain was changed."""
+    """Compute the weight that a weight norm keeps on the layer anew, after its gain was changed."""
+    forget()
     if (hook := _hook_of(layer)) is not None:
         layer.weight = hook.compute_weight(layer)
 
@@ -88,8 +91,8 @@ def _hook_of(layer: nn.Module) -> Any:
 
 
 def _weight_norm(layer: Any) -> tuple[str, str] | None:
-    """The names of g and v where the weight is theirs, and g has one number for each output channel."""
-    axis = 0
+    """The names of g and v, parameters, where the weight is theirs, and g has one number for each output channel."""
+    axis, holder = 0, layer
     if isinstance(layer, _ConvTransposeNd):  # (in, out / groups, *k): the channels of all groups share what is in dim 1
         axis = 1 if layer.groups == 1 else -1
     if (hook := _hook_of(layer)) is not None:
@@ -98,7 +101,9 @@ def _weight_norm(layer: Any) -> tuple[str, str] | None:
         chain = layer.parametrizations["weight"]
         if len(chain) != 1 or type(chain[0]) is not _WeightNorm:
             return None
+        holder = chain
         dim, names = chain[0].dim, ("parametrizations.weight.original0", "parametrizations.weight.original1")
     else:
         return None
-    return names if dim == axis >= 0 else None
+    computed = any(holder._parameters.get(name.rpartition(".")[2]) is None for name in names)
+    return names if dim == axis >= 0 and not computed else None

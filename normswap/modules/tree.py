@@ -14,6 +14,7 @@ from ..errors import Fix, NormswapError, Text
 from ..files.spilling import lent
 from .attributes import closed_over, leaves_of, own_attributes
 from .hooks import _HOOK_ATTRIBUTES
+from .parametrized import forget, own_class
 
 
 def aliases(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -120,6 +121,9 @@ def _complete(twin: nn.Module, model: nn.Module, memo: dict[int, Any]) -> None:
     copies = dict(twin.named_modules())
     if twin.training != model.training:
         twin.train(model.training)  # a feature extractor of torchvision exchanges its graph for that of the mode
+    forget()
+    for other in copies.values():
+        own_class(other)
     for path, module in model.named_modules():
         other = copies.get(path)
         if other is None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import bits, bn_eval, contents, grouped, randomized, run
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import normswap
 from normswap.conversion.record import record_of
@@ -270,3 +270,47 @@ def test_distilling_trains_gains_and_directions(form: str) -> None:
     assert len(names) == 2
     assert all(after[name] != before[name] for name in names)
     assert torch.isfinite(run(model, X)).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weight_norm_is_removed_from_the_converted_network_alone(form: str) -> None:
+    net: Any = Net(form)
+    model: Any = normswap.convert(net, "gn", groups=2)
+    before, after = run(net, X), run(model, X)
+    if form == "hooked":
+        nn.utils.remove_weight_norm(model.conv1)
+    else:
+        parametrize.remove_parametrizations(model.conv1, "weight")
+    assert [bits(run(net, X)), bits(run(model, X))] == [bits(before), bits(after)]
+    normswap.calibrate(model, net, X)
+    with pytest.raises(RevertError, match="conv1"):
+        normswap.revert(model)
+    model = normswap.revert(normswap.convert(net, "gn", groups=2))
+    torch.testing.assert_close(run(model, X), before)
+
+
+def test_what_parametrize_caches_is_no_weight_of_another_network_or_of_before() -> None:
+    net = Net("parametrized")
+    wanted = normswap.convert(net, "gn", groups=2)
+    normswap.calibrate(wanted, net, X)
+    with parametrize.cached(), torch.no_grad():
+        net(X)
+        model = normswap.convert(net, "gn", groups=2)
+        model(X)
+        normswap.calibrate(model, net, X)
+        assert bits(run(model, X)) == bits(run(wanted, X))
+        assert bits(run(normswap.revert(model), X)) == bits(run(net, X))
+
+
+@pytest.mark.parametrize("name", ["weight_g", "weight_v"])
+def test_a_gain_or_direction_that_is_computed_itself_is_not_folded_into(name: str) -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    net = Net("hooked")
+    parametrize.register_parametrization(net.conv1, name, Doubled())
+    out = run(net, X)
+    model = normswap.convert(net, "fused")
+    assert [step.producers for step in record_of(model).plan.steps] == [(), ("conv2",)]
+    torch.testing.assert_close(run(model, X), out, rtol=1e-4, atol=1e-5)

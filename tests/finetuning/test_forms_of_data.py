@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomS
 
 import normswap
 from normswap.data.one_batch import Forward
+from normswap.errors import DataError
 from normswap.finetuning.datasets.batched import given_batches, loaded
 
 COUNT = 24
@@ -331,3 +332,35 @@ def test_a_run_on_dicts_goes_on_where_it_stopped(tmp_path: Path) -> None:
         )
     normswap.finetune(again, Dicts(), Dicts(), steps=9, output=tmp_path / "parts", resume=True, **same)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+class Batched(IterableDataset[Any]):
+    """Whole batches, the last of them smaller."""
+
+    def __iter__(self) -> Any:
+        return iter(batches(7))
+
+
+def test_a_stream_without_a_length_is_measured_in_batches_of_the_size_asked_for() -> None:
+    net = network(Sequences)
+    right = int((scores(net).argmax(1) == LABELS).sum())
+    sizes: list[int] = []
+    net.head.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    for data, expected in ((DataLoader(Streamed(), batch_size=10), [10, 10, 4]), (Streamed(), [9, 9, 6])):
+        sizes.clear()
+        report = normswap.evaluate(net, data, batch_size=9)
+        assert (report.images, round(report.figures["accuracy"] * COUNT)) == (COUNT, right)
+        assert sizes == expected
+
+
+def test_a_data_set_of_whole_batches_is_told_and_taken_without_a_batch_size() -> None:
+    net = network(Sequences)
+    made = normswap.convert(net, "gn", groups=2, check=False)
+    for call in (
+        lambda data: normswap.evaluate(net, data),
+        lambda data: normswap.calibrate(made, net, data, method="moments", progress=False),
+    ):
+        with pytest.raises(DataError, match="cannot form a batch.*7") as error:
+            call(Batched())
+        assert "batch_size=None" in str(error.value.hint)
+        call(DataLoader(Batched(), batch_size=None))

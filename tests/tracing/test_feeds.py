@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,24 @@ def test_a_linear_layer_on_inputs_of_any_rank_is_not_folded_into(norm: type[nn.M
         made(y)
         handle.remove()
         assert torch.allclose(seen[0], (y - mean) / (var + bn.eps).sqrt(), atol=1e-5)
+
+
+def test_a_linear_layer_is_not_folded_into_where_what_a_run_flattened_to_rows_may_have_had_more_dimensions() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.bn = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(x * 2 if float(x.sum()) > 1e9 else x)
+            return self.bn(y.flatten(0, 1))  # (N * A, B, 8) of (N, A, B, 8): B are the norm's channels
+
+    net = randomized(Rows()).eval()
+    inputs: Any = guess_inputs(net)
+    assert inputs[0].dim() == 3
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(normswap.convert(net, "fused", check=False)(x), net(x))
 
 
 def test_a_linear_layer_that_no_run_reaches_is_not_folded_into() -> None:

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 from torch.utils.data._utils.collate import default_collate, default_convert
 from torch.utils.data.distributed import DistributedSampler
 
-from ...data.batches import Batches, as_batches, is_pair, rows
+from ...data.batches import Batches, as_batches, is_pair, rows, stacked
 from ...data.one_batch import Taker, images_in, split
-from ...errors import DataError, first_line
+from ...errors import DataError
 from .collate import collate
 from .loader import Loaded, Tensors
 
@@ -68,14 +68,7 @@ def batch_of(items: Sequence[Any], network: Taker) -> tuple[Any, Tensor]:
     several = isinstance(first, (tuple, list)) and (len(first) > 2 or any(isinstance(x, _MANY) for x in first[:1]))
     if not (several or isinstance(first, Mapping)):
         return collate(items)
-    try:
-        batch = default_collate(list(items))
-    except (RuntimeError, TypeError) as error:
-        raise DataError(
-            f"samples cannot form a batch ({first_line(error)})",
-            hint="A DataLoader whose collate_fn pads them can be given in place of the Dataset.",
-        ) from error
-    return parted(batch, network)
+    return parted(stacked(items), network)
 
 
 _MANY = (Mapping, tuple, list)
@@ -117,11 +110,14 @@ def are_batches(data: Any, network: Taker) -> bool:
     return isinstance(data, (list, tuple)) and len(data) > 0 and all(is_batch(item, network) for item in data)
 
 
-def given_batches(data: Any, network: nn.Module | None) -> Batches | None:
-    """Batches that the caller has made, as they are, with labels; None for samples, of which batches are to be made."""
+def given_batches(data: Any, network: nn.Module | None, batch_size: int | None = None) -> Batches | None:
+    """Batches that the caller has made, as they are, with labels; None for samples, of which batches are to be made.
+
+    batch_size: of a stream of samples, by default 64.
+    """
     streamed = isinstance(data, Iterable) and not hasattr(data, "__getitem__")
     if isinstance(data, (DataLoader, IterableDataset, Mapping)) or streamed:
-        return replace(as_batches(data, once=True, network=network), labelled=True)
+        return replace(as_batches(data, batch_size or 64, once=True, network=network), labelled=True)
     if are_batches(data, network) and not all(map(is_pair, data)):
         return replace(as_batches(data, network=network), labelled=True)
     return None
