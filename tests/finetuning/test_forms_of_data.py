@@ -13,7 +13,14 @@ import torch
 from helpers import randomized
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SubsetRandomSampler,
+    TensorDataset,
+    default_collate,
+)
 
 import normswap
 from normswap.data.one_batch import Forward
@@ -310,11 +317,18 @@ def test_a_network_that_gives_scores_of_each_step_is_told_of_loops_of_its_own() 
         assert "normswap.stabilized(model)" in error.value.hint
 
 
-def test_a_run_on_dicts_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def shortened(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch whose sequences end at random."""
+    batch = default_collate(items)
+    return {**batch, "lengths": (batch["lengths"] - torch.randint(3, (len(items),))).clamp_min(1)}
+
+
+@pytest.mark.parametrize("data", [Dicts(), DataLoader(Dicts(), collate_fn=shortened)], ids=["samples", "batches"])
+def test_a_run_on_dicts_goes_on_where_it_stopped_whatever_its_collate_fn_draws(data: Any, tmp_path: Path) -> None:
     whole = network(Sequences)
     parts, again = copy.deepcopy(whole), copy.deepcopy(whole)
     same: dict[str, Any] = {"batch_size": 4, "lr": 0.01, "device": "cpu", "progress": False}
-    normswap.finetune(whole, Dicts(), Dicts(), steps=9, output=tmp_path / "whole", **same)
+    normswap.finetune(whole, data, Dicts(), steps=9, output=tmp_path / "whole", **same)
 
     def stop(p: Any) -> None:
         if p.step >= 4:
@@ -323,15 +337,30 @@ def test_a_run_on_dicts_goes_on_where_it_stopped(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         normswap.finetune(
             parts,
-            Dicts(),
+            data,
             Dicts(),
             steps=9,
             output=tmp_path / "parts",
             checkpoint_every=1,
             **{**same, "progress": stop},
         )
-    normswap.finetune(again, Dicts(), Dicts(), steps=9, output=tmp_path / "parts", resume=True, **same)
+    normswap.finetune(again, data, Dicts(), steps=9, output=tmp_path / "parts", resume=True, **same)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def none_left(items: list[Any]) -> None:
+    return None
+
+
+def no_rows(items: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
+    return X[:0], LENGTHS[:0], LABELS[:0]
+
+
+@pytest.mark.parametrize("collate", [none_left, no_rows])
+def test_a_collate_fn_that_leaves_out_all_samples_of_a_batch_is_named(collate: Any) -> None:
+    loader = DataLoader(Uneven(), collate_fn=collate)
+    with pytest.raises(DataError, match="collate_fn left none of the"):
+        normswap.finetune(network(Sequences), loader, batch_size=3, steps=1, device="cpu", progress=False)
 
 
 class Batched(IterableDataset[Any]):
@@ -360,7 +389,7 @@ def test_a_data_set_of_whole_batches_is_told_and_taken_without_a_batch_size() ->
         lambda data: normswap.evaluate(net, data),
         lambda data: normswap.calibrate(made, net, data, method="moments", progress=False),
     ):
-        with pytest.raises(DataError, match="cannot form a batch.*7") as error:
+        with pytest.raises(DataError, match=r"cannot form a batch.*7") as error:
             call(Batched())
         assert "batch_size=None" in str(error.value.hint)
         call(DataLoader(Batched(), batch_size=None))

@@ -14,7 +14,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from ...data.batches import Batches, as_batches, is_pair, rows, stacked
 from ...data.one_batch import Taker, images_in, split
-from ...errors import DataError
+from ...errors import DataError, Fix, Text, plural
 from .collate import collate
 from .loader import Loaded, Tensors
 
@@ -27,6 +27,7 @@ _OWN_BATCHES = (
     "Give a Dataset of samples, TensorDataset(x, lengths, y) say, or a DataLoader with the collate_fn that pads them; "
     "or go through the batches in a loop of your own, within normswap.stabilized(model); see docs/finetuning.md."
 )
+_LEFT = Text("Leave such samples out of the data set, or take a larger ", Fix("batch_size"), ".")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,11 @@ def batch_of(items: Sequence[Any], network: Taker) -> tuple[Any, Tensor]:
     """
     first = items[0]
     if isinstance(first, Sample):
-        return parted(first.collate([item.content for item in items]), network)
+        batch = first.collate([item.content for item in items])
+        inputs, labels = (None, ()) if batch is None else parted(batch, network)
+        if not len(labels):
+            raise DataError(f"the collate_fn left none of the {plural(len(items), 'sample')} of a batch", hint=_LEFT)
+        return inputs, labels
     several = isinstance(first, (tuple, list)) and (len(first) > 2 or any(isinstance(x, _MANY) for x in first[:1]))
     if not (several or isinstance(first, Mapping)):
         return collate(items)

@@ -48,7 +48,7 @@ class Samples(Dataset[Any]):
     """Reads the samples with the given keys as one `Loaded` batch.
 
     A training sample that is unreadable is replaced by another, so that batches keep their size; in validation it is
-    left out. All that torch draws at random for a sample is decided by (seed, epoch, index).
+    left out. All that torch draws at random for a sample is decided by (seed, epoch, index), for a batch by its first.
     """
 
     def __init__(self, source: Any, collate: Collate, *, seed: int, replace: bool) -> None:
@@ -59,7 +59,9 @@ class Samples(Dataset[Any]):
             return Loaded(self.source.batch([index for _, index in keys]), len(keys))
         bad: list[Bad] = []
         items = [item for key in keys for item in self._read(key, bad)]
-        return Loaded(self.collate(items) if items else None, len(items), tuple(bad))
+        with _drawing(self.seed, *keys[0], plus=2):  # apart from what was drawn for that sample
+            content = self.collate(items) if items else None
+        return Loaded(content, len(items), tuple(bad))
 
     def _read(self, key: Key, bad: list[Bad]) -> list[Any]:
         epoch, index = key
@@ -74,10 +76,10 @@ class Samples(Dataset[Any]):
 
 
 @contextmanager
-def _drawing(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Torch's random state (on the CPU) for one sample; it is put back."""
+def _drawing(seed: int, epoch: int, index: int, plus: int = 1) -> Iterator[None]:
+    """Torch's random state (on the CPU) for one sample, or for a batch of them; it is put back."""
     before = torch.get_rng_state()
-    torch.default_generator.manual_seed(mixed_seed(seed, epoch, index))
+    torch.default_generator.manual_seed(mixed_seed(seed, epoch, index, plus=plus))
     try:
         yield
     finally:
