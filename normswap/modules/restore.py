@@ -75,9 +75,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 weight.data.copy_(value)
 
 
+def _is_limited(layer: nn.Module) -> bool:
+    named = [value for name, value in vars(layer).items() if "maxnorm" in name.replace("_", "").lower()]
+    return any(value is not None for value in (getattr(layer, "max_norm", None), *named))
+
+
 def _limited(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that a forward pass rewrites: those of embeddings, and layers like them, with a `max_norm`."""
-    layers = [layer for layer in nn.Module.modules(model) if getattr(layer, "max_norm", None) is not None]
+    """The weights that a forward pass rewrites: those of embeddings, and layers like them, with a `max_norm`.
+
+    Layers of others call it `maxnorm`, `_max_norm_val` (braindecode) and the like.
+    """
+    layers = [layer for layer in nn.Module.modules(model) if _is_limited(layer)]
     found = {id(w): w for layer in layers for w in layer._parameters.values() if w is not None}
     return [weight for weight in found.values() if not weight.is_inference()]
 

@@ -102,8 +102,19 @@ class Limited(nn.Conv1d):
         return super().forward(x)
 
 
-def test_weights_that_forward_puts_in_anew_are_those_of_before() -> None:
-    net = nn.Sequential(Limited(3, 4, 1), nn.Flatten())
+class OtherwiseNamed(nn.Conv1d):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._max_norm_val = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=self._max_norm_val)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Limited, OtherwiseNamed])
+def test_weights_that_forward_puts_in_anew_are_those_of_before(kind: type[nn.Module]) -> None:
+    net = nn.Sequential(kind(3, 4, 1), nn.Flatten())
     weight = net[0].weight
     before, place = weight.clone(), weight.data_ptr()
     for _ in range(2):
