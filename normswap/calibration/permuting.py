@@ -97,7 +97,7 @@ def _followed(run: CallGraph, start: int, steps: Mapping[str, Step], targets: Ma
                 return None
             norms.append(name)
         elif (kind := plain_kind(module)) in ("conv", "linear"):
-            if _mixes(module, channels):
+            if _mixes(module, channels) and (kind == "conv" or _are_vectors(run, call.inputs)):
                 if consumer:
                     return None
                 consumer = name
@@ -128,6 +128,11 @@ def _has_parameters(run: CallGraph, index: int) -> bool:
 def _mixes(layer: Any, channels: int) -> bool:
     inputs = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
     return bool(inputs == channels and getattr(layer, "groups", 1) == 1)
+
+
+def _are_vectors(run: CallGraph, inputs: tuple[int, ...]) -> bool:
+    """Whether a linear layer is given `(N, C)`: of more dimensions it mixes the last, which is as long by chance."""
+    return all(len(run.calls[source].shape or ()) == 2 for source in inputs)
 
 
 def _depthwise(layer: Any, channels: int) -> bool:

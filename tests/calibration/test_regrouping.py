@@ -71,12 +71,13 @@ def images(count: int = 16, seed: int = 1) -> Tensor:
     return torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed)) * 1.5 + 0.3
 
 
-def chains(model: nn.Module) -> dict[tuple[str, ...], tuple[str, ...]]:
+def chains(model: nn.Module, x: Tensor | None = None) -> dict[tuple[str, ...], tuple[str, ...]]:
     """Of a network that is to be converted, by its norms: the layers whose channels are free."""
-    gn = normswap.convert(model, "gn", groups=4, example_inputs=images(2))
+    x = images(2) if x is None else x
+    gn = normswap.convert(model, "gn", groups=4, example_inputs=x)
     steps = {step.path: step for step in record_of(gn).plan.steps if step.transfer == "fold"}
     targets = {target.path: target for target in targets_of(gn, model) if target.path in steps}
-    found = chains_of(gn, (images(2),), targets, steps)
+    found = chains_of(gn, (x,), targets, steps)
     return {chain.norms: (*chain.layers, chain.consumer) for chain in found}
 
 
@@ -164,6 +165,21 @@ def test_where_anything_else_sees_the_channels_their_order_stays(cls: type[nn.Mo
 @pytest.mark.parametrize("cls", [Auxiliary, Flat, Twice])
 def test_what_training_or_another_use_may_see_keeps_its_order(cls: type[nn.Module]) -> None:
     assert not any(norm in norms for norms in chains(network(cls)) for norm in ("norm1", "norm4"))
+
+
+class AlongRows(nn.Module):
+    """A linear layer mixes the columns of a map that is as wide as it has channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.mix = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(torch.relu(self.norm(self.conv(x)))).mean((1, 2))
+
+
+def test_a_linear_layer_takes_over_channels_only_where_they_are_its_last_dimension() -> None:
+    assert chains(randomized(AlongRows()), torch.randn(2, 3, 6, 8)) == {}
 
 
 def test_hooks_and_shared_weights_keep_the_order() -> None:
