@@ -94,7 +94,7 @@ def test_each_number_of_a_range_may_be_drawn() -> None:
             "4,20:ture",
             "'ture' in '4,20:ture' is neither LOW..HIGH, such as 0..999, nor true or false. Did you mean true",
         ),
-        ("4,20:0-9", "neither LOW..HIGH"),
+        ("4,20:0-9", "neither LOW..HIGH, such as 0..999, nor true or false."),
         ("4,20:9..0", "no whole number of 64 bits from 9 to 0"),
         ("4,20:", "neither LOW..HIGH"),
         ("2=4,x", "'x' in '2=4,x' is no number; values are given like 4=100,80,60,50"),
@@ -110,6 +110,7 @@ def test_a_misspelt_input_is_told(cli: Cli, text: str, told: str) -> None:
     ran = cli("inspect", "seq.py:words", "--input", text)
     assert ran.code == 2
     assert told in " ".join(ran.err.split())
+    assert "None" not in ran.err
 
 
 def test_the_help_says_it(cli: Cli) -> None:

@@ -89,7 +89,7 @@ def _given(ctx: typer.Context, text: str) -> GivenInput:
         return GivenInput(shape, mask=_WORDS[what])
     ends = _RANGE.fullmatch(what)
     if ends is None:
-        near = did_you_mean(what, _WORDS)
+        near = did_you_mean(what, _WORDS) or ""
         raise _wrong(
             ctx, f"{what!r} in {text!r} is neither LOW..HIGH, such as 0..999, nor true or false. {near}".strip()
         )
