@@ -66,10 +66,10 @@ def batch_of(items: Sequence[Any], network: Taker) -> tuple[Any, Tensor]:
     first = items[0]
     if isinstance(first, Sample):
         batch = first.collate([item.content for item in items])
-        inputs, labels = (None, ()) if batch is None else parted(batch, network)
-        if not len(labels):
+        found = None if batch is None else parted(batch, network)
+        if found is None or not len(found[1]):
             raise DataError(f"the collate_fn left none of the {plural(len(items), 'sample')} of a batch", hint=_LEFT)
-        return inputs, labels
+        return found
     several = isinstance(first, (tuple, list)) and (len(first) > 2 or any(isinstance(x, _MANY) for x in first[:1]))
     if not (several or isinstance(first, Mapping)):
         return collate(items)
