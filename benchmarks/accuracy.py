@@ -5,7 +5,8 @@
 `--data` is a folder with `resnet20-cifar10.th` (akamaster/pytorch_resnet_cifar10), `cifar10/{train,test}/<class>/*` and
 `imagenet/{calibrate,test}/<class>/*`; of EfficientNet-Lite0 see datafree.py. Prints top-1 accuracy on the test images
 for gamma and beta copied, which is what hand-written loops do, for fold, and after `calibrate` as it is by default, on
-"synthetic" inputs and on unlabelled images of the network's own kind.
+"synthetic" inputs and on unlabelled images of the network's own kind. The last three with `eps="auto"`, as on the command
+line.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ def rows(name: str, case: Any, groups: list[int]) -> Iterator[str]:
     yield f"| {name} | BatchNorm itself | {base:.3f} | | | |"
     for count in groups:
         options = {"groups": count, "indivisible": "nearest", "check": False}
-        converted = [normswap.convert(case.model, "gn", transfer=how, **options) for how in ("copy", "fold")]
-        for inputs in (made, case.own):
-            converted.append(normswap.convert(case.model, "gn", **options))
-            normswap.calibrate(converted[-1], case.model, inputs, images=len(inputs), progress=False)
+        converted = [normswap.convert(case.model, "gn", transfer="copy", **options)]
+        converted += [normswap.convert(case.model, "gn", eps="auto", **options) for _ in range(3)]
+        for new, inputs in zip(converted[2:], (made, case.own), strict=True):
+            normswap.calibrate(new, case.model, inputs, images=len(inputs), progress=False)
         scores = " | ".join(f"{case.figure(each):.3f}" for each in converted)
         yield f"| {name} | {count} | {scores} |"
 

@@ -69,12 +69,12 @@ class Maker:
         made = self._calibrated(cell) if cell.batch_size is None else self._trained(cell, tell)
         return CellResult(cell, **made, figure=self.setting.figure, seconds=round(time.monotonic() - begun, 1))
 
-    def _converted(self, cell: Cell) -> tuple[nn.Module, NormSpec]:
+    def _converted(self, cell: Cell, eps: str | None = None) -> tuple[nn.Module, NormSpec]:
         target = norm_named(cell.norm)
         model = copy.deepcopy(self.model)
         if any(spec is not target for spec in _batch_norms(model)):
             groups = {"groups": cell.groups} if target.takes_groups else {}
-            model = convert(model, cell.norm, indivisible="nearest", inplace=True, **cast(Any, groups))
+            model = convert(model, cell.norm, indivisible="nearest", eps=eps, inplace=True, **cast(Any, groups))
         elif self.source is not None:
             model = convert(model, rules={"*": "keep"}, inplace=True, check=False)  # so that its run can be loaded
         if self.source is not None and (record := record_of(model)) is not None:
@@ -82,7 +82,7 @@ class Maker:
         return model, target
 
     def _calibrated(self, cell: Cell) -> dict[str, Any]:
-        model, target = self._converted(cell)
+        model, target = self._converted(cell, eps="auto")  # as `normswap convert` does
         note = _other_groups(cell, model)
         measure = self.measure or Measure.of(self.model, self.setting, self.inputs())
         found = measure(model)

@@ -53,7 +53,7 @@ def test_a_calibrated_cell_has_the_accuracy_that_convert_and_calibrate_give(tmp_
     assert [result.cell for result in report.results] == [Cell("bn"), Cell("gn", 1), Cell("gn", 4)]
     assert report.results[0].accuracy == pytest.approx(accuracy(model))
     for result, groups in zip(report.results[1:], (1, 4), strict=True):
-        by_hand = normswap.convert(model, "gn", groups=groups)
+        by_hand = normswap.convert(model, "gn", groups=groups, eps="auto")
         assert result.converted == pytest.approx(accuracy(by_hand))
         normswap.calibrate(by_hand, model, DATA["data"][0])
         assert result.accuracy == pytest.approx(accuracy(by_hand))

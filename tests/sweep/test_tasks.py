@@ -74,7 +74,7 @@ def found(folder: Path) -> nn.Module:
 
 def by_hand(model: nn.Module, folder: Path, task: Any, calibrated: list[Any]) -> tuple[float, float]:
     """The figure right after the conversion, and that after calibrating."""
-    network = normswap.convert(model, "gn", groups=4)
+    network = normswap.convert(model, "gn", groups=4, eps="auto")
     before = normswap.evaluate(network, folder, task=task).score[1]
     normswap.calibrate(network, model, calibrated, progress=False)
     return before, normswap.evaluate(network, folder, task=task).score[1]
