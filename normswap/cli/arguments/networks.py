@@ -225,6 +225,7 @@ def _built(
         model, source = outline(origin.source, asked)
         return model, replace(origin, source=source, weights=NOT_READ)
     casts: list[str] = []
+    several: list[list[str]] = []
     model, source = build(
         origin.source,
         asked,
@@ -232,7 +233,11 @@ def _built(
         allow_nonfinite=wanted.allow_nonfinite,
         progress=out.live,
         when_cast=casts.append,
+        when_several=several.append,
     )
+    for first, *others in several:
+        other = f"torch.save(torch.load({asked!r})[{others[0]!r}], 'other.pth') makes a file of another"
+        out.note(f"{asked} holds {first} and {', '.join(others)}: {first} is taken; in Python, {other}")
     if casts:
         out.note(f"{asked} is cast from {casts[0]}: the network keeps the dtype that {source} makes it with")
     file = asked not in ("none", "DEFAULT") and names_a_file(origin.source, asked)
