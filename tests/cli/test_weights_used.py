@@ -80,6 +80,15 @@ def test_a_network_without_statistics_is_random_if_another_seed_changes_it(cli: 
         assert ran.json["network"]["weights"]["random"] is random
 
 
+def test_a_file_of_half_precision_says_how_to_get_one_that_trains(cli: Cli, images: Path, folder: Path) -> None:
+    (folder / "half.py").write_text("from nets import tiny\n\ndef half():\n    return tiny().half()\n")
+    assert cli("convert", "half.py:half", "--to", "gn", "--groups", "4", "--no-check").code == 0
+    for command in ("distil", "finetune"):
+        ran = cli(command, "half-gn.safetensors", "--trust-code", "--data", images, "--batch-size", "4", "--steps", "2")
+        assert ran.code == 1, ran.err
+        assert "for a file, convert a network that its factory makes in float32: --weights of half precision" in ran.err
+
+
 def test_a_random_original_is_restored_from_the_file_not_built_anew(cli: Cli) -> None:
     assert cli("convert", "nets.py:fresh", *CONVERT).code == 0
     alone = cli("verify", "fresh-gn.safetensors", "--trust-code", "--json")
@@ -87,6 +96,7 @@ def test_a_random_original_is_restored_from_the_file_not_built_anew(cli: Cli) ->
         ran = cli("verify", *pair, "--trust-code", "--seed", 9, "--json")
         assert ran.code == 0, ran.err
         assert "its original is restored from fresh-gn.safetensors" in ran.err
+        assert "fresh has random weights" not in ran.err
         ours = next(ran.json[side] for side in "ab" if ran.json[side]["file"] is None)
         assert ours["weights"]["digest"] == digest("fresh-gn.safetensors")
         if pair[0] == "nets.py:fresh":

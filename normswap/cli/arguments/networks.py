@@ -263,8 +263,12 @@ def open_original(
     """
     from ...errors import RevertError, WeightsError
 
-    model, origin = open_network(locate(ctx, wanted), wanted, out)
+    model, origin = open_network(locate(ctx, wanted), wanted, out, warn=False)
     theirs, weights = made.made_with, origin.weights
+    drawn = weights is not None and weights.random
+    fitting = made.file is None or theirs is None or weights is None or theirs.digest in (None, weights.digest)
+    if drawn and (fitting or origin.file is not None or wanted.weights is not None or not _same(origin, made)):
+        out.note(_warning(origin, wanted))  # else it is not used
     if made.file is None or theirs is None or weights is None or origin.file is not None:
         return model, origin
     if theirs.digest is None or weights.digest == theirs.digest:
