@@ -112,8 +112,8 @@ def _converted(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output)
     if onward:
         _as_one(model, origin)
     _record(model).source = None if origin.source is None else origin.source.to_dict()
-    inputs = _unremembered(ctx, job)
-    result = Result(origin, made, target, True, calibration=report, trial=trial, inputs=inputs, onward=onward)
+    words = _unremembered(ctx, job)
+    result = Result(origin, made, target, True, calibration=report, trial=trial, inputs=words, onward=onward)
     return _written(ctx, model, result, job, out)
 
 
