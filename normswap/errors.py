@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,8 +117,11 @@ def plural(count: int, noun: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for quoting it in a sentence."""
-    return (str(error).strip() or "no message").splitlines()[0][:300]
+    """The first line of an error's text, for quoting it in a sentence: without the colours that some libraries add."""
+    return (_COLOURS.sub("", str(error)).strip() or "no message").splitlines()[0][:300]
+
+
+_COLOURS = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")  # escape sequences of ECMA-48 that begin with CSI
 
 
 class NormswapError(Exception):

@@ -30,6 +30,15 @@ parser.add_argument("--images", type=int, help="to learn from, at every batch si
 parser.add_argument("--output", type=Path, default=Path("batch_size_sweep.png"))
 parser.add_argument("--tiny", action="store_true", help="a few steps, to see that it runs")
 options = parser.parse_args()
+if len({bool(given) for given in (options.data, options.network, options.weights)}) > 1:
+    parser.error("--data, --network and --weights go together")
+if options.data:
+    if not Path(options.network.rpartition(":")[0]).is_file():
+        parser.error(f"--network {options.network} is not FILE.py:FUNCTION with a file that is there")
+    if not options.weights.is_file():
+        parser.error(f"--weights {options.weights} is not there")
+    if not ((options.data / "train").is_dir() and any((options.data / part).is_dir() for part in ("val", "test"))):
+        parser.error(f"--data {options.data} has no folder train, or neither val nor test beside it")
 batches = [1, 2] if options.tiny else options.batch
 images = 4 if options.tiny else options.images
 

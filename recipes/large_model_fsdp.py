@@ -55,6 +55,15 @@ parser.add_argument("--resume", action="store_true", help="from the checkpoint i
 parser.add_argument("--output", type=Path, default=Path("runs/large_model_fsdp"), help="a folder that all nodes see")
 parser.add_argument("--tiny", action="store_true", help="a few steps, to see that it runs")
 options = parser.parse_args()
+if len({bool(given) for given in (options.data, options.network, options.weights)}) > 1:
+    parser.error("--data, --network and --weights go together")
+if options.data:
+    if not Path(options.network.rpartition(":")[0]).is_file():
+        parser.error(f"--network {options.network} is not FILE.py:FUNCTION with a file that is there")
+    if not options.weights.is_file():
+        parser.error(f"--weights {options.weights} is not there")
+    if not ((options.data / "train").is_dir() and any((options.data / part).is_dir() for part in ("val", "test"))):
+        parser.error(f"--data {options.data} has no folder train, or neither val nor test beside it")
 
 cuda = torch.cuda.is_available()
 if cuda:

@@ -220,6 +220,27 @@ def losses(printed: str) -> dict[int, float]:
     return {int(step): float(loss) for step, loss in re.findall(r"step (\d+): loss (\d\.\d+)", printed)}
 
 
+@pytest.mark.parametrize("name", [*FOLDER_RECIPES, *TOGETHER])
+def test_options_for_a_folder_of_ones_own_are_checked_first(name: str, run, tmp_path: Path, capsys) -> None:
+    (tmp_path / "net.py").write_text(NETWORK)
+    Path("weights.pth").touch()
+    whole = {"--data": "data", "--network": "net.py:network", "--weights": "weights.pth"}
+
+    def refused(**changed: str | None) -> str:
+        words = whole | {f"--{option}": value for option, value in changed.items()}
+        with pytest.raises(SystemExit) as end:
+            run(name, *(word for option, value in words.items() if value for word in (option, value)))
+        assert end.value.code == 2
+        return capsys.readouterr().err
+
+    for left_out in ("data", "network", "weights"):
+        assert "--data, --network and --weights go together" in refused(**{left_out: None})
+    assert "--network network is not FILE.py:FUNCTION" in refused(network="network")
+    assert "--weights none.pth is not there" in refused(weights="none.pth")
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    assert "--data data has no folder train, or neither val nor test beside it" in refused()
+
+
 @pytest.fixture(scope="module")
 def shared_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run of two processes without interruption: its folder, and what it printed."""

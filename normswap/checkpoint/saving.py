@@ -48,6 +48,9 @@ def save(
 ) -> Path:
     """Write a converted network, or one with converted parts, and its manifest to `path`, a safetensors file.
 
+    The file knows how to build networks of the command line's sources, and of torchvision, timm and transformers; one
+    that code of yours has built needs it again: `load(path, source="FILE.py:FACTORY")` or `load(path, model=...)`.
+
     max_shard_size: write a folder instead, in the layout of Hugging Face: files of at most so many bytes, or as much as
     "500MB", "2GB" or "2GiB" says, and the index `model.safetensors.index.json` with the manifest. A tensor that is
     larger gets a file of its own.
@@ -194,9 +197,9 @@ def _trusted_source(manifest: Mapping[str, Any], path: Path, trust_code: bool) -
         raise CheckpointError(
             f"{path} does not know how to build its architecture",
             hint=Text(
-                Fix("source"),
-                " says what does, such as file.py:factory.\n"
-                f'Or build the original network and pass it, in Python: normswap.load("{path}", model=my_model)',
+                Fix("source", "FILE.py:FACTORY"),
+                " says what makes the original network.\n"
+                f'Or make that and pass it, in Python: normswap.load("{path}", model=my_model)',
             ),
         )
     source = Source.from_dict(manifest["source"])

@@ -12,7 +12,8 @@ from ..modules.tree import module_at, replace_module
 from ..norms._wrappers import NormSequence
 from ..norms.registry import norm_named
 from ..planning.plan import Plan, Step, Transfer
-from .record import attach, record_of
+from .history import Calibrated
+from .record import Record, attach, record_of
 from .undo_record import Undo
 
 
@@ -41,6 +42,17 @@ def joined(model: nn.Module) -> bool:
     merged.inputs = {**first.inputs, **record.inputs}
     attach(model, merged)
     return True
+
+
+def fused_after_training(record: Record) -> bool:
+    """Whether the record is one of a network that was trained and then fused, as `joined` makes it.
+
+    A fused norm takes no calibration once it is gone, so that one after a training is what has fused it.
+    """
+    if record.undo.complete or not any(norm_named(step.target).fuses for step in record.plan.steps):
+        return False
+    done = [type(entry) if isinstance(entry, Calibrated) else entry.trains for entry in record.history]
+    return Calibrated in done[done.index(True) :] if True in done else False
 
 
 def _joined(first: Step, second: Step) -> Step | None:

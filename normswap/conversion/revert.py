@@ -13,6 +13,7 @@ from ..modules.hooks import hand_over_hooks
 from ..modules.tree import aliases, module_at, replace_module
 from ..modules.wrappers import check_wrapper, rewrapped, unwrapped
 from .exact_scaling import layer_digest, restore_layer, undo_layer
+from .joined import fused_after_training
 from .parameter_edits import parameter
 from .record import Record, attach, detach, record_of
 from .stabilize import Sizes
@@ -85,6 +86,12 @@ def _changed_modules(model: nn.Module, record: Record) -> dict[str, nn.Module]:
     """The modules of a network by all their names. Raises RevertError where its record does not suffice for them."""
     if record.note(Sizes) is not None:
         raise RevertError("the network is stabilized for training", hint="Revert it after `with stabilized(...)`.")
+    if fused_after_training(record):
+        raise RevertError(
+            "the network was trained before it was fused, which cannot be undone; "
+            "the file that it was fused from is the trained one",
+            hint="Its original, before any conversion, can be built again from its source.",
+        )
     if not record.undo.complete:
         raise RevertError(
             Text("the conversion kept nothing to undo it with (", Fix("undo", False), ")"),

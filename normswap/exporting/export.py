@@ -57,8 +57,9 @@ def export(
     The network is left as it was; the file is written whole, or not at all.
 
     Needs the extra `normswap[onnx]` for ONNX. Raises OptionError, OutputError for a place that cannot be written,
-    NetworkError for a network that cannot be exported, DataError where no input is known, and SelfCheckError if the
-    file's outputs differ by more than 1e-4 (relative, in float32); nothing is then written.
+    NetworkError for a network that cannot be exported, DataError where no input is known or the network does not run on
+    those given, and SelfCheckError if the file's outputs differ by more than 1e-4 (relative, in float32); nothing is
+    then written.
     """
     one_of("to", to, EXPORTS)
     check_module(model)
@@ -107,7 +108,22 @@ def _batches(model: nn.Module, example_inputs: Any) -> list[tuple[Tensor, ...]]:
             f"{type(model).__name__} does not take tensors alone, and only such networks are exported",
             hint="Of a detector, export the backbone: model.backbone.",
         )
+    if example_inputs is not None:
+        _check_runs(model, tuple(x.detach().cpu() for x in found))
     return [tuple(_of_size(x.detach().cpu(), size) for x in found) for size in _BATCHES]
+
+
+def _check_runs(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Raise DataError for inputs that the network does not take: what an exporter says of that has its own words."""
+    try:
+        model(*(x.clone() for x in inputs))
+    except Exception as error:  # a stranger's forward raises whatever it likes
+        shapes = " and ".join(",".join(map(str, x.shape)) for x in inputs)
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise DataError(
+            f"{type(model).__name__} does not run on {shapes} ({what})",
+            hint=Text(Fix("example_inputs"), " gives inputs of the shapes and types that it takes."),
+        ) from error
 
 
 def _of_size(x: Tensor, size: int) -> Tensor:
@@ -155,9 +171,9 @@ def _compared(model: nn.Module, run: Run, inputs: tuple[Tensor, ...]) -> Deviati
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters warn of what the comparison shows anyway."""
+    """Exporters warn of what the comparison shows anyway, and log what they then raise."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -70,12 +71,14 @@ def build(
     allow_nonfinite: bool = False,
     progress: bool = True,
     when_cast: Callable[[str], None] | None = None,
+    when_several: Callable[[list[str]], None] | None = None,
 ) -> tuple[nn.Module, Source]:
     """Build the network with its weights. Returns it, and the source with what building it has shown.
 
     weights: `DEFAULT` (a named model's best, a factory's own), `none` (random), a checkpoint file, or the name of
     one of the model's published weights, such as `IMAGENET1K_V1`.
     when_cast: told `float16 to float32`, say, where a file's values are not of the network's dtype, which stays.
+    when_several: as `sources.weights.read_state` takes it.
 
     Raises SourceError or WeightsError.
     """
@@ -83,7 +86,10 @@ def build(
         source = _resolved(source)
         return build_full(source), source
     if names_a_file(source, weights):
-        state = read_state(weights, trust_pickle=trust_pickle, allow_nonfinite=allow_nonfinite)
+        with user_code.importable(source) if trust_pickle else nullcontext():  # what is pickled may be of that code
+            state = read_state(
+                weights, trust_pickle=trust_pickle, allow_nonfinite=allow_nonfinite, when_several=when_several
+            )
         source = _resolved(source)
         if source.kind == "torchvision" and (entry := torchvision.published_file(source.name, weights)):
             return torchvision.with_state(source, entry, state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from .weight_files import check_readable, read_file
 
 ENDING = ".index.json"
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SHARD = re.compile(r"-\d+-of-(\d+)\.\w+$")
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -42,6 +44,16 @@ def whole_file(path: Path) -> Path:
     if os.path.isdir(path) and index_of(path) is None:
         return next((path / name for name in WHOLE if (path / name).is_file()), path)
     return path
+
+
+def one_of_several(file: Path) -> str | None:
+    """What to give in place of a file that is, by its name, one shard of several; None for any other."""
+    shard = _SHARD.search(file.name)
+    if shard is None or int(shard[1]) < 2:
+        return None
+    index = index_of(file.parent)
+    way = f"give {index} or its folder" if index else f"give the folder with all of them and their index (*{ENDING})"
+    return f"{file.name} is one of {int(shard[1])} files of one checkpoint: {way}."
 
 
 def read_index(path: Path, *, complete: bool = True) -> Index:

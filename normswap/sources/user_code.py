@@ -7,8 +7,8 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,32 @@ def run_again(files: Iterable[str]) -> None:
     """Let what is of these files be unpickled. Raises SourceError."""
     for file in files:
         _module_from_file(file)
+
+
+@contextmanager
+def importable(source: Source) -> Iterator[None]:
+    """Within it, a source's file, and those beside it, can be imported by name, as pickled networks of theirs need.
+
+    What can be imported already, or was, stays what it is. Raises SourceError for code that fails.
+    """
+    place = source.name.rpartition(":")[0]
+    if source.kind == "factory":
+        _module(place)
+    if source.kind != "file":
+        yield
+        return
+    module, name, folder = _module_from_file(place), Path(place).stem, str(Path(place).resolve().parent)
+    new = name.isidentifier() and name not in sys.modules and importlib.util.find_spec(name) is None
+    if new:
+        sys.modules[name] = module
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            sys.path.remove(folder)
+        if new:
+            sys.modules.pop(name, None)
 
 
 def _factory(source: Source) -> Callable[..., Any]:

@@ -73,7 +73,9 @@ def _read_pickle(path: Path, trust_pickle: bool) -> Any:
                 f"{path} holds pickled code{f' ({named[1]})' if named else ''}, which loading would run",
                 hint=Text("If you trust where it comes from, pass ", Fix("trust_pickle", True), "."),
             ) from error
-        raise WeightsError(f"{path} cannot be read as a torch checkpoint: {_first(error)}") from error
+        way = "Code that it is pickled with has to be importable: PYTHONPATH names the folder that holds it."
+        hint = way if isinstance(error, ModuleNotFoundError) else None
+        raise WeightsError(f"{path} cannot be read as a torch checkpoint: {_first(error)}", hint=hint) from error
 
 
 def _first(error: BaseException) -> str:

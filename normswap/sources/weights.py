@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..errors import Fix, Text, WeightsError
 from ..files.spilling import mapped, spilled
 from .distributed import is_distributed, read_distributed
-from .shards import index_of, read_shards, whole_file
+from .shards import index_of, one_of_several, read_shards, whole_file
 from .weight_files import read_file
 
 State = dict[str, Tensor]
@@ -31,20 +31,27 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network
 _SHOWN = 10
 
 
-def read_state(path: str | Path, *, trust_pickle: bool = False, allow_nonfinite: bool = False) -> State:
+def read_state(
+    path: str | Path,
+    *,
+    trust_pickle: bool = False,
+    allow_nonfinite: bool = False,
+    when_several: Callable[[list[str]], None] | None = None,
+) -> State:
     """The tensors of a checkpoint by name, on the CPU, memory-mapped where the format allows.
 
     path: a file; the index of shards (`*.index.json`) or its folder, as Hugging Face lays them out; or a folder of
     torch.distributed.checkpoint. trust_pickle runs code that a pickle may hold. allow_nonfinite accepts NaN and Inf.
+    when_several: told the keys, where a file holds several networks' tensors (`model`, `model_ema`); the first is read.
     Raises WeightsError for a file that is missing, damaged, holds no tensors, pickled code, or NaN or Inf.
     """
     path = whole_file(Path(path))
     if is_distributed(path):
-        state = _strip_prefixes(read_distributed(path, lambda names: _unwrap(names, path)))
+        state = _strip_prefixes(read_distributed(path, lambda names: _unwrap(names, path, when_several)))
     else:
         index = index_of(path)
         loaded = read_file(path, trust_pickle) if index is None else read_shards(index, trust_pickle)
-        state = _strip_prefixes(_unwrap(loaded, path))
+        state = _strip_prefixes(_unwrap(loaded, path, when_several))
     mapped(state.values())
     if not allow_nonfinite:
         check_finite(state, path)
@@ -81,11 +88,12 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str, *, ca
     ]
     if missing or unexpected or misshaped:
         parts = [_listing("missing", missing), _listing("unexpected", unexpected), _listing("mis-shaped", misshaped)]
+        check = Text(
+            "Check the source and the arguments of its builder, such as ", Fix("args", {"num_classes": 10}), "."
+        )
         raise WeightsError(
             f"{origin} does not fit {type(model).__name__}:\n" + "\n".join(part for part in parts if part),
-            hint=Text(
-                "Check the source and the arguments of its builder, such as ", Fix("args", {"num_classes": 10}), "."
-            ),
+            hint=(one_of_several(Path(origin)) if missing else None) or check,
         )
     placed = {k: _like(v, own[k], cast) for k, v in fitted.items() if k in own}
     model.load_state_dict(placed, strict=False, assign=True)
@@ -181,21 +189,28 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def _unwrap(loaded: Any, path: Path) -> State:
+def _unwrap(loaded: Any, path: Path, when_several: Callable[[list[str]], None] | None = None) -> State:
     """The mapping of tensors inside whatever a training script saved around it."""
     if isinstance(loaded, nn.Module):
         return dict(loaded.state_dict())
     if isinstance(loaded, Mapping):
         tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)}
-        inner = [loaded[k] for k in WRAPPERS if isinstance(loaded.get(k), (Mapping, nn.Module))]
+        inner = [k for k in WRAPPERS if isinstance(loaded.get(k), (Mapping, nn.Module))]
         if inner and len(tensors) < len(loaded):
-            return _unwrap(inner[0], path)
+            full = [key for key in inner if _holds_tensors(loaded[key])]
+            if when_several is not None and len(full) > 1 and full[0] == inner[0]:
+                when_several(full)
+            return _unwrap(loaded[inner[0]], path, when_several)
         if tensors:
             return {str(k): v for k, v in tensors.items()}
     raise WeightsError(
         f"{path} holds no tensors by name",
         hint=f"Expected a state dict, or one under a key such as {', '.join(WRAPPERS[:3])}.",
     )
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, nn.Module) or any(isinstance(each, Tensor) for each in value.values())
 
 
 def _strip_prefixes(state: State) -> State:

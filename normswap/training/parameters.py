@@ -13,6 +13,12 @@ from ..choices import PARAMETERS
 from ..errors import Fix, NetworkError, Text
 from ..norms.registry import identify
 
+FLOAT32 = Text(
+    "Train in float32: in Python model.float(); for a file, convert a network that its factory makes in float32: ",
+    Fix("weights"),
+    " of half precision are cast to it",
+)
+
 
 def trained_parameters(model: nn.Module, train: str) -> dict[str, nn.Parameter]:
     """What `train` stands for: "all" parameters that require a gradient, or those of "norm" layers among them.
@@ -32,7 +38,7 @@ def trained_parameters(model: nn.Module, train: str) -> dict[str, nn.Parameter]:
     if narrow is not None:
         raise NetworkError(
             f"{narrow} is {found[narrow].dtype}, in which small steps are lost to rounding",
-            hint=Text("Train in float32: model.float(); ", Fix("precision", "bf16"), " still computes in half of it."),
+            hint=Text(FLOAT32, ". ", Fix("precision", "bf16"), " still computes in half of it."),
         )
     return found
 

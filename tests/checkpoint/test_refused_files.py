@@ -48,6 +48,7 @@ def test_a_file_of_an_own_architecture_needs_it_and_says_so(tmp_path: Path) -> N
     error = failure(written(tmp_path))
     assert error.message == f"{tmp_path / 'a.safetensors'} does not know how to build its architecture"
     assert f'normswap.load("{tmp_path / "a.safetensors"}", model=my_model)' in error.hint
+    assert 'source="FILE.py:FACTORY" says what makes the original network' in error.hint
 
 
 NETS = """

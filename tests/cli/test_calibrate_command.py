@@ -145,6 +145,17 @@ def test_converting_and_refitting_in_one_go_equals_two_commands(cli: Cli, images
     assert "--calibrate" in alone.err
 
 
+def test_converting_a_calibrated_file_again_says_that_calibrating_is_not_carried_over(cli: Cli, images: Path) -> None:
+    converted(cli, "--calibrate", "photos")
+    words = "note: this starts from the original of tiny-gn.safetensors: what calibrating gave is not carried over"
+    again = ("convert", "tiny-gn.safetensors", "--to", "gn", "--groups", "2", "--trust-code", "--output")
+    alone, plain = cli(*again, "two.safetensors"), cli("convert", "nets.py:tiny", "--to", "ln-channel")
+    assert f"{words}; calibrate again\n" in alone.err
+    assert f"{words}\n" in cli(*again, "too.safetensors", "--calibrate", "photos", "--json").err
+    assert (alone.code, plain.code) == (0, 0)
+    assert "carried over" not in cli("convert", "tiny-ln-channel.safetensors", *again[2:], "3.safetensors").err
+
+
 def test_no_accuracy_is_printed_where_the_labels_are_of_other_classes(cli: Cli, images: Path) -> None:
     converted(cli)
     shutil.rmtree(next(folder for folder in sorted(images.iterdir())))

@@ -35,6 +35,10 @@ def test_the_hub_reads_the_front_matter_and_what_is_unknown_is_left_out(cli: Cli
     assert "| `1` | 1 | 8 | BatchNorm2d | gn (2 groups, eps 1) | folded |" in found.text
 
 
+def test_a_card_takes_the_flag_that_other_commands_need_for_the_same_file(cli: Cli) -> None:
+    assert card(cli, converted(cli), "--trust-code").data.library_name == "normswap"
+
+
 def test_license_task_and_figures_are_shown(cli: Cli, images: Path) -> None:
     file = converted(cli)
     ask = ("evaluate", file, "--trust-code", "--data", "photos", "-o", "all.json", "--json")

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from ran import Cli
+from torch import nn
 
 import normswap
 
@@ -51,6 +53,29 @@ def test_too_few_images_for_a_batch_are_named(cli: Cli, converted: str) -> None:
     assert ran.code == 1
     assert "12 images" in ran.err
     assert "--batch-size" in ran.err
+
+
+def test_a_stopped_command_says_how_to_go_on(cli: Cli, converted: str) -> None:
+    calls: list[nn.Module] = []
+
+    def stop(module: nn.Module, *_: object) -> None:
+        calls.append(module)
+        if len(calls) == 30:
+            signal.raise_signal(signal.SIGINT)
+
+    hook = nn.modules.module.register_module_forward_hook(lambda m, *_: stop(m) if isinstance(m, nn.Linear) else None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        ran = distil(cli, converted)
+    finally:
+        hook.remove()
+        signal.signal(signal.SIGINT, before)
+    assert ran.code == 130, ran.err
+    assert "(interrupted)" in ran.out
+    assert "Next: the same command with --resume goes on from there" in ran.out
+    again = distil(cli, converted, "--resume")
+    assert again.code == 0, again.err
+    assert "Next" not in again.out
 
 
 def test_resuming_what_never_began_is_an_error(cli: Cli, converted: str) -> None:

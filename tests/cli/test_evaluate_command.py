@@ -40,6 +40,22 @@ def test_the_accuracy_of_all_and_of_each_class_is_shown(cli: Cli, nets: Any, ima
         assert line.split()[1:3] == ["3", f"{sum(hits[3 * i : 3 * i + 3]) / 3:.4f}"]
 
 
+@pytest.mark.parametrize(
+    ("given", "instead"),
+    [
+        (("--mean", "127.5", "--std", "51,102,51"), "--mean 0.5 --std 0.2,0.4,0.2"),
+        (("--mean", "102,51,153", "--std", "1"), "--mean 0.4,0.2,0.6 --std 0.00392"),
+        (("--std", "51"), "--std 0.2"),
+    ],
+)
+def test_a_mean_for_values_up_to_255_is_refused_with_what_to_give_instead(
+    cli: Cli, images: Path, given: tuple[str, ...], instead: str
+) -> None:
+    ran = cli(*ASK, *given)
+    assert (ran.code, ran.out) == (2, "")
+    assert f"pixels are from 0 to 1, not to 255, which {given[0]} is for; divided by 255: {instead}\n" in ran.err
+
+
 def test_json_holds_it_all_and_so_does_the_file(cli: Cli, images: Path) -> None:
     ran = cli(*ASK, "--json", "-o", "all.json")
     assert ran.json == json.loads(Path("all.json").read_text())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from ran import Cli
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import normswap
@@ -77,6 +80,15 @@ def test_a_network_without_statistics_is_random_if_another_seed_changes_it(cli: 
         assert ran.json["network"]["weights"]["random"] is random
 
 
+def test_a_file_of_half_precision_says_how_to_get_one_that_trains(cli: Cli, images: Path, folder: Path) -> None:
+    (folder / "half.py").write_text("from nets import tiny\n\ndef half():\n    return tiny().half()\n")
+    assert cli("convert", "half.py:half", "--to", "gn", "--groups", "4", "--no-check").code == 0
+    for command in ("distil", "finetune"):
+        ran = cli(command, "half-gn.safetensors", "--trust-code", "--data", images, "--batch-size", "4", "--steps", "2")
+        assert ran.code == 1, ran.err
+        assert "for a file, convert a network that its factory makes in float32: --weights of half precision" in ran.err
+
+
 def test_a_random_original_is_restored_from_the_file_not_built_anew(cli: Cli) -> None:
     assert cli("convert", "nets.py:fresh", *CONVERT).code == 0
     alone = cli("verify", "fresh-gn.safetensors", "--trust-code", "--json")
@@ -84,6 +96,7 @@ def test_a_random_original_is_restored_from_the_file_not_built_anew(cli: Cli) ->
         ran = cli("verify", *pair, "--trust-code", "--seed", 9, "--json")
         assert ran.code == 0, ran.err
         assert "its original is restored from fresh-gn.safetensors" in ran.err
+        assert "fresh has random weights" not in ran.err
         ours = next(ran.json[side] for side in "ab" if ran.json[side]["file"] is None)
         assert ours["weights"]["digest"] == digest("fresh-gn.safetensors")
         if pair[0] == "nets.py:fresh":
@@ -184,3 +197,52 @@ def test_a_file_that_was_made_from_another_network_is_told(cli: Cli) -> None:
     said = "deep.safetensors was made from nets.py:deep (the factory's own), not from nets.py:tiny (the factory's own)"
     assert f"note: {said}" in " ".join(ran.err.split())
     assert "made from" not in cli("verify", "nets.py:tiny", "own.safetensors", "--trust-code").err
+
+
+def test_of_two_networks_in_a_checkpoint_the_one_taken_is_told(cli: Cli, nets: Any) -> None:
+    torch.save({"model": nets.tiny().state_dict(), "ema": nets.tiny(seed=1).state_dict()}, "two.pth")
+    ran = cli("convert", "nets.py:tiny", "--weights", "two.pth", "--to", "gn", "--groups", "4")
+    assert ran.code == 0, ran.err
+    assert (
+        "note: two.pth holds model and ema: model is taken; in Python, torch.save(torch.load('two.pth')['ema']"
+        in ran.err
+    )
+
+
+def test_one_shard_alone_asks_for_its_index_or_folder(cli: Cli, nets: Any) -> None:
+    state = nets.tiny().state_dict()
+    shard = "model-00001-of-00003.safetensors"
+    Path("shards").mkdir()
+    save_file({"0.weight": state["0.weight"]}, f"shards/{shard}")
+    wanted = ("inspect", "nets.py:tiny", "--weights", f"shards/{shard}")
+    assert f"{shard} is one of 3 files of one checkpoint: give the folder with all of them" in cli(*wanted).err
+    Path("shards/model.safetensors.index.json").write_text("{}")
+    assert "give shards/model.safetensors.index.json or its folder" in cli(*wanted).err
+    save_file({"0.weight": state["0.weight"]}, "model-00001-of-00001.safetensors")
+    assert "Check the source" in cli(*wanted[:3], "model-00001-of-00001.safetensors").err
+
+
+def test_a_whole_pickled_network_finds_the_code_of_its_source(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("code").mkdir()
+    Path("nets.py").rename("code/somenets.py")
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend("code")
+        made = importlib.import_module("somenets").residual()
+        torch.save(made, "whole.pth")
+        del sys.modules["somenets"]
+    ran = cli(
+        "convert",
+        "code/somenets.py:residual",
+        "--weights",
+        "whole.pth",
+        "--trust-pickle",
+        "--to",
+        "gn",
+        "--groups",
+        "4",
+    )
+    assert ran.code == 0, ran.err
+    assert "somenets" not in sys.modules
+    assert "code" not in " ".join(sys.path[:1])
+    original = normswap.revert(normswap.load("residual-gn.safetensors", trust_code=True)).state_dict()
+    assert all(torch.equal(value, original[name]) for name, value in made.state_dict().items())

@@ -11,6 +11,7 @@ from helpers import randomized, relative, run
 from torch import Tensor, nn
 
 import normswap
+from normswap.conversion.history import FineTuned
 from normswap.conversion.joined import joined
 from normswap.conversion.record import record_of
 from normswap.errors import RevertError
@@ -58,7 +59,8 @@ def test_one_record_builds_from_the_first_original_what_both_made(tmp_path: Path
     loaded = normswap.load(tmp_path / "flat.safetensors", model=Net())
     assert torch.equal(run(loaded, X), run(flat, X))
     assert not [m for m in loaded.modules() if isinstance(m, (nn.GroupNorm, nn.BatchNorm2d))]
-    with pytest.raises(RevertError):
+    record_of(loaded).history.insert(0, FineTuned())  # as the finetune that `trained` stands for
+    with pytest.raises(RevertError, match="the network was trained before it was fused"):
         normswap.revert(loaded)
 
 
@@ -94,6 +96,13 @@ class Net(nn.Module):
 """
 
 
+def test_a_fused_network_that_was_trained_later_only_lacks_what_undoes_it() -> None:
+    made = normswap.convert(randomized(Net()).eval(), "fused", undo=False)
+    record_of(made).history.append(FineTuned())
+    with pytest.raises(RevertError, match="kept nothing to undo it with"):
+        normswap.revert(made)
+
+
 def test_the_command_line_fuses_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     from PIL import Image
 
@@ -107,18 +116,28 @@ def test_the_command_line_fuses_what_was_trained(tmp_path: Path, monkeypatch: py
             pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8).numpy()
             Image.fromarray(pixels).save(Path("photos", kind, f"{i}.png"))
 
-    def command(*words: str) -> str:
+    def command(*words: str, quiet: str = "--quiet", code: int = 0) -> str:
         with pytest.raises(SystemExit) as end:
-            app([*words, "--quiet"])
+            app([*words, quiet] if quiet else [*words])
         said = capsys.readouterr()
-        assert end.value.code == 0, said.err
-        return said.err
+        assert end.value.code == code, said.err
+        return " ".join(f"{said.out} {said.err}".split())
 
     size = ("--size", "16")
     command("convert", "nets.py:Net", "--to", "gn", "--groups", "2", "-o", "gn.safetensors", "--calibrate", "none")
     command("finetune", "gn.safetensors", "--trust-code", "--data", "photos", *size, "--steps", "2", "--output", "run")
     best = "run/best.safetensors"
-    command("convert", best, "--trust-code", "--to", "fused", "--calibrate", "photos", *size, "-o", "f.safetensors")
+    fusing = (best, "--trust-code", "--to", "fused", "--calibrate", "photos", *size, "-o", "f.safetensors")
+    said = command("convert", *fusing, quiet="")
+    assert "1 layer: 1 gn to fused" in said
+    assert "norm 1 8 GroupNorm fused" in said
+    assert f"{best} was trained since its conversion, and is fused as it is now; the result cannot be undone" in said
+    assert f"Next: normswap verify {best} f.safetensors --trust-code" in said
+    compared = command("verify", best, "f.safetensors", "--trust-code", "--data", "photos", *size, quiet="")
+    assert f"A {best} B f.safetensors" in compared
+    refused = command("convert", "f.safetensors", "--to", "original", "--trust-code", quiet="", code=1)
+    assert "trained before it was fused" in refused
+    assert "no-undo" not in refused
     loaded = normswap.load("f.safetensors", trust_code=True)
     assert isinstance(loaded.norm, nn.Identity)
     x = torch.randn(4, 3, 16, 16)

@@ -13,7 +13,7 @@ from helpers import conv_bn, fingerprint, randomized, relative
 from torch import Tensor, nn
 
 import normswap
-from normswap.errors import DataError, NetworkError, OptionError, OutputError, SelfCheckError
+from normswap.errors import DataError, NetworkError, OptionError, OutputError, SelfCheckError, first_line
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of onnxscript and onnx at import
 SUFFIX = {"onnx": ".onnx", "torchscript": ".pt", "exported": ".pt2"}
@@ -138,6 +138,22 @@ def test_what_cannot_be_exported_is_told_and_nothing_is_written(tmp_path: Path) 
     with pytest.raises(OptionError, match="to"):
         normswap.export(network(), tmp_path / "net.tflite", to="tflite", example_inputs=x)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["onnx", "torchscript", "exported"])
+def test_inputs_that_the_network_does_not_take_are_told_before_any_exporter_speaks(
+    tmp_path: Path, to: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    suffix = {"onnx": "onnx", "torchscript": "pt", "exported": "pt2"}[to]
+    with pytest.raises(DataError, match=r"does not run on 1,1,8,8 \(RuntimeError: .*3 channels, but got 1") as error:
+        normswap.export(network(), tmp_path / f"net.{suffix}", to=to, example_inputs=torch.randn(1, 1, 8, 8))
+    assert "example_inputs" in str(error.value.hint)
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quoted_error_has_no_colours() -> None:
+    assert first_line(ValueError("\x1b[96mThis is step 1/3\x1b[0m of\nmore")) == "This is step 1/3 of"
 
 
 def test_a_file_that_exists_stays_unless_told_otherwise(tmp_path: Path) -> None:

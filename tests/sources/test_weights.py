@@ -434,3 +434,18 @@ def test_a_plain_tensor_attribute_without_values_counts_as_empty() -> None:
     load_state(model, nn.Linear(2, 2).state_dict(), "file.pth")
     assert has_empty_parameters(model)
     assert not has_empty_parameters(Scaled())
+
+
+def test_a_file_of_several_networks_tells_them_and_gives_the_first(tmp_path: Path) -> None:
+    one, other, told = net().state_dict(), net().state_dict(), []
+    torch.save({"model_ema": other, "model": one, "params": {"lr": 0.1}, "epoch": 3}, tmp_path / "two.pth")
+    assert_same(read_state(tmp_path / "two.pth", when_several=told.append), one)
+    assert told == [["model", "model_ema"]]
+    torch.save({"model": one, "params": {"lr": 0.1}}, tmp_path / "one.pth")
+    read_state(tmp_path / "one.pth", when_several=told.append)
+    assert len(told) == 1
+
+
+def test_code_of_a_pickle_that_cannot_be_imported_asks_for_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "gone.pth").write_bytes(b"\x80\x02cnowhere_to_be_found\nNet\n.")
+    assert "PYTHONPATH" in str(failure(tmp_path / "gone.pth", trust_pickle=True).hint)

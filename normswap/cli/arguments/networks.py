@@ -225,6 +225,7 @@ def _built(
         model, source = outline(origin.source, asked)
         return model, replace(origin, source=source, weights=NOT_READ)
     casts: list[str] = []
+    several: list[list[str]] = []
     model, source = build(
         origin.source,
         asked,
@@ -232,7 +233,11 @@ def _built(
         allow_nonfinite=wanted.allow_nonfinite,
         progress=out.live,
         when_cast=casts.append,
+        when_several=several.append,
     )
+    for first, *others in several:
+        other = f"torch.save(torch.load({asked!r})[{others[0]!r}], 'other.pth') makes a file of another"
+        out.note(f"{asked} holds {first} and {', '.join(others)}: {first} is taken; in Python, {other}")
     if casts:
         out.note(f"{asked} is cast from {casts[0]}: the network keeps the dtype that {source} makes it with")
     file = asked not in ("none", "DEFAULT") and names_a_file(origin.source, asked)
@@ -258,8 +263,12 @@ def open_original(
     """
     from ...errors import RevertError, WeightsError
 
-    model, origin = open_network(locate(ctx, wanted), wanted, out)
+    model, origin = open_network(locate(ctx, wanted), wanted, out, warn=False)
     theirs, weights = made.made_with, origin.weights
+    drawn = weights is not None and weights.random
+    fitting = made.file is None or theirs is None or weights is None or theirs.digest in (None, weights.digest)
+    if drawn and (fitting or origin.file is not None or wanted.weights is not None or not _same(origin, made)):
+        out.note(_warning(origin, wanted))  # else it is not used
     if made.file is None or theirs is None or weights is None or origin.file is not None:
         return model, origin
     if theirs.digest is None or weights.digest == theirs.digest:

@@ -39,6 +39,7 @@ class PreprocessOverrides:
             check_images(*sides, min((count for count in given if count), default=1))
         mean, std = (options.channel_values(ctx, f"--{name}", ctx.params[name]) for name in ("mean", "std"))
         found = cls(sides, mean, std)
+        _check_scale(ctx, mean, std)
         if ctx.params.get("task") == "detection" and found.given():
             raise options.usage(
                 ctx, "detectors resize and normalise their images themselves: leave --size, --mean and --std out"
@@ -56,6 +57,19 @@ class PreprocessOverrides:
             for name, value in self.given().items()
         }
         return [word for name, text in texts.items() for word in (f"--{name}", text)]
+
+
+_MOST = 2.0  # of what is subtracted from values of 0 to 1, or divides them
+
+
+def _check_scale(ctx: typer.Context, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> None:
+    """Raise a usage error for what is meant for values of 0 to 255, which leaves nothing of values of 0 to 1."""
+    given = {"--mean": mean, "--std": std}
+    large = [flag for flag, values in given.items() if values is not None and max(values) > _MOST]
+    if large:
+        scaled = {flag: ",".join(f"{v / 255:.3g}" for v in values) for flag, values in given.items() if values}
+        ways = " ".join(f"{flag} {text}" for flag, text in scaled.items())
+        raise options.usage(ctx, f"pixels are from 0 to 1, not to 255, which {large[0]} is for; divided by 255: {ways}")
 
 
 @dataclass(frozen=True)

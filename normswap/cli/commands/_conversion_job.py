@@ -76,8 +76,17 @@ def _converted(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output)
         ctx.with_resource(Spilling(target.absolute().parent))
     model, origin = open_network(origin, wanted, out, values=not job.dry_run)
     onward = origin.file is not None and _goes_on(model, job)
-    if origin.file is not None and not onward:
+    if onward:
+        out.note(
+            f"{origin} was trained since its conversion, and is fused as it is now; the result cannot be undone, and "
+            f"{origin} alone is the network before"
+        )
+    elif origin.file is not None:
+        calibrated = _record(model).calibrated
         model = original_of(model, origin, _ways_on(origin))
+        if calibrated:
+            again = "; calibrate again" if job.calibration is None else ""
+            out.note(f"this starts from the original of {origin}: what calibrating gave is not carried over{again}")
     out.step("planning")
     from ...conversion.convert import cautions
     from ...conversion.convert import convert as convert_model
@@ -103,7 +112,8 @@ def _converted(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output)
     if onward:
         _as_one(model, origin)
     _record(model).source = None if origin.source is None else origin.source.to_dict()
-    result = Result(origin, made, target, True, calibration=report, trial=trial, inputs=_unremembered(ctx, job))
+    words = _unremembered(ctx, job)
+    result = Result(origin, made, target, True, calibration=report, trial=trial, inputs=words, onward=onward)
     return _written(ctx, model, result, job, out)
 
 
@@ -143,7 +153,7 @@ def _written(ctx: typer.Context, model: nn.Module, result: Result, job: Job, out
     record = _record(model)
     return replace(
         result,
-        plan=record.plan,
+        plan=result.plan if result.onward else record.plan,
         check=record.check,
         undo=record.undo.complete,
         undo_bytes=undo_size(record.undo),

@@ -45,6 +45,7 @@ class Result:
     trial: what it would have gained then, None where it would have nothing to do.
     target: where the result goes; written: whether it is there. undo: whether it holds what undoes the conversion, and
     undo_bytes: how much that is. inputs: values of --input that the file does not remember.
+    onward: from a converted file as it was trained, not from the original of that; the plan then begins there.
     """
 
     origin: ResolvedSource
@@ -59,6 +60,7 @@ class Result:
     undo: bool = True
     undo_bytes: int = 0
     inputs: tuple[str, ...] = ()
+    onward: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -217,6 +219,8 @@ def _verifying(result: Result) -> str:
     """The command that compares the result with the original, which is named where the file cannot restore it."""
     source, weights = result.origin.source, result.origin.made_with
     trust = [*_trust(result), *(word for text in result.inputs for word in ("--input", shlex.quote(text)))]
+    if result.onward and result.origin.file is not None:
+        return " ".join(["normswap verify", _quoted(result.origin.file), _quoted(result.target), *trust])
     if result.undo or source is None or (weights is not None and weights.random and weights.given is None):
         return " ".join(["normswap verify", _quoted(result.target), *trust])
     original, *options = building(source, weights)

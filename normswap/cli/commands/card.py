@@ -34,6 +34,9 @@ def card(
         typer.Option(metavar="FILE.json", help="Figures to show, as evaluate -o wrote them.", show_default=False),
     ] = None,
     force: options.Force = False,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="As other commands take it; nothing is run for a card.")
+    ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,

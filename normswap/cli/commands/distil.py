@@ -157,3 +157,5 @@ def _page(page: Page, report: DistillationReport, original: ResolvedSource, targ
         page.line(("note: ", "dim"), flags.told(note))
     page.skipped(report.bad)
     page.line(("Written: ", "strong"), (str(target), "path"), f", {size(target.stat().st_size)}")
+    if report.interrupted:
+        page.line(("Next: ", "strong"), "the same command with --resume goes on from there")

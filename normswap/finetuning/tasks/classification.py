@@ -20,6 +20,7 @@ from ...modules.tree import device_and_dtype
 from ...modules.wrappers import unwrapped
 from ...training.distributed import gathered
 from ...training.losses import divergence
+from ...training.parameters import FLOAT32
 from ..datasets.augmentation import Plain, settled, training_transform
 from ..datasets.batched import LABELLED, batch_of, called
 from ..datasets.labelled import PICTURES, LabelledImages, open_one, open_sets, some_inputs, transformed
@@ -101,7 +102,7 @@ class Classification:
             _check_pictures(inputs, "cutmix" if self.mixing.mixup is None else "mixup")
         device, dtype = device_and_dtype(model)
         if isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.dtype != dtype:
-            raise DataError(f"the network is {dtype}, its inputs are {inputs.dtype}", hint="model.float() trains best.")
+            raise DataError(f"the network is {dtype}, its inputs are {inputs.dtype}", hint=Text(FLOAT32, "."))
         try:
             found = find_head(model, on_device(inputs if isinstance(inputs, tuple) else (inputs,), device))
         except OptionError:
