@@ -5,8 +5,8 @@
 `--data` is a folder with `resnet20-cifar10.th` (akamaster/pytorch_resnet_cifar10), `cifar10/{train,test}/<class>/*` and
 `imagenet/{calibrate,test}/<class>/*`; of EfficientNet-Lite0 see datafree.py. Prints top-1 accuracy on the test images
 for gamma and beta copied, which is what hand-written loops do, for fold, and after `calibrate` as it is by default, on
-"synthetic" inputs and on unlabelled images of the network's own kind. The last three with `eps="auto"`, as on the command
-line.
+"synthetic" inputs and on unlabelled images of the network's own kind. The last three are with `eps="auto"`, as on the
+command line.
 """
 
 from __future__ import annotations
