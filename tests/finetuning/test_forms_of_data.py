@@ -27,6 +27,8 @@ from normswap.data.one_batch import Forward
 from normswap.errors import DataError
 from normswap.finetuning.datasets.batched import given_batches, loaded
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* takes statistics over time")  # of how data is read, not of padding
+
 COUNT = 24
 LENGTHS = torch.arange(COUNT) % 5 + 4
 LABELS = torch.arange(COUNT) % 3
