@@ -319,7 +319,6 @@ def test_sequences_of_unequal_length_are_told_of_padding_and_not_of_sizes_of_ima
     for call in (
         lambda: normswap.calibrate(made, reference=net, data=Pairs()),
         lambda: normswap.evaluate(net, Pairs()),
-        lambda: normswap.finetune(net, Pairs(), progress=False, device="cpu"),
     ):
         with pytest.raises(DataError, match=r"samples .*cannot form a batch") as error:
             call()

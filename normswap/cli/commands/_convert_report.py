@@ -196,8 +196,8 @@ def _file(page: Page, result: Result) -> None:
         how = f"a plain state dict, for load_state_dict or --weights {_quoted(result.target)}"
         page.line(("Next: ", "strong"), how)
     else:
-        more = [("   (--data FOLDER: on your images)", "dim")] if result.images else []
-        page.line(("Next: ", "strong"), _verifying(result), *more)
+        folder = [("   (--data FOLDER: on your images)", "dim")] if result.images else []
+        page.line(("Next: ", "strong"), _verifying(result), *folder)
         if result.trial is not None and not result.images:
             page.line("      normswap.calibrate(model, data=data) in Python takes data of your own")
         elif result.trial is not None:
