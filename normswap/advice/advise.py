@@ -72,9 +72,10 @@ def advise(
     _check(model, inventory)
     unknown = bool(never_updated(states_in(model)))
     found = None if data is None or unknown else _fit(model, data, preprocess, example_inputs)
-    situation = replace(situation, resembles=None if found is None else found.suits)
-    rule = rule_for(situation)
     inputs = inputs_for(model, example_inputs)
+    steps = situation.task == "sequence" and _reads_steps(model, inventory, inputs)
+    situation = replace(situation, resembles=None if found is None else found.suits, steps=steps)
+    rule = rule_for(situation)
     held = _positions(model, inventory, inputs if example_inputs is not None else None)
     options = _options(inventory, rule, held, calibrate=data is not None, unknown=unknown)
     plan, problem = _planned(model, inventory, rule, options, example_inputs)
@@ -117,6 +118,17 @@ def _fit(model: nn.Module, data: Any, preprocess: Callable[[Any], Tensor] | None
     inputs = arguments_of(model, example_inputs=example_inputs)
     batches, _, _ = collected(model, data, IMAGES, 16, preprocess, 10, inputs)
     return fit(model, batches) if remembering(model) else None
+
+
+def _reads_steps(model: nn.Module, inventory: Inventory, inputs: tuple[Any, ...] | None) -> bool:
+    """Whether some norm reads `(N, C, T)`. So it is taken where no run shows a norm: of vectors, the two are one."""
+    batch = {module_at(model, layer.path): layer.path for layer in inventory.layers if layer.spec.needs_statistics}
+    seen = None if inputs is None else shapes_of(model, inputs, batch)
+    return (
+        seen is None
+        or not all(path in seen for path in batch.values())
+        or any(len(s) > 2 for shapes in seen.values() for s in shapes)
+    )
 
 
 def _positions(model: nn.Module, inventory: Inventory, inputs: tuple[Any, ...] | None) -> Mapping[str, int]:

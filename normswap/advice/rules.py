@@ -42,6 +42,7 @@ HSIEH = Source("Hsieh et al. 2020", _ARXIV + "1910.00189")
 ZHONG = Source("Zhong et al. 2023 (FixBN)", _ARXIV + "2303.06530")
 CHI = Source("Chi et al. 2023", _ARXIV + "2303.04137")
 SMALL_BATCHES = Source("our measurements at small batches", "finetuning.md#what-to-expect")
+PADDED_STEPS = Source("how padding goes into statistics", "how-it-works.md#sequences-padded-steps-do-not-count")
 NO_CONVERSION = Source("what no conversion can do", "how-it-works.md#what-no-conversion-can-do")
 
 
@@ -51,7 +52,7 @@ class Situation:
 
     batch_size: images a GPU in training; None for that of `finetune`. private: per-sample gradients, as differential
     privacy and vmap need them. ema: its weights are averaged. resembles: whether the data is like what the network was
-    trained on, None where nobody knows.
+    trained on, None where nobody knows. steps: whether its norms read sequences, `(N, C, T)`, and not vectors alone.
     """
 
     task: str = "classification"
@@ -61,6 +62,7 @@ class Situation:
     ema: bool = False
     inference: bool = False
     resembles: bool | None = None
+    steps: bool = False
 
     def __post_init__(self) -> None:
         one_of("task", self.task, PURPOSES)
@@ -110,10 +112,17 @@ RULES = (
         (ULYANOV,),
     ),
     Rule(
-        "sequences, transformers",
+        "sequences whose norms read (N, C, T)",
+        lambda s: s.task == "sequence" and s.steps,
+        "ln-channel",
+        "statistics are of each step alone, so neither the batch nor padding goes in; ln would take them over time",
+        (BA, PADDED_STEPS),
+    ),
+    Rule(
+        "sequences whose norms read vectors (N, C); transformers (N, T, C)",
         lambda s: s.task == "sequence",
         "ln",
-        "lengths differ and batches are small; LayerNorm sees neither",
+        "statistics are of each vector or step alone, so neither the batch nor padding goes in",
         (BA,),
     ),
     Rule(

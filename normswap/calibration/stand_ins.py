@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..arguments import seed_value
 from ..choices import STAND_INS
+from ..data.one_batch import needed
 from ..data.photographs import crops
 from ..data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from ..errors import DataError, Fix, OptionError, Text
@@ -123,7 +124,7 @@ def stand_ins(
         raise DataError("the network has no running statistics that stand-ins could be measured by")
     said = remembered or {}
     known = example_inputs is not None or said.get("shape") is not None
-    example = _example(model, example_inputs, said.get("shape"))
+    example = _example(model, example_inputs, said)
     if scaling is None and said.get("mean"):
         scaling = Scaling.from_dict(said)
     shape = whole = tuple(example.shape[1:])
@@ -159,23 +160,34 @@ def _hint(kind: str) -> str:
     return Text(own, "\n", Fix("data", "synthetic"), " makes inputs for the network.") if kind == "photos" else own
 
 
-def _example(model: nn.Module, given: Any, shape: Sequence[int] | None) -> Tensor:
+def _example(model: nn.Module, given: Any, remembered: Mapping[str, Any]) -> Tensor:
     """One input, `(N, *)`: given, of the shape that the conversion remembers, or guessed."""
-    if given is None and shape is not None:
-        given = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    if given is None and remembered.get("shape") is not None:
+        given = torch.randn(1, *remembered["shape"], generator=torch.Generator().manual_seed(0))
+    if given is None and (count := remembered.get("arguments", 1)) > 1:
+        raise _not_for(f"{count} inputs")
     inputs = as_inputs(given) if given is not None else guess_inputs(model)
+    if inputs is None and (names := needed(model)) and len(names) > 1:
+        raise _not_for(f"{len(names)} inputs")
     if inputs is None:
+        own = "A conversion that is given one remembers it, and normswap.calibrate in Python takes data of your own."
         raise DataError(
             "which inputs the network takes is not known",
-            hint=Text("Give an input of the size that it takes: ", Fix("example_inputs"), "."),
+            hint=Text("Give an input of the size that it takes: ", Fix("example_inputs"), ".\n", own),
         )
     x = inputs[0]
-    if len(inputs) != 1 or not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
-        raise DataError(
-            "stand-ins are made for networks that take one tensor of numbers, and this one takes something else",
-            hint="Give data of your own.",
-        )
+    if len(inputs) != 1:
+        raise _not_for(f"{len(inputs)} inputs")
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
+        raise _not_for("something else")
     return x.detach().float().cpu()
+
+
+def _not_for(what: str) -> DataError:
+    return DataError(
+        f"stand-ins are made for networks that take one tensor of floating numbers, and this one takes {what}",
+        hint="Give data of your own; normswap.calibrate in Python takes any, such as batches of (x, lengths).",
+    )
 
 
 def _crops(count: int, whole: tuple[int, ...], shape: tuple[int, ...], seed: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..choices import Indivisible, MissingStatistics
 from ..choices import Transfer as TransferWord
-from ..errors import OptionError
+from ..errors import Fix, OptionError, Text, plural
 from ..files.spilling import spilled, spilling
 from ..inspection.example_inputs import as_inputs, inputs_for, tensors_given
 from ..modules.tree import copied
@@ -53,7 +53,7 @@ def cautions(plan: Plan) -> list[str]:
     if idle := plan.meta.get("idle"):
         found.append(_IDLE.format(", ".join(idle[:3]) + " ..." * (len(idle) > 3)))
     if counted := plan.meta.get("padding"):
-        more = f" (and {len(counted) - 1} more norms)" if len(counted) > 1 else ""
+        more = f" (and {plural(len(counted) - 1, 'more norm')})" if len(counted) > 1 else ""
         found.append(_PADDING.format(counted[0], more))
     return found
 
@@ -167,7 +167,7 @@ def converted(model: nn.Module, options: ConvertOptions) -> nn.Module:
     unproved = _why_unproved(model, plan, options)
     inputs = None if unproved else inputs_for(model, options.example_inputs)
     if not unproved and inputs is None:
-        unproved = "no input is known that the network runs on; give example_inputs"
+        unproved = Text("no input is known that the network runs on; give ", Fix("example_inputs"))
         warnings.warn(f"the self-check was not run: {unproved} (or check=False)", stacklevel=3)
     reference = None if inputs is None else reference_of(model, plan, inputs)
     work = model if options.inplace else copied(model)

@@ -129,6 +129,10 @@ def is_pair(data: Any) -> bool:
     return inputs.dim() > 1 and labels.dim() == 1 and labels_of(labels, len(inputs)) is not None
 
 
+PADS = "A DataLoader whose collate_fn pads them can be given in place of the Dataset"
+"""The way out for samples of different length."""
+
+
 def collated(items: Sequence[Any]) -> Any:
     """A batch of a Dataset's samples: as torch stacks them; images that come with boxes, as lists of both.
 
@@ -146,8 +150,7 @@ def stacked(items: Sequence[Any]) -> Any:
     except (RuntimeError, TypeError) as error:
         raise DataError(
             f"samples cannot form a batch ({first_line(error)})",
-            hint="A DataLoader whose collate_fn pads them can be given in place of the Dataset; a data set of whole "
-            "batches as DataLoader(data, batch_size=None).",
+            hint=f"{PADS}; a data set of whole batches as DataLoader(data, batch_size=None).",
         ) from error
 
 

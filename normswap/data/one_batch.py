@@ -92,20 +92,34 @@ _LENGTHS = re.compile(r"(?<!wave)len(gth)?s?(_|$)")
 _NO_LENGTHS = re.compile(r"(^|_)(max|min|total)")
 
 
+def named_lengths(name: str) -> bool:
+    """Whether an argument of forward of that name is how long each sequence of a batch is: `lengths`, `x_lens`, ..."""
+    name = name.lower()
+    return bool(_LENGTHS.search(name)) and not _NO_LENGTHS.search(name) and not _named_labels(name)
+
+
+def named_mask(name: str) -> bool:
+    """Whether an argument of forward of that name says what of a batch counts: `mask`, `attention_mask`, ..."""
+    return "mask" in name.lower() and not _named_labels(name)
+
+
+def _named_labels(name: str) -> bool:
+    return any(word in name.lower() for word in ("label", "target"))
+
+
 def _goes_with(x: Any, name: str, part: Any, *, told: bool) -> bool:
     """Whether that is what the optional parameter `name` takes beside x, and no labels.
 
     Raises DataError for numbers that a parameter of lengths would be given, and that are no lengths of x.
     """
-    name = name.lower()
-    if not (isinstance(x, Tensor) and isinstance(part, Tensor)) or any(word in name for word in ("label", "target")):
+    if not (isinstance(x, Tensor) and isinstance(part, Tensor)) or _named_labels(name):
         return False
-    if "mask" in name:  # one number for each sample masks nothing; one for each pixel is what segmentation learns
+    if named_mask(name):  # one number for each sample masks nothing; one for each pixel is what segmentation learns
         pixels = x.dim() > 3 and part.shape[-2:] == x.shape[-2:]
         return part.dim() > 1 and (told or not pixels)
     if told:
-        return name not in _LABELS
-    if not _LENGTHS.search(name) or _NO_LENGTHS.search(name) or part.shape != x.shape[:1] or part.dtype == torch.bool:
+        return name.lower() not in _LABELS
+    if not named_lengths(name) or part.shape != x.shape[:1] or part.dtype == torch.bool:
         return False
     longest = max(x.shape[1:], default=0)
     if not part.is_floating_point() and part.numel() and not 1 <= int(part.min()) <= int(part.max()) <= longest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import length_hint
 from typing import Any
 
@@ -97,11 +98,27 @@ def evaluate(
             total = len(turns)
         classes = Classes(sets.classes, None if class_names is None else tuple(class_names), first=task == "detection")
         meter = _meter(doing, model, classes)
-        done = _measured(model, meter, batches, total, progress)
+        with _classes_as_they_are():
+            done = _measured(model, meter, batches, total, progress)
     found = meter.result()
     bad = tuple(str(each) for each in skipped.found.values()) if given is None else given.bad
     notes = tuple(filter(None, [sets.note, found.note]))
     return EvaluationReport(task, done, found.figures, **vars(found.of), notes=notes, bad=bad)
+
+
+@contextmanager
+def _classes_as_they_are() -> Iterator[None]:
+    """Checks of labels offer a new head, which training gives; here the network is measured as it is."""
+    try:
+        yield
+    except DataError as error:
+        if all(fix.option != "num_classes" for fix in Text(error.hint or "").fixes):
+            raise
+        hint = (
+            "evaluate measures the classes that the network has: number the labels as the network does, and leave out "
+            "others.\nA network is given a head for other classes by finetune."
+        )
+        raise DataError(error.message, hint=hint) from error
 
 
 def _measured(

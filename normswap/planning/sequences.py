@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..data.one_batch import Forward, named_lengths, named_mask
 from ..inspection.example_inputs import inputs_for
 from ..inspection.inventory import Inventory
 from ..modules.tree import module_at
@@ -18,11 +19,17 @@ from .plan import Step
 
 
 class Sequences:
-    """The sequences of one network with recurrent layers, from one run that is made when it is first asked for."""
+    """The sequences of one network, from one run that is made when it is first asked for.
+
+    recurrent: whether it has layers that show which tensors are sequences. lengths, masks: whether its forward is given
+    such, by the names of its arguments, since sequences differ in length.
+    """
 
     def __init__(self, model: nn.Module, inventory: Inventory, example_inputs: Any) -> None:
         self.model, self.inventory, self.example_inputs = model, inventory, example_inputs
         self.recurrent = any(isinstance(m, nn.RNNBase) for m in nn.Module.modules(model))
+        arguments = [parameter.name for parameter in Forward.of(model).parameters]
+        self.lengths, self.masks = any(map(named_lengths, arguments)), any(map(named_mask, arguments))
 
     @cached_property
     def _seen(self) -> Padding | None:
@@ -47,16 +54,18 @@ class Sequences:
     def counts_padding(self, step: Step) -> bool:
         """Whether what comes to a step's path takes statistics over time, of sequences, padding included.
 
-        In a network that packs sequences, which thus differ in length, all of `(N, C, T)` are such; in others, what a
-        recurrent layer has made. Where no run shows anything, 1d norms.
+        In a network that packs sequences or is given lengths, which thus differ, all of `(N, C, *)` are such; of one
+        that is given a mask, all of `(N, C, T)`; in others, what a recurrent layer has made. Where no run shows
+        anything, 1d norms.
         """
-        if not self.recurrent or step.padded:
+        if not (self.recurrent or self.lengths or self.masks) or step.padded:
             return False
         if not over_positions(norm_named(step.target), step.channels, step.options):
             return False
         if self._seen is None:
             return step.dims in (1, None)
-        return step.path in self._seen.sequences or (self._seen.packs and step.path in self._seen.wide)
+        differ = self._seen.wide if self._seen.packs or self.lengths else self._seen.thin if self.masks else set()
+        return step.path in self._seen.sequences or step.path in differ
 
 
 def over_positions(target: NormSpec, channels: int, options: Options) -> bool:

@@ -30,13 +30,15 @@ class Padding:
     """What one run shows of norms, by their paths.
 
     padded: whether padded steps are zeros. sequences: which read an `(N, C, T)` made from what a recurrent layer gave;
-    wide: which read any `(N, C, *)`. packs: whether sequences are packed, so that they differ in length.
+    wide: which read any `(N, C, *)`; thin: which read `(N, C, T)`. packs: whether sequences are packed, so that
+    they differ in length.
     """
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], norms: Mapping[nn.Module, str]) -> None:
         self.padded: dict[str, bool] = {}
         self.sequences: set[str] = set()
         self.wide: set[str] = set()
+        self.thin: set[str] = set()
         watch = _Watch()
 
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -47,6 +49,7 @@ class Padding:
             self.padded[path] = self.padded.get(path, True) and bool(zeros)
             if tensors[0].dim() > 2:
                 self.wide.add(path)
+                self.thin |= {path} if tensors[0].dim() == 3 else set()
                 self.sequences |= {path} if zeros is not None else set()
 
         with ExitStack() as stack:

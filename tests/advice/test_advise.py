@@ -210,6 +210,37 @@ def test_a_network_of_words_has_an_expected_drift_too() -> None:
     assert 0 < drift < 2
 
 
+class Masked(nn.Module):
+    """Convolutions along time, masked, and the mean of the steps: `(N, 8, T)` and lengths -> `(N, 3)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv1d(8, 8, 1), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        mask = torch.arange(x.shape[2]) < lengths[:, None]
+        x = torch.relu(self.norm(self.conv(x))) * mask[:, None]
+        return self.head(x.sum(2) / lengths[:, None])
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_norm_advised_for_sequences_leaves_padding_out(given: bool) -> None:
+    torch.manual_seed(0)
+    model, x, lengths = Masked().eval(), torch.randn(2, 8, 6), torch.tensor([4, 6])
+    normswap.estimate_statistics(model, [(torch.randn(4, 8, 6), torch.full((4,), 6))])
+    advice = normswap.advise(model, task="sequence", example_inputs=(x, lengths) if given else None)
+    assert advice.norm == "ln-channel"
+    new = normswap.convert(model, **advice.options, example_inputs=(x, lengths))
+    with torch.no_grad():
+        assert torch.allclose(new(x, lengths)[:1], new(x[:1, :, :4], lengths[:1]), atol=1e-6)
+
+
+def test_for_sequences_of_vectors_layernorm_is_advised() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).eval()
+    normswap.estimate_statistics(model, torch.randn(16, 8))
+    assert normswap.advise(model, task="sequence").norm == "ln"
+
+
 def test_the_advice_goes_to_json() -> None:
     advice = normswap.advise(network(), federated=True)
     values = json.loads(json.dumps(advice.to_dict()))

@@ -26,6 +26,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "which-norm.md"
         ({"task": "segmentation", "batch_size": 1}, "gn"),
         ({"task": "style", "batch_size": 32}, "in"),
         ({"task": "sequence"}, "ln"),
+        ({"task": "sequence", "steps": True}, "ln-channel"),
+        ({"steps": True}, "gn"),
         ({"private": True, "batch_size": 32, "resembles": True}, "gn"),
         ({"federated": True, "batch_size": 32}, "gn"),
         ({"ema": True, "batch_size": 32}, "gn"),
@@ -48,6 +50,7 @@ def test_every_rule_decides_in_some_situation() -> None:
     flags = ("private", "federated", "ema")
     tried = [Situation(inference=True), Situation(batch_size=64), Situation(resembles=True), Situation()]
     tried += [Situation(task=task) for task in ("style", "sequence")] + [Situation(**{flag: True}) for flag in flags]
+    tried.append(Situation(task="sequence", steps=True))
     assert {rule_for(situation).when for situation in tried} == {rule.when for rule in RULES}
 
 

@@ -90,6 +90,12 @@ def test_options_of_the_network_are_in_the_command(cli: Cli) -> None:
     assert "normswap convert nets.py:tiny --arg width=16 --seed 3 --to gn" in out
 
 
+@pytest.mark.parametrize("task", ["classification", "sequence", "style"])
+def test_inputs_that_were_given_are_in_the_command(cli: Cli, task: str) -> None:
+    given = ("--input", "2,3,24,20")
+    assert " --input 2,3,24,20" in cli("advise", "nets.py:tiny", "--task", task, *given, "--json").json["command"]
+
+
 def test_unknown_norms_are_kept_in_the_command(cli: Cli) -> None:
     ran = cli("advise", "nets.py:suspicious")
     assert ran.out.splitlines()[-1].endswith("--rule 3=keep")

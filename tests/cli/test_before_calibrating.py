@@ -29,6 +29,23 @@ def net():
 """
 
 
+MASKED = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv1d(3, 8, 1), nn.BatchNorm1d(8)
+        self.norm.running_mean.normal_()
+
+    def forward(self, x, lengths):
+        assert lengths.shape == x.shape[:1]
+        return self.norm(self.conv(x)).sum(2) / lengths[:, None]
+"""
+
+
 def loaded(file: str) -> torch.nn.Module:
     return normswap.load(file, trust_code=True)
 
@@ -66,6 +83,17 @@ def test_nothing_is_promised_where_no_photographs_fit(cli: Cli, folder: Path) ->
     assert ran.code == 0, ran.err
     assert "photographs" not in ran.out
     assert "normswap calibrate net-gn.safetensors --data FOLDER --trust-code   (unlabelled images)" in ran.out
+
+
+@pytest.mark.parametrize("inputs", [(), ("--input", "2,3,32", "--input", "2=32,20")])
+def test_no_folder_of_images_is_named_for_networks_of_sequences(
+    cli: Cli, folder: Path, inputs: tuple[str, ...]
+) -> None:
+    (folder / "masked.py").write_text(MASKED)
+    ran = cli("convert", "masked.py:Net", "--to", "gn", "--groups", 4, *inputs)
+    assert ran.code == 0, ran.err
+    assert "FOLDER" not in ran.out
+    assert "normswap.calibrate(model, data=data) in Python takes data of your own" in ran.out
 
 
 def test_a_trial_that_fails_costs_no_conversion(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,29 @@ def words():
 def shares():
     return trained(Shares())
 """
+LONG = """
+import torch
+from torch import nn
+
+
+class Long(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8)
+        with torch.no_grad():
+            x = self.conv(torch.randn(64, 4, 37))
+        self.norm.running_mean.copy_(x.mean((0, 2)))
+        self.norm.running_var.copy_(x.var((0, 2)))
+
+    def forward(self, x):
+        assert x.shape[2] == 37
+        return self.norm(self.conv(x)).mean(2)
+
+
+def net():
+    return Long().eval()
+"""
 ASK = ("--input", "4,20:3..49", "--input", "4=20,10,5,3", "--input", "4,20:true")
 
 
@@ -140,6 +163,57 @@ def test_for_sequences_the_way_on_is_python(cli: Cli) -> None:
     none = cli("verify", "words-gn.safetensors", "--trust-code")
     assert none.code == 1
     assert "--input 4,40,100 --input 4=100,80,60,50" in none.err
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (ASK[:2], "Words does not run on the input given by --input (TypeError: Words.forward() missing 2 required"),
+        (ASK[:4], "Words does not run on the 2 inputs given by --input (TypeError: Words.forward() missing 1 required"),
+        (("--input", "4,20", *ASK[2:]), "Words does not run on the 3 inputs given by --input (AssertionError: "),
+    ],
+)
+def test_inputs_that_the_network_does_not_run_on_are_told_with_what_forward_takes(
+    cli: Cli, given: tuple[str, ...], told: str
+) -> None:
+    assert cli("convert", "seq.py:words", "--to", "gn", "--groups", 2, *ASK).code == 0
+    ran = cli("verify", "words-gn.safetensors", "--trust-code", *given)
+    assert ran.code == 1
+    assert told in ran.err
+    assert "once for each argument of Words.forward(words, lengths, mask), in that order" in ran.err
+    assert "image" not in ran.err
+
+
+def test_a_self_check_without_inputs_names_the_option(cli: Cli) -> None:
+    ran = cli("convert", "seq.py:words", "--to", "gn", "--groups", 2)
+    assert "Self-check: not run, no input is known that the network runs on; give --input\n" in ran.out
+    values = cli("convert", "seq.py:words", "--to", "gn", "--groups", 2, "--force", "--json").json
+    assert values["self_check"]["reason"].endswith("give --input")
+    assert values["plan"]["meta"]["padding"] == ["norm"]
+
+
+@pytest.mark.parametrize("given", [ASK, ()])
+@pytest.mark.parametrize("groups", ["auto", "2"])
+def test_made_inputs_are_not_promised_to_networks_of_several(cli: Cli, groups: str, given: tuple[str, ...]) -> None:
+    what = "take one tensor of floating numbers, and this one takes 3 inputs\n"
+    way = "normswap.calibrate in Python takes any"
+    asked = ("convert", "seq.py:words", "--to", "gn", "--groups", groups, *given)
+    ran = cli(*asked, "--calibrate", "synthetic")
+    assert (ran.code, what in ran.err, way in ran.err) == (1, True, True)
+    assert cli(*asked).code == 0
+    ran = cli("calibrate", "words-gn.safetensors", "--data", "synthetic", "--trust-code")
+    assert (ran.code, what in ran.err, way in ran.err) == (1, True, True)
+
+
+def test_made_inputs_have_the_shape_that_was_given(cli: Cli, folder: Path) -> None:
+    (folder / "long.py").write_text(LONG, encoding="utf-8")
+    fixed = ("convert", "long.py:net", "--to", "gn", "--groups", "auto", "--calibrate", "synthetic")
+    ran = cli(*fixed)
+    assert "--input" in ran.err
+    assert "normswap.calibrate in Python takes data of your own" in ran.err
+    ran = cli(*fixed, "--input", "2,4,37", "--calibrate-images", "4", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["calibration"]["stand_ins"].startswith("4 synthetic inputs 4x37; ")
 
 
 def test_images_have_figures_and_no_verdict(cli: Cli, images: Path) -> None:

@@ -143,6 +143,75 @@ def test_norms_before_packed_sequences_are_warned_of() -> None:
     assert isinstance(model.norms[0].norm, PaddedGroupNorm)
 
 
+class Masked(nn.Module):
+    """Convolutions along time and the mean of the steps that the mask leaves."""
+
+    def __init__(self, *, dims: int = 1) -> None:
+        super().__init__()
+        kind, norms = ((nn.Conv1d, nn.BatchNorm1d), (nn.Conv2d, nn.BatchNorm2d))[dims - 1]
+        self.first, self.second = (nn.Sequential(kind(C, C, 1), randomized(norms(C))) for _ in range(2))
+        self.head = nn.Sequential(nn.Linear(C, C), randomized(nn.BatchNorm1d(C)))
+
+    def read(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.second(self.first(x * mask) * mask) * mask
+        return self.head(x.flatten(2).sum(2) / mask.flatten(2).sum(2))
+
+
+class WithLengths(Masked):
+    def forward(self, x: Tensor, x_lens: Tensor) -> Tensor:
+        return self.read(x, (torch.arange(x.shape[-1]) < x_lens[:, None])[:, None].to(x.dtype))
+
+
+class WithMask(Masked):
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.read(x, attention_mask[:, None].to(x.dtype))
+
+
+class WithNeither(Masked):
+    def forward(self, x: Tensor, max_len: Tensor) -> Tensor:
+        return self.read(x, torch.ones_like(x[:, :1]) * (max_len > 0))
+
+
+@pytest.mark.parametrize(
+    ("to", "given"),
+    [
+        (to, given)
+        for to in ("gn", "ln", "in", "ln-channel", "frozen")
+        for given in (True, False)
+        if to != "in" or given
+    ],
+)
+@pytest.mark.parametrize("kind", [WithLengths, WithMask])
+def test_lengths_or_a_mask_without_a_recurrent_layer_are_warned_of_once(
+    kind: type[Masked], given: bool, to: str
+) -> None:
+    x = torch.randn(3, C, T)
+    second = LENGTHS if kind is WithLengths else torch.arange(T) < LENGTHS[:, None]
+    options = {"groups": 2} if to == "gn" else {}
+    rules = {"head.*": "keep", "*": to}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        normswap.convert(
+            kind().eval(), rules=rules, example_inputs=(x, second) if given else None, check=given, **options
+        )
+    told = [str(each.message) for each in seen]
+    if to in ("gn", "ln", "in"):
+        assert [t.startswith("first.1 takes statistics over time") and "(and 1 more norm)" in t for t in told] == [True]
+    else:
+        assert told == []
+
+
+def test_vectors_of_a_masked_network_are_not_counted_among_the_norms_over_time() -> None:
+    plan = normswap.plan(WithLengths().eval(), "gn", groups=2, example_inputs=(torch.randn(3, C, T), LENGTHS))
+    assert plan.meta["padding"] == ["first.1", "second.1"]
+
+
+def test_images_with_a_mask_and_arguments_that_are_no_lengths_are_not_warned_of() -> None:
+    images, mask = torch.randn(2, C, 4, 4), torch.ones(2, 4, 4)
+    for model, x, second in [(WithMask(dims=2), images, mask), (WithNeither(), torch.randn(2, C, T), torch.tensor(4))]:
+        assert "padding" not in normswap.plan(model.eval(), "gn", groups=2, example_inputs=(x, second)).meta
+
+
 def test_images_before_a_recurrent_layer_are_not_warned_of() -> None:
     class Reader(nn.Module):
         def __init__(self) -> None:

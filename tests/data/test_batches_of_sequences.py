@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import normswap
 from normswap.data.batches import as_batches
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* takes statistics over time")  # of how data is read, not of padding
+
 X = torch.randn(12, 4, 10, generator=torch.Generator().manual_seed(0))
 LENGTHS = torch.tensor([10, 9, 7, 4, 3, 2, 10, 8, 6, 5, 3, 1])
 LABELS = torch.arange(12) % 3

@@ -192,6 +192,22 @@ class Pixels(nn.Module):
         return {"out": self.classifier(x)}
 
 
+@pytest.mark.parametrize(
+    ("model", "data", "task", "what"),
+    [
+        (Given(torch.eye(3)), (torch.arange(3)[:, None].float(), torch.tensor([0, 1, 9])), "classification", "label 9"),
+        (Pixels(), [(torch.rand(3, 4, 4), torch.full((4, 4), 7))], "segmentation", "classes from 7 to 7"),
+    ],
+)
+def test_labels_of_no_class_of_the_networks_are_told_without_promising_a_head(
+    model: nn.Module, data: Any, task: Any, what: str
+) -> None:
+    with pytest.raises(DataError, match=what) as error:
+        normswap.evaluate(model, data, task=task)
+    assert "num_classes" not in str(error.value)
+    assert "number the labels as the network does" in str(error.value.hint)
+
+
 def test_the_iou_of_each_class_is_that_of_an_independent_count() -> None:
     generator = torch.Generator().manual_seed(0)
     images = [torch.rand(3, 6, 7, generator=generator), torch.rand(3, 5, 4, generator=generator)]

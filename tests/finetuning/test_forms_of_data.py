@@ -27,6 +27,8 @@ from normswap.data.one_batch import Forward
 from normswap.errors import DataError
 from normswap.finetuning.datasets.batched import given_batches, loaded
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* takes statistics over time")  # of how data is read, not of padding
+
 COUNT = 24
 LENGTHS = torch.arange(COUNT) % 5 + 4
 LABELS = torch.arange(COUNT) % 3
@@ -300,6 +302,28 @@ def test_what_cannot_work_is_told_with_the_way_out(command: str, kind: type[nn.M
     with pytest.raises(normswap.NormswapError, match=text) as error:
         getattr(normswap, command)(network(kind), data, device="cpu", **more)
     assert error.value.hint
+
+
+def test_sequences_of_unequal_length_are_told_of_padding_and_not_of_sizes_of_images() -> None:
+    data = [(X[i, :, : i % 3 + 2], int(LABELS[i])) for i in range(COUNT)]
+    net = network(Sequences)
+    made = normswap.convert(net, "gn", groups=2, check=False)
+
+    class Pairs(Dataset[Any]):
+        def __len__(self) -> int:
+            return COUNT
+
+        def __getitem__(self, index: int) -> Any:
+            return data[index]
+
+    for call in (
+        lambda: normswap.calibrate(made, reference=net, data=Pairs()),
+        lambda: normswap.evaluate(net, Pairs()),
+    ):
+        with pytest.raises(DataError, match=r"samples .*cannot form a batch") as error:
+            call()
+        assert "A DataLoader whose collate_fn pads them" in str(error.value.hint)
+        assert "size=224" not in str(error.value)
 
 
 def test_a_network_that_gives_scores_of_each_step_is_told_of_loops_of_its_own() -> None:

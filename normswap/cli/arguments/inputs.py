@@ -71,6 +71,19 @@ def given_inputs(ctx: typer.Context, texts: list[str] | None) -> list[GivenInput
     return found
 
 
+def may_take_images(model: nn.Module, given: list[GivenInput]) -> bool:
+    """Whether a folder's images may be what the network takes: by --input, or by a guess; True where none runs."""
+    from ...data.one_batch import needed
+    from ...inspection.example_inputs import guess_inputs
+
+    if given:
+        return len(given) == 1 and given[0].like_images
+    inputs = guess_inputs(model)
+    if inputs is None or len(inputs) > 1:
+        return len(needed(model)) < 2
+    return not hasattr(inputs[0], "dim") or (inputs[0].dim() == 4 and inputs[0].is_floating_point())
+
+
 def _given(ctx: typer.Context, text: str) -> GivenInput:
     size, sign, what = re.match(r"([^:=]*)([:=]?)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
     if _SHAPE.fullmatch(size) is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ...errors import NetworkError
-from ..arguments.inputs import GivenInput
+from ..arguments.inputs import GivenInput, may_take_images
 from ..arguments.networks import (
     ResolvedSource,
     SourceRequest,
@@ -101,19 +101,22 @@ def _converted(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output)
     if job.dry_run:
         return Result(origin, made, target, written=False)
     if (wish := job.calibration) is not None and wish.budget is not None:
-        made = with_groups(model, made, origin, wish, out)
+        made = with_groups(model, made, origin, wish, out, inputs)
     out.step("converting and checking" if job.check else "converting")
     undo = job.undo or wish is not None  # calibrating needs to know the original
     model = convert_model(model, using=made, example_inputs=inputs, inplace=True, check=job.check, undo=undo)
-    report = None if wish is None else _calibrated(model, origin, job, wish, out)
+    report = None if wish is None else _calibrated(model, origin, job, wish, inputs, out)
     if report is not None and estimated:  # of course they fit the statistics that they have just given
         report = replace(report, distance=None)
     trial = tried(model, origin, out) if wish is None and job.trial and not _is_large(job, origin) else None
     if onward:
         _as_one(model, origin)
     _record(model).source = None if origin.source is None else origin.source.to_dict()
+    images = trial is None or trial.drift is not None or may_take_images(model, job.inputs)
     words = _unremembered(ctx, job)
-    result = Result(origin, made, target, True, calibration=report, trial=trial, inputs=words, onward=onward)
+    result = Result(
+        origin, made, target, True, calibration=report, trial=trial, inputs=words, onward=onward, images=images
+    )
     return _written(ctx, model, result, job, out)
 
 
@@ -132,11 +135,11 @@ def _is_large(job: Job, origin: ResolvedSource) -> bool:
 
 
 def _calibrated(
-    model: nn.Module, origin: ResolvedSource, job: Job, wish: Calibration, out: Output
+    model: nn.Module, origin: ResolvedSource, job: Job, wish: Calibration, inputs: Any, out: Output
 ) -> CalibrationReport:
     from ...conversion.undo_record import Undo
 
-    report = run_calibration(model, None, origin, wish, out)
+    report = run_calibration(model, None, origin, wish, out, inputs)
     if not job.undo:
         _record(model).undo = Undo(complete=False)
     return report

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...display.overview import CARRIED, kept_table, steps_table
 from ...modules.path_ranges import local_names
 from ..arguments.networks import ResolvedSource
+from ..terminal import flags
 from ..terminal.suggestions import building
 from ._calibration_trial import Trial
 from .calibrate import figures
@@ -44,7 +45,8 @@ class Result:
     check: None before it has run, and where there is nothing to check. calibration: None where it was not asked for;
     trial: what it would have gained then, None where it would have nothing to do.
     target: where the result goes; written: whether it is there. undo: whether it holds what undoes the conversion, and
-    undo_bytes: how much that is. inputs: values of --input that the file does not remember.
+    undo_bytes: how much that is. inputs: values of --input that the file does not remember. images: whether the network
+    may take images, as far as its inputs are known, so that the next commands can read a folder of them.
     onward: from a converted file as it was trained, not from the original of that; the plan then begins there.
     """
 
@@ -61,6 +63,7 @@ class Result:
     undo_bytes: int = 0
     inputs: tuple[str, ...] = ()
     onward: bool = False
+    images: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -72,11 +75,15 @@ class Result:
             "dry_run": not self.written,
             "undone": self.undone,
             "approximate": self.approximate,
-            "self_check": None if self.check is None else asdict(self.check) | {"passed": self.check.passed},
+            "self_check": None if self.check is None else _self_check(self.check),
             "calibration": None if self.calibration is None else self.calibration.to_dict(),
             "trial": None if self.trial is None else asdict(self.trial),
             "plan": self.plan.to_dict(),
         }
+
+
+def _self_check(check: Check) -> dict[str, Any]:
+    return asdict(check) | {"passed": check.passed, "reason": flags.told(check.reason)}
 
 
 def show(page: Page, result: Result) -> None:
@@ -166,7 +173,7 @@ def _check(page: Page, check: Check) -> None:
     from ...errors import plural
 
     if check.error is None:
-        page.line(("Self-check: ", "strong"), (f"not run, {check.reason}", "bad"))
+        page.line(("Self-check: ", "strong"), (f"not run, {flags.told(check.reason)}", "bad"))
         return
     reached = f"{check.layers} of {plural(check.total, 'layer')}"
     page.line(
@@ -191,8 +198,11 @@ def _file(page: Page, result: Result) -> None:
         how = f"a plain state dict, for load_state_dict or --weights {_quoted(result.target)}"
         page.line(("Next: ", "strong"), how)
     else:
-        page.line(("Next: ", "strong"), _verifying(result), ("   (--data FOLDER: on your images)", "dim"))
-        if result.trial is not None:
+        folder = [("   (--data FOLDER: on your images)", "dim")] if result.images else []
+        page.line(("Next: ", "strong"), _verifying(result), *folder)
+        if result.trial is not None and not result.images:
+            page.line("      normswap.calibrate(model, data=data) in Python takes data of your own")
+        elif result.trial is not None:
             known = "" if result.trial.drift is None else "; or photos, synthetic"
             page.line(f"      {_calibrating(result)}", (f"   (unlabelled images{known})", "dim"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -101,7 +102,7 @@ def advise(
             advice = advice_on(model, **situation, data=read, example_inputs=example_inputs(model, given))
         if not options.stands_in(advice.stand_in):  # a folder of that name goes before
             advice = replace(advice, stand_in="")
-        words = command_of(advice, wanted, data, asked)
+        words = command_of(advice, wanted, data, asked, input_shape or ())
         out.show(
             lambda: {"network": origin.to_dict(), **advice.to_dict(), "command": command(words) if words else None},
             lambda page: _render(page, origin, advice, words, () if read is None else tuple(read.bad)),
@@ -114,11 +115,14 @@ def _size_alone(size: Any) -> str:
     return f"--size goes with --data: add --data FOLDER, or say --input 1,3,{shape} for the drift at that size"
 
 
-def command_of(advice: Advice, wanted: SourceRequest, data: Path | None, asked: PreprocessOverrides) -> list[str]:
-    """The words of the command line that does it; none where there is nothing to do."""
+def command_of(
+    advice: Advice, wanted: SourceRequest, data: Path | None, asked: PreprocessOverrides, inputs: Sequence[str]
+) -> list[str]:
+    """The words of the command line that does it; none where there is nothing to do. inputs: values of --input."""
     if not advice.options:
         return []
     words = ["convert", *wanted.words(), *(word for fix in advice.fixes for word in flags.words(fix))]
+    words += [word for text in inputs for word in ("--input", text)]
     if advice.calibrate:
         words += ["--calibrate", str(data), *asked.words()]
     elif advice.stand_in:

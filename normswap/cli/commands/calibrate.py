@@ -141,8 +141,12 @@ def run(
     origin: ResolvedSource,
     wish: Calibration,
     out: Output,
+    inputs: Any = None,
 ) -> CalibrationReport:
-    """Calibrate `model` in place, on images prepared as its weights want them or on stand-ins. It ends on the CPU."""
+    """Calibrate `model` in place, on images prepared as its weights want them or on stand-ins. It ends on the CPU.
+
+    inputs: what --input gives, if anything.
+    """
     from ...calibration.calibrate import calibrate as calibrate_model
     from ...conversion.record import record_of
 
@@ -156,7 +160,10 @@ def run(
         data, found = _batches(model, origin, wish, out)
         images = None if images is None else found  # a folder that holds fewer is told, and will do
     with on_device(wish.device, model, reference), out.bar("calibrating") as bar:
-        return calibrate_model(model, reference, data, images=images, method=method, seed=wish.seed, progress=bar)
+        given = None if record is not None and "shape" in record.inputs else inputs  # --size may say another
+        return calibrate_model(
+            model, reference, data, images=images, method=method, example_inputs=given, seed=wish.seed, progress=bar
+        )
 
 
 def estimate(model: nn.Module, origin: ResolvedSource, wish: Calibration, out: Output) -> CalibrationReport:
@@ -184,8 +191,10 @@ def _batches(model: nn.Module, origin: ResolvedSource, wish: Calibration, out: O
     return Batches(read, folder.classes), len(folder.files)
 
 
-def with_groups(model: nn.Module, made: Plan, origin: ResolvedSource, wish: Calibration, out: Output) -> Plan:
-    """The plan with the numbers of groups that the layers bear on the first images."""
+def with_groups(
+    model: nn.Module, made: Plan, origin: ResolvedSource, wish: Calibration, out: Output, inputs: Any = None
+) -> Plan:
+    """The plan with the numbers of groups that the layers bear on the first images. inputs: as in `run`."""
     from ...calibration.group_count import IMAGES, choose_groups
     from ...calibration.stand_ins import stand_ins
 
@@ -193,7 +202,9 @@ def with_groups(model: nn.Module, made: Plan, origin: ResolvedSource, wish: Cali
     with on_device(wish.device, model):
         if wish.stands_in:
             known = known_inputs(model, origin, wish.asked)
-            batches: Any = stand_ins(wish.data, model, images=_AT_ONCE, remembered=known, seed=wish.seed).batches
+            given = None if "shape" in known else inputs
+            made_for: dict[str, Any] = {"images": _AT_ONCE, "remembered": known, "seed": wish.seed}
+            batches: Any = stand_ins(wish.data, model, given, **made_for).batches
         else:
             count = min(IMAGES, wish.images or IMAGES)
             batches, _ = _batches(model, origin, replace(wish, images=count, batch_size=count, counted=False), out)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...errors import DataError, plural
+from ...errors import DataError, first_line, plural
 from ..arguments import options
 from ..arguments.completion import model_names
 from ..arguments.datasets import images_in
@@ -114,7 +114,7 @@ def verify(
         batches = _batches((first, second), read, given, out)
         if folder is None:
             out.step("comparing")
-        with _inputs_asked_for(first, batches):
+        with _inputs_asked_for((first, second), batches, given):
             found = verification.verify(first, second, batches, device=device)
         notes = (*found.notes, *_untrained(first))
         found = replace(found, random_inputs=folder is None, notes=notes, bad=() if read is None else tuple(read.bad))
@@ -129,17 +129,39 @@ def verify(
 
 
 @contextmanager
-def _inputs_asked_for(model: nn.Module, batches: Batches | None) -> Iterator[None]:
-    """Where none are given and none can be guessed, the error names the option for others than images, too."""
-    from ...inspection.example_inputs import guess_inputs
+def _inputs_asked_for(
+    pair: tuple[nn.Module, nn.Module], batches: Batches | None, given: list[GivenInput]
+) -> Iterator[None]:
+    """Where none are given and none can be guessed, the error names the option for others than images, too.
+
+    Where some are given and a network does not run on them, it names what forward takes.
+    """
+    from ...inspection.example_inputs import guess_inputs, runs
 
     try:
         yield
     except DataError as error:
+        model = next((each for each in pair if given and not runs(each, example_inputs(each, given) or ())), None)
+        if model is not None and error.__cause__ is not None:
+            raise _not_run(model, given, error.__cause__) from error
+        model = pair[0]
         if batches is not None or guess_inputs(model) is not None:
             raise
         way = "--data FOLDER gives images, --input other inputs, such as --input 4,40,100 --input 4=100,80,60,50."
         raise DataError(error.message, hint=way) from error
+
+
+def _not_run(model: nn.Module, given: list[GivenInput], cause: BaseException) -> DataError:
+    from ...data.one_batch import Forward
+
+    network = Forward.of(model)
+    names = ", ".join(str(parameter) for parameter in network.parameters)
+    said = "the input" if len(given) == 1 else f"the {len(given)} inputs"
+    return DataError(
+        f"{network.name} does not run on {said} given by --input ({type(cause).__name__}: {first_line(cause)})",
+        hint=f"Give --input once for each argument of {network.name}.forward({names}), in that order, of the shape "
+        "that it takes.",
+    )
 
 
 def _check_agreement(report: VerificationReport, limit: float | None) -> None:

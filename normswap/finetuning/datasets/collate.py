@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...data.batches import PADS
 from ...errors import DataError, Fix, Text
 
 
@@ -19,11 +20,17 @@ def collate(items: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
     inputs = [_tensor(x) for x, _ in items]
     for x in inputs:
         if x.shape != inputs[0].shape:
+            images = _is_image(inputs[0]) and _is_image(x)
             raise DataError(
-                f"images of different sizes cannot form a batch: {tuple(inputs[0].shape)} and {tuple(x.shape)}",
-                hint=Text("Give one size for all, such as ", Fix("size", 224), "."),
+                f"{'images' if images else 'samples'} of different sizes cannot form a batch: "
+                f"{tuple(inputs[0].shape)} and {tuple(x.shape)}",
+                hint=Text("Give one size for all, such as ", Fix("size", 224), ".") if images else f"{PADS}.",
             )
     return torch.stack(inputs), torch.tensor([_label(y) for _, y in items])
+
+
+def _is_image(x: Tensor) -> bool:
+    return x.dim() == 3 and x.shape[0] in (1, 3, 4)
 
 
 def _tensor(x: Any) -> Tensor:
