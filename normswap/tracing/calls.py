@@ -93,6 +93,8 @@ class KnownModules:
             module: name
             for name, module in self.modules.items()
             if name in norms or self.facts[name].kind is not None or passes_on(module)
+            # What is called Identity is gone into: it may stand between a layer and its norm if it is one.
+            if type(module).__name__ != "Identity"
         }
         self.watched |= {module: self.first_name[paths[module][0]] for module in handing}
 

@@ -22,6 +22,7 @@ from torch.fx.proxy import TraceError
 
 from ..modules.attributes import kept_by, reachable_from
 from ..modules.restore import attributes_restored
+from .between import hooked_between, is_identity
 from .source_files import built_by
 
 MOST = 16
@@ -174,7 +175,7 @@ class Tracer(fx.Tracer):
         return [path for path, way in self._opaque if not way or self.called[path]]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return self.leaf(m) or super().is_leaf_module(m, module_qualified_name)
+        return self.leaf(m) or (super().is_leaf_module(m, module_qualified_name) and not is_identity(m))
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
         forward, values = super().create_args_for_root(*args, **kwargs)
@@ -209,6 +210,8 @@ class Tracer(fx.Tracer):
                 node = previous
             self._opaque.append((path, self._way))
             out = self.create_proxy("call_module", path, args, kwargs)
+        if hooked_between(m, self.leaf):
+            self._give(read | _nodes_in(out))
         if not self._way:
             self._returned.setdefault(path, []).append((read, _shallow(out)))
         return out

@@ -15,6 +15,7 @@ from ..modules.attributes import tensors_kept_by
 from ..modules.gains import kept_weight
 from ..modules.restore import evaluating, undisturbed
 from ..modules.storage import Origins
+from .between import hooked_between
 from .executed import Execution
 from .moves import was_move
 from .run import Call, Region
@@ -54,6 +55,11 @@ class _Recorder(TorchDispatchMode):
         self.calls.append(call)
         self.origins.note(outputs, len(self.calls) - 1, fills=call.kind != "parameter")
         return len(self.calls) - 1
+
+    def seen(self, tensors: Iterable[Tensor]) -> None:
+        """Note what hooks are given, which may do anything with it."""
+        if self.depth == 0:
+            self.add("output", "", [self.source_of(t) for t in tensors], ())
 
     def note_weight(self, layer: nn.Module, path: str) -> None:
         """Know a weight that the layer has computed and keeps, should anything else read it."""
@@ -106,6 +112,12 @@ def record(
             if execution is not None:
                 execution.made(module, made)
 
+    def seen_before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        recorder.seen(_tensors((args, kwargs)))
+
+    def seen_after(module: nn.Module, args: Any, out: Any) -> None:
+        recorder.seen(_tensors(out))
+
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(undisturbed(model))
@@ -114,6 +126,10 @@ def record(
             recorder.note_weight(module, path)
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
             stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+        for module in nn.Module.modules(model):
+            if hooked_between(module, watched.__contains__):
+                stack.callback(module.register_forward_pre_hook(seen_before, with_kwargs=True, prepend=True).remove)
+                stack.callback(module.register_forward_hook(seen_after).remove)
         stack.enter_context(recorder)
         with nullcontext() if execution is None else execution.followed.watching():
             out = model(*inputs)
