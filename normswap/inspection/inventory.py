@@ -172,7 +172,8 @@ def _feeds(
     """held: paths of modules that attributes hold too; functional batch norms join the suspects."""
     if "" in known.norms:
         return {path: Feed("input", reason="the network is this norm alone") for path in known.norms}
-    traced = trace(model, is_leaf)
+    leaves = set(filter(is_leaf, known.modules.values()))  # asked now: a symbolic run would see what asking computes
+    traced = trace(model, leaves.__contains__)
     doubts = {
         *held,
         *traced.doubtful,

@@ -7,6 +7,7 @@ Weight norm (Salimans and Kingma 2016) computes `W = g v / ||v||`. With a `g` fo
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,29 @@ def refresh(layer: Any) -> None:
     forget()
     if (hook := _hook_of(layer)) is not None:
         layer.weight = hook.compute_weight(layer)
+
+
+WEIGHT_NORM_NAMES = {"weight_g", "weight_v", "parametrizations"}
+"""Attributes by which code gets at what a weight norm computes with."""
+
+
+def without_weight_norm(layer: Any) -> Any:
+    """A stand-in for a layer as it was before weight norm, with the weight of now as a parameter: it shares all else.
+
+    The layer itself where its weight is a parameter; None where anything is computed otherwise.
+    """
+    if _weight_norm(layer) is None:
+        return None if layer._parameters.get("weight") is None else layer
+    if parametrize.is_parametrized(layer) and {*layer.parametrizations} - {"weight"}:
+        return None
+    bare = object.__new__(parametrize.type_before_parametrizations(layer))  # torch lets nobody copy what it computes
+    bare.__dict__.update({key: value for key, value in layer.__dict__.items() if key != "weight"})
+    bare._modules = {key: child for key, child in layer._modules.items() if key not in WEIGHT_NORM_NAMES}
+    hooks = layer._forward_pre_hooks.items()
+    bare._forward_pre_hooks = OrderedDict((key, hook) for key, hook in hooks if type(hook) is not WeightNorm)
+    kept = {key: value for key, value in layer._parameters.items() if key not in WEIGHT_NORM_NAMES}
+    bare._parameters = {"weight": nn.Parameter(layer.weight.detach(), requires_grad=False), **kept}
+    return bare
 
 
 def foreign_hooks(layer: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..modules.attributes import MODULE_ATTRIBUTES, SCALARS, leaves_of
+from ..modules.gains import WEIGHT_NORM_NAMES, without_weight_norm
 from ..modules.restore import evaluating, undisturbed
 from ..modules.storage import overlap, span_of
 from .followed import ATTRIBUTES, LOCALS, WALKS, Followed, codes_of, mentions, steps_of
@@ -32,10 +33,13 @@ _known: dict[tuple[Any, ...], bool] = {}
 def is_convolution(module: _ConvNd) -> bool:
     """Whether a module with a forward of its own is one convolution of its input, however that is prepared.
 
-    Its weight must be a parameter of its own. Modules of one class and equal settings are looked at once.
+    Its weight must be a parameter of its own, or that of a weight norm, whose computation is then no part of the code
+    that is looked at. Modules of one class and equal settings are looked at once.
     """
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    if weight is None or (bias is None and module.bias is not None) or _holds_more(module) or _hooked(module):
+    module = without_weight_norm(module)
+    if module is None or (module._parameters.get("bias") is None and module.bias is not None):
+        return False
+    if _holds_more(module) or _hooked(module):
         return False
     settings = _settings_of(module)
     if settings is None:
@@ -159,7 +163,7 @@ class _Watch(TorchDispatchMode):
             counts = counts - {code.co_varnames[0]}
         elif not counts:
             return False  # a helper that prepares the input: whatever it makes of it is convolved
-        reads = {*self.module._parameters, *WALKS, "super", "__class__"}
+        reads = {*self.module._parameters, *WEIGHT_NORM_NAMES, *WALKS, "super", "__class__"}
         for step in steps_of(code):
             if step.offset in done:
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -319,3 +320,86 @@ def test_hooks_and_replaced_methods_within_one_are_no_part_of_its_class() -> Non
     patched[0]._conv_forward = lambda x, weight, bias: F.conv2d(x, weight * 2, bias)
     assert edges(hooked, "symbolic") == edges(patched, "symbolic") == {}
     assert edges(net_with(StaticSame), "symbolic") == {"1": ("0",)}
+
+
+# --- with weight norm ---------------------------------------------------------------------------------------------
+
+
+def weight_normed(conv: nn.Module, form: str) -> nn.Module:
+    dim = int(isinstance(conv, nn.ConvTranspose2d))
+    if form == "parametrized":
+        return nn.utils.parametrizations.weight_norm(conv, dim=dim)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(conv, dim=dim)
+
+
+def normed_net(cls: type[nn.Module], form: str, **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    conv = weight_normed(cls(4, 8, 3, **options), form)
+    return randomized(nn.Sequential(nn.Conv2d(4, 4, 1), conv, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)))
+
+
+FORMS = ["parametrized", "hooked"]
+X4 = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(3))
+
+
+@needs_known_instructions
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cls", OWN)
+def test_one_with_weight_norm_is_folded_into_saved_and_reverted(
+    cls: type[nn.Module], form: str, tmp_path: Path
+) -> None:
+    net = normed_net(cls, form, bias=False)
+    before = contents(net)
+    for to in ("gn", "fused"):
+        new = normswap.convert(net, to=to)
+        assert [s.producers for s in new._normswap.plan.steps] == [("1",)]
+        back = normswap.load(normswap.save(new, tmp_path / f"{to}.safetensors"), normed_net(cls, form, bias=False))
+        assert contents(back) == contents(new)
+        assert contents(normswap.revert(back)) == contents(net)
+        if to == "fused":
+            assert relative(run(net, X4), run(new, X4)) < 1e-5
+    assert contents(net) == before
+
+
+class ByGain(nn.Conv2d):
+    """Large inputs are prepared by what weight norm computes the weight with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > 100:
+            x = x * self.weight_g.norm()
+        return super().forward(x)
+
+
+class ByGainBelow(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > 100:
+            x = x * self.parametrizations.weight.original0.norm()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cls", [ByGain, ByGainBelow, *NOT])
+def test_one_that_is_not_one_convolution_is_not_with_weight_norm_either(cls: type[nn.Module], form: str) -> None:
+    net = Behind.__new__(Behind)
+    nn.Module.__init__(net)
+    net.first, net.conv = nn.Conv2d(3, 4, 1), weight_normed(cls(4, 8, 3, bias=False), form)
+    net.bn = nn.BatchNorm2d(4 if cls is Squeezed else 8)
+    assert edges(randomized(net), "symbolic") == {}
+
+
+@needs_known_instructions
+@pytest.mark.parametrize("form", FORMS)
+def test_one_whose_gains_are_not_one_a_channel_or_that_has_a_computed_bias_is_not_folded_into(form: str) -> None:
+    def whole(conv: nn.Module) -> nn.Module:
+        if form == "parametrized":
+            return nn.utils.parametrizations.weight_norm(conv, dim=None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return nn.utils.weight_norm(conv, dim=None)
+
+    computed = weight_normed(Helped(4, 8, 3), form)
+    nn.utils.parametrize.register_parametrization(computed, "bias", nn.Tanh())
+    for conv in (whole(Helped(4, 8, 3)), computed):
+        assert edges(randomized(nn.Sequential(conv, nn.BatchNorm2d(8))), "symbolic") == {}
