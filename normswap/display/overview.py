@@ -111,8 +111,9 @@ def _row(run: PathRange[Any], show_all: bool, roles: bool, rule: Sequence[str]) 
     fed_by = first.feed.kind.replace("_", " ")
     if show_all and first.feed.producers:
         fed_by += " " + ", ".join(first.feed.producers)
-    known = first.feed.kind in ("conv", "conv_transpose", "linear")  # else what feeds it is the reason
-    why = f": {local_names(first.feed.reason, first.path)}" if known or first.feed.kind == "other" else ""
+    feed = first.feed
+    told = feed.kind not in ("other", "linear") and feed.reason.startswith("its input is")  # by what feeds it
+    why = "" if told or feed.kind == "unknown" else f": {local_names(feed.reason, first.path)}"
     fold = ("yes", "good") if first.feed.foldable else (f"no{why}", "bad")
     also = f" = {', '.join(first.aliases)}" if show_all and first.aliases else ""
     return [

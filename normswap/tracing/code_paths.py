@@ -153,6 +153,7 @@ class Tracer(fx.Tracer):
     way_of: for each node, what would have to be otherwise for the code to get there; empty for the first way, which
     is the code as it stands. given: by way, what it alone returns, or keeps on a module. alike: values that
     stand for one another: all that a module is called on which is not run anew, all that one returns by its ways.
+    made_by: the path of the innermost module that returns a value, where runs go into it.
     same: outputs of layers that another way returns, where the first returns an output of the same layer and of no
     other: who reads the one reads the other.
     """
@@ -165,6 +166,7 @@ class Tracer(fx.Tracer):
         self.given: dict[str, set[fx.Node]] = {}
         self.alike: list[set[fx.Node]] = []
         self.same: set[fx.Node] = set()
+        self.made_by: dict[fx.Node, str] = {}
         self._returned: dict[str, list[tuple[set[fx.Node], Any]]] = {}
         self._opaque: list[tuple[str, str]] = []
         self._way = ""
@@ -210,6 +212,8 @@ class Tracer(fx.Tracer):
                 node = previous
             self._opaque.append((path, self._way))
             out = self.create_proxy("call_module", path, args, kwargs)
+        if isinstance(out, fx.Proxy):
+            self.made_by.setdefault(out.node, path)
         if hooked_between(m, self.leaf):
             self._give(read | _nodes_in(out))
         if not self._way:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ..modules.gains import PARAMETRIZED, foreign_hooks, gain_name, gain_of, layer_of
 from .calls import CallGraph, KnownModules
@@ -61,12 +62,13 @@ def analyse(
             if run.norms[index] is not None:
                 norm_calls[name].append((run, index))
             elif kind == "parameter" or (kind == "module" and PARAMETRIZED in name):
-                _add(layer_users[known.first_name.get(layer_of(name), "")], None, run.calls[index].way)
+                what = "bias" if name.endswith(".bias") else "weight"
+                _add(layer_users[known.first_name.get(layer_of(name), "")], Elsewhere(what), run.calls[index].way)
             elif kind == "module":
                 users = [(run.norms[u], run.calls[u].way) for u in run.readers(index)]
                 unread = [] if run.calls[index].same else [(None, run.calls[index].way)]
                 for user, way in users or unread:
-                    _add(layer_users[name], user, way)
+                    _add(layer_users[name], Elsewhere("output") if user is None else user, way)
     reached = {
         known.first_name.get(c.target, c.target) for region in regions if region.path == "" for c in region.calls
     }
@@ -128,11 +130,18 @@ def _instead(path: str, producer: str, called: set[str], modules: Mapping[str, n
     return ""
 
 
-Users = dict[str | None, str]
-"""Who reads a layer's output: paths of norms, None for anything else; each with the way that leads there."""
+@dataclass(frozen=True, order=True)
+class Elsewhere:
+    """What of a layer is read by other than norms: its `output`, its `weight` or its `bias`."""
+
+    what: str
 
 
-def _add(users: Users, user: str | None, way: str) -> None:
+Users = dict[str | Elsewhere, str]
+"""Who reads a layer's output: paths of norms, and what else is read; each with the way that leads there."""
+
+
+def _add(users: Users, user: str | Elsewhere, way: str) -> None:
     users[user] = min(way, users.get(user, way))  # no way at all, the empty text, comes first
 
 
@@ -154,7 +163,7 @@ def _feed_of(
         way = min(run.calls[i].way for run, i in calls if _kind([(run, i)]) != kind)
         reason = f"{way}, its input is another"
     elif kind not in ("conv", "conv_transpose", "linear"):
-        reason = f"its input is {_WORDS.get(kind, 'not the output of one layer')}"
+        reason = _own_code(first, known) or f"its input is {_WORDS.get(kind, 'not the output of one layer')}"
     elif known.modules[path]._forward_pre_hooks:
         reason = "a forward pre-hook stands before it"
     else:
@@ -178,6 +187,33 @@ def _kind(calls: list[tuple[CallGraph, int]]) -> str:
     return kinds.pop() if len(kinds) == 1 else "other"
 
 
+def _own_code(calls: list[tuple[CallGraph, int]], known: KnownModules) -> str:
+    """Why what makes the norm's input is no layer to fold into, where a module with a weight of its own does."""
+    for run, source in ((run, run.feeder(i)) for run, i in calls):
+        if source is None:
+            continue
+        call, name = run.calls[source], run.names[source]
+        path = name if call.kind == "module" else known.first_name.get(call.by, "")
+        layer = known.modules.get(path)
+        if layer is not None and parametrize.is_parametrized(layer, "weight"):
+            return f"the weight of {path} is computed, not a parameter"
+        if layer is None or not call.by or not _weight_is_all(layer):
+            continue
+        cls, weight = type(layer).__name__, [run.calls[i].kind for i in call.inputs[1:2]]
+        if name in _BY_WEIGHT and weight != ["parameter"]:
+            return f"the weight of {path} is computed by its class, {cls}, not a parameter"
+        return f"{path} is of a class of its own, {cls}, whose output is not known to scale with its weight"
+    return ""
+
+
+def _weight_is_all(module: nn.Module) -> bool:
+    """Whether a module has a weight, and nothing below it has parameters."""
+    below = (p for child in module.children() for p in child.parameters())
+    return module._parameters.get("weight") is not None and not any(True for _ in below)
+
+
+_BY_WEIGHT = {name for dims in "123" for name in (f"conv{dims}d", f"conv_transpose{dims}d")} | {"linear"}
+"""Functions whose second argument is the weight."""
 _WORDS = {
     "sum": "a sum",
     "concat": "a concatenation",
@@ -196,9 +232,10 @@ def _why_not(producer: str, path: str, known: KnownModules, layer_users: Mapping
         return f"the weight of {producer} is computed, not a parameter"
     if known.owners[id(gain_of(layer))] > 1 or _parametrized_twice(producer, gain, known):
         return f"the weight of {producer} is shared with another layer"
-    others = [way for user, way in layer_users[producer].items() if user != path]
+    others = [(way, _read_of(user)) for user, way in layer_users[producer].items() if user != path]
     if others:
-        return ", ".join([*filter(None, [min(others)]), f"the output of {producer} is used elsewhere too"])
+        way, what = min(others)
+        return ", ".join([*filter(None, [way]), f"the {what} of {producer} is used elsewhere too"])
     if foreign_hooks(layer):
         return f"a hook on {producer} sees its output or input"
     if facts.channels != known.norms[path]:
@@ -207,6 +244,10 @@ def _why_not(producer: str, path: str, known: KnownModules, layer_users: Mapping
     if (bias is None and layer.bias is not None) or (bias is not None and known.owners[id(bias)] > 1):
         return f"the bias of {producer} is computed or shared"
     return ""
+
+
+def _read_of(user: str | Elsewhere) -> str:
+    return user.what if isinstance(user, Elsewhere) else "output"
 
 
 def _parametrized_twice(producer: str, gain: str, known: KnownModules) -> bool:

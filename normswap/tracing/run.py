@@ -15,6 +15,7 @@ class Call:
     way: what would have to be otherwise for the code to get here, such as "with raw=True"; empty for what it does as
     it stands. rank: how many dimensions its output has whatever the network is given, where the call says it.
     moves: it puts the last dimension second, whole (see `moves`). same: another call of the same layer has its readers.
+    by: the module whose code ends with it, where a symbolic run went into that; empty elsewhere.
     """
 
     kind: str
@@ -26,6 +27,7 @@ class Call:
     rank: int | None = None
     moves: bool = False
     same: bool = False
+    by: str = ""
 
 
 @dataclass

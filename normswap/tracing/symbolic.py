@@ -112,8 +112,9 @@ def _region_of(graph: fx.Graph, root: str, kept: Mapping[str, Collection[fx.Node
         kind, target = _kind_of(node, root)
         index[node] = len(calls)
         inputs = tuple(index[n] for n in node.all_input_nodes if n in index)
-        way, same = tracer.way_of.get(node, ""), node in tracer.same
-        calls.append(Call(kind, target, inputs, way=way, rank=rank_given(node), moves=is_move(node), same=same))
+        given = {"rank": rank_given(node), "moves": is_move(node), "same": node in tracer.same}
+        by = join(root, tracer.made_by[node]) if node in tracer.made_by else ""
+        calls.append(Call(kind, target, inputs, way=tracer.way_of.get(node, ""), by=by, **given))
     for way, nodes in kept.items():
         calls.append(Call("output", "", tuple(index[n] for n in nodes if n in index), way=way))
     return Region(root, calls, [[index.get(node) for node in nodes] for nodes in tracer.alike])
