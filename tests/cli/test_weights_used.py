@@ -190,6 +190,15 @@ def test_finetune_and_inspect_name_the_weights(cli: Cli, nets: Any, images: Path
     assert "Weights: mine.pth" in cli("inspect", "nets.py:tiny", "--weights", "mine.pth").out
 
 
+@pytest.mark.parametrize("name", ["tiny", "fresh"])
+def test_inspect_calls_the_weights_of_a_factory_as_convert_does(cli: Cli, name: str) -> None:
+    ran = cli("convert", f"nets.py:{name}", *CONVERT)
+    said = next(line for line in ran.out.splitlines() if line.startswith("Weights: "))
+    assert said in cli("inspect", f"nets.py:{name}", "--input", "1,3,8,8").out.splitlines()
+    asked = cli("inspect", f"nets.py:{name}", "--input", "1,3,8,8", "--weights", "none")
+    assert "Weights: random" in asked.out.splitlines()
+
+
 def test_a_file_that_was_made_from_another_network_is_told(cli: Cli) -> None:
     assert cli("convert", "nets.py:deep", *CONVERT, "-o", "deep.safetensors").code == 0
     assert cli("convert", "nets.py:tiny", *CONVERT, "-o", "own.safetensors").code == 0

@@ -241,6 +241,8 @@ def _built(
     if casts:
         out.note(f"{asked} is cast from {casts[0]}: the network keeps the dtype that {source} makes it with")
     file = asked not in ("none", "DEFAULT") and names_a_file(origin.source, asked)
+    if wanted.weights is None and source.runs_code:
+        asked = "DEFAULT"  # its code alone decides, whatever a command asks of the networks of libraries
     weights = weights_of(model, source, asked, file=file, seed=wanted.seed, cast=next(iter(casts), None))
     return model, replace(origin, source=replace(source, weights=weights.to_dict()), weights=weights)
 
