@@ -71,7 +71,9 @@ def without_weight_norm(layer: Any) -> Any:
         return None if layer._parameters.get("weight") is None else layer
     if parametrize.is_parametrized(layer) and {*layer.parametrizations} - {"weight"}:
         return None
-    bare = object.__new__(parametrize.type_before_parametrizations(layer))  # torch lets nobody copy what it computes
+    bare: Any = object.__new__(
+        parametrize.type_before_parametrizations(layer)
+    )  # torch lets nobody copy what it computes
     bare.__dict__.update({key: value for key, value in layer.__dict__.items() if key != "weight"})
     bare._modules = {key: child for key, child in layer._modules.items() if key not in WEIGHT_NORM_NAMES}
     hooks = layer._forward_pre_hooks.items()

@@ -137,9 +137,17 @@ class CallGraph:
         return self.calls[index].inputs[0] if self.calls[index].inputs else None
 
     def feeder(self, index: int) -> int | None:
-        """What a call of a norm reads: the linear layer, if but its channels are moved to where the norm has them."""
+        """What a call of a norm reads, seen through what is not in the way of a fold.
+
+        The linear layer, if but its channels are moved to where the norm has them; the convolution, if but positions
+        are cut away.
+        """
         source = self.source(index)
-        layer = None if source is None or not self._moved(source, index) else self.calls[source].inputs[0]
+        if source is None:
+            return None
+        if self._moved(source, index):
+            return self.calls[source].inputs[0]
+        layer = self._cut_from(source)
         return source if layer is None else layer
 
     def readers(self, index: int) -> list[int]:
@@ -148,7 +156,19 @@ class CallGraph:
 
     def _beyond(self, user: int) -> list[int]:
         found = self.users[user]
+        if self._cut_from(user) is not None:
+            return [reader for each in found for reader in self._beyond(each)] or [user]
         return found if found and all(self._moved(user, reader) for reader in found) else [user]
+
+    def _cut_from(self, index: int) -> int | None:
+        """The call of the convolution of whose output a call cuts positions away, or one after another; else None."""
+        needed, source = 0, index
+        while self.calls[source].cuts and self.calls[source].inputs:
+            needed, source = max(needed, self.calls[source].cuts), self.calls[source].inputs[0]
+        layer: Any = self.module(source)
+        if not needed or self.layer_kind(source) not in ("conv", "conv_transpose"):
+            return None
+        return source if needed <= len(layer.kernel_size) else None
 
     def _moved(self, index: int, norm: int) -> bool:
         """Whether a call moves all channels of a linear layer, no more and no less, for a call of a norm.

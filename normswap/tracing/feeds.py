@@ -163,7 +163,7 @@ def _feed_of(
         way = min(run.calls[i].way for run, i in calls if _kind([(run, i)]) != kind)
         reason = f"{way}, its input is another"
     elif kind not in ("conv", "conv_transpose", "linear"):
-        reason = _own_code(first, known) or f"its input is {_WORDS.get(kind, 'not the output of one layer')}"
+        reason = _why_no_layer(first, known) or f"its input is {_WORDS.get(kind, 'not the output of one layer')}"
     elif known.modules[path]._forward_pre_hooks:
         reason = "a forward pre-hook stands before it"
     else:
@@ -187,12 +187,14 @@ def _kind(calls: list[tuple[CallGraph, int]]) -> str:
     return kinds.pop() if len(kinds) == 1 else "other"
 
 
-def _own_code(calls: list[tuple[CallGraph, int]], known: KnownModules) -> str:
-    """Why what makes the norm's input is no layer to fold into, where a module with a weight of its own does."""
+def _why_no_layer(calls: list[tuple[CallGraph, int]], known: KnownModules) -> str:
+    """Why no layer is known to make the norm's input: it is a part of an output, or of somebody's own making."""
     for run, source in ((run, run.feeder(i)) for run, i in calls):
         if source is None:
             continue
         call, name = run.calls[source], run.names[source]
+        if call.kind == "function" and name in ("getitem", "slice") and run.layer_kind(call.inputs[0]) is not None:
+            return f"its input is a part of the output of {run.names[call.inputs[0]]}, maybe not with all channels"
         path = name if call.kind == "module" else known.first_name.get(call.by, "")
         layer = known.modules.get(path)
         if layer is not None and parametrize.is_parametrized(layer, "weight"):

@@ -67,7 +67,7 @@ def vectors_by_code(known: KnownModules, regions: Iterable[Region], doubtful: Co
         for i, path in enumerate(run.norms):
             if path is not None:
                 source = run.source(i)
-                moved = run.feeder(i) != source
+                moved = source is not None and run.calls[source].moves and run.feeder(i) != source
                 found[path].add(2 if moved else None if source is None else ranks[source])
     unsure = {first for alias, first in known.first_name.items() if any(is_below(alias, d) for d in doubtful)}
     return {path for path, ranks in found.items() if ranks == {2}} - unsure

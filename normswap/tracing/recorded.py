@@ -15,7 +15,7 @@ from ..modules.attributes import tensors_kept_by
 from ..modules.gains import kept_weight
 from ..modules.restore import evaluating, undisturbed
 from ..modules.storage import Origins
-from .between import hooked_between
+from .between import hooked_between, was_cut
 from .executed import Execution
 from .moves import was_move
 from .run import Call, Region
@@ -72,7 +72,7 @@ class _Recorder(TorchDispatchMode):
             inputs = [self.source_of(t) for t in _tensors((args, kwargs))]
             name = func.overloadpacket.__name__
             index = self.add("function", name, inputs, _tensors(out))
-            self.calls[index].moves = was_move(name, args, out)
+            self.calls[index].moves, self.calls[index].cuts = was_move(name, args, out), int(was_cut(name, args, out))
         return out
 
 

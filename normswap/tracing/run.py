@@ -16,6 +16,7 @@ class Call:
     it stands. rank: how many dimensions its output has whatever the network is given, where the call says it.
     moves: it puts the last dimension second, whole (see `moves`). same: another call of the same layer has its readers.
     by: the module whose code ends with it, where a symbolic run went into that; empty elsewhere.
+    cuts: it cuts positions away and leaves channels whole, if there are so many spatial dimensions; 0 if not.
     """
 
     kind: str
@@ -28,6 +29,7 @@ class Call:
     moves: bool = False
     same: bool = False
     by: str = ""
+    cuts: int = 0
 
 
 @dataclass

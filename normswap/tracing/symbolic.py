@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from ..modules.gains import computed_weights
 from ..modules.restore import evaluating, undisturbed
+from .between import dims_cut
 from .code_paths import Leaf, Tracer, kept_on_modules
 from .moves import is_move
 from .ranks import rank_given
@@ -112,9 +113,10 @@ def _region_of(graph: fx.Graph, root: str, kept: Mapping[str, Collection[fx.Node
         kind, target = _kind_of(node, root)
         index[node] = len(calls)
         inputs = tuple(index[n] for n in node.all_input_nodes if n in index)
-        given = {"rank": rank_given(node), "moves": is_move(node), "same": node in tracer.same}
-        by = join(root, tracer.made_by[node]) if node in tracer.made_by else ""
-        calls.append(Call(kind, target, inputs, way=tracer.way_of.get(node, ""), by=by, **given))
+        call = Call(kind, target, inputs, way=tracer.way_of.get(node, ""), same=node in tracer.same)
+        call.rank, call.moves, call.cuts = rank_given(node), is_move(node), dims_cut(node)
+        call.by = join(root, tracer.made_by[node]) if node in tracer.made_by else ""
+        calls.append(call)
     for way, nodes in kept.items():
         calls.append(Call("output", "", tuple(index[n] for n in nodes if n in index), way=way))
     return Region(root, calls, [[index.get(node) for node in nodes] for nodes in tracer.alike])
