@@ -26,7 +26,7 @@ PACKAGE = ROOT / "normswap"
 NAMED = {
     ("display/overview.py", "fused"): "how the statistics were carried over, not the norm",
     ("advice/advise.py", "frozen"): "advice",
-    **{("advice/rules.py", name): "advice" for name in ("bn", "frozen", "fused", "gn", "in", "ln")},
+    **{("advice/rules.py", name): "advice" for name in ("bn", "frozen", "fused", "gn", "in", "ln", "ln-channel")},
     ("cli/commands/demo.py", "bn"): "the demo's story is of these two",
     ("cli/commands/demo.py", "gn"): "the demo's story is of these two",
     ("cli/commands/compare.py", "bn"): "the baseline, which is always there",
