@@ -30,10 +30,11 @@ from .calibrate import Calibration, with_groups
 from .calibrate import run as run_calibration
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from ...calibration.report import CalibrationReport
     from ...conversion.record import Record
+    from ...planning.plan import Plan
 
 ORIGINAL = "original"
 
@@ -75,28 +76,11 @@ def _converted(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output)
 
         ctx.with_resource(Spilling(target.absolute().parent))
     model, origin = open_network(origin, wanted, out, values=not job.dry_run)
-    onward = origin.file is not None and _goes_on(model, job)
-    if onward:
-        out.note(
-            f"{origin} was trained since its conversion, and is fused as it is now; the result cannot be undone, and "
-            f"{origin} alone is the network before"
-        )
-    elif origin.file is not None:
-        calibrated = _record(model).calibrated
-        model = original_of(model, origin, _ways_on(origin))
-        if calibrated:
-            again = "; calibrate again" if job.calibration is None else ""
-            out.note(f"this starts from the original of {origin}: what calibrating gave is not carried over{again}")
-    out.step("planning")
-    from ...conversion.convert import cautions
+    model, onward = _start_of(model, origin, job, out)
     from ...conversion.convert import convert as convert_model
-    from ...planning.planner import plan
 
     inputs = example_inputs(model, job.inputs)
-    with with_commands(ctx):
-        made = plan(model, job.to, rules=job.rules, example_inputs=inputs, **job.planning)
-    for caution in cautions(made):
-        out.note(caution)
+    made = _planned(ctx, model, job, inputs, out)
     origin, estimated = mend_statistics(model, made, origin, job.calibration, out, dry_run=job.dry_run)
     if job.dry_run:
         return Result(origin, made, target, written=False)
@@ -118,6 +102,36 @@ def _converted(ctx: typer.Context, wanted: SourceRequest, job: Job, out: Output)
         origin, made, target, True, calibration=report, trial=trial, inputs=words, onward=onward, images=images
     )
     return _written(ctx, model, result, job, out)
+
+
+def _start_of(model: nn.Module, origin: ResolvedSource, job: Job, out: Output) -> tuple[nn.Module, bool]:
+    """The network to convert, and whether that is one that normswap had converted, as it was trained since."""
+    if origin.file is None:
+        return model, False
+    if _goes_on(model, job):
+        out.note(
+            f"{origin} was trained since its conversion, and is fused as it is now; the result cannot be undone, and "
+            f"{origin} alone is the network before"
+        )
+        return model, True
+    calibrated = _record(model).calibrated
+    model = original_of(model, origin, _ways_on(origin))
+    if calibrated:
+        again = "; calibrate again" if job.calibration is None else ""
+        out.note(f"this starts from the original of {origin}: what calibrating gave is not carried over{again}")
+    return model, False
+
+
+def _planned(ctx: typer.Context, model: nn.Module, job: Job, inputs: tuple[Tensor, ...] | None, out: Output) -> Plan:
+    from ...conversion.convert import cautions
+    from ...planning.planner import plan
+
+    out.step("planning")
+    with with_commands(ctx):
+        made = plan(model, job.to, rules=job.rules, example_inputs=inputs, **job.planning)
+    for caution in cautions(made):
+        out.note(caution)
+    return made
 
 
 def _unremembered(ctx: typer.Context, job: Job) -> tuple[str, ...]:
