@@ -125,3 +125,20 @@ def _number(ctx: typer.Context, text: str, part: str) -> float:
 
 def _wrong(ctx: typer.Context, text: str) -> typer.BadParameter:
     return typer.BadParameter(text, ctx=ctx, param_hint="--input")
+
+
+def example_inputs(model: nn.Module, given: list[GivenInput]) -> tuple[Tensor, ...] | None:
+    """The inputs that --input gives; None without any."""
+    return tuple(each.tensor(model) for each in given) if given else None
+
+
+def remembered_inputs(model: nn.Module, images: int = 1) -> tuple[Tensor, ...] | None:
+    """Random images of the size that the network's file remembers; None where it does not, or takes others."""
+    from ...conversion.record import record_of
+    from ...inspection.example_inputs import random_tensor, runs
+
+    record = record_of(model)
+    if record is None or "shape" not in record.inputs:
+        return None
+    inputs = (random_tensor((images, *record.inputs["shape"]), model),)
+    return inputs if runs(model, inputs) else None

@@ -14,10 +14,9 @@ from ...errors import CheckpointError, SourceError
 from ..terminal.output import Output
 from ..terminal.suggestions import repeated
 from . import options
-from .inputs import GivenInput
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from ...sources.provenance import Weights
     from ...sources.spec import Source
@@ -310,23 +309,6 @@ def _same(one: ResolvedSource, other: ResolvedSource) -> bool:
         for source in (one.source, other.source)
     )
     return mine == theirs
-
-
-def example_inputs(model: nn.Module, given: list[GivenInput]) -> tuple[Tensor, ...] | None:
-    """The inputs that --input gives; None without any."""
-    return tuple(each.tensor(model) for each in given) if given else None
-
-
-def remembered_inputs(model: nn.Module, images: int = 1) -> tuple[Tensor, ...] | None:
-    """Random images of the size that the network's file remembers; None where it does not, or takes others."""
-    from ...conversion.record import record_of
-    from ...inspection.example_inputs import random_tensor, runs
-
-    record = record_of(model)
-    if record is None or "shape" not in record.inputs:
-        return None
-    inputs = (random_tensor((images, *record.inputs["shape"]), model),)
-    return inputs if runs(model, inputs) else None
 
 
 @contextmanager

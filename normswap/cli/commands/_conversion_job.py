@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ...errors import NetworkError
-from ..arguments.inputs import GivenInput, may_take_images
+from ..arguments.inputs import GivenInput, example_inputs, may_take_images
 from ..arguments.networks import (
     ResolvedSource,
     SourceRequest,
     check_converted,
-    example_inputs,
     files_read,
     locate,
     open_network,

@@ -12,8 +12,8 @@ import typer
 from ...choices import PURPOSES
 from ..arguments import options
 from ..arguments.datasets import images_in
-from ..arguments.inputs import given_inputs
-from ..arguments.networks import ResolvedSource, SourceRequest, example_inputs, locate, on_device, open_network
+from ..arguments.inputs import example_inputs, given_inputs
+from ..arguments.networks import ResolvedSource, SourceRequest, locate, on_device, open_network
 from ..arguments.preprocessing import PreprocessOverrides, prepare
 from ..terminal import flags
 from ..terminal.output import reporting

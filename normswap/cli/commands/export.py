@@ -9,16 +9,14 @@ import typer
 
 from ...choices import EXPORTS
 from ..arguments import options
-from ..arguments.inputs import given_inputs
+from ..arguments.inputs import example_inputs, given_inputs, remembered_inputs
 from ..arguments.networks import (
     ResolvedSource,
     SourceRequest,
-    example_inputs,
     files_read,
     locate,
     named_after,
     open_network,
-    remembered_inputs,
 )
 from ..arguments.preprocessing import PreprocessOverrides, known_inputs
 from ..terminal import flags

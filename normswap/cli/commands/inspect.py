@@ -12,8 +12,8 @@ import typer
 
 from ...display.overview import layers_table
 from ..arguments import options
-from ..arguments.inputs import given_inputs
-from ..arguments.networks import ResolvedSource, SourceRequest, example_inputs, locate, on_device, open_network
+from ..arguments.inputs import example_inputs, given_inputs
+from ..arguments.networks import ResolvedSource, SourceRequest, locate, on_device, open_network
 from ..terminal.output import reporting
 
 if TYPE_CHECKING:

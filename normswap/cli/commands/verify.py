@@ -14,17 +14,15 @@ from ...errors import DataError, first_line, plural
 from ..arguments import options
 from ..arguments.completion import model_names
 from ..arguments.datasets import images_in
-from ..arguments.inputs import GivenInput, given_inputs
+from ..arguments.inputs import GivenInput, example_inputs, given_inputs, remembered_inputs
 from ..arguments.networks import (
     ResolvedSource,
     SourceRequest,
     converted_file,
-    example_inputs,
     locate,
     open_network,
     open_original,
     original_of,
-    remembered_inputs,
     restored,
 )
 from ..arguments.preprocessing import Preparation, PreprocessOverrides, prepare
