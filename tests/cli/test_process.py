@@ -88,7 +88,7 @@ def stuck(folder: Path, *prefix: str) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen
     ) as process:
-        timer = threading.Timer(60, process.kill)  # else a pipe is read for ever
+        timer = threading.Timer(300, process.kill)  # else a pipe is read for ever
         timer.start()
         try:
             assert process.stderr is not None
@@ -109,7 +109,7 @@ def stuck(folder: Path, *prefix: str) -> Iterator[subprocess.Popen[str]]:
 def test_an_interrupted_run_leaves_nothing_behind(folder: Path, number: int, code: int, said: str) -> None:
     with stuck(folder) as process:
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (code, "")
     assert err.strip() == said
     assert files(folder) == []
@@ -121,7 +121,7 @@ def test_under_nohup_a_run_outlives_its_terminal_and_leaves_nothing_behind_when_
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.5)
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (143, "", "")
     assert files(folder) == []
 
